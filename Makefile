@@ -1,0 +1,94 @@
+# Starling: `make` lists the targets. Nothing here needs the network except pip.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install \
+	--disable-pip-version-check --quiet --constraint constraints.txt --editable
+# What the packages' docstrings show is run as well.
+TESTED := tests algorithms actors orchestrator
+PYTEST = $(BIN)/pytest --doctest-modules $(TESTED)
+
+# Ray and MLflow report their use to their makers unless told not to.
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+# pytest exits with 5 when it ran no test. That is a success only where a second look confirms that none was selected.
+# $(call pytest-or-none,MARKER EXPRESSION,OPTIONS)
+define pytest-or-none
+	code=0; $(PYTEST) -m "$(1)" $(2) || code=$$?; \
+	if [ $$code -eq 5 ] && { $(PYTEST) -m "$(1)" --collect-only -q || true; } | grep -q "no tests collected"; then \
+		echo "no tests are marked: $(1)"; code=0; \
+	fi; \
+	exit $$code
+endef
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)$$/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; \
+	done
+
+.PHONY: install
+install: .venv/.installed ## set up .venv (PYTHON=python3.12 picks the interpreter)
+
+# A virtual environment that was interrupted half-way has no pip and is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Starling needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true): make install PYTHON=python3.11"; \
+		exit 2; \
+	}
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing into .venv: torch, Ray and MLflow are large, this takes minutes"
+	@$(PIP_INSTALL) '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: install ## train a small model on 4 Ray nodes, tracked in MLflow
+	$(BIN)/starling run examples/demo.yaml
+
+.PHONY: lint
+lint: install ## ruff, formatting, types and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: format
+format: install ## let ruff repair what it can
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+.PHONY: test
+test: lint ## lint, then all tests but the slow ones: quick ones first, then those on a Ray cluster; coverage
+	$(PYTEST) -m "not slow and not cluster" --cov --cov-report=
+	@$(call pytest-or-none,cluster and not slow,--cov --cov-append --cov-report=)
+	@$(BIN)/coverage report
+
+.PHONY: test-slow
+test-slow: install ## the slow tests
+	@$(call pytest-or-none,slow)
+
+.PHONY: bench
+bench: install ## measure, and compare with what we promise
+	$(BIN)/python benchmarks/run.py
+
+.venv/.installed-docs: .venv/.installed
+	$(PIP_INSTALL) '.[dev,docs]'
+	@touch $@
+
+.PHONY: docs
+docs: .venv/.installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+.PHONY: clean
+clean: ## remove caches and build outputs; keeps .venv, runs and mlflow.db
+	rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

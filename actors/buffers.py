@@ -1,0 +1,246 @@
+"""Tensors as raw bytes: contributions are cut, encoded, reduced and put together here, the same way in both runtimes.
+
+An exchange's tensors are numbered through: values 0 … V−1 over all of them in the order of their names. A *part* is a
+range of these values; parts are cut at multiples of the codec's block. What travels of a part is one uint8 buffer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.api import PART_BYTES, AllGather, AllReduce
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from algorithms.api import Payload
+    from algorithms.codecs import Codec
+    from algorithms.registry import Part
+
+Buffer: TypeAlias = "NDArray[np.uint8]"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one tensor of a payload; a bare tensor has the name ``""``."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_number: bool = False
+    """A plain number, carried as one float64."""
+
+    @property
+    def num_values(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name or 'tensor'} {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The piece of one tensor that lies in a part."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+def as_buffer(tensor: Tensor) -> Buffer:
+    """View a contiguous CPU tensor as uint8, without a copy."""
+    return cast("Buffer", tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def as_tensor(buffer: Buffer) -> Tensor:
+    """View a uint8 buffer as a tensor, without a copy, also if it is read-only; nobody may write to the result.
+
+    Torch has no read-only tensors and warns about buffers that are; what comes out of an object store is.
+    """
+    if buffer.size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    if buffer.flags.writeable:
+        return torch.from_numpy(buffer)
+    memory = (ctypes.c_uint8 * buffer.size).from_address(buffer.ctypes.data)
+    memory.owner = buffer  # type: ignore[attr-defined]  # keeps the bytes alive as long as the tensor lives
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def specs_of(payload: Payload) -> tuple[TensorSpec, ...]:
+    """The specs of a payload's members, sorted by name."""
+    return tuple(
+        TensorSpec(name, torch.float64, (), is_number=True)
+        if not isinstance(value, Tensor)
+        else TensorSpec(name, value.dtype, tuple(value.shape))
+        for name, value in _members(payload)
+    )
+
+
+def _members(payload: Payload) -> list[tuple[str, Tensor | float]]:
+    if isinstance(payload, Mapping):
+        return sorted(payload.items())
+    return [("", payload)]
+
+
+def _flat(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().reshape(-1)
+    return torch.tensor([value], dtype=torch.float64)
+
+
+class Cuts:
+    """How the tensors of one exchange are cut into parts; a pure function of its arguments."""
+
+    def __init__(self, specs: tuple[TensorSpec, ...], codec: Codec, result_codec: Codec, num_parts: int) -> None:
+        self.specs = specs
+        self.codec = codec
+        self.result_codec = result_codec
+        total = sum(spec.num_values for spec in specs)
+        block = math.lcm(codec.block, result_codec.block)
+        bounds = [min(total, total * part // num_parts // block * block) for part in range(num_parts)]
+        self.parts = [self._segments(*bound) for bound in itertools.pairwise([*bounds, total])]
+
+    def _segments(self, low: int, high: int) -> list[Segment]:
+        segments: list[Segment] = []
+        base = 0
+        for index, spec in enumerate(self.specs):
+            start, stop = max(low, base), min(high, base + spec.num_values)
+            if start < stop:
+                segments.append(Segment(index, start - base, stop - base))
+            base += spec.num_values
+        return segments
+
+    def _nbytes(self, codec: Codec, segments: list[Segment]) -> int:
+        return sum(codec.nbytes(one.stop - one.start, self.specs[one.tensor].dtype) for one in segments)
+
+    def part_nbytes(self) -> tuple[int, ...]:
+        """Encoded bytes of each part of one contribution."""
+        return tuple(self._nbytes(self.codec, segments) for segments in self.parts)
+
+    def result_nbytes(self) -> tuple[int, ...]:
+        """Encoded bytes of each part of the result."""
+        return tuple(self._nbytes(self.result_codec, segments) for segments in self.parts)
+
+    def encode(self, payload: Payload) -> list[Buffer]:
+        """Encode a contribution, one buffer per part. With one tensor and the identity codec nothing is copied."""
+        tensors = [_flat(value) for _, value in _members(payload)]
+        return [
+            _join([self.codec.encode(tensors[one.tensor][one.start : one.stop]) for one in segments])
+            for segments in self.parts
+        ]
+
+    def reduce(
+        self, operation: AllReduce[Tensor], part: int, contributions: Sequence[Buffer], weights: Sequence[float]
+    ) -> Buffer:
+        """Decode one part of several contributions, combine them in the order given, and encode the result."""
+        pieces: list[Tensor] = []
+        offset = 0
+        for one in self.parts[part]:
+            dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
+            nbytes = self.codec.nbytes(size, dtype)
+            values = [
+                self.codec.decode(as_tensor(buffer[offset : offset + nbytes]), size, dtype) for buffer in contributions
+            ]
+            out = torch.empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            operation.aggregator.reduce(values, weights, out)
+            pieces.append(self.result_codec.encode(out.to(dtype)))
+            offset += nbytes
+        return _join(pieces)
+
+    def assemble(self, parts: Sequence[Buffer], device: torch.device) -> Tensor | dict[str, Tensor]:
+        """Decode the parts of a result into fresh tensors on ``device``."""
+        tensors = [torch.empty(spec.num_values, dtype=spec.dtype, device=device) for spec in self.specs]
+        for segments, buffer in zip(self.parts, parts, strict=True):
+            offset = 0
+            for one in segments:
+                dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
+                nbytes = self.result_codec.nbytes(size, dtype)
+                data = as_tensor(buffer[offset : offset + nbytes])
+                tensors[one.tensor][one.start : one.stop].copy_(self.result_codec.decode(data, size, dtype))
+                offset += nbytes
+        shaped = [tensor.view(spec.shape) for tensor, spec in zip(tensors, self.specs, strict=True)]
+        if len(self.specs) == 1 and not self.specs[0].name:
+            return shaped[0]
+        return {spec.name: tensor for spec, tensor in zip(self.specs, shaped, strict=True)}
+
+
+def _join(pieces: list[Tensor]) -> Buffer:
+    if len(pieces) == 1:
+        return as_buffer(pieces[0])
+    return as_buffer(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8))
+
+
+def num_parts(nbytes: int, num_members: int) -> int:
+    """Into how many parts a contribution of ``nbytes`` is cut, with ``num_members`` in the view."""
+    return max(1, min(num_members, math.ceil(nbytes / PART_BYTES)))
+
+
+def pack(payload: Payload) -> Buffer:
+    """A payload's values as one buffer, in the order of ``specs_of``."""
+    return _join([_flat(value).view(torch.uint8) for _, value in _members(payload)])
+
+
+def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) -> Payload:
+    """The inverse of ``pack``: fresh tensors on ``device``."""
+    members: dict[str, Tensor | float] = {}
+    offset = 0
+    for spec in specs:
+        nbytes = spec.num_values * spec.dtype.itemsize
+        # Cloned before the dtype changes: a buffer of several tensors need not be aligned for the wider ones.
+        data = as_tensor(buffer[offset : offset + nbytes]).clone()
+        value = data.view(spec.dtype).view(spec.shape)
+        members[spec.name] = value.item() if spec.is_number else value.to(device)
+        offset += nbytes
+    return members[""] if len(specs) == 1 and not specs[0].name else members
+
+
+def payload_nbytes(specs: tuple[TensorSpec, ...]) -> int:
+    """Bytes of a payload: its tensors' bytes, and 8 for each number."""
+    return sum(spec.num_values * spec.dtype.itemsize for spec in specs)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What all members' operations at one sequence number must agree on."""
+
+    operation: str
+    parts: str
+    """Aggregator, codecs and close policy."""
+    tensors: tuple[TensorSpec, ...] | None
+    """``None`` fixes and violates nothing: a receiver without a contribution, or an AllGather."""
+
+    def agrees_with(self, other: Signature) -> bool:
+        """Whether two members may meet in one exchange."""
+        return (self.operation, self.parts) == (other.operation, other.parts) and (
+            self.tensors is None or other.tensors is None or self.tensors == other.tensors
+        )
+
+    def __str__(self) -> str:
+        inside = "" if self.tensors is None else ", ".join(str(spec) for spec in self.tensors)
+        return f"{self.operation}({inside}) with {self.parts}"
+
+
+def signature_of(operation: AllReduce[Tensor] | AllGather[Payload]) -> Signature:
+    """The signature of a collective operation."""
+    if isinstance(operation, AllGather):
+        return Signature("AllGather", _describe(operation.close), None)
+    tensors = None if operation.tensors is None else specs_of(operation.tensors)
+    parts = _describe(operation.aggregator, operation.codec, operation.result_codec, operation.close)
+    return Signature("AllReduce", parts, tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def _describe(*parts: Part) -> str:
+    return ", ".join(repr(part) for part in parts)

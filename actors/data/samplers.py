@@ -1,0 +1,67 @@
+"""Samplers: in which order a node draws its samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from algorithms.errors import DataError
+from algorithms.seeds import generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a node has read: ``offset`` samples of epoch ``epoch``."""
+
+    epoch: int = 0
+    offset: int = 0
+
+
+class EpochSampler:
+    """Draws without replacement: each sample once per epoch, in an order of that epoch's own.
+
+    The order is a pure function of (seed, node, epoch), so the position is the whole state: a round that is rolled
+    back sets it to what it was and draws the same samples again.
+    """
+
+    def __init__(self, indices: Tensor, seed: int, node: int) -> None:
+        if len(indices) == 0:
+            raise DataError(f"data: node {node} has no samples to draw from")
+        self._indices = indices
+        self._seed = seed
+        self._node = node
+        self._position = Position()
+        self._order: tuple[int, Tensor] | None = None  # the epoch that it is for, and the samples in its order
+
+    @property
+    def position(self) -> Position:
+        """Where the next draw begins; the offset is less than the number of samples."""
+        return self._position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        if position.epoch < 0 or not 0 <= position.offset < len(self._indices):
+            raise ValueError(f"{position} is not a position in epochs of {len(self._indices)} samples")
+        self._position = position
+
+    def next(self, batch_size: int) -> Tensor:
+        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        epoch, start = self._position.epoch, self._position.offset
+        stop = min(start + batch_size, len(self._indices))
+        self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
+        return self._epoch(epoch)[start:stop]
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches that one epoch gives, the last and smaller one included."""
+        return -(-len(self._indices) // batch_size)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != epoch:
+            order = torch.randperm(len(self._indices), generator=generator("epoch", self._seed, self._node, epoch))
+            self._order = epoch, self._indices[order]
+        return self._order[1]

@@ -1,0 +1,456 @@
+"""The page to read first: an algorithm is a program of one node.
+
+An algorithm is written from the point of view of one node, as a coroutine that does one round. Everything that costs
+compute or reaches outside the node is an *operation* that the program awaits::
+
+    class LocalSGD(Algorithm, name="local_sgd"):
+        steps: PositiveInt = 10
+
+        async def round(self, node: Node) -> None:
+            await Train(steps=self.steps)
+            mean = await AllReduce(node.parameters)
+            node.parameters.copy_(mean.value)
+
+A coroutine cannot be stored, and need not be: a round is the unit of work. What must outlive a round lives in
+``node.parameters``, ``node.buffers``, ``node.shared`` and ``node.local``, and nowhere else.
+
+Rules that every program keeps:
+
+* Assign to ``node.shared[…]`` and ``node.local[…]``; never write into what they hold. Assignments are staged, and
+  become current when the round commits. ``node.parameters`` and ``node.buffers`` are written in place.
+* Members may branch only on what all of them share (view, round, shared state, results), never on local state:
+  collective operations are matched by their position in the program.
+* Randomness comes from ``node.rng(purpose)``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from algorithms.aggregators import Aggregator, Mean
+from algorithms.closing import ClosePolicy, Quorum
+from algorithms.codecs import Codec, Identity
+from algorithms.registry import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NodeId: TypeAlias = int
+"""Names one logical participant for the whole run; a replacement process keeps the id."""
+
+INLINE_LIMIT_BYTES = 64 * 1024
+"""A contribution up to this size travels inside the message that announces it, and every member combines locally."""
+
+PART_BYTES = 1024 * 1024
+"""A larger one is cut into at most one part per member, and not smaller than this."""
+
+State: TypeAlias = "Tensor | bool | int | float | str | None | dict[str, State] | list[State]"
+"""What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over."""
+
+Payload: TypeAlias = "Tensor | float | Mapping[str, Tensor | float]"
+"""What may travel: a tensor, a number, or a flat mapping of them. Travels as raw buffers."""
+
+T = TypeVar("T")
+TensorsT = TypeVar("TensorsT", bound="Tensor | Mapping[str, Tensor]")
+PayloadT = TypeVar("PayloadT", bound=Payload)
+
+_MEAN, _IDENTITY, _QUORUM = Mean(), Identity(), Quorum()
+
+
+# --- what a node looks like to its program --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """The numbered set of members of a round."""
+
+    number: int
+    members: tuple[NodeId, ...]
+    """Sorted."""
+    joined: tuple[NodeId, ...] = ()
+    """Members that were not in the committed set of the last committed round."""
+    left: tuple[NodeId, ...] = ()
+    """Members of the last committed round's view that are not in this one."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anybody joined or left since the last committed round."""
+        return bool(self.joined or self.left)
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """Where one named tensor lives in a flat one."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    block: str
+    """The submodule that a partial exchange keeps together (``blocks.3``); empty at the top."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, places and shapes of the trainable tensors in ``node.parameters``."""
+
+    entries: tuple[LayoutEntry, ...]
+    dtype: torch.dtype
+    num_buffer_values: int = 0
+    """Values in ``node.buffers``."""
+
+    @property
+    def num_values(self) -> int:
+        """P, the number of trainable values."""
+        return self.entries[-1].stop if self.entries else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat parameters."""
+        return self.num_values * self.dtype.itemsize
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes of the flat floating-point buffers."""
+        return self.num_buffer_values * self.dtype.itemsize
+
+
+class Node(Protocol):
+    """One logical participant, as its program sees it: replica, data and optimizer."""
+
+    id: NodeId
+    incarnation: int
+    """Counts the processes that have embodied this node, from 0."""
+    round: int
+    view: View
+    participates: bool
+    """Whether this node is in the round's cohort. One that is not awaits no ``Train`` and contributes ``None``."""
+    num_samples: int
+    """Training samples that this node owns."""
+    layout: Layout
+    parameters: Tensor
+    """The trainable values, flat and contiguous, shape (P,); the module's parameters are views into it."""
+    buffers: Tensor
+    """Floating-point buffers (batch-norm statistics), flat, shape (B,), B = 0 for most models. Local unless averaged."""
+    shared: MutableMapping[str, State]
+    """State that is bit-identical on all members."""
+    local: MutableMapping[str, State]
+    """State of this node alone."""
+
+    @property
+    def now(self) -> float:
+        """The runtime's clock in seconds: virtual in the simulator."""
+        ...
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator that is a pure function of (run seed, round, node, purpose)."""
+        ...
+
+    def module(self, at: Tensor | None = None) -> Callable[..., Any]:
+        """The model as a function of its inputs, at parameters ``at``, shape (P,), or at the current ones."""
+        ...
+
+
+# --- operations -----------------------------------------------------------------------------------------------------
+
+
+class Operation(Generic[T]):
+    """Something a program awaits; awaiting it returns its result of type ``T``.
+
+    Plain generators, no event loop: ``await operation`` yields the operation itself to whoever drives the program,
+    and returns what the driver sends back.
+    """
+
+    def __await__(self) -> Generator[Operation[T], T, T]:
+        return (yield self)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a ``Train`` did."""
+
+    loss: float
+    """Mean over the steps; NaN when the node skips the round (``on_nan: skip``)."""
+    num_samples: int
+    num_steps: int
+    seconds: float
+
+
+class Rule(Protocol):
+    """Wraps a node's gradient function; see ``Train``."""
+
+    def wrap(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the same signature, ``(parameters, batch) -> (flat_gradient, loss)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Train(Operation[TrainReport]):
+    """Take local optimizer steps on the node's own data: ``steps`` of them, or whole ``epochs``."""
+
+    steps: int | None = None
+    epochs: int | None = None
+    rule: Rule | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse anything but exactly one positive amount of work."""
+        amounts = [amount for amount in (self.steps, self.epochs) if amount is not None]
+        if len(amounts) != 1 or amounts[0] < 1:
+            message = f"Train takes either steps or epochs, at least 1; got steps={self.steps}, epochs={self.epochs}"
+            raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataBatch:
+    """Samples of a node's task."""
+
+    tensors: tuple[Tensor, ...]
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class Batch(Operation[DataBatch]):
+    """Draw ``size`` samples (default: the configured batch size) of the node's ``train`` or ``validation`` data."""
+
+    source: Literal["train", "validation"] = "train"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """A gradient and the loss at the same point."""
+
+    gradient: Tensor
+    """Shape (P,)."""
+    loss: float
+    num_samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient(Operation[GradientReport]):
+    """The mean gradient at parameters ``at`` (default: the current ones) on ``batch`` (default: a fresh one)."""
+
+    at: Tensor | None = None
+    batch: DataBatch | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Loss(Operation[float]):
+    """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only."""
+
+    at: Tensor | None = None
+    batch: DataBatch | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluate(Operation[dict[str, float]]):
+    """The task's metrics on held-out data at parameters ``at``."""
+
+    at: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sleep(Operation[None]):
+    """Let ``seconds`` of the runtime's clock pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reduced(Generic[TensorsT]):
+    """The result of an ``AllReduce``, identical on all members."""
+
+    value: TensorsT
+    """As the contributions: a tensor, or a dict of tensors."""
+    members: tuple[NodeId, ...]
+    """Whose contributions are in, sorted. For 1/N instead of 1/|members| scale by len(members)/len(view.members)."""
+    weight: float
+    """Sum of their weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class AllReduce(Operation[Reduced[TensorsT]]):
+    """Combine ``tensors`` of all members.
+
+    A dict of tensors is closed over one set of contributors. ``None`` receives without contributing and does not
+    count as a zero. Contributions are encoded by ``codec``, decoded and combined in sorted member order in float32
+    (float64 if they are float64), and the result is encoded by ``result_codec`` before anybody, also its maker, sees
+    it. The result has the contributions' dtypes and shapes.
+
+    Bytes, when S of N members contribute b bytes each: (S−1)·b + (N−1)·b, or S·(N−1)·b up to ``INLINE_LIMIT_BYTES``.
+    """
+
+    tensors: TensorsT | None
+    weight: float = 1.0
+    aggregator: Aggregator = _MEAN
+    codec: Codec = _IDENTITY
+    result_codec: Codec = _IDENTITY
+    close: ClosePolicy = _QUORUM
+
+
+@dataclass(frozen=True, eq=False)
+class AllGather(Operation["dict[NodeId, PayloadT]"]):
+    """Give every member every contribution: ``{node: payload}`` in sorted order, identical on all.
+
+    Payloads may differ in shape between nodes. Bytes: (N−1)·Σ payload bytes; a number counts 8.
+    """
+
+    payload: PayloadT | None
+    close: ClosePolicy = _QUORUM
+
+
+@dataclass(frozen=True)
+class Inbox(Generic[PayloadT]):
+    """What a node received from its in-neighbours, and the mixing weights."""
+
+    payloads: dict[NodeId, PayloadT]
+    weights: dict[NodeId, float]
+    """Own weight included; they sum to 1."""
+
+    def mix(self, own: Tensor) -> Tensor:
+        """Σ w_j x_j over the inbox and ``own`` (whose weight is the one without a payload), in sorted order."""
+        mixed = torch.zeros_like(own)
+        for node, weight in sorted(self.weights.items()):
+            values = self.payloads.get(node, own)
+            assert isinstance(values, Tensor), "mix() is for inboxes of tensors"
+            mixed += values * weight
+        return mixed
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborAllGather(Operation[Inbox[PayloadT]]):
+    """Give ``payload`` to this round's out-neighbours and receive those of the in-neighbours."""
+
+    payload: PayloadT
+
+
+@dataclass(frozen=True)
+class Handle(Generic[T]):
+    """A started operation. It belongs to its round: every handle must be waited for before the round returns."""
+
+    sequence: int
+
+
+@dataclass(frozen=True, eq=False)
+class Start(Operation[Handle[T]]):
+    """Begin a collective operation and go on; its bytes are taken now."""
+
+    operation: Operation[T]
+
+
+@dataclass(frozen=True, eq=False)
+class Wait(Operation[T]):
+    """Return the result of a started operation."""
+
+    handle: Handle[T]
+
+
+@dataclass(frozen=True, eq=False)
+class Send(Operation[None]):
+    """Put ``payload`` into the mailbox of ``to``."""
+
+    to: NodeId
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Message:
+    """Something received."""
+
+    sender: NodeId
+    payload: Payload
+    staleness: int
+    """The receiver's round now, minus the receiver's round that the sender had last heard of when it sent."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A node is gone."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Timeout:
+    """Nothing arrived in time."""
+
+
+@dataclass(frozen=True)
+class Receive(Operation[Message | Left | Timeout]):
+    """Take the next message, waiting until ``until_s`` on ``node.now``'s clock (``None``: as long as it takes)."""
+
+    until_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Ping(Operation["frozenset[NodeId]"]):
+    """Return those of ``nodes`` that answer within ``timeout_s``."""
+
+    nodes: tuple[NodeId, ...]
+    timeout_s: float
+
+
+# --- algorithms -----------------------------------------------------------------------------------------------------
+
+
+class Algorithm(Part, family="algorithm", catalog="algorithms"):
+    """A program of one node. Fields are hyper-parameters; a run's state lives in the node."""
+
+    replicated: ClassVar[bool] = True
+    """The shared state is bit-identical on all members, and checked at every commit."""
+    synchronous: ClassVar[bool] = True
+    """All members do the same round; otherwise each has its own."""
+
+    def init(self, node: Node) -> None:
+        """Make the initial state: before round 0, or on joining without a donor."""
+
+    @abstractmethod
+    async def round(self, node: Node) -> None:
+        """Do one round."""
+
+    async def server(self, node: Node) -> None:
+        """Do one round of the coordinator, for algorithms that have one: a program on one more node."""
+        raise NotImplementedError
+
+    def participants(self, view: View, rng: torch.Generator) -> tuple[NodeId, ...]:
+        """Choose the round's cohort; ``rng`` is derived from (seed, round), so that all members choose alike."""
+        del rng
+        return view.members
+
+    async def on_view_change(self, node: Node) -> None:
+        """Repair what a change of membership breaks; runs before ``round`` on all members when the view changed."""
+
+    async def join(self, node: Node) -> None:
+        """Run after a state transfer, on the joiner."""
+
+    def model(self, node: Node) -> Tensor:
+        """The parameters that are evaluated, saved and digested, shape (P,)."""
+        return node.parameters
+
+    @abstractmethod
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        """Payload bytes of one round over all nodes, without losses."""
+
+    @abstractmethod
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        """Local optimizer steps that a node with ``num_samples`` takes in one round; for plans and schedules."""
+
+
+def all_reduce_bytes(nbytes: int, num_nodes: int, num_contributors: int | None = None) -> int:
+    """Payload bytes of one ``AllReduce`` of ``nbytes`` each, over all nodes.
+
+    >>> all_reduce_bytes(1_000_000, num_nodes=4) == 2 * 3 * 1_000_000
+    True
+    >>> all_reduce_bytes(1_000, num_nodes=4, num_contributors=2) == 2 * 3 * 1_000
+    True
+    """
+    contributors = num_nodes if num_contributors is None else num_contributors
+    if nbytes <= INLINE_LIMIT_BYTES:
+        return contributors * (num_nodes - 1) * nbytes
+    return (contributors - 1) * nbytes + (num_nodes - 1) * nbytes

@@ -1,0 +1,19 @@
+"""The root of all errors that speak to the person who can act; ``orchestrator.errors`` draws the whole tree."""
+
+from __future__ import annotations
+
+
+class StarlingError(Exception):
+    """Says in one line what is wrong, where, and what would be right. Never shown with a traceback."""
+
+
+class DataError(StarlingError):
+    """The data cannot be read, or cannot be divided as asked."""
+
+
+class ProgramError(StarlingError):
+    """An algorithm's program broke a rule of ``algorithms.api``."""
+
+
+class UnsupportedOperation(ProgramError):  # noqa: N818 - named for what happened, like the builtin exceptions it sits beside
+    """A program awaits an operation that the runtime does not carry out yet."""

@@ -1,0 +1,64 @@
+"""DiLoCo: many inner steps, then one outer step on the averaged difference.
+
+Each node trains ``inner_steps`` (H) steps from the anchor θ, then all reduce the outer gradient and take one outer
+step, by default Nesterov's (η = ``outer.lr``, β = ``outer.momentum``):
+
+    Δ_m = θ - θ_m          Δ = mean_m Δ_m
+    v ← β v + Δ            θ ← θ - η (Δ + β v)          θ_m ← θ
+
+Deviations: floating-point buffers (batch-norm statistics), of which the paper's models have none, are averaged with
+the outer gradient. The mean over nodes is uniform.
+Elasticity: θ and v are shared state; a joiner receives both and starts with a fresh inner optimizer. A node lost
+before the reduction costs its own H steps and nothing else. The inner optimizer's state is never exchanged and lives
+on from round to round.
+Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32, before the codec (as a star: b·P up and b·P down
+per node); state 2·P values (θ, v) beside the inner optimizer's.
+Reference: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023,
+arXiv:2311.08105, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from pydantic import PositiveInt
+from torch import Tensor
+
+from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
+from algorithms.codecs import Codec, Identity
+from algorithms.outer import Nesterov, OuterOptimizer
+
+if TYPE_CHECKING:
+    from algorithms.outer import OuterState
+
+
+class DiLoCo(Algorithm, name="diloco"):
+    """Distributed low-communication training; see the module's docstring."""
+
+    inner_steps: PositiveInt = 500  # H, optimizer steps between exchanges; paper, section 3
+    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.9)  # η, β; paper, section 3
+    codec: Codec = Identity()  # what travels; decoded before the mean
+
+    def init(self, node: Node) -> None:
+        node.shared["anchor"] = node.parameters.clone()
+        node.shared["outer"] = self.outer.init(node.parameters)
+
+    async def round(self, node: Node) -> None:
+        anchor = cast("Tensor", node.shared["anchor"])
+        await Train(steps=self.inner_steps)
+        contribution = {"outer_gradient": anchor - node.parameters, "buffers": node.buffers}
+        mean = await AllReduce(contribution if node.participates else None, codec=self.codec)
+        step, node.shared["outer"] = self.outer.update(
+            mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])
+        )
+        node.shared["anchor"] = anchor + step
+        node.parameters.copy_(node.shared["anchor"])
+        node.buffers.copy_(mean.value["buffers"])
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        values = self.codec.nbytes(layout.num_values, layout.dtype)
+        return all_reduce_bytes(values + self.codec.nbytes(layout.num_buffer_values, layout.dtype), num_nodes)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        del num_samples, batch_size
+        return self.inner_steps

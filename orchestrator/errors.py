@@ -1,0 +1,88 @@
+"""Errors that speak to the person who can act, drawn as a tree, and the exit code of each branch.
+
+    StarlingError                    one line: what is wrong, where, what would be right
+    ├── ConfigError             2    a file, key or value that cannot be used
+    │   └── RunDirectoryError   2    the run directory is taken
+    ├── DataError               2    (algorithms.errors) the data cannot be read or divided
+    ├── ClusterError            2    no cluster at that address, or too small for what is asked
+    ├── RunError                3    the run began, and failed
+    │   ├── NodeLostError       3    a node's process or machine died
+    │   ├── NodeLateError       3    a node did not reach an exchange in time
+    │   ├── DivergedError       3    replicas that must be identical are not
+    │   ├── ProgramsDivergeError 3   two nodes await different operations at the same place
+    │   └── NodeFailedError     3    a user's task or algorithm raised; carries its traceback
+    ├── NonFiniteLossError      3    (actors.replica) NaN or infinite loss
+    └── ProgramError            3    (algorithms.errors) a program broke a rule of algorithms.api
+        └── UnsupportedOperation     awaits what the runtime does not carry out yet
+"""
+
+from __future__ import annotations
+
+from algorithms.errors import DataError, ProgramError, StarlingError, UnsupportedOperation
+
+__all__ = [
+    "ClusterError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "NodeFailedError",
+    "NodeLateError",
+    "NodeLostError",
+    "ProgramError",
+    "ProgramsDivergeError",
+    "RunDirectoryError",
+    "RunError",
+    "StarlingError",
+    "UnsupportedOperation",
+    "exit_code",
+]
+
+EXIT_USAGE = 2
+EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class ConfigError(StarlingError):
+    """A file, key or value that cannot be used; ``str`` has one line for each."""
+
+
+class RunDirectoryError(ConfigError):
+    """The run directory holds a run already."""
+
+
+class ClusterError(StarlingError):
+    """There is no cluster at the address, or it is too small for what is asked."""
+
+
+class RunError(StarlingError):
+    """The run began, and failed."""
+
+
+class NodeLostError(RunError):
+    """A node's process or machine died."""
+
+
+class NodeLateError(RunError):
+    """A node did not reach an exchange in time."""
+
+
+class DivergedError(RunError):
+    """Replicas that must be identical are not."""
+
+
+class ProgramsDivergeError(RunError):
+    """Two nodes await different operations at the same place of their programs."""
+
+
+class NodeFailedError(RunError):
+    """A task or an algorithm raised on a node."""
+
+    def __init__(self, message: str, traceback: str | None = None) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+        """Of the exception on the node, where it says more than the message."""
+
+
+def exit_code(error: StarlingError) -> int:
+    """The process's exit code for an error."""
+    return EXIT_USAGE if isinstance(error, ConfigError | DataError | ClusterError) else EXIT_FAILED

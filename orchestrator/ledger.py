@@ -1,0 +1,31 @@
+"""The byte ledger: logical deliveries between distinct nodes, by kind, booked by the controller alone.
+
+What is booked is what the rendezvous saw delivered: also between nodes that share a machine or a process, also what
+an attempt that was aborted had sent. An algorithm can neither forget nor flatter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["peer", "server", "recovery", "evaluation"]
+
+
+class Ledger:
+    """Bytes so far, by kind."""
+
+    def __init__(self) -> None:
+        self._booked: Counter[Kind] = Counter()
+
+    def book(self, kind: Kind, nbytes: int) -> None:
+        """Add a delivery."""
+        self._booked[kind] += nbytes
+
+    def __getitem__(self, kind: Kind) -> int:
+        return self._booked[kind]
+
+    @property
+    def payload(self) -> int:
+        """What the algorithm sent: between peers, and with a server."""
+        return self["peer"] + self["server"]

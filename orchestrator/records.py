@@ -1,0 +1,102 @@
+"""What is reported of a run, and to whom: records of rounds, the summary, and the observers that take them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from algorithms.api import Layout
+    from orchestrator.config import Config
+    from orchestrator.runtime import FinalModel, NodeFacts
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One committed round."""
+
+    round: int
+    loss: float | None
+    """Mean training loss over the nodes that trained; ``None`` if nobody did."""
+    num_samples: int
+    nodes: int
+    """Committed members."""
+    contributing: int
+    """Members in the closed set of the last exchange."""
+    payload_bytes: int
+    transport_bytes: int | None
+    seconds: float
+    """On the runtime's clock."""
+    train_seconds: float
+    """Of the slowest node."""
+    exchange_seconds: float
+    """The rest of the round: exchanges and waiting for others."""
+    evaluate_seconds: float = 0.0
+    """On this machine's clock; not part of ``seconds``."""
+    metrics: dict[str, float] | None = None
+    """Of the model after the round, if it was evaluated."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; ``starling run --json`` prints it."""
+
+    status: Literal["finished", "failed", "interrupted"]
+    run_id: str
+    run_dir: str
+    algorithm: str
+    rounds: int
+    """Committed."""
+    metrics: dict[str, float]
+    """Of the last evaluation."""
+    bytes: dict[str, int | float | None]
+    """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
+    nodes: dict[str, int]
+    """``started``, ``joined``, ``lost``."""
+    digest: str | None
+    """Of the final model's tensors; ``None`` if there is none."""
+    seconds: float
+    virtual_seconds: float | None
+    baselines: dict[str, float] = field(default_factory=dict)
+    """What the validation loss compares with, by name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Started:
+    """All nodes are up."""
+
+    config: Config
+    run_id: str
+    run_dir: str
+    nodes: Sequence[NodeFacts]
+    layout: Layout
+    baselines: Mapping[str, float]
+    virtual: bool
+
+
+class Observer:
+    """Takes what happens in a run; every method does nothing unless overridden."""
+
+    def on_start(self, started: Started) -> None:
+        """All nodes are up, before the first round."""
+
+    def on_log(self, node: int, lines: Sequence[str]) -> None:
+        """A node wrote to its log."""
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """A line of the controller's record."""
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round is committed."""
+
+    def on_model(self, model: FinalModel) -> None:
+        """The final model is here."""
+
+    def on_end(self, summary: Summary) -> None:
+        """The run is over, one way or another; called once."""

@@ -1,0 +1,564 @@
+"""The rendezvous: a state machine without IO that matches the operations of a round's members and closes exchanges.
+
+One instance serves one *epoch*: one attempt at a round with one view. It is fed events (what happened) and answers
+with decisions (what is to be done); a runtime carries them out and reports back. It knows no clock, no tensor and no
+Ray, so both runtimes share it, and a test can drive it through any order of events.
+
+An exchange goes through ``open → securing → delivering → closed``:
+
+* *open*: contributions are announced. When every active member has posted, their set is the target.
+* *securing*: reducers fetch the contributions of their parts and reduce them; each says what it got. What not all
+  could get leaves the set. When all parts were made of one set, that set is *closed*'s membership.
+* *delivering*: every active member fetches the reduced parts. Nobody runs on before all have them. Without this step
+  one member may already run on while another cannot fetch a part whose holder has just died: then the exchange can
+  neither be finished nor shrunk.
+* *closed*: members that wait are advanced.
+
+Contributions that travel inline are secured and delivered by being there: ``open → closed``.
+
+Four sets, never mixed: the *view* began the epoch; *active* = view - dead - late; *closed* are the contributors of one
+exchange; *committed* is who was active at the commit.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from actors.buffers import Signature
+    from algorithms.api import NodeId
+    from algorithms.closing import ClosePolicy
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Post:
+    """``node`` announces its contribution to exchange ``seq``; large ones are in the store by now."""
+
+    node: NodeId
+    seq: int
+    signature: Signature
+    contributes: bool = True
+    """False receives only."""
+    weight: float = 1.0
+    part_nbytes: tuple[int, ...] = ()
+    """Booked size of each part; empty without a contribution."""
+    result_nbytes: tuple[int, ...] = ()
+    """Booked size of each part of the result."""
+    inline: bool = False
+    """The contribution came with the announcement."""
+    waits: bool = True
+    """The program is at the operation; false after a ``Start``."""
+    close: ClosePolicy | None = None
+    waited_s: float = 0.0
+    """Seconds since the exchange's first arrival, for the close policy."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """``node`` waits for the result of a started exchange."""
+
+    node: NodeId
+    seq: int
+
+
+@dataclass(frozen=True)
+class Secured:
+    """``by`` fetched the contributions of ``got``, and (AllReduce) reduced them to one part."""
+
+    seq: int
+    part: int
+    by: NodeId
+    got: frozenset[NodeId]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """``node`` holds the exchange's result, except the ``missing`` parts."""
+
+    seq: int
+    node: NodeId
+    generation: int
+    missing: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Return:
+    """``node``'s program is done and its state staged."""
+
+    node: NodeId
+    num_collectives: int
+    digest: str = ""
+    """Of the shared state; empty if it is not replicated."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """``node`` is dead."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The time that the round may wait for stragglers is over."""
+
+
+Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Secure:
+    """``by`` is to fetch ``members``' contributions to ``part`` and reduce them (AllGather: fetch and keep them)."""
+
+    seq: int
+    part: int
+    by: NodeId
+    members: tuple[NodeId, ...]
+    generation: int
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """``nodes`` are to fetch the parts of the result, each from the member that made it."""
+
+    seq: int
+    nodes: tuple[NodeId, ...]
+    closed: tuple[NodeId, ...]
+    makers: tuple[NodeId, ...]
+    """Who made each part; empty for an AllGather, whose members hold everything already."""
+    generation: int
+
+
+@dataclass(frozen=True)
+class Advance:
+    """The exchange is closed: ``nodes`` run on with the result."""
+
+    seq: int
+    nodes: tuple[NodeId, ...]
+    closed: tuple[NodeId, ...]
+    inline: bool
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """``node``'s round is over: it is too late, or nobody could fetch what it contributed."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Fetches of what ``node`` held will never succeed."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Abort:
+    """This attempt cannot be finished; the round is to begin again with whoever is there."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The round's results become current on ``members``."""
+
+    members: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """The shared state of replicated members differs: ``groups`` of equal digests, largest first."""
+
+    groups: tuple[tuple[NodeId, ...], ...]
+
+
+@dataclass(frozen=True)
+class ProgramsDiverge:
+    """Two members' programs await different operations at the same place."""
+
+    seq: int
+    first: NodeId
+    second: NodeId
+    message: str
+
+
+Decision: TypeAlias = (
+    Secure | Deliver | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
+)
+
+
+_MAX_REPEATS = 8
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    """Where an exchange stands."""
+
+    OPEN = "open"
+    SECURING = "securing"
+    DELIVERING = "delivering"
+    CLOSED = "closed"
+
+
+@dataclass
+class Exchange:
+    """One collective operation of all members."""
+
+    seq: int
+    is_gather: bool
+    phase: Phase = Phase.OPEN
+    posts: dict[NodeId, Post] = field(default_factory=dict)
+    waiting: set[NodeId] = field(default_factory=set)
+    closed: tuple[NodeId, ...] = ()
+    """The target while securing; who is in, afterwards."""
+    generation: int = 0
+    """Grows when parts are made anew; answers to an older request are dropped."""
+    makers: dict[int, NodeId] = field(default_factory=dict)
+    """Who makes each part."""
+    secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
+    """Of what each finished part is made. AllGather: keyed by the fetching member instead."""
+    delivered: set[NodeId] = field(default_factory=set)
+
+    @property
+    def inline(self) -> bool:
+        """All contributions came with their announcements."""
+        return all(post.inline for post in self.posts.values() if post.contributes)
+
+    @property
+    def num_parts(self) -> int:
+        return max(len(post.part_nbytes) for post in self.posts.values())
+
+
+class Rendezvous:
+    """One attempt at one round. Decisions come back from ``handle``; after ``over`` there are no more."""
+
+    def __init__(self, members: Sequence[NodeId], need: int, *, replicated: bool = True) -> None:
+        self.view = tuple(sorted(members))
+        self.need = need
+        self.active = set(self.view)
+        self.exchanges: dict[int, Exchange] = {}
+        self.returned: dict[NodeId, Return] = {}
+        self.over = False
+        self.payload_nbytes = 0
+        """Logical deliveries between distinct nodes so far."""
+        self._replicated = replicated
+        self._past_deadline = False
+        self._out: list[Decision] = []
+
+    def handle(self, event: Event) -> list[Decision]:
+        """Take one event; return what is to be done, in order."""
+        if self.over:
+            return []
+        match event:
+            case Post():
+                self._post(event)
+            case Waits(node, seq):
+                self._waits(node, seq)
+            case Secured():
+                self._secured(event)
+            case Delivered():
+                self._delivered(event)
+            case Return():
+                self._return(event)
+            case Lost(node):
+                self._lost(node)
+            case Deadline():
+                self._past_deadline = True
+                for exchange in list(self.exchanges.values()):
+                    if exchange.phase is Phase.OPEN and not self.over:
+                        self._try_close(exchange)
+        if not self.over:
+            self._try_commit()
+        decisions, self._out = self._out, []
+        return decisions
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def _post(self, post: Post) -> None:
+        if post.node not in self.active:
+            return
+        exchange = self.exchanges.get(post.seq)
+        if exchange is None:
+            exchange = self.exchanges[post.seq] = Exchange(post.seq, post.signature.operation == "AllGather")
+        for other in exchange.posts.values():
+            if not post.signature.agrees_with(other.signature):
+                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
+                return
+        done = next((one for one in self.returned.values() if one.num_collectives <= post.seq), None)
+        if done is not None:
+            self._fail_programs(post.seq, done.node, post.node, f"the end of the program; {post.signature}")
+            return
+        exchange.posts[post.node] = post
+        if post.waits:
+            exchange.waiting.add(post.node)
+        if exchange.phase is Phase.OPEN:
+            self._try_close(exchange)
+
+    def _waits(self, node: NodeId, seq: int) -> None:
+        exchange = self.exchanges[seq]
+        if node not in self.active:
+            return
+        if exchange.phase is Phase.CLOSED:
+            self._advance(exchange, (node,))
+        else:
+            exchange.waiting.add(node)
+            if exchange.phase is Phase.OPEN:
+                self._try_close(exchange)
+
+    def _secured(self, event: Secured) -> None:
+        exchange = self.exchanges[event.seq]
+        if exchange.phase is not Phase.SECURING or event.generation != exchange.generation:
+            return
+        if exchange.is_gather:
+            if event.by not in self.active:
+                return
+            key = event.by
+        else:
+            if exchange.makers[event.part] != event.by:
+                return
+            key = event.part
+        exchange.secured[key] = event.got
+        self._book_fetch(exchange, event)
+        self._try_agree(exchange)
+
+    def _delivered(self, event: Delivered) -> None:
+        exchange = self.exchanges[event.seq]
+        stale = exchange.phase is not Phase.DELIVERING or event.generation != exchange.generation
+        if stale or event.node not in self.active:
+            return
+        if event.missing:
+            # Nobody has run on yet, so the parts can be made again of what is still there; the set only shrinks.
+            for part in event.missing:
+                exchange.secured.pop(part, None)
+            self._secure(exchange, sorted(event.missing))
+            return
+        exchange.delivered.add(event.node)
+        if not exchange.is_gather:
+            sizes = self._sizes(exchange, result=True)
+            self.payload_nbytes += sum(
+                size for part, size in enumerate(sizes) if exchange.makers[part] != event.node
+            )
+        self._try_finish(exchange)
+
+    def _return(self, event: Return) -> None:
+        if event.node not in self.active:
+            return
+        ahead = (exchange for exchange in self.exchanges.values() if exchange.seq >= event.num_collectives)
+        other = next(((exchange, node) for exchange in ahead for node in exchange.posts), None)
+        if other is not None:
+            exchange, node = other
+            signature = exchange.posts[node].signature
+            self._fail_programs(exchange.seq, event.node, node, f"the end of the program; {signature}")
+            return
+        self.returned[event.node] = event
+
+    def _lost(self, node: NodeId) -> None:
+        if node not in self.view:
+            return
+        self._leave(node)
+        fetching = any(one.phase in (Phase.SECURING, Phase.DELIVERING) for one in self.exchanges.values())
+        if fetching:
+            self._out.append(GiveUp(node))
+        self._after_leaving(node)
+
+    def _leave(self, node: NodeId) -> None:
+        self.active.discard(node)
+        self.returned.pop(node, None)
+        for exchange in self.exchanges.values():
+            exchange.waiting.discard(node)
+            exchange.delivered.discard(node)
+
+    def _after_leaving(self, node: NodeId) -> None:
+        if len(self.active) < self.need:
+            self._abort(f"{len(self.active)} of {len(self.view)} members are left, {self.need} are needed")
+        for exchange in list(self.exchanges.values()):
+            if self.over:
+                return
+            match exchange.phase:
+                case Phase.OPEN:
+                    exchange.posts.pop(node, None)
+                    self._try_close(exchange)
+                case Phase.SECURING:
+                    self._check_need(exchange)
+                    if not self.over:
+                        self._replace_maker(exchange, node)
+                        self._try_agree(exchange)
+                case Phase.DELIVERING:
+                    self._check_need(exchange)
+                    if not self.over:
+                        self._try_finish(exchange)
+                case Phase.CLOSED:
+                    pass
+
+    # --- an exchange's way --------------------------------------------------------------------------------------------
+
+    def _try_close(self, exchange: Exchange) -> None:
+        """Open → securing (or closed), when everybody active has posted or enough have."""
+        posted = exchange.posts.keys() & self.active
+        if not posted or (self.active - posted and not self._enough(exchange, posted)):
+            return
+        late = sorted(self.active - posted)
+        if late:
+            # Each cancellation comes back here, and the last one finds nobody missing and closes the exchange.
+            self._cancel(late[0], f"it had not reached exchange {exchange.seq} when that closed")
+            return
+        exchange.closed = tuple(sorted(node for node in posted if exchange.posts[node].contributes))
+        self._check_need(exchange)
+        if self.over:
+            return
+        if exchange.inline:
+            size = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed)
+            own = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed if node in self.active)
+            self.payload_nbytes += size * len(self.active) - own
+            self._close(exchange)
+            return
+        self._secure(exchange, range(exchange.num_parts))
+
+    def _enough(self, exchange: Exchange, posted: set[NodeId]) -> bool:
+        """Whether those that have not posted are to be left behind: the deadline's row, or the policy's word."""
+        if len(posted) < self.need or not exchange.waiting & posted:
+            return False
+        if self._past_deadline:
+            return True
+        latest = max(exchange.posts.values(), key=lambda post: post.waited_s)
+        return latest.close is not None and latest.close.enough(posted, self.active, latest.waited_s)
+
+    def _secure(self, exchange: Exchange, parts: Sequence[int]) -> None:
+        """Ask for ``parts`` to be made of ``exchange.closed``."""
+        exchange.phase = Phase.SECURING
+        exchange.generation += 1
+        exchange.delivered.clear()
+        # Each repetition loses a contribution or a member, unless two living members cannot reach one another.
+        if exchange.generation > 2 * len(self.view) + _MAX_REPEATS:
+            self._abort(f"exchange {exchange.seq} was made {exchange.generation} times, and some part is always missing")
+            return
+        if exchange.is_gather:
+            exchange.secured.clear()
+            for node in sorted(self.active):
+                self._request(exchange, 0, node)
+            return
+        # Contributors first: a maker that contributes has its own share already, so fewer bytes travel.
+        makers = [node for node in exchange.closed if node in self.active] or sorted(self.active)
+        for part in parts:
+            exchange.makers[part] = makers[part % len(makers)]
+            self._request(exchange, part, exchange.makers[part])
+
+    def _request(self, exchange: Exchange, part: int, by: NodeId) -> None:
+        self._out.append(Secure(exchange.seq, part, by, exchange.closed, exchange.generation))
+
+    def _replace_maker(self, exchange: Exchange, lost: NodeId) -> None:
+        """Hand a lost maker's unfinished parts to the next active member in cyclic order."""
+        if exchange.is_gather:
+            exchange.secured.pop(lost, None)
+            return
+        for part, maker in exchange.makers.items():
+            if maker == lost and part not in exchange.secured:
+                following = [node for node in sorted(self.active) if node > lost] or sorted(self.active)
+                exchange.makers[part] = following[0]
+                self._request(exchange, part, following[0])
+
+    def _try_agree(self, exchange: Exchange) -> None:
+        """Securing → delivering, when all parts are made of one set."""
+        expected = self.active if exchange.is_gather else exchange.makers.keys()
+        if exchange.phase is not Phase.SECURING or expected - exchange.secured.keys():
+            return
+        agreed = frozenset(exchange.closed).intersection(*exchange.secured.values())
+        exchange.closed = tuple(sorted(agreed))
+        self._check_need(exchange)
+        if self.over:
+            return
+        if not exchange.is_gather:
+            other = [part for part, got in exchange.secured.items() if got != agreed]
+            if other:
+                for part in other:
+                    del exchange.secured[part]
+                self._secure(exchange, sorted(other))
+                return
+        exchange.phase = Phase.DELIVERING
+        for node in sorted(self.active):
+            post = exchange.posts[node]
+            if post.contributes and node not in agreed:
+                self._cancel(node, f"nobody could fetch what it contributed to exchange {exchange.seq}")
+        if self.over:
+            return
+        makers = () if exchange.is_gather else tuple(exchange.makers[part] for part in sorted(exchange.makers))
+        nodes = tuple(sorted(self.active))
+        self._out.append(Deliver(exchange.seq, nodes, exchange.closed, makers, exchange.generation))
+
+    def _try_finish(self, exchange: Exchange) -> None:
+        """Delivering → closed, when every active member has the result."""
+        if exchange.phase is Phase.DELIVERING and self.active <= exchange.delivered:
+            self._close(exchange)
+
+    def _close(self, exchange: Exchange) -> None:
+        exchange.phase = Phase.CLOSED
+        self._past_deadline = False
+        self._advance(exchange, tuple(sorted(exchange.waiting & self.active)))
+
+    def _advance(self, exchange: Exchange, nodes: tuple[NodeId, ...]) -> None:
+        exchange.waiting.difference_update(nodes)
+        if nodes:
+            self._out.append(Advance(exchange.seq, nodes, exchange.closed, exchange.inline))
+
+    def _check_need(self, exchange: Exchange) -> None:
+        receivers = {node for node in self.active if node in exchange.posts and not exchange.posts[node].contributes}
+        if not exchange.closed:
+            self._abort(f"nobody contributes to exchange {exchange.seq}")
+        elif len(receivers.union(exchange.closed)) < self.need or len(self.active) < self.need:
+            self._abort(f"exchange {exchange.seq} has fewer than the {self.need} members that are needed")
+
+    def _cancel(self, node: NodeId, reason: str) -> None:
+        self._out.append(Cancel(node, reason))
+        self._leave(node)
+        self._after_leaving(node)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _try_commit(self) -> None:
+        busy = any(exchange.phase is not Phase.CLOSED for exchange in self.exchanges.values())
+        if busy or self.active - self.returned.keys() or not self.active:
+            return
+        self.over = True
+        groups: dict[str, list[NodeId]] = {}
+        for node in sorted(self.active):
+            groups.setdefault(self.returned[node].digest, []).append(node)
+        if self._replicated and len(groups) > 1:
+            largest_first = sorted(groups.values(), key=len, reverse=True)
+            self._out.append(Diverged(tuple(tuple(group) for group in largest_first)))
+        else:
+            self._out.append(Commit(tuple(sorted(self.active))))
+
+    def _abort(self, reason: str) -> None:
+        if not self.over:
+            self.over = True
+            self._out.append(Abort(reason))
+
+    def _fail_programs(self, seq: int, first: NodeId, second: NodeId, message: str) -> None:
+        self.over = True
+        self._out.append(ProgramsDiverge(seq, first, second, message))
+
+    # --- bytes -------------------------------------------------------------------------------------------------------
+
+    def _sizes(self, exchange: Exchange, *, result: bool = False) -> tuple[int, ...]:
+        """Booked sizes of an AllReduce's parts, equal for all contributors."""
+        post = next(post for post in exchange.posts.values() if post.contributes)
+        return post.result_nbytes if result else post.part_nbytes
+
+    def _book_fetch(self, exchange: Exchange, event: Secured) -> None:
+        for node in event.got - {event.by}:
+            self.payload_nbytes += exchange.posts[node].part_nbytes[event.part]
