@@ -138,6 +138,18 @@ class Host:
         self._programs: dict[NodeId, _Program] = {}
         self._committed = -1
         self._digests: tuple[int, list[tuple[Replica, str]]] = (-1, [])
+        self.current = next(iter(self.replicas))
+        """Whose code is running, or ran last: what it prints goes to that node's log."""
+        self._logs: dict[NodeId, list[str]] = {}
+
+    def log(self, node: NodeId, line: str) -> None:
+        """Add a line to a node's log."""
+        self._logs.setdefault(node, []).append(line)
+
+    def drain_logs(self) -> dict[NodeId, list[str]]:
+        """Take what was logged since the last call."""
+        logs, self._logs = self._logs, {}
+        return logs
 
     def init(self) -> None:
         """Make the initial state of all nodes, before round 0."""
@@ -174,6 +186,7 @@ class Host:
     def resume(self, node: NodeId, result: object = None) -> Ticket:
         """Run a program to its next operation, or to its end."""
         program = self._programs[node]
+        self.current = node
         if isinstance(result, TrainReport):
             program.reports.append(result)
         try:
@@ -183,6 +196,22 @@ class Host:
         except Exception as error:  # noqa: BLE001 - whatever a user's program raises is data here
             return failure(node, self.replicas[node].round, error)
         return self._guard(node, self._accept, node, operation)
+
+    def drive(self, items: Sequence[tuple[NodeId, object]]) -> list[tuple[NodeId, Ticket]]:
+        """Run programs, computing on the way, until each is at an exchange or at its end."""
+        tickets: list[tuple[NodeId, Ticket]] = []
+        while items:
+            training: list[tuple[NodeId, Train]] = []
+            for node, result in items:
+                ticket = self.resume(node, result)
+                if isinstance(ticket, Computing):
+                    training.append((node, ticket.operation))
+                else:
+                    tickets.append((node, ticket))
+            done = list(zip((node for node, _ in training), self.compute(training), strict=True))
+            tickets += [(node, report) for node, report in done if not isinstance(report, TrainReport)]
+            items = [(node, report) for node, report in done if isinstance(report, TrainReport)]
+        return tickets
 
     def _guard(self, node: NodeId, function: Any, *arguments: Any) -> Ticket:  # noqa: ANN401 - one of two methods
         try:
@@ -240,6 +269,9 @@ class Host:
         replica, program = self.replicas[node], self._programs.pop(node)
         reports = program.reports
         losses = [report.loss for report in reports]
+        for report in reports:
+            done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
+            self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
         return Returned(
             digest=self._digest(replica) if replica.spec.algorithm.replicated else "",
             num_collectives=len(program.exchanges),
@@ -280,6 +312,7 @@ class Host:
         results: list[TrainReport | Failed | Stale] = []
         for node, operation in requests:
             replica = self.replicas[node]
+            self.current = node
             try:
                 results.append(replica.train(operation, self._fence))
             except Interrupted:

@@ -209,7 +209,7 @@ def _resolve(name: str) -> type[Optimizer]:
     plain = _plain(name)
     for reason, names in _REFUSED.items():
         if plain in names:
-            text = f"{name} {reason}, which local training does not offer; choose another optimizer"
+            text = f"{name} {reason}, and local training cannot serve that; choose another optimizer"
             raise PydanticCustomError("refused_optimizer", "{text}", {"text": text})
     kinds = _torch_optimizers()
     if plain not in kinds:

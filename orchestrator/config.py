@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from actors.data import DataConfig
 from actors.optimizers import OptimizerConfig
@@ -27,10 +28,15 @@ from actors.replica import ReplicaSpec
 from actors.tasks import Task
 from algorithms.api import Algorithm
 from algorithms.registry import Part
+from orchestrator import yaml_file
 from orchestrator.errors import ConfigError
+from orchestrator.explain import Place, explain, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
 class Section(BaseModel):
@@ -39,15 +45,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def _off_only(value: Any) -> Any:  # noqa: ANN401 - any scalar or list of a section
+def _off(value: Any) -> AfterValidator:  # noqa: ANN401 - any scalar or list of a section
     """Accept only the value that switches a feature off, while it is not built."""
-    if value:
-        message = f"{value!r} asks for a feature that is not built yet; only its off value is accepted"
-        raise ValueError(message)
-    return value
 
+    def check(given: Any) -> Any:  # noqa: ANN401 - as above
+        if given != value:
+            written = "null" if value is None else "[]" if value == () else str(value)
+            raise PydanticCustomError("not_built", "is not built yet; leave it at {off}", {"off": written})
+        return given
 
-Off = AfterValidator(_off_only)
+    return AfterValidator(check)
 
 
 class NodesConfig(Section):
@@ -63,8 +70,8 @@ class NodesConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if not self.min <= self.target <= (self.max or self.target):
-            message = f"min <= target <= max must hold; got {self.min}, {self.target}, {self.max}"
-            raise ValueError(message)
+            most = "" if self.max is None else f" <= max {self.max}"
+            raise ValueError(f"must keep min <= target <= max, got min {self.min} <= target {self.target}{most}")
         return self
 
 
@@ -85,10 +92,13 @@ class ClusterConfig(Section):
     start_timeout_s: PositiveFloat = 300
     """How long all nodes may take to come up."""
     min_nodes_timeout_s: PositiveFloat = 600
+    """How long a run waits for ``nodes.min`` healthy nodes."""
     cancel_grace_s: PositiveFloat = 10
+    """How long a node that is told to stop may take before its process is ended."""
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of the view, at least ``nodes.min``: what a round needs to finish."""
-    warm_spares: Annotated[NonNegativeInt, Off] = 0
+    warm_spares: Annotated[NonNegativeInt, _off(0)] = 0
+    """Nodes that stand by to replace lost ones."""
     runtime_env: dict[str, Any] = {}
     """Passed to Ray for every node: ``working_dir``, ``py_modules``, ``pip``, ``env_vars``, …"""
 
@@ -102,8 +112,11 @@ class LinkConfig(Section):
     """One pair of nodes with a link of its own."""
 
     between: tuple[NonNegativeInt, NonNegativeInt]
+    """The two nodes."""
     bandwidth_mbps: PositiveFloat | None = None
+    """Of this link, below that of the nodes' own; ``null``: only theirs count."""
     latency_ms: NonNegativeFloat = 0
+    """One way, instead of ``network.latency_ms``."""
 
 
 class NetworkConfig(Section):
@@ -133,17 +146,23 @@ class EvaluationConfig(Section):
 class FaultsConfig(Section):
     """Scheduled faults."""
 
-    rate_per_hour: Annotated[float, Off] = 0
+    rate_per_hour: Annotated[float, _off(0)] = 0
+    """Random losses per node."""
     seed: int = 0
-    events: Annotated[tuple[dict[str, Any], ...], Off] = ()
+    """Of the random losses."""
+    events: Annotated[tuple[dict[str, Any], ...], _off(())] = ()
+    """Losses and delays at given rounds."""
 
 
 class CheckpointConfig(Section):
     """Where and how often the run is saved."""
 
-    uri: Annotated[str | None, Off] = None
-    every_rounds: Annotated[NonNegativeInt, Off] = 0
+    uri: Annotated[str | None, _off(None)] = None
+    """Where checkpoints go; default: the run directory."""
+    every_rounds: Annotated[NonNegativeInt, _off(0)] = 0
+    """0: never."""
     keep: PositiveInt = 3
+    """How many are kept."""
 
 
 class Tracking(Part, family="tracking", catalog="orchestrator.config"):
@@ -159,19 +178,46 @@ class MLflowTracking(Tracking, name="mlflow"):
 
     uri: str | None = None
     """Default: ``mlflow.db`` (sqlite) beside the run directories."""
-    experiment: str = "starling"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "starling"
+    """Under which runs are listed; made if it is not there."""
+
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, uri: str | None) -> str | None:
+        """Refuse at once what MLflow would refuse only when the nodes are up."""
+        if uri is None or uri == "databricks":
+            return uri
+        scheme, colon, rest = uri.partition(":")
+        if not colon or scheme.partition("+")[0] not in _TRACKING_SCHEMES or not rest.startswith("//"):
+            known = ", ".join(f"{one}://" for one in _TRACKING_SCHEMES)
+            raise ValueError(f"must be sqlite:///path/mlflow.db or a server's address ({known}), got {shown(uri)}")
+        if scheme.startswith("http"):
+            try:
+                host, _ = urlsplit(uri).hostname, urlsplit(uri).port
+            except ValueError:
+                host = None
+            if not host:
+                raise ValueError(f"must have a host, as in http://localhost:5000, got {shown(uri)}")
+        return uri
 
 
 class Config(Section):
     """A run."""
 
     schema_version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "run"
+    """Of this format."""
+    name: str = "run"
+    """Begins the names of run directories."""
     seed: int = 0
+    """All randomness of a run derives from it."""
     rounds: PositiveInt = 10
+    """How many are committed before the run is over."""
     on_nan: Literal["stop", "skip"] = "stop"
+    """When a node's loss is NaN or infinite: end the run, or leave out that node's round."""
     algorithm: Algorithm
+    """What nodes exchange, and when."""
     task: Task
+    """Model, loss, data and metrics."""
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -181,13 +227,32 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: Tracking = MLflowTracking()
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"must be at most 64 letters, digits, '.', '_' or '-', the first a letter or digit, got {shown(name)}"
+            )
+        return name
+
     @field_validator("algorithm", mode="after")
     @classmethod
     def _supported(cls, algorithm: Algorithm) -> Algorithm:
         if not (algorithm.replicated and algorithm.synchronous):
-            message = f"{algorithm.name} is not replicated and synchronous; such algorithms are not built yet"
-            raise ValueError(message)
+            raise ValueError(f"{algorithm.name} is not replicated and synchronous; such algorithms are not built yet")
         return algorithm
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        named = [("links", node) for link in self.network.links for node in link.between]
+        named += [("speeds", node) for node in self.network.speeds]
+        for key, node in named:
+            if node >= self.num_nodes:
+                raise ValueError(
+                    f"network.{key} names node {node}, but cluster.nodes.target is {self.num_nodes} (0 is the first)"
+                )
+        return self
 
     @property
     def num_nodes(self) -> int:
@@ -216,9 +281,28 @@ class Config(Section):
         """All keys with their resolved values, as plain data."""
         return self.model_dump(mode="json")
 
+    def public(self) -> dict[str, Any]:
+        """The same without what may be a secret: values of environment variables, and passwords in addresses."""
+        data = self.dump()
+        variables = data["cluster"]["runtime_env"].get("env_vars")
+        if isinstance(variables, dict):
+            data["cluster"]["runtime_env"]["env_vars"] = dict.fromkeys(cast("dict[str, str]", variables), "***")
+        if isinstance(self.tracking, MLflowTracking) and self.tracking.uri:
+            data["tracking"]["uri"] = without_password(self.tracking.uri)
+        return data
+
     def flat(self) -> dict[str, str]:
-        """``{"algorithm.outer.lr": "0.7", …}``: what a tracker records."""
-        return {".".join(path): str(value) for path, value in _walk(self.dump())}
+        """``{"algorithm.outer.lr": "0.7", …}``, as ``public``: what a tracker records."""
+        return {".".join(path): str(value) for path, value in _walk(self.public())}
+
+
+def without_password(uri: str) -> str:
+    """An address that may be shown.
+
+    >>> without_password("postgresql://me:secret@host/runs")
+    'postgresql://me:***@host/runs'
+    """
+    return re.sub(r"^([^:/]+://[^:@/]*):[^@]*@", r"\1:***@", uri)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -228,110 +312,46 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: one line for each thing that is wrong: where (file and key), what, and what would be right.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"{path}: cannot be read: {reason}"
-        raise ConfigError(message) from None
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        message = f"{path}{where}: is not YAML: {getattr(error, 'problem', None) or error}"
-        raise ConfigError(message) from None
-    if not isinstance(raw, dict):
-        message = f"{path}: must be a mapping of keys (algorithm, task, …), not {type(raw).__name__}"
-        raise ConfigError(message)
-    return parse(cast("dict[str, Any]", raw), overrides, source=str(path))
+    return parse(yaml_file.read(path), overrides, source=str(path))
 
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config") -> Config:
     """Validate plain data; see ``load``."""
     data = dict(raw)
-    for override in overrides:
-        data = _override(data, override)
+    given: dict[Place, str] = {}
+    for text in overrides:
+        place, value = yaml_file.split(text)
+        given[place] = text
+        data = yaml_file.assigned(data, place, value, Config)
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
-        lines = [f"{source}: {line}" for line in _explain(cast("Iterable[Any]", error.errors()), (), Config)]
-        raise ConfigError("\n".join(lines)) from None
+        found = list(explain(cast("Iterable[Any]", error.errors()), Config))
+    else:
+        found = list(_booleans(data, config.model_dump()))
+        if not found:
+            return config
+    raise ConfigError("\n".join(f"{_source(place, given, source)}: {line}" for place, line in found))
 
 
-def _override(data: dict[str, Any], text: str) -> dict[str, Any]:
-    """Apply one ``a.b=c``; ``c`` is YAML."""
-    key, equals, value_text = text.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        message = f"--set {text}: write it as key.path=value"
-        raise ConfigError(message)
-    try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError:
-        value = value_text
-    return _assigned(data, path, value)
+def _source(place: Place, given: Mapping[Place, str], source: str) -> str:
+    """Who set the value at ``place``: an override, or else the file."""
+    hits = [text for key, text in given.items() if place[: len(key)] == key]
+    return f"--set {hits[-1]}" if hits else source
 
 
-def _assigned(data: object, path: list[str], value: object) -> dict[str, Any]:
-    """A copy of ``data`` with ``value`` at ``path``; a bare name on the way becomes the part of that name."""
-    if isinstance(data, str):
-        data = {"name": data}
-    here = dict(cast("dict[str, Any]", data)) if isinstance(data, dict) else {}
-    head, *rest = path
-    # YAML may have integer keys (network.speeds); a path has only texts.
-    key: Any = int(head) if head.isdigit() else head
-    here[key] = _assigned(here.get(key), rest, value) if rest else value
-    return here
-
-
-def _explain(errors: Iterable[Mapping[str, Any]], at: tuple[str, ...], owner: type[BaseModel] | None) -> Iterator[str]:
-    """One line for each pydantic error; nested parts keep their places."""
-    for error in errors:
-        place = (*at, *(str(step) for step in error["loc"]))
-        context = error.get("ctx", {})
-        if error["type"] == "nested":
-            part = context["part_class"]
-            yield from _explain(context["errors"], place, part)
-            continue
-        model = _owner(owner, error["loc"])
-        key = ".".join(place) or "the file"
-        if error["type"] == "extra_forbidden":
-            yield f"{key} is not a field of {_title(model)}{_nearest(place[-1], model)}"
-        elif error["type"] == "missing":
-            yield f"{key} is missing"
-        elif error["type"] in ("unknown_name", "missing_name", "bad_name", "import"):
-            yield f"{key}: {error['msg']}"
-        else:
-            message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            given = error["input"]
-            shown = "" if isinstance(given, dict | list | BaseModel) else f", got {given!r}"
-            yield f"{key} {message}{shown}" if message.startswith("should") else f"{key}: {message}"
-
-
-def _owner(model: type[BaseModel] | None, location: Sequence[object]) -> type[BaseModel] | None:
-    """The model in which the last step of ``location`` was looked up."""
-    for step in location[:-1]:
-        field = model.model_fields.get(str(step)) if model else None
-        annotation = field.annotation if field else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return model
-
-
-def _title(model: type[BaseModel] | None) -> str:
-    if model is None:
-        return "this section"
-    if issubclass(model, Part):
-        return model.part_name or model.__name__
-    return "the configuration" if model is Config else model.__name__.removesuffix("Config").lower()
-
-
-def _nearest(word: str, model: type[BaseModel] | None) -> str:
-    names = list(model.model_fields) if model else []
-    near = difflib.get_close_matches(word, names, n=2)
-    if near:
-        return f" (did you mean {' or '.join(near)}?)"
-    return f" (it has {', '.join(names)})" if names else " (it has none)" if model else ""
+def _booleans(raw: object, resolved: object, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """The places where a number was given as true or false; pydantic takes them for 1 and 0."""
+    if isinstance(raw, bool) and isinstance(resolved, int | float) and not isinstance(resolved, bool):
+        yield place, f"{'.'.join(place)} should be a number, got {shown(raw)}"
+    elif isinstance(raw, dict) and isinstance(resolved, dict):
+        values = {str(key): value for key, value in cast("dict[object, object]", resolved).items()}
+        for key, value in cast("dict[object, object]", raw).items():
+            yield from _booleans(value, values.get(str(key)), (*place, str(key)))
+    elif isinstance(raw, list | tuple) and isinstance(resolved, list | tuple):
+        pairs = zip(cast("list[object]", raw), cast("list[object]", resolved), strict=False)
+        for index, (item, value) in enumerate(pairs):
+            yield from _booleans(item, value, (*place, str(index)))
 
 
 def _walk(data: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

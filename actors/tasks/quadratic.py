@@ -34,7 +34,7 @@ class Quadratic(Task, name="quadratic"):
     curvature_heterogeneity: NonNegativeFloat = 0.0  # 0: all nodes share one A
     condition: float = Field(default=10.0, ge=1)  # condition number of the shared A; 1: the identity, exactly
     noise: NonNegativeFloat = 0.0  # standard deviation of a sample's center; 0: every gradient is the exact one
-    samples_per_node: PositiveInt = 64
+    samples_per_node: PositiveInt = 64  # with one, its noise is zero, as it must sum to zero
     problem_seed: int = 0
 
     def center(self, node: int) -> Tensor:
@@ -55,10 +55,8 @@ class Quadratic(Task, name="quadratic"):
 
     def objective(self, parameters: Tensor, num_nodes: int) -> float:
         """mean_m f_m at ``parameters``, shape (d,)."""
-        losses = [
-            (residual := parameters.double() - self.center(node)) @ self.curvature(node) @ residual / 2
-            for node in range(num_nodes)
-        ]
+        residuals = [parameters.double() - self.center(node) for node in range(num_nodes)]
+        losses = [residual @ self.curvature(node) @ residual / 2 for node, residual in enumerate(residuals)]
         return float(torch.stack(losses).mean())
 
     def train_samples(self, num_nodes: int) -> TensorSamples:

@@ -106,7 +106,7 @@ def test_errors_are_one_line(tmp_path: Path, content: dict[str, bytes] | None, m
             (corpus / name).write_bytes(text)
     task = small(corpus)
     with pytest.raises(DataError, match=message) as caught:
-        task.train_samples(1), task.validation_samples(1)
+        _ = task.train_samples(1), task.validation_samples(1)
     assert "\n" not in str(caught.value)
 
 

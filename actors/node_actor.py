@@ -1,0 +1,371 @@
+"""The node actor: a process on a cluster that hosts one or several nodes.
+
+A plain class that ``remote_class`` wraps (Ray's actor classes cannot be derived from). Its methods run in four
+concurrency groups of one thread each: *compute* drives programs, *exchange* moves and reduces bytes, so that an
+exchange proceeds while a program trains, *control* is never behind either, and *watch* parks one call whose failure
+tells the controller that the process is gone.
+
+Calls carry the epoch that they belong to. Whatever belongs to an older one is answered with nothing done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from safetensors.torch import save
+
+from actors.data import DataConfig
+from actors.host import Contributed, Failed, Host, Stale, Ticket, failure
+from actors.optimizers import OptimizerConfig
+from actors.replica import Replica, ReplicaSpec
+from actors.setup import load_data
+from actors.tasks import Task
+from algorithms.api import Algorithm, Layout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from ray import ObjectRef
+
+    from actors.buffers import Buffer, TensorSpec
+    from algorithms.api import NodeId, View
+
+_SLICE_S = 0.2
+"""How long a fetch waits before it looks whether it was told to give up."""
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a process needs to know to host its nodes, as plain data."""
+
+    nodes: tuple[NodeId, ...]
+    num_nodes: int
+    algorithm: dict[str, Any]
+    task: dict[str, Any]
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+    seed: int
+    rounds: int
+    skip_nan: bool
+    fetch_timeout_s: float
+    sys_path: tuple[str, ...] = ()
+    """Folders of the driver in which a user's modules may lie; those that exist here are searched too."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The process is up."""
+
+    place: str
+    device: str
+    gpus: tuple[str, ...]
+    num_samples: dict[NodeId, int]
+    layout: Layout
+    baselines: dict[str, float]
+    warnings: tuple[str, ...]
+    pid: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the programs of a process did last, and what they wrote to their logs."""
+
+    tickets: list[tuple[NodeId, Ticket]]
+    logs: dict[NodeId, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SecureJob:
+    """Fetch contributions and reduce one part of them (a gather: keep them)."""
+
+    seq: int
+    part: int
+    by: NodeId
+    generation: int
+    specs: tuple[TensorSpec, ...] | None
+    """Of an AllReduce; ``None`` keeps what is fetched."""
+    weights: dict[NodeId, float]
+    refs: dict[NodeId, ObjectRef[Any]]
+    """Contributions of members in other processes."""
+
+
+@dataclass(frozen=True)
+class Secured:
+    """What a ``SecureJob`` got."""
+
+    seq: int
+    part: int
+    by: NodeId
+    generation: int
+    got: frozenset[NodeId]
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A closed exchange whose contributions came with their announcements."""
+
+    contributions: tuple[Contributed, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A closed exchange whose result was delivered before."""
+
+    specs: tuple[TensorSpec, ...] | None
+    weights: dict[NodeId, float]
+    gathered: dict[NodeId, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    """Specs of each payload of a gather."""
+
+
+# --- the actor --------------------------------------------------------------------------------------------------------
+
+
+class NodeActor:
+    """Hosts nodes in one process; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self._fence = threading.Event()
+        self._parked = threading.Event()
+        self._epoch = -1
+        self._reduced: dict[tuple[int, int], Buffer] = {}
+        self._results: dict[int, list[Buffer]] = {}
+        self._gathered: dict[int, dict[NodeId, Buffer]] = {}
+        self._gone: set[NodeId] = set()
+
+    # --- compute -----------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="compute")
+    def setup(self, setup: Setup) -> Ready | Failed:
+        """Build the replicas. What a user's task raises comes back as data."""
+        # One thread: nodes of one machine share its cores, and the order of additions in a matrix product, hence the
+        # bits of the result, depends on the number of threads.
+        torch.set_num_threads(1)
+        sys.path[:0] = [folder for folder in setup.sys_path if folder not in sys.path and Path(folder).is_dir()]
+        device, gpus, warnings = _pin_device()
+        self._fetch_timeout_s = setup.fetch_timeout_s
+        try:
+            spec = ReplicaSpec(
+                algorithm=Algorithm.model_validate(setup.algorithm),
+                task=Task.model_validate(setup.task),
+                optimizer=OptimizerConfig.model_validate(setup.optimizer),
+                batch_size=setup.data["batch_size"],
+                seed=setup.seed,
+                rounds=setup.rounds,
+                skip_nan=setup.skip_nan,
+            )
+            data = load_data(spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
+            self._validation = data.validation
+            replicas = [Replica(node, spec, data.train, data.parts[node], device) for node in setup.nodes]
+            self._host = Host(replicas, self._fence)
+            self._redirect_output()
+            self._host.init()
+            baselines = spec.task.baselines(setup.num_nodes)
+        except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
+            return failure(setup.nodes[0], 0, error)
+        return Ready(
+            place=f"pid {os.getpid()} on {ray.util.get_node_ip_address()} ({platform.node()})",
+            device=str(device),
+            gpus=gpus,
+            num_samples={replica.id: replica.num_samples for replica in replicas},
+            layout=replicas[0].layout,
+            baselines=baselines,
+            warnings=warnings,
+            pid=os.getpid(),
+        )
+
+    def _redirect_output(self) -> None:
+        """Copy what is printed to the log of the node whose code is running."""
+        sys.stdout = _Tee(sys.stdout, self._host)
+        sys.stderr = _Tee(sys.stderr, self._host)
+
+    @ray.method(concurrency_group="compute")
+    def begin(self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId]) -> Reply:
+        """Begin a round and run the programs to their first exchange."""
+        self._epoch = epoch
+        self._fence.clear()
+        self._forget()
+        self._host.begin(number, view, committed, nodes)
+        return self._reply(self._host.drive([(node, None) for node in nodes]))
+
+    @ray.method(concurrency_group="compute")
+    def advance(self, epoch: int, seq: int, nodes: Sequence[NodeId], result: Inline | Stored) -> Reply:
+        """Run programs on with the result of a closed exchange."""
+        if epoch != self._epoch:
+            return Reply([(node, Stale()) for node in nodes])
+        results: Mapping[NodeId, Any]
+        if isinstance(result, Inline):
+            results = self._host.combine(nodes, seq, result.contributions)
+        elif result.specs is not None:
+            results = self._host.reduced(nodes, seq, result.specs, result.weights, self._results.pop(seq))
+        else:
+            kept = self._gathered.pop(seq)
+            members = [(member, specs, kept[member]) for member, specs in sorted(result.gathered.items())]
+            results = {node: self._host.gathered(node, members) for node in nodes}
+        # The store's memory is free again as soon as nothing here refers to it.
+        self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
+        return self._reply(self._host.drive([(node, results[node]) for node in nodes]))
+
+    def _reply(self, tickets: list[tuple[NodeId, Ticket]]) -> Reply:
+        return Reply(tickets, self._host.drain_logs())
+
+    def _forget(self) -> None:
+        self._reduced, self._results, self._gathered = {}, {}, {}
+        self._gone = set()
+
+    @ray.method(concurrency_group="compute")
+    def settle(self, committed: int) -> bool:
+        """Apply the controller's commits."""
+        self._host.settle(committed)
+        return True
+
+    @ray.method(concurrency_group="compute")
+    def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float] | Failed:
+        """The metrics of a node's model on held-out data."""
+        self._host.settle(committed)
+        try:
+            return self._host.replicas[node].evaluate(self._validation, max_batches)
+        except Exception as error:  # noqa: BLE001 - a user's metrics
+            return failure(node, committed, error)
+
+    @ray.method(concurrency_group="compute")
+    def model(self, node: NodeId) -> tuple[str, bytes]:
+        """Digest and safetensors bytes of a node's model."""
+        replica = self._host.replicas[node]
+        return replica.model_digest(), save({name: one.cpu() for name, one in replica.model_tensors().items()})
+
+    # --- exchange ----------------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="exchange")
+    def post(self, epoch: int, seq: int, nodes: Sequence[NodeId], num_parts: int) -> list[Any]:
+        """Put contributions into the store: an acknowledgement, then each part of each node as a value of its own."""
+        if epoch != self._epoch:
+            return [False, *([None] * (num_parts * len(nodes)))]
+        return [True, *(part for node in nodes for part in self._host.parts(node, seq))]
+
+    @ray.method(concurrency_group="exchange")
+    def secure(self, epoch: int, jobs: Sequence[SecureJob]) -> list[Any]:
+        """Fetch and reduce: what each job got and the bytes fetched, then each reduced part as a value of its own."""
+        if epoch != self._epoch:
+            return [([], 0), *([None] * len(jobs))]
+        secured: list[Secured] = []
+        parts: list[Buffer | None] = []
+        nbytes = 0
+        for job in jobs:
+            fetched = self._fetch(job.refs)
+            nbytes += sum(part.nbytes for part in fetched.values())
+            for member in job.weights.keys() - job.refs.keys():
+                fetched[member] = self._host.parts(member, job.seq)[job.part]
+            if job.specs is None:
+                self._gathered[job.seq] = fetched
+                parts.append(None)
+            else:
+                contributions = {member: (part, job.weights[member]) for member, part in fetched.items()}
+                reduced = self._host.reduce(job.by, job.seq, job.part, job.specs, contributions)
+                self._reduced[job.seq, job.part] = reduced
+                parts.append(reduced)
+            secured.append(Secured(job.seq, job.part, job.by, job.generation, frozenset(fetched)))
+        return [(secured, nbytes), *parts]
+
+    @ray.method(concurrency_group="exchange")
+    def deliver(
+        self, epoch: int, seq: int, refs: Mapping[int, ObjectRef[Any]], makers: Sequence[NodeId]
+    ) -> tuple[frozenset[int], int]:
+        """Fetch the parts of a result that were made elsewhere; return the missing ones and the bytes fetched."""
+        if epoch != self._epoch or not makers:
+            return frozenset(), 0
+        by_part = {part: makers[part] for part in refs}
+        fetched = self._fetch(refs, sources=by_part)
+        missing = frozenset(refs.keys() - fetched.keys())
+        if not missing:
+            self._results[seq] = [
+                fetched[part] if part in fetched else self._reduced[seq, part] for part in range(len(makers))
+            ]
+        return missing, sum(part.nbytes for part in fetched.values())
+
+    def _fetch(
+        self, refs: Mapping[int, ObjectRef[Any]], sources: Mapping[int, NodeId] | None = None
+    ) -> dict[int, np.ndarray[Any, Any]]:
+        """Fetch what can be had, in short slices, bounded; ``sources`` says who holds what (default: the keys)."""
+        deadline = time.monotonic() + self._fetch_timeout_s
+        keys = {ref: key for key, ref in refs.items()}
+        pending = list(keys)
+        fetched: dict[int, np.ndarray[Any, Any]] = {}
+        while pending and time.monotonic() < deadline:
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=_SLICE_S)
+            for ref in ready:
+                # A dead producer is one missing contribution, not a failed call.
+                with contextlib.suppress(ray.exceptions.RayError):
+                    fetched[keys[ref]] = ray.get(ref, timeout=_SLICE_S)
+            pending = [ref for ref in pending if (sources or {}).get(keys[ref], keys[ref]) not in self._gone]
+        return fetched
+
+    # --- control and watch -------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, epoch: int) -> None:
+        """Raise the fence: programs of this epoch stop at their next step."""
+        if epoch == self._epoch:
+            self._fence.set()
+
+    @ray.method(concurrency_group="control")
+    def give_up(self, epoch: int, node: NodeId) -> None:
+        """Let fetches of what ``node`` held fail now instead of at their time limit."""
+        if epoch == self._epoch:
+            self._gone.add(node)
+
+    @ray.method(concurrency_group="watch")
+    def watch(self) -> None:
+        """Never return: the call's failure is the notice of death."""
+        self._parked.wait()
+
+
+def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type
+    """``NodeActor`` as a Ray actor class."""
+    groups = {"compute": 1, "exchange": 1, "control": 1, "watch": 1}
+    return ray.remote(concurrency_groups=groups)(NodeActor)
+
+
+def _pin_device() -> tuple[torch.device, tuple[str, ...], tuple[str, ...]]:
+    """The device that Ray assigned to this process: one GPU, or none at all."""
+    gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+    if not gpus:
+        # Ray leaves the variable unset for actors without GPUs, and then torch would see all of them.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return torch.device("cpu"), (), ()
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0), gpus, ()
+    return torch.device("cpu"), gpus, (f"GPU {', '.join(gpus)} is assigned, but torch sees none: it trains on the CPU",)
+
+
+class _Tee(io.TextIOBase):
+    """A text stream that also goes to the log of whichever node's code is running, line by line."""
+
+    def __init__(self, stream: Any, host: Host) -> None:  # noqa: ANN401 - any text stream
+        self._stream = stream
+        self._host = host
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        self._stream.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._host.log(self._host.current, line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()

@@ -1,0 +1,173 @@
+"""Ray sessions: a Ray of our own on this machine, or a running one. Holds what we know of Ray's private parts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
+
+from orchestrator.errors import ClusterError
+
+_TOKEN = secrets.token_hex(32)
+"""Of every Ray that this process starts: Ray reads it once per process."""
+
+_PROBE_TIMEOUT_S = 3
+
+
+class Session:
+    """A connection to Ray; ``close`` leaves nothing behind of what it started."""
+
+    def __init__(self, folder: Path | None, *, owned: bool, environment: dict[str, str | None]) -> None:
+        self._folder = folder
+        self._owned = owned
+        self._environment = environment
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this Ray was started for this session."""
+        return self._folder is not None
+
+    def worker_output(self, pid: int, num_lines: int = 20) -> list[str]:
+        """The end of what a worker process of our own Ray wrote to stderr."""
+        if self._folder is None:
+            return []
+        lines: list[str] = []
+        for path in self._folder.glob(f"session_latest/logs/worker-*-{pid}.err"):
+            with contextlib.suppress(OSError):
+                lines += path.read_text(errors="replace").splitlines()[-num_lines:]
+        return lines
+
+    def close(self) -> None:
+        """Disconnect; stop what was started."""
+        if self._owned:
+            ray.shutdown()
+        _restore(self._environment)
+        if self._environment:
+            _read_authentication_again()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def connect(address: str, *, num_cpus: float) -> Session:
+    """Start a Ray on this machine (``local``), or connect to a running one (``auto``, ``host:port``).
+
+    Raises:
+        ClusterError: there is none, or it does not let us in.
+    """
+    if address == "local":
+        return _start(num_cpus)
+    if ray.is_initialized():
+        return Session(None, owned=False, environment={})
+    if ":" in address and "://" not in address:
+        _probe(address)
+    try:
+        with _quiet():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="starling")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        message = (
+            f"cluster.address {address}: cannot connect ({_first_line(error)}); check that Ray runs there (ray status), "
+            "and that this process has the cluster's token: RAY_AUTH_MODE=token with the same RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token as the head"
+        )
+        raise ClusterError(message) from None
+    return Session(None, owned=True, environment={})
+
+
+def _start(num_cpus: float) -> Session:
+    if ray.is_initialized():
+        message = "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
+        raise ClusterError(message)
+    # Unix sockets live in it, and their paths may have 107 characters: the short form of a temporary folder.
+    folder = Path(tempfile.mkdtemp(prefix="starling-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108
+    environment = _set(
+        {
+            # Only processes of this run may talk to it, and nothing is written to ~/.ray.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": _TOKEN,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Bind to loopback. Ray does so by itself on systems where it does not support clusters of machines.
+            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        }
+    )
+    _read_authentication_again()
+    session = Session(folder, owned=True, environment=environment)
+    enabled = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _quiet():
+            ray.init(
+                address="local",
+                num_cpus=max(1, round(num_cpus + 0.499)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="starling",
+                _temp_dir=str(folder),
+            )
+    except BaseException:
+        session.close()
+        raise
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+    return session
+
+
+def _probe(address: str) -> None:
+    """Tell at once that nothing listens; Ray itself tries for a long time."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S):
+            return
+    except (OSError, ValueError) as error:
+        message = (
+            f"cluster.address {address}: nothing answers there ({error}); check the address and port of the head node "
+            "(ray status shows it), or use cluster.address: local"
+        )
+        raise ClusterError(message) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's own start-up messages for those who ask for them."""
+    logger = logging.getLogger("ray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _set(variables: dict[str, str]) -> dict[str, str | None]:
+    """Set environment variables; return what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    return before
+
+
+def _read_authentication_again() -> None:
+    """Ray's core reads its mode and token from the environment once, when it is imported."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _restore(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
