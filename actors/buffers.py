@@ -1,7 +1,8 @@
 """Tensors as raw bytes: contributions are cut, encoded, reduced and put together here, the same way in both runtimes.
 
 An exchange's tensors are numbered through: values 0 … V−1 over all of them in the order of their names. A *part* is a
-range of these values; parts are cut at multiples of the codec's block. What travels of a part is one uint8 buffer.
+range of these values; a tensor is cut at multiples of the codec's block, counted from its own beginning, so that the
+encoded bits do not depend on the number of parts. What travels of a part is one uint8 buffer.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from algorithms.api import PART_BYTES, AllGather, AllReduce
+from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
     from algorithms.api import Payload
     from algorithms.codecs import Codec
-    from algorithms.registry import Part
 
 Buffer: TypeAlias = "NDArray[np.uint8]"
 
@@ -40,10 +41,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     is_number: bool = False
-    """A plain number, carried as one float64."""
+    """A plain number, carried as one float64 or int64."""
 
     @property
     def num_values(self) -> int:
+        """Values in the tensor."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -79,13 +81,29 @@ def as_tensor(buffer: Buffer) -> Tensor:
 
 
 def specs_of(payload: Payload) -> tuple[TensorSpec, ...]:
-    """The specs of a payload's members, sorted by name."""
-    return tuple(
-        TensorSpec(name, torch.float64, (), is_number=True)
-        if not isinstance(value, Tensor)
-        else TensorSpec(name, value.dtype, tuple(value.shape))
-        for name, value in _members(payload)
-    )
+    """The specs of a payload's members, sorted by name.
+
+    Raises:
+        ProgramError: something in it is neither a tensor nor a number.
+    """
+    if isinstance(payload, Mapping) and not all(isinstance(name, str) and name for name in payload):
+        message = f"the names of a payload's members must be texts, not {list(payload)}"
+        raise ProgramError(message)
+    return tuple(_spec(name, value) for name, value in _members(payload))
+
+
+def _spec(name: str, value: object) -> TensorSpec:
+    match value:
+        case Tensor():
+            return TensorSpec(name, value.dtype, tuple(value.shape))
+        case int():
+            return TensorSpec(name, torch.int64, (), is_number=True)
+        case float():
+            return TensorSpec(name, torch.float64, (), is_number=True)
+        case _:
+            what = f"{name!r} in a payload" if name else "a payload"
+            message = f"{what} is a {type(value).__name__}; only tensors, numbers and flat mappings of them can travel"
+            raise ProgramError(message)
 
 
 def _members(payload: Payload) -> list[tuple[str, Tensor | float]]:
@@ -97,7 +115,7 @@ def _members(payload: Payload) -> list[tuple[str, Tensor | float]]:
 def _flat(value: Tensor | float) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous().reshape(-1)
-    return torch.tensor([value], dtype=torch.float64)
+    return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
 class Cuts:
@@ -108,9 +126,18 @@ class Cuts:
         self.codec = codec
         self.result_codec = result_codec
         total = sum(spec.num_values for spec in specs)
-        block = math.lcm(codec.block, result_codec.block)
-        bounds = [min(total, total * part // num_parts // block * block) for part in range(num_parts)]
+        bounds = [self._place(total * part // num_parts) for part in range(num_parts)]
         self.parts = [self._segments(*bound) for bound in itertools.pairwise([*bounds, total])]
+
+    def _place(self, value: int) -> int:
+        """The last place at or before ``value`` at which a tensor may be cut."""
+        block = math.lcm(self.codec.block, self.result_codec.block)
+        base = 0
+        for spec in self.specs:
+            if value < base + spec.num_values:
+                return base + (value - base) // block * block
+            base += spec.num_values
+        return base
 
     def _segments(self, low: int, high: int) -> list[Segment]:
         segments: list[Segment] = []
@@ -150,9 +177,7 @@ class Cuts:
         for one in self.parts[part]:
             dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
             nbytes = self.codec.nbytes(size, dtype)
-            values = [
-                self.codec.decode(as_tensor(buffer[offset : offset + nbytes]), size, dtype) for buffer in contributions
-            ]
+            values = [self.codec.decode(_slice(buffer, offset, nbytes, dtype), size, dtype) for buffer in contributions]
             out = torch.empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
             operation.aggregator.reduce(values, weights, out)
             pieces.append(self.result_codec.encode(out.to(dtype)))
@@ -167,13 +192,19 @@ class Cuts:
             for one in segments:
                 dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
                 nbytes = self.result_codec.nbytes(size, dtype)
-                data = as_tensor(buffer[offset : offset + nbytes])
+                data = _slice(buffer, offset, nbytes, dtype)
                 tensors[one.tensor][one.start : one.stop].copy_(self.result_codec.decode(data, size, dtype))
                 offset += nbytes
         shaped = [tensor.view(spec.shape) for tensor, spec in zip(tensors, self.specs, strict=True)]
         if len(self.specs) == 1 and not self.specs[0].name:
             return shaped[0]
         return {spec.name: tensor for spec, tensor in zip(self.specs, shaped, strict=True)}
+
+
+def _slice(buffer: Buffer, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """The bytes of one segment; copied where a narrower tensor before it leaves them unaligned for ``dtype``."""
+    data = as_tensor(buffer[offset : offset + nbytes])
+    return data.clone() if data.data_ptr() % dtype.itemsize else data
 
 
 def _join(pieces: list[Tensor]) -> Buffer:
@@ -233,14 +264,24 @@ class Signature:
 
 
 def signature_of(operation: AllReduce[Tensor] | AllGather[Payload]) -> Signature:
-    """The signature of a collective operation."""
+    """The signature of a collective operation.
+
+    Raises:
+        ProgramError: it contributes what cannot travel.
+    """
     if isinstance(operation, AllGather):
-        return Signature("AllGather", _describe(operation.close), None)
+        return Signature("AllGather", _describe([operation.close]), None)
     tensors = None if operation.tensors is None else specs_of(operation.tensors)
-    parts = _describe(operation.aggregator, operation.codec, operation.result_codec, operation.close)
+    if any(spec.is_number for spec in tensors or ()):
+        message = "AllReduce takes a tensor or a mapping of tensors; make numbers tensors (of float64, if need be)"
+        raise ProgramError(message)
+    parts = _describe([operation.aggregator, operation.codec, operation.result_codec, operation.close])
     return Signature("AllReduce", parts, tensors)
 
 
-@functools.lru_cache(maxsize=256)
-def _describe(*parts: Part) -> str:
-    return ", ".join(repr(part) for part in parts)
+def _describe(parts: list[Any]) -> str:
+    return ", ".join(_repr(part) for part in parts)
+
+
+# A model's text takes longer to make than a small exchange, and there are few of them; parts are frozen and hashable.
+_repr = functools.lru_cache(maxsize=256)(repr)

@@ -21,7 +21,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(_header(name, tensor))
-        digest.update(as_buffer(tensor.detach().cpu().contiguous()))
+        digest.update(as_buffer(tensor.detach().cpu().contiguous()).data)
     return digest.hexdigest()
 
 
@@ -31,7 +31,7 @@ def digest_state(state: Mapping[str, State]) -> str:
     for path, leaf in sorted(leaves(dict(state)), key=lambda item: item[0]):
         if isinstance(leaf, Tensor):
             digest.update(_header(path, leaf))
-            digest.update(as_buffer(leaf.detach().cpu().contiguous()))
+            digest.update(as_buffer(leaf.detach().cpu().contiguous()).data)
         else:
             digest.update(f"{path}={json.dumps(leaf, sort_keys=True, allow_nan=True)};".encode())
     return digest.hexdigest()
@@ -41,7 +41,8 @@ def leaves(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     """Walk a state tree: (path, leaf) for all leaves, empty containers included."""
     if isinstance(state, dict) and state:
         for key, child in state.items():
-            yield from leaves(child, f"{path}/{key}")
+            # Quoted: {"a/b": 1} is not {"a": {"b": 1}}, and a key that looks like an index is none.
+            yield from leaves(child, f"{path}/{json.dumps(key)}")
     elif isinstance(state, list) and state:
         for index, child in enumerate(state):
             yield from leaves(child, f"{path}/{index:09d}")

@@ -59,6 +59,7 @@ class Posted:
 
     @property
     def nbytes(self) -> int:
+        """Booked bytes of all parts."""
         return sum(self.part_nbytes)
 
 
@@ -137,7 +138,8 @@ class Host:
         self._fence = fence
         self._programs: dict[NodeId, _Program] = {}
         self._committed = -1
-        self._digests: tuple[int, list[tuple[Replica, str]]] = (-1, [])
+        self._digests: list[tuple[Replica, str]] = []
+        """Of the replicas that have staged the running round."""
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
@@ -156,13 +158,16 @@ class Host:
         for replica in self.replicas.values():
             replica.spec.algorithm.init(replica)
             replica.commit()
-        self._alias()
+        first, *others = self.replicas.values()
+        # What is unequal from the start stays, and the first commit's digests tell of it, as they do across processes.
+        self._alias([first, *(replica for replica in others if replica.shared.equals(first.shared))])
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def begin(self, number: int, view: View, committed: int, nodes: Sequence[NodeId]) -> None:
         """Apply what is committed and make the programs of a new round; ``resume`` runs them."""
         self.settle(committed)
+        self._digests = []
         for node in nodes:
             replica = self.replicas[node]
             replica.begin(number, view)
@@ -172,16 +177,14 @@ class Host:
         """Apply the controller's commits up to round ``committed``."""
         if committed > self._committed:
             self._committed = committed
-            for replica in self.replicas.values():
-                replica.settle(committed)
-            self._alias()
+            self._alias([replica for replica in self.replicas.values() if replica.settle(committed)])
 
-    def _alias(self) -> None:
-        """Keep one copy of the replicated state for all nodes of the process; digests have shown it to be equal."""
-        first, *others = self.replicas.values()
-        if first.spec.algorithm.replicated:
-            for replica in others:
-                replica.shared.adopt(first.shared)
+    @staticmethod
+    def _alias(replicas: Sequence[Replica]) -> None:
+        """Keep one copy of the replicated state of nodes that agree, as digests show of those that commit."""
+        for replica in replicas[1:]:
+            if replica.spec.algorithm.replicated:
+                replica.shared.adopt(replicas[0].shared)
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
         """Run a program to its next operation, or to its end."""
@@ -282,16 +285,13 @@ class Host:
 
     def _digest(self, replica: Replica) -> str:
         """Stage a node's round; bits that equal those of a node staged before need not be hashed again."""
-        number, known = self._digests
-        if number != replica.round:
-            known = []
-        for other, digest in known:
+        for other, digest in self._digests:
             if other.shared.equals(replica.shared):
                 replica.stage()
                 return digest
         replica.stage()
         digest = replica.shared.digest()
-        self._digests = (replica.round, [*known, (replica, digest)])
+        self._digests.append((replica, digest))
         return digest
 
     def cancel(self, nodes: Iterable[NodeId]) -> None:
@@ -350,7 +350,11 @@ class Host:
         return exchange.cuts
 
     def reduced(
-        self, nodes: Sequence[NodeId], seq: int, specs: tuple[TensorSpec, ...], weights: Mapping[NodeId, float],
+        self,
+        nodes: Sequence[NodeId],
+        seq: int,
+        specs: tuple[TensorSpec, ...],
+        weights: Mapping[NodeId, float],
         parts: Sequence[Buffer],
     ) -> dict[NodeId, Reduced[Any]]:
         """The result of an ``AllReduce`` for several nodes: decoded once, then copied, so that none aliases another."""
@@ -358,9 +362,7 @@ class Host:
         total = sum(weights[member] for member in members)
         first = nodes[0]
         value = self._cuts(first, seq, specs).assemble(parts, self.replicas[first].device)
-        return {
-            node: Reduced(value if node == first else _copy(value), members, total) for node in nodes
-        }
+        return {node: Reduced(value if node == first else _copy(value), members, total) for node in nodes}
 
     def combine(
         self, nodes: Sequence[NodeId], seq: int, inline: Sequence[Contributed]

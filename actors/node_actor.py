@@ -251,11 +251,12 @@ class NodeActor:
     # --- exchange ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="exchange")
-    def post(self, epoch: int, seq: int, nodes: Sequence[NodeId], num_parts: int) -> list[Any]:
-        """Put contributions into the store: an acknowledgement, then each part of each node as a value of its own."""
+    def post(self, epoch: int, seq: int, nodes: Sequence[NodeId], parts: Sequence[int]) -> list[Any]:
+        """Put ``parts`` of contributions into the store: an acknowledgement, then each of each node as its own value."""
         if epoch != self._epoch:
-            return [False, *([None] * (num_parts * len(nodes)))]
-        return [True, *(part for node in nodes for part in self._host.parts(node, seq))]
+            return [False, *([None] * (len(parts) * len(nodes)))]
+        contributions = [self._host.parts(node, seq) for node in nodes]
+        return [True, *(contribution[part] for contribution in contributions for part in parts)]
 
     @ray.method(concurrency_group="exchange")
     def secure(self, epoch: int, jobs: Sequence[SecureJob]) -> list[Any]:
@@ -315,6 +316,14 @@ class NodeActor:
         return fetched
 
     # --- control and watch -------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="control")
+    def post_late(self, epoch: int, seq: int, node: NodeId, part: int) -> Buffer | None:
+        """Put one part into the store that was not expected to be needed outside this process.
+
+        Not in the exchange group: two processes that fetch such parts from one another would wait for each other.
+        """
+        return self._host.parts(node, seq)[part] if epoch == self._epoch else None
 
     @ray.method(concurrency_group="control")
     def cancel(self, epoch: int) -> None:

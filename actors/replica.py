@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from actors.data import Position
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
-    from algorithms.api import Algorithm, NodeId, State, Train
+    from algorithms.api import Algorithm, NodeId, Train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Dtype of the master weights by ``optimizer.precision``; bf16 is autocast over fp32 master weights."""
@@ -90,6 +90,7 @@ class Replica:
         self._module = self._build_module()
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self.layout, self.parameters, self.buffers = self._flatten()
+        self._counters = [buffer for buffer in self._module.buffers() if not buffer.is_floating_point()]
         self.shared = StagedState("shared")
         self.local = StagedState("local")
         for state in (self.shared, self.local):
@@ -97,7 +98,8 @@ class Replica:
         self._gradient: Tensor | None = None
         self._optimizer = self._make_optimizer()
         self._step = 0
-        steps_per_round = spec.algorithm.steps_per_round(self.num_samples, spec.batch_size)
+        self._samples_per_step = spec.batch_size * spec.optimizer.accumulate
+        steps_per_round = spec.algorithm.steps_per_round(self.num_samples, self._samples_per_step)
         self._total_steps = spec.optimizer.schedule.total_steps or max(1, spec.rounds * steps_per_round)
         self._committed = self._snapshot()
 
@@ -105,12 +107,15 @@ class Replica:
 
     @property
     def now(self) -> float:
+        """The runtime's clock in seconds."""
         return self.clock()
 
     def rng(self, purpose: str) -> torch.Generator:
+        """A CPU generator that is a pure function of (run seed, round, node, purpose)."""
         return generator(self.spec.seed, self.round, self.id, purpose)
 
     def module(self, at: Tensor | None = None) -> Callable[..., Any]:
+        """The model as a function of its inputs, at parameters ``at`` or at the current ones."""
         if at is None:
             return self._module
         tensors = {entry.name: at[entry.start : entry.stop].view(entry.shape) for entry in self.layout.entries}
@@ -154,7 +159,7 @@ class Replica:
         config = self.spec.optimizer
         if optimizers.is_elementwise(config):
             # One flat tensor instead of many: the same bits, and one kernel instead of one per layer.
-            self._trained = [nn.Parameter(self.parameters)]
+            self._trained: list[Tensor] = [nn.Parameter(self.parameters)]
             if self._gradient is not None:
                 self._trained[0].grad = self._gradient
         else:
@@ -167,16 +172,17 @@ class Replica:
         """Carry out ``Train``; the report's ``seconds`` are this machine's.
 
         Raises:
-            NonFiniteLossError: and ``on_nan`` is ``stop``.
+            NonFiniteLossError: the loss or the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
             Interrupted: the fence went up.
         """
         began = time.perf_counter()
         config = self.spec.optimizer
-        steps = operation.steps or (operation.epochs or 0) * self._steps_per_epoch()
+        steps = operation.steps or (operation.epochs or 0) * self._sampler.steps_per_epoch(self._samples_per_step)
         self._module.train()
         losses: list[float | Tensor] = []
         drawn = 0
         immediate = self.device.type == "cpu"
+        rate = config.lr
         with _seeded(derive_seed(self.spec.seed, self.round, self.id, self._step, "train"), self.device):
             for _ in range(steps):
                 if fence.is_set():
@@ -198,26 +204,29 @@ class Replica:
         seconds = time.perf_counter() - began
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
-            self._give_up_round(values[bad], bad, rate)
+            self._give_up_round(f"loss is {values[bad]}", bad, rate)
+            return TrainReport(math.nan, 0, 0, seconds)
+        # The last step's own result is in no loss yet, and must not reach the other nodes.
+        if not math.isfinite(self.parameters.sum()):
+            self._give_up_round("parameters are not finite", steps - 1, rate)
             return TrainReport(math.nan, 0, 0, seconds)
         return TrainReport(sum(values) / len(values), drawn, steps, seconds)
 
     def _backward(self) -> tuple[Tensor, int]:
         """Fill the gradient of one optimizer step; return the mean loss and the number of samples."""
-        accumulate = self.spec.optimizer.accumulate
         self._zero_gradient()
+        # Drawn at once and weighted by size: k batches of b are one batch of k·b, also where an epoch ends.
+        drawn = self._sampler.next(self._samples_per_step)
         total: Tensor | None = None
-        num_samples = 0
-        for _ in range(accumulate):
-            indices = self._sampler.next(self.spec.batch_size)
-            num_samples += len(indices)
+        for indices in drawn.split(self.spec.batch_size):
             with self._autocast():
                 loss = self.spec.task.loss(self._module, self._to_device(self._samples.batch(indices)))
-            (loss / accumulate if accumulate > 1 else loss).backward()
-            loss = loss.detach()
-            total = loss if total is None else total + loss
+            if len(indices) < len(drawn):
+                loss = loss * (len(indices) / len(drawn))
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        return total / accumulate if accumulate > 1 else total, num_samples
+        return total, len(drawn)
 
     def _zero_gradient(self) -> None:
         if self._gradient is not None:
@@ -229,19 +238,15 @@ class Replica:
         if len(self._trained) == 1 and self._trained[0].shape == self._gradient.shape:
             self._trained[0].grad = self._gradient
 
-    def _give_up_round(self, loss: float, step: int, rate: float) -> None:
-        where = f"node {self.id}, round {self.round}: loss is {loss} after inner step {step} (lr {rate:.3g})"
+    def _give_up_round(self, what: str, step: int, rate: float) -> None:
         if not self.spec.skip_nan:
+            where = f"node {self.id}, round {self.round}: {what} after inner step {step} (lr {rate:.3g})"
             message = f"{where}; lower optimizer.lr, or set on_nan: skip to go on without this node's round"
             raise NonFiniteLossError(message)
         # The round goes on with what was committed; the optimizer's moments have seen the NaN and are made anew.
         self.skipping = True
         self._restore()
         self._optimizer = self._make_optimizer()
-
-    def _steps_per_epoch(self) -> int:
-        per_step = self.spec.optimizer.accumulate
-        return max(1, math.ceil(self._sampler.steps_per_epoch(self.spec.batch_size) / per_step))
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.spec.optimizer.precision == "bf16":
@@ -314,10 +319,12 @@ class Replica:
         self.local.check_unwritten()
         self.staged_round = self.round
 
-    def settle(self, committed: int) -> None:
-        """Make a staged round current if the controller has committed it. Idempotent."""
-        if self.staged_round is not None and committed >= self.staged_round:
+    def settle(self, committed: int) -> bool:
+        """Make a staged round current if the controller has committed it; say whether. Idempotent."""
+        due = self.staged_round is not None and committed >= self.staged_round
+        if due:
             self.commit()
+        return due
 
     def commit(self) -> None:
         """Make parameters, state and data position current."""
@@ -339,17 +346,22 @@ class Replica:
             parameters, buffers = self.parameters.clone(), self.buffers.clone()
         else:
             parameters, buffers = into.parameters.copy_(self.parameters), into.buffers.copy_(self.buffers)
-        return _Committed(parameters, buffers, self._sampler.position, self._step)
+        counters = [counter.clone() for counter in self._counters]
+        return _Committed(parameters, buffers, counters, self._sampler.position, self._step)
 
     def _restore(self) -> None:
         self.parameters.copy_(self._committed.parameters)
         self.buffers.copy_(self._committed.buffers)
+        for counter, committed in zip(self._counters, self._committed.counters, strict=True):
+            counter.copy_(committed)
 
 
 @dataclass(frozen=True)
 class _Committed:
     parameters: Tensor
     buffers: Tensor
+    counters: list[Tensor]
+    """Buffers that are not floating-point: how many batches a batch norm has seen, say."""
     position: Position
     step: int
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,20 +17,23 @@ if TYPE_CHECKING:
 
     from algorithms.api import State
 
+_Held: TypeAlias = "tuple[State, tuple[int, ...]]"
+"""A value, and the version counters that its tensors had when it was assigned."""
+
 
 class StagedState(MutableMapping[str, "State"]):
     """A mapping with a committed and a staged layer. Reads see the round's own writes.
 
-    Tensors are replaced, never written in place: a tensor that was read before a commit must not change by it, and
-    a rollback must find the old bits.
+    Values are replaced, never written in place: what was read before a commit must not change by it, a rollback must
+    find the old bits, and nodes of one process hold the same tensors. Containers refuse to be written to; tensors
+    cannot, so their version counters are looked at when the round ends.
     """
 
     def __init__(self, label: str) -> None:
         self._label = label
-        self._committed: dict[str, State] = {}
-        self._staged: dict[str, State] = {}
+        self._committed: dict[str, _Held] = {}
+        self._staged: dict[str, _Held] = {}
         self._removed: set[str] = set()
-        self._versions: dict[str, list[int]] = {}
         self._aliases: frozenset[int] = frozenset()
 
     def forbid_aliases_of(self, *tensors: Tensor) -> None:
@@ -38,23 +42,37 @@ class StagedState(MutableMapping[str, "State"]):
 
     def __getitem__(self, key: str) -> State:
         if key in self._staged:
-            return self._staged[key]
+            return self._staged[key][0]
         if key in self._committed and key not in self._removed:
-            return self._committed[key]
+            return self._committed[key][0]
         raise KeyError(key)
 
     def __setitem__(self, key: str, value: State) -> None:
-        for path, leaf in leaves(value, key):
-            if isinstance(leaf, Tensor):
-                if leaf.numel() and _storage(leaf) in self._aliases:
+        frozen = self._freeze(value, key)
+        self._staged[key] = frozen, _versions(frozen)
+        self._removed.discard(key)
+
+    def _freeze(self, value: State, path: str) -> State:
+        """Check a value, and make its containers read-only."""
+        match value:
+            case Tensor():
+                if value.numel() and _storage(value) in self._aliases:
                     message = f"node.{self._label}[{path!r}] shares memory with the parameters; assign a clone()"
                     raise ProgramError(message)
-            elif not isinstance(leaf, bool | int | float | str | dict | list | None):
-                message = f"node.{self._label}[{path!r}] is a {type(leaf).__name__}; tensors, numbers, texts, None only"
+                return value
+            case bool() | int() | float() | str() | None:
+                return value
+            case list():
+                return _FrozenList(self._freeze(child, f"{path}/{index}") for index, child in enumerate(value))
+            case dict() if all(isinstance(key, str) for key in value):
+                return _FrozenDict({key: self._freeze(child, f"{path}/{key}") for key, child in value.items()})
+            case dict():
+                message = f"node.{self._label}[{path!r}] has keys that are not texts: {list(value)}"
                 raise ProgramError(message)
-        self._staged[key] = value
-        self._removed.discard(key)
-        self._versions[key] = _versions(value)
+            case _:
+                kinds = "tensors, numbers, texts, None, and lists and dicts of them"
+                message = f"node.{self._label}[{path!r}] is a {type(value).__name__}; it may hold {kinds}"
+                raise ProgramError(message)
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
@@ -71,30 +89,27 @@ class StagedState(MutableMapping[str, "State"]):
 
     def check_unwritten(self) -> None:
         """Raise ``ProgramError`` if a tensor was written in place since it was assigned."""
-        for key, value in self.items():
-            if _versions(value) != self._versions[key]:
-                message = f"node.{self._label}[{key!r}] was written in place; assign a new tensor instead"
-                raise ProgramError(message)
+        # Also what the round replaced: its old bits are what a rollback goes back to.
+        for layer in (self._committed, self._staged):
+            for key, (value, versions) in layer.items():
+                if _versions(value) != versions:
+                    message = f"node.{self._label}[{key!r}] was written in place; assign a new tensor instead"
+                    raise ProgramError(message)
 
     def commit(self) -> None:
         """Make the staged layer current."""
         self._committed.update(self._staged)
         for key in self._removed:
             self._committed.pop(key, None)
-            self._versions.pop(key, None)
         self._staged, self._removed = {}, set()
 
     def rollback(self) -> None:
         """Drop the staged layer."""
-        for key in self._staged:
-            if key in self._committed:
-                self._versions[key] = _versions(self._committed[key])
         self._staged, self._removed = {}, set()
 
     def adopt(self, other: StagedState) -> None:
         """Alias the committed values of ``other``, which are equal to the last bit, and drop the own copy."""
-        self._committed = dict(other._committed)  # noqa: SLF001 - the same class
-        self._versions = dict(other._versions)  # noqa: SLF001
+        self._committed = dict(other._committed)
 
     def equals(self, other: StagedState) -> bool:
         """Whether both hold the same bits; cheaper than two digests where both live in one process."""
@@ -106,22 +121,43 @@ class StagedState(MutableMapping[str, "State"]):
         return digest_state(dict(self))
 
 
+def _refuse(*_: object, **__: object) -> NoReturn:
+    message = "what node.shared and node.local hold is not written in place; change a copy, and assign that"
+    raise ProgramError(message)
+
+
+def _read_only(kind: Any, *writers: str) -> Any:  # noqa: ANN401 - dict or list, in and out
+    """A subclass whose instances cannot be written to; copies of them, deep ones too, are plain again."""
+    members = dict.fromkeys(writers, _refuse) | {"__reduce__": lambda self: (kind, (kind(self),))}
+    return type(f"Frozen{kind.__name__.title()}", (kind,), members)
+
+
+_FrozenDict = _read_only(
+    dict, "__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"
+)
+_FrozenList = _read_only(
+    list,
+    *("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert", "pop", "remove"),
+    *("reverse", "sort"),
+)
+
+
 def _same(one: State, other: State) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one is other:
-            return True
         same_form = one.dtype == other.dtype and one.shape == other.shape
-        # Compared as integers: NaN equals itself then, and -0.0 is not 0.0, as in a digest.
-        return same_form and torch.equal(_bits(one), _bits(other))
-    return type(one) is type(other) and one == other
+        # Compared as bytes: NaN equals itself then, and -0.0 is not 0.0, as in a digest.
+        return one is other or (same_form and torch.equal(_bytes(one), _bytes(other)))
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    return json.dumps(one) == json.dumps(other)
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _versions(value: State) -> list[int]:
-    return [leaf._version for _, leaf in leaves(value) if isinstance(leaf, Tensor)]  # noqa: SLF001 - torch's counter
+def _versions(value: State) -> tuple[int, ...]:
+    return tuple(leaf._version for _, leaf in leaves(value) if isinstance(leaf, Tensor))  # noqa: SLF001 - torch's counter
 
 
 def _storage(tensor: Tensor) -> int:

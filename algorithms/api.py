@@ -25,6 +25,7 @@ Rules that every program keeps:
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ INLINE_LIMIT_BYTES = 64 * 1024
 PART_BYTES = 1024 * 1024
 """A larger one is cut into at most one part per member, and not smaller than this."""
 
-State: TypeAlias = "Tensor | bool | int | float | str | None | dict[str, State] | list[State]"
+State: TypeAlias = "Tensor | bool | int | float | str | dict[str, State] | list[State] | None"
 """What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over."""
 
 Payload: TypeAlias = "Tensor | float | Mapping[str, Tensor | float]"
@@ -137,11 +138,17 @@ class Node(Protocol):
     parameters: Tensor
     """The trainable values, flat and contiguous, shape (P,); the module's parameters are views into it."""
     buffers: Tensor
-    """Floating-point buffers (batch-norm statistics), flat, shape (B,), B = 0 for most models. Local unless averaged."""
-    shared: MutableMapping[str, State]
-    """State that is bit-identical on all members."""
-    local: MutableMapping[str, State]
-    """State of this node alone."""
+    """Floating-point buffers (batch-norm statistics), flat, shape (B,), often B = 0. Local unless averaged."""
+
+    @property
+    def shared(self) -> MutableMapping[str, State]:
+        """State that is bit-identical on all members."""
+        ...
+
+    @property
+    def local(self) -> MutableMapping[str, State]:
+        """State of this node alone."""
+        ...
 
     @property
     def now(self) -> float:
@@ -292,6 +299,12 @@ class AllReduce(Operation[Reduced[TensorsT]]):
     codec: Codec = _IDENTITY
     result_codec: Codec = _IDENTITY
     close: ClosePolicy = _QUORUM
+
+    def __post_init__(self) -> None:
+        """Refuse weights with which there may be no mean."""
+        if not 0 < self.weight < math.inf:
+            message = f"AllReduce takes a weight above 0, and None instead of tensors for 0; got {self.weight}"
+            raise ValueError(message)
 
 
 @dataclass(frozen=True, eq=False)

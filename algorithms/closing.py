@@ -27,5 +27,6 @@ class Quorum(ClosePolicy, name="quorum"):
     """Waits for all that are active; only the round's deadline closes it earlier. The default."""
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
+        """When nobody is missing."""
         del waited_s
         return arrived == active

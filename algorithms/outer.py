@@ -8,16 +8,20 @@ back. An outer gradient is old minus new (``anchor - parameters``), so steps go 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, PositiveFloat
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from algorithms.registry import Part
 
-OuterState: TypeAlias = dict[str, Tensor | int]
+if TYPE_CHECKING:
+    from algorithms.api import State
+
+OuterState: TypeAlias = "dict[str, State]"
+
+_Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OuterOptimizer(Part, family="outer optimizer", catalog="algorithms.outer"):
@@ -73,7 +77,7 @@ class Adam(OuterOptimizer, name="adam"):
     """Adam with bias correction, as in torch.optim.Adam, on outer gradients."""
 
     lr: PositiveFloat = 0.001  # η
-    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)  # β₁, β₂
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)  # β₁, β₂
     eps: PositiveFloat = 1e-8  # ε, added to the root
 
     def init(self, parameters: Tensor) -> OuterState:
@@ -81,8 +85,9 @@ class Adam(OuterOptimizer, name="adam"):
 
     def update(self, gradient: Tensor, state: OuterState) -> tuple[Tensor, OuterState]:
         beta1, beta2 = self.betas
-        step = state["step"] + 1
-        assert isinstance(step, int)
+        before = state["step"]
+        assert isinstance(before, int)
+        step = before + 1
         first = torch.lerp(_tensor(state, "first"), gradient, 1 - beta1)
         second = _tensor(state, "second") * beta2 + gradient.square() * (1 - beta2)
         root = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(self.eps)

@@ -19,7 +19,6 @@ import difflib
 import functools
 import importlib
 import importlib.metadata
-import inspect
 import pkgutil
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
@@ -41,13 +40,15 @@ class Part(BaseModel):
     catalog: ClassVar[str] = ""
     part_name: ClassVar[str] = ""
 
-    def __init_subclass__(cls, *, name: str | None = None, family: str | None = None, catalog: str | None = None) -> None:
+    def __init_subclass__(
+        cls, *, name: str | None = None, family: str | None = None, catalog: str | None = None
+    ) -> None:
         """Accept the class arguments that ``__pydantic_init_subclass__`` evaluates when the fields are known."""
         del name, family, catalog
         super().__init_subclass__()
 
     @classmethod
-    def __pydantic_init_subclass__(
+    def __pydantic_init_subclass__(  # pyright: ignore[reportIncompatibleMethodOverride] - a misspelt argument is an error
         cls, *, name: str | None = None, family: str | None = None, catalog: str | None = None
     ) -> None:
         """Enter a family (``family`` and ``catalog``) or a member of one (``name``) into the tables."""
@@ -76,7 +77,7 @@ class Part(BaseModel):
         fields = {str(key): field for key, field in cast("dict[object, Any]", value).items()}
         name = fields.pop("name", None)
         if name is None:
-            if inspect.isabstract(cls) or not cls.part_name:
+            if "family" in vars(cls):  # the family itself, not a member of it
                 raise PydanticCustomError("missing_name", "{text}", {"text": f"name is missing{_choices(cls)}"})
             return handler(fields)
         target = find(cls, name)

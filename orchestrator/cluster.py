@@ -79,7 +79,8 @@ class Cluster:
         self._ready: deque[Happening] = deque()
         self._epoch = -1
         self._posted: defaultdict[int, dict[NodeId, Posted]] = defaultdict(dict)
-        self._contributions: dict[tuple[int, NodeId], list[ObjectRef[Any]]] = {}
+        self._contributions: dict[tuple[int, NodeId], dict[int, ObjectRef[Any]]] = {}
+        self._members: tuple[NodeId, ...] = ()
         self._reduced: dict[tuple[int, int], ObjectRef[Any]] = {}
         self.transport_nbytes = 0
 
@@ -253,7 +254,7 @@ class Cluster:
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def begin(self, epoch: int, number: int, view: View, committed: int) -> None:
-        self._epoch = epoch
+        self._epoch, self._members = epoch, view.members
         self._posted.clear()
         self._contributions, self._reduced = {}, {}
         for actor, nodes in self._by_actor(view.members):
@@ -293,14 +294,19 @@ class Cluster:
                 assert isinstance(ticket, Stale)
 
     def _post(self, actor: _Actor, seq: int, nodes: list[NodeId], num_parts: int) -> None:
-        """Have large contributions put into the store; they are announced when they are there."""
-        if len(self._actors) == 1:
-            self._announce(seq, nodes)  # all members live in one process, and find each other's bytes there
+        """Have large contributions put into the store; they are announced when they are there.
+
+        Parts that this very process is to reduce, if everybody contributes, stay in its own memory.
+        """
+        parts = [part for part in range(num_parts) if self._home[self._members[part]] is not actor]
+        if not parts:
+            self._announce(seq, nodes)
             return
-        call = actor.handle.post.options(num_returns=1 + num_parts * len(nodes))
-        done, *parts = call.remote(self._epoch, seq, nodes, num_parts)
+        call = actor.handle.post.options(num_returns=1 + len(parts) * len(nodes))
+        done, *refs = call.remote(self._epoch, seq, nodes, parts)
         for place, node in enumerate(nodes):
-            self._contributions[seq, node] = parts[place * num_parts : (place + 1) * num_parts]
+            mine = refs[place * len(parts) : (place + 1) * len(parts)]
+            self._contributions[seq, node] = dict(zip(parts, mine, strict=True))
         self._call(actor, done, lambda _actor, _done: self._announce(seq, nodes))
 
     def _announce(self, seq: int, nodes: Iterable[NodeId]) -> None:
@@ -359,10 +365,12 @@ class Cluster:
             self._call(actor, done, self._on_secured)
 
     def _contribution(self, seq: int, node: NodeId, part: int) -> ObjectRef[Any]:
-        """A member's part in the store; of a gather that mixes sizes, small ones came inline and are put there now."""
-        refs = self._contributions.get((seq, node))
-        if refs is None:
-            refs = self._contributions[seq, node] = [ray.put(self._posted[seq][node].inline)]
+        """A member's part in the store; what was not expected to be needed there is put there now."""
+        refs = self._contributions.setdefault((seq, node), {})
+        if part not in refs:
+            inline = self._posted[seq][node].inline  # of a gather that mixes small and large payloads
+            late = self._home[node].handle.post_late
+            refs[part] = late.remote(self._epoch, seq, node, part) if inline is None else ray.put(inline)
         return refs[part]
 
     def _on_secured(self, actor: _Actor, result: tuple[list[Any], int]) -> None:

@@ -336,7 +336,7 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
 
 def _source(place: Place, given: Mapping[Place, str], source: str) -> str:
     """Who set the value at ``place``: an override, or else the file."""
-    hits = [text for key, text in given.items() if place[: len(key)] == key]
+    hits = [text for key, text in given.items() if place[: len(key)] == key or (place and key[: len(place)] == place)]
     return f"--set {hits[-1]}" if hits else source
 
 

@@ -32,7 +32,7 @@ def explain(errors: Iterable[Mapping[str, Any]], root: type[BaseModel], at: Plac
 
 
 def _line(error: Mapping[str, Any], location: tuple[Any, ...], place: Place, root: type[BaseModel]) -> str:
-    key = ".".join(place) or "the file"
+    key = ".".join(place)
     kind, message = error["type"], error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     owner = model_at(root, location[:-1])
     if kind in ("extra_forbidden", "invalid_key"):
@@ -46,9 +46,11 @@ def _line(error: Mapping[str, Any], location: tuple[Any, ...], place: Place, roo
         return f"{key} must be {_expected(model_at(root, location))}, not {shown(error['input'])}"
     if kind == "not_built" and message.startswith(f"{place[-1]}: "):
         return f"{key}{message.removeprefix(place[-1])}"
-    message = message.partition(", unable to parse")[0]
+    message = message.partition(", unable to parse")[0].partition(", got a number with")[0]
     given = error["input"]
     tail = "" if isinstance(given, dict | list | BaseModel) or "got" in message else f", got {shown(given)}"
+    if not key:
+        return message  # of the whole file; names its keys itself
     return f"{key} {message}{tail}" if message.startswith(("should", "must", "is ")) else f"{key}: {message}"
 
 

@@ -23,6 +23,12 @@ _TOKEN = secrets.token_hex(32)
 
 _PROBE_TIMEOUT_S = 3
 
+_SYSTEM_CONFIG = {
+    # The store frees in batches, by default once a second. A fast round would then write to memory that was never
+    # touched, round after round, and the kernel clears each page first: ten times slower than memory that is reused.
+    "free_objects_period_milliseconds": 20,
+}
+
 
 class Session:
     """A connection to Ray; ``close`` leaves nothing behind of what it started."""
@@ -113,6 +119,7 @@ def _start(num_cpus: float) -> Session:
                 logging_level=logging.ERROR,
                 namespace="starling",
                 _temp_dir=str(folder),
+                _system_config=_SYSTEM_CONFIG,
             )
     except BaseException:
         session.close()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from algorithms.api import Layout
     from orchestrator.config import Config
@@ -99,4 +100,37 @@ class Observer:
         """The final model is here."""
 
     def on_end(self, summary: Summary) -> None:
-        """The run is over, one way or another; called once."""
+        """The run is over, one way or another; called once, also if it never began."""
+
+
+class Observers(Observer):
+    """Several observers as one, told in order."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self._observers = tuple(observers)
+
+    def on_start(self, started: Started) -> None:
+        for observer in self._observers:
+            observer.on_start(started)
+
+    def on_log(self, node: int, lines: Sequence[str]) -> None:
+        for observer in self._observers:
+            observer.on_log(node, lines)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.on_event(event)
+
+    def on_round(self, record: RoundRecord) -> None:
+        for observer in self._observers:
+            observer.on_round(record)
+
+    def on_model(self, model: FinalModel) -> None:
+        for observer in self._observers:
+            observer.on_model(model)
+
+    def on_end(self, summary: Summary) -> None:
+        """Tell all, also if some raise: the first of what they raised comes out at the end."""
+        with contextlib.ExitStack() as stack:
+            for observer in reversed(self._observers):
+                stack.callback(observer.on_end, summary)

@@ -108,7 +108,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Deadline:
-    """The time that the round may wait for stragglers is over."""
+    """The time for which stragglers are waited for is over; while the round goes on, it comes again."""
 
 
 Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline
@@ -196,12 +196,12 @@ class ProgramsDiverge:
     message: str
 
 
-Decision: TypeAlias = (
-    Secure | Deliver | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
-)
+Decision: TypeAlias = Secure | Deliver | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
 
 
 _MAX_REPEATS = 8
+"""Remakes of an exchange beyond two for each member of the view, before it is given up."""
+
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 
@@ -223,6 +223,7 @@ class Exchange:
     is_gather: bool
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
+    """While open: of active members only."""
     waiting: set[NodeId] = field(default_factory=set)
     closed: tuple[NodeId, ...] = ()
     """The target while securing; who is in, afterwards."""
@@ -231,8 +232,9 @@ class Exchange:
     makers: dict[int, NodeId] = field(default_factory=dict)
     """Who makes each part."""
     secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
-    """Of what each finished part is made. AllGather: keyed by the fetching member instead."""
+    """Of what each finished part is made. AllGather: keyed by the fetching member instead, active ones only."""
     delivered: set[NodeId] = field(default_factory=set)
+    """Active members that hold the result."""
 
     @property
     def inline(self) -> bool:
@@ -241,6 +243,7 @@ class Exchange:
 
     @property
     def num_parts(self) -> int:
+        """Into how many parts each contribution is cut; all are cut alike."""
         return max(len(post.part_nbytes) for post in self.posts.values())
 
 
@@ -253,11 +256,11 @@ class Rendezvous:
         self.active = set(self.view)
         self.exchanges: dict[int, Exchange] = {}
         self.returned: dict[NodeId, Return] = {}
+        """Of active members only."""
         self.over = False
         self.payload_nbytes = 0
         """Logical deliveries between distinct nodes so far."""
         self._replicated = replicated
-        self._past_deadline = False
         self._out: list[Decision] = []
 
     def handle(self, event: Event) -> list[Decision]:
@@ -278,10 +281,7 @@ class Rendezvous:
             case Lost(node):
                 self._lost(node)
             case Deadline():
-                self._past_deadline = True
-                for exchange in list(self.exchanges.values()):
-                    if exchange.phase is Phase.OPEN and not self.over:
-                        self._try_close(exchange)
+                self._deadline()
         if not self.over:
             self._try_commit()
         decisions, self._out = self._out, []
@@ -292,33 +292,34 @@ class Rendezvous:
     def _post(self, post: Post) -> None:
         if post.node not in self.active:
             return
-        exchange = self.exchanges.get(post.seq)
-        if exchange is None:
-            exchange = self.exchanges[post.seq] = Exchange(post.seq, post.signature.operation == "AllGather")
-        for other in exchange.posts.values():
-            if not post.signature.agrees_with(other.signature):
-                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
-                return
         done = next((one for one in self.returned.values() if one.num_collectives <= post.seq), None)
         if done is not None:
             self._fail_programs(post.seq, done.node, post.node, f"the end of the program; {post.signature}")
             return
+        exchange = self.exchanges.get(post.seq)
+        if exchange is None:
+            exchange = self.exchanges[post.seq] = Exchange(post.seq, post.signature.operation == "AllGather")
+        # The first contribution fixes what a receiver without one leaves open; all that are there agree already.
+        first = next(iter(exchange.posts.values()), post)
+        fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
+        for other in (first, fixed):
+            if not post.signature.agrees_with(other.signature):
+                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
+                return
         exchange.posts[post.node] = post
         if post.waits:
             exchange.waiting.add(post.node)
-        if exchange.phase is Phase.OPEN:
-            self._try_close(exchange)
+        self._try_close(exchange)
 
     def _waits(self, node: NodeId, seq: int) -> None:
-        exchange = self.exchanges[seq]
         if node not in self.active:
             return
+        exchange = self.exchanges[seq]
         if exchange.phase is Phase.CLOSED:
             self._advance(exchange, (node,))
         else:
             exchange.waiting.add(node)
-            if exchange.phase is Phase.OPEN:
-                self._try_close(exchange)
+            self._move(exchange)
 
     def _secured(self, event: Secured) -> None:
         exchange = self.exchanges[event.seq]
@@ -327,13 +328,12 @@ class Rendezvous:
         if exchange.is_gather:
             if event.by not in self.active:
                 return
-            key = event.by
+            exchange.secured[event.by] = event.got
         else:
             if exchange.makers[event.part] != event.by:
                 return
-            key = event.part
-        exchange.secured[key] = event.got
-        self._book_fetch(exchange, event)
+            exchange.secured[event.part] = event.got
+        self.payload_nbytes += sum(exchange.posts[node].part_nbytes[event.part] for node in event.got - {event.by})
         self._try_agree(exchange)
 
     def _delivered(self, event: Delivered) -> None:
@@ -349,94 +349,122 @@ class Rendezvous:
             return
         exchange.delivered.add(event.node)
         if not exchange.is_gather:
-            sizes = self._sizes(exchange, result=True)
-            self.payload_nbytes += sum(
-                size for part, size in enumerate(sizes) if exchange.makers[part] != event.node
-            )
+            sizes = exchange.posts[exchange.closed[0]].result_nbytes
+            self.payload_nbytes += sum(sizes[part] for part, by in exchange.makers.items() if by != event.node)
         self._try_finish(exchange)
 
     def _return(self, event: Return) -> None:
         if event.node not in self.active:
             return
         ahead = (exchange for exchange in self.exchanges.values() if exchange.seq >= event.num_collectives)
-        other = next(((exchange, node) for exchange in ahead for node in exchange.posts), None)
+        other = next((post for exchange in ahead for post in exchange.posts.values()), None)
         if other is not None:
-            exchange, node = other
-            signature = exchange.posts[node].signature
-            self._fail_programs(exchange.seq, event.node, node, f"the end of the program; {signature}")
+            self._fail_programs(other.seq, event.node, other.node, f"the end of the program; {other.signature}")
             return
         self.returned[event.node] = event
 
     def _lost(self, node: NodeId) -> None:
         if node not in self.view:
             return
-        self._leave(node)
-        fetching = any(one.phase in (Phase.SECURING, Phase.DELIVERING) for one in self.exchanges.values())
-        if fetching:
+        if any(one.phase in (Phase.SECURING, Phase.DELIVERING) for one in self.exchanges.values()):
             self._out.append(GiveUp(node))
-        self._after_leaving(node)
+        self._leave({node})
 
-    def _leave(self, node: NodeId) -> None:
-        self.active.discard(node)
-        self.returned.pop(node, None)
-        for exchange in self.exchanges.values():
-            exchange.waiting.discard(node)
-            exchange.delivered.discard(node)
+    def _deadline(self) -> None:
+        for exchange in list(self.exchanges.values()):
+            if not self.over:
+                self._try_close(exchange, past_deadline=True)
+        # The end of the program is waited for like an exchange.
+        if not self.over and len(self.returned) >= self.need:
+            self._cancel(self.active - self.returned.keys(), "it had not finished the round")
 
-    def _after_leaving(self, node: NodeId) -> None:
+    # --- who is in ---------------------------------------------------------------------------------------------------
+
+    def _cancel(self, nodes: set[NodeId], reason: str) -> None:
+        if nodes:
+            self._out.extend(Cancel(node, reason) for node in sorted(nodes))
+            self._leave(nodes)
+
+    def _leave(self, nodes: set[NodeId]) -> None:
+        """Take ``nodes`` out of the active set, dead or late, and see what that moves."""
+        self.active -= nodes
         if len(self.active) < self.need:
             self._abort(f"{len(self.active)} of {len(self.view)} members are left, {self.need} are needed")
+            return
+        for node in nodes:
+            self.returned.pop(node, None)
         for exchange in list(self.exchanges.values()):
-            if self.over:
-                return
-            match exchange.phase:
-                case Phase.OPEN:
+            exchange.waiting -= nodes
+            exchange.delivered -= nodes
+            if exchange.phase is Phase.OPEN:
+                for node in nodes:
                     exchange.posts.pop(node, None)
-                    self._try_close(exchange)
-                case Phase.SECURING:
-                    self._check_need(exchange)
-                    if not self.over:
-                        self._replace_maker(exchange, node)
-                        self._try_agree(exchange)
-                case Phase.DELIVERING:
-                    self._check_need(exchange)
-                    if not self.over:
-                        self._try_finish(exchange)
-                case Phase.CLOSED:
-                    pass
+                if not exchange.posts:
+                    # Only they had come so far. An exchange that nobody else awaits must not hold up the commit.
+                    del self.exchanges[exchange.seq]
+            elif exchange.is_gather:
+                for node in nodes:
+                    exchange.secured.pop(node, None)
+        for exchange in list(self.exchanges.values()):
+            if not self.over:
+                self._move(exchange)
 
-    # --- an exchange's way --------------------------------------------------------------------------------------------
+    def _move(self, exchange: Exchange) -> None:
+        """Take an exchange as far as it can go with those that are active now."""
+        match exchange.phase:
+            case Phase.OPEN:
+                self._try_close(exchange)
+            case Phase.SECURING:
+                self._check_need(exchange)
+                if not self.over:
+                    self._replace_makers(exchange)
+                    self._try_agree(exchange)
+            case Phase.DELIVERING:
+                self._check_need(exchange)
+                if not self.over:
+                    self._try_finish(exchange)
+            case Phase.CLOSED:
+                pass
 
-    def _try_close(self, exchange: Exchange) -> None:
+    def _check_need(self, exchange: Exchange) -> None:
+        if not exchange.closed:
+            self._abort(f"nobody contributes to exchange {exchange.seq}, or nobody can fetch what is contributed")
+            return
+        receivers = {node for node in self.active if not exchange.posts[node].contributes}
+        if len(receivers.union(exchange.closed)) < self.need:
+            self._abort(f"exchange {exchange.seq} has fewer than the {self.need} members that are needed")
+
+    # --- an exchange's way -------------------------------------------------------------------------------------------
+
+    def _try_close(self, exchange: Exchange, *, past_deadline: bool = False) -> None:
         """Open → securing (or closed), when everybody active has posted or enough have."""
-        posted = exchange.posts.keys() & self.active
-        if not posted or (self.active - posted and not self._enough(exchange, posted)):
+        if exchange.phase is not Phase.OPEN:
             return
-        late = sorted(self.active - posted)
-        if late:
-            # Each cancellation comes back here, and the last one finds nobody missing and closes the exchange.
-            self._cancel(late[0], f"it had not reached exchange {exchange.seq} when that closed")
+        if len(exchange.posts) < len(self.active):
+            if self._enough(exchange, past_deadline=past_deadline):
+                # This comes back here, and then nobody is missing.
+                late = self.active - exchange.posts.keys()
+                self._cancel(late, f"it had not reached exchange {exchange.seq} when that closed")
             return
-        exchange.closed = tuple(sorted(node for node in posted if exchange.posts[node].contributes))
+        exchange.closed = tuple(sorted(node for node, post in exchange.posts.items() if post.contributes))
         self._check_need(exchange)
         if self.over:
             return
         if exchange.inline:
-            size = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed)
-            own = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed if node in self.active)
-            self.payload_nbytes += size * len(self.active) - own
+            nbytes = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed)
+            self.payload_nbytes += nbytes * (len(self.active) - 1)
             self._close(exchange)
             return
         self._secure(exchange, range(exchange.num_parts))
 
-    def _enough(self, exchange: Exchange, posted: set[NodeId]) -> bool:
+    def _enough(self, exchange: Exchange, *, past_deadline: bool) -> bool:
         """Whether those that have not posted are to be left behind: the deadline's row, or the policy's word."""
-        if len(posted) < self.need or not exchange.waiting & posted:
+        if len(exchange.posts) < self.need or not exchange.waiting:
             return False
-        if self._past_deadline:
+        if past_deadline:
             return True
-        latest = max(exchange.posts.values(), key=lambda post: post.waited_s)
-        return latest.close is not None and latest.close.enough(posted, self.active, latest.waited_s)
+        latest = next(reversed(exchange.posts.values()))
+        return latest.close is not None and latest.close.enough(exchange.posts.keys(), self.active, latest.waited_s)
 
     def _secure(self, exchange: Exchange, parts: Sequence[int]) -> None:
         """Ask for ``parts`` to be made of ``exchange.closed``."""
@@ -445,7 +473,7 @@ class Rendezvous:
         exchange.delivered.clear()
         # Each repetition loses a contribution or a member, unless two living members cannot reach one another.
         if exchange.generation > 2 * len(self.view) + _MAX_REPEATS:
-            self._abort(f"exchange {exchange.seq} was made {exchange.generation} times, and some part is always missing")
+            self._abort(f"exchange {exchange.seq} was made {exchange.generation} times, and a part is missing each time")
             return
         if exchange.is_gather:
             exchange.secured.clear()
@@ -461,21 +489,18 @@ class Rendezvous:
     def _request(self, exchange: Exchange, part: int, by: NodeId) -> None:
         self._out.append(Secure(exchange.seq, part, by, exchange.closed, exchange.generation))
 
-    def _replace_maker(self, exchange: Exchange, lost: NodeId) -> None:
-        """Hand a lost maker's unfinished parts to the next active member in cyclic order."""
-        if exchange.is_gather:
-            exchange.secured.pop(lost, None)
-            return
+    def _replace_makers(self, exchange: Exchange) -> None:
+        """Hand unfinished parts of makers that have left to the next active member in cyclic order."""
         for part, maker in exchange.makers.items():
-            if maker == lost and part not in exchange.secured:
-                following = [node for node in sorted(self.active) if node > lost] or sorted(self.active)
-                exchange.makers[part] = following[0]
-                self._request(exchange, part, following[0])
+            if maker not in self.active and part not in exchange.secured:
+                active = sorted(self.active)
+                exchange.makers[part] = next((node for node in active if node > maker), active[0])
+                self._request(exchange, part, exchange.makers[part])
 
     def _try_agree(self, exchange: Exchange) -> None:
         """Securing → delivering, when all parts are made of one set."""
-        expected = self.active if exchange.is_gather else exchange.makers.keys()
-        if exchange.phase is not Phase.SECURING or expected - exchange.secured.keys():
+        expected = len(self.active) if exchange.is_gather else len(exchange.makers)
+        if len(exchange.secured) < expected:
             return
         agreed = frozenset(exchange.closed).intersection(*exchange.secured.values())
         exchange.closed = tuple(sorted(agreed))
@@ -483,55 +508,42 @@ class Rendezvous:
         if self.over:
             return
         if not exchange.is_gather:
-            other = [part for part, got in exchange.secured.items() if got != agreed]
+            other = sorted(part for part, got in exchange.secured.items() if got != agreed)
             if other:
                 for part in other:
                     del exchange.secured[part]
-                self._secure(exchange, sorted(other))
+                self._secure(exchange, other)
                 return
         exchange.phase = Phase.DELIVERING
-        for node in sorted(self.active):
-            post = exchange.posts[node]
-            if post.contributes and node not in agreed:
-                self._cancel(node, f"nobody could fetch what it contributed to exchange {exchange.seq}")
+        unfetched = {node for node in self.active - agreed if exchange.posts[node].contributes}
+        self._cancel(unfetched, f"nobody could fetch what it contributed to exchange {exchange.seq}")
         if self.over:
             return
-        makers = () if exchange.is_gather else tuple(exchange.makers[part] for part in sorted(exchange.makers))
-        nodes = tuple(sorted(self.active))
-        self._out.append(Deliver(exchange.seq, nodes, exchange.closed, makers, exchange.generation))
+        makers = tuple(exchange.makers[part] for part in sorted(exchange.makers))
+        self._out.append(
+            Deliver(exchange.seq, tuple(sorted(self.active)), exchange.closed, makers, exchange.generation)
+        )
 
     def _try_finish(self, exchange: Exchange) -> None:
         """Delivering → closed, when every active member has the result."""
-        if exchange.phase is Phase.DELIVERING and self.active <= exchange.delivered:
+        if len(exchange.delivered) == len(self.active):
             self._close(exchange)
 
     def _close(self, exchange: Exchange) -> None:
         exchange.phase = Phase.CLOSED
-        self._past_deadline = False
-        self._advance(exchange, tuple(sorted(exchange.waiting & self.active)))
+        self._advance(exchange, tuple(sorted(exchange.waiting)))
 
     def _advance(self, exchange: Exchange, nodes: tuple[NodeId, ...]) -> None:
         exchange.waiting.difference_update(nodes)
         if nodes:
             self._out.append(Advance(exchange.seq, nodes, exchange.closed, exchange.inline))
 
-    def _check_need(self, exchange: Exchange) -> None:
-        receivers = {node for node in self.active if node in exchange.posts and not exchange.posts[node].contributes}
-        if not exchange.closed:
-            self._abort(f"nobody contributes to exchange {exchange.seq}")
-        elif len(receivers.union(exchange.closed)) < self.need or len(self.active) < self.need:
-            self._abort(f"exchange {exchange.seq} has fewer than the {self.need} members that are needed")
-
-    def _cancel(self, node: NodeId, reason: str) -> None:
-        self._out.append(Cancel(node, reason))
-        self._leave(node)
-        self._after_leaving(node)
-
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def _try_commit(self) -> None:
-        busy = any(exchange.phase is not Phase.CLOSED for exchange in self.exchanges.values())
-        if busy or self.active - self.returned.keys() or not self.active:
+        if len(self.returned) < len(self.active) or any(
+            exchange.phase is not Phase.CLOSED for exchange in self.exchanges.values()
+        ):
             return
         self.over = True
         groups: dict[str, list[NodeId]] = {}
@@ -551,14 +563,3 @@ class Rendezvous:
     def _fail_programs(self, seq: int, first: NodeId, second: NodeId, message: str) -> None:
         self.over = True
         self._out.append(ProgramsDiverge(seq, first, second, message))
-
-    # --- bytes -------------------------------------------------------------------------------------------------------
-
-    def _sizes(self, exchange: Exchange, *, result: bool = False) -> tuple[int, ...]:
-        """Booked sizes of an AllReduce's parts, equal for all contributors."""
-        post = next(post for post in exchange.posts.values() if post.contributes)
-        return post.result_nbytes if result else post.part_nbytes
-
-    def _book_fetch(self, exchange: Exchange, event: Secured) -> None:
-        for node in event.got - {event.by}:
-            self.payload_nbytes += exchange.posts[node].part_nbytes[event.part]

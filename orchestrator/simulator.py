@@ -7,6 +7,7 @@ so the results are the cluster's to the last bit; only time is modelled: a step 
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 from collections import deque
@@ -16,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save
 
-from actors.host import Computing, Contributed, Failed, Host, Posted, Returned, Stale, Ticket
+from actors.host import Computing, Contributed, Failed, Host, Posted, Returned, Stale, Ticket, failure
 from actors.replica import Replica, virtual
 from actors.setup import load_data
 from algorithms.api import TrainReport
+from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.network import Flow, Network
 from orchestrator.rendezvous import Advance, Cancel, Deliver, Delivered, GiveUp, Post, Return, Secure, Secured
 from orchestrator.runtime import FinalModel, Finished, Happening, NodeFacts, Raised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from actors.buffers import Buffer
     from algorithms.api import NodeId, Train, View
@@ -75,14 +77,15 @@ class Simulator:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
         torch.set_num_threads(1)
         nodes = range(self._config.num_nodes)
-        data = load_data(self._spec.task, self._config.data, len(nodes), self._spec.seed)
-        self._validation = data.validation
-        self.baselines = self._spec.task.baselines(len(nodes))
-        replicas = [Replica(node, self._spec, data.train, data.parts[node]) for node in nodes]
-        for replica in replicas:
-            replica.clock = lambda: self._now
-        self._host = Host(replicas, fence=threading.Event())
-        self._host.init()
+        with user_code(nodes[0], 0):
+            data = load_data(self._spec.task, self._config.data, len(nodes), self._spec.seed)
+            self._validation = data.validation
+            self.baselines = self._spec.task.baselines(len(nodes))
+            replicas = [Replica(node, self._spec, data.train, data.parts[node]) for node in nodes]
+            for replica in replicas:
+                replica.clock = lambda: self._now
+            self._host = Host(replicas, fence=threading.Event())
+            self._host.init()
         self.layout = replicas[0].layout
         return [NodeFacts(node, "simulated", "cpu", len(data.parts[node])) for node in nodes]
 
@@ -241,7 +244,9 @@ class Simulator:
 
     def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float]:
         self._host.settle(committed)
-        return self._host.replicas[node].evaluate(self._validation, max_batches)
+        replica = self._host.replicas[node]
+        with user_code(node, replica.round):
+            return replica.evaluate(self._validation, max_batches)
 
     def finish(self, committed: int, node: NodeId) -> FinalModel:
         self._host.settle(committed)
@@ -250,6 +255,18 @@ class Simulator:
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)
+
+
+@contextlib.contextmanager
+def user_code(node: NodeId, number: int) -> Iterator[None]:
+    """Turn what a user's task raises outside of a program into the error that names the node."""
+    try:
+        yield
+    except StarlingError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a user's task raises
+        failed = failure(node, number, error)
+        raise NodeFailedError(failed.message, failed.traceback) from None
 
 
 def post_event(node: NodeId, ticket: Posted) -> Post:

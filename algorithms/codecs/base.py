@@ -32,7 +32,7 @@ class Codec(Part, family="codec", catalog="algorithms.codecs"):
 
     @abstractmethod
     def decode(self, data: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
-        """Decode bytes into ``num_values`` values of ``dtype``, shape (n,); the result may share memory with ``data``."""
+        """Decode bytes into ``num_values`` values of ``dtype``, shape (n,); they may share memory with ``data``."""
 
 
 class Identity(Codec, name="identity"):

@@ -47,11 +47,13 @@ class FedAvg(Algorithm, name="fedavg"):
 
     def cohort_size(self, num_nodes: int) -> int:
         """|S|, the number of nodes that take part."""
-        return max(1, math.ceil(self.fraction * num_nodes))
+        # Rounded: 0.07 · 100 is 7.000000000000001 in floating point, and must not become 8.
+        return max(1, math.ceil(round(self.fraction * num_nodes, 9)))
 
     def participants(self, view: View, rng: torch.Generator) -> tuple[NodeId, ...]:
-        chosen = torch.randperm(len(view.members), generator=rng)[: self.cohort_size(len(view.members))]
-        return tuple(sorted(view.members[index] for index in chosen.tolist()))
+        permutation = torch.randperm(len(view.members), generator=rng)
+        order = cast("list[int]", permutation.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+        return tuple(sorted(view.members[index] for index in order[: self.cohort_size(len(view.members))]))
 
     async def round(self, node: Node) -> None:
         model = cast("Tensor", node.shared["model"])

@@ -1,0 +1,47 @@
+"""The smallest task and algorithms that isolate what is measured: a bare vector, and rounds that only exchange it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from actors.tasks import Samples, Task, TensorSamples
+from algorithms.api import Algorithm, AllReduce, Layout, Node, all_reduce_bytes
+
+
+class Vector(Task):
+    """A vector of ``size`` trainable values."""
+
+    size: PositiveInt
+
+    def train_samples(self, num_nodes: int) -> Samples:
+        return TensorSamples(torch.zeros(max(num_nodes, 2), 1))
+
+    def validation_samples(self, num_nodes: int) -> Samples:
+        return TensorSamples(torch.zeros(1, 1))
+
+    def build(self) -> nn.Module:
+        module = nn.Module()
+        module.register_parameter("vector", nn.Parameter(torch.zeros(self.size)))
+        return module
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return cast("Tensor", module.vector)[0] * 0 + batch[0].sum()
+
+
+class ExchangeOnly(Algorithm):
+    """A round is one AllReduce of the parameters and nothing else; its seconds are printed to the node's log."""
+
+    async def round(self, node: Node) -> None:
+        began = node.now
+        await AllReduce(node.parameters)
+        print(f"all_reduce {node.now - began:.6f}")  # noqa: T201 - how a program hands figures to a benchmark
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return all_reduce_bytes(layout.nbytes, num_nodes)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return 1

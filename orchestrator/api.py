@@ -1,0 +1,181 @@
+"""One training from Python: ``run`` on a cluster, ``simulate`` in this process::
+
+    from orchestrator import simulate
+
+    summary = simulate("examples/fedavg.yaml", ["rounds=5"])
+    print(summary.metrics, summary.digest)
+
+What takes seconds to import is imported by these functions, and not by their module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+    from typing import Any, TypeAlias
+
+    from orchestrator.config import Config
+    from orchestrator.records import Observer, Summary
+    from orchestrator.runtime import Runtime
+
+    Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
+
+_LOG = logging.getLogger("starling")
+
+
+def run(
+    config: Source,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Train on a Ray cluster: one of our own on this machine, or the one at ``cluster.address``.
+
+    Args:
+        config: a file, its content, or a ``Config``.
+        overrides: ``a.b=c`` each, applied to ``config`` in order.
+        run_dir: where everything about the run is written; by default ``runs/<name>-<time>-<4 hex>``.
+        observers: told what happens, after the run directory and the tracker.
+
+    Raises:
+        StarlingError: the run could not begin, or failed; observers have had ``on_end`` by then.
+        KeyboardInterrupt: it was interrupted (SIGINT, or SIGTERM while Ray runs), and closed cleanly.
+    """
+    resolved = resolve(config, overrides)
+    refuse_simulated_network(resolved)
+    from orchestrator.cluster import Cluster
+
+    return _drive(resolved, Cluster, run_dir, observers)
+
+
+def simulate(
+    config: Source,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Train in this process, under a virtual clock and a model of the network. Arguments and errors as for ``run``."""
+    resolved = resolve(config, overrides)
+    from orchestrator.simulator import Simulator
+
+    return _drive(resolved, Simulator, run_dir, observers)
+
+
+def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration.
+
+    Raises:
+        ConfigError: one line for each thing that is wrong.
+    """
+    from orchestrator.config import Config, load, parse
+
+    if isinstance(config, Config):
+        return parse(config.dump(), overrides) if overrides else config
+    return parse(config, overrides) if isinstance(config, Mapping) else load(config, overrides)
+
+
+def refuse_simulated_network(config: Config) -> None:
+    """Refuse what only the simulator does, instead of leaving it out in silence.
+
+    Raises:
+        ConfigError: the configuration asks for a slow network.
+    """
+    network = config.network
+    for key, value, off in (
+        ("bandwidth_mbps", network.bandwidth_mbps, "null"),
+        ("latency_ms", network.latency_ms, "0"),
+        ("links", network.links, "[]"),
+    ):
+        if value:
+            raise ConfigError(
+                f"network.{key} is set, and throttling a real cluster is not built yet; "
+                f"set network.{key}: {off}, or use starling simulate"
+            )
+
+
+def _drive(
+    config: Config,
+    make: Callable[[Config], Runtime],
+    run_dir: str | Path | None,
+    observers: Sequence[Observer],
+) -> Summary:
+    """Run to the end, whatever that is; leave nothing behind but the run directory."""
+    from orchestrator.config import MLflowTracking
+    from orchestrator.controller import Controller
+    from orchestrator.records import Observers
+    from orchestrator.run_directory import RunDirectory
+
+    runtime = make(config)
+    directory = RunDirectory(config, run_dir)
+    trackers: list[Observer] = []
+    if isinstance(config.tracking, MLflowTracking):
+        from orchestrator.tracking import MLflowTracker
+
+        trackers.append(MLflowTracker(config.tracking, directory.path))
+    everyone = Observers([directory, *trackers, *observers])
+    controller = Controller(config, runtime, everyone, run_id=directory.run_id, run_dir=str(directory.path))
+    with _kept_handlers():
+        try:
+            summary = controller.run()
+        except BaseException as error:
+            # Ray's handler of SIGTERM raises SystemExit.
+            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+            with _undisturbed():
+                summary = controller.summary("interrupted" if interrupted else "failed")
+                runtime.close()
+                _end_badly(everyone, summary)
+            if isinstance(error, SystemExit):
+                raise KeyboardInterrupt from None
+            raise
+        with _undisturbed():
+            runtime.close()
+            everyone.on_end(summary)
+    return summary
+
+
+def _end_badly(everyone: Observer, summary: Summary) -> None:
+    """Tell the observers, and keep what they may raise from hiding why the run ended."""
+    try:
+        everyone.on_end(summary)
+    except Exception as error:  # noqa: BLE001 - as said
+        _LOG.warning("the end of the run was not recorded: %s", error)
+
+
+@contextlib.contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Put signal handlers back: Ray leaves one of its own for SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            if handler is not None:  # None: it was not installed from Python, and cannot be put back from it
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Close to the end: every wait in it is bounded, and a second Ctrl-C would leave processes behind."""
+    with _kept_handlers():
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # Not SIG_IGN, which processes that are started now would inherit.
+                signal.signal(number, lambda *_: None)
+        yield
+
+

@@ -1,0 +1,223 @@
+"""What people see of a run: a live view on a terminal, plain lines elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from orchestrator.config import MLflowTracking, without_password
+from orchestrator.records import Observer
+from orchestrator.tracking import store_of, ui_command
+from orchestrator.units import bytes_text, number_text, seconds_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console, RenderableType
+
+    from orchestrator.config import Config
+    from orchestrator.records import RoundRecord, Started, Summary
+
+_MAX_LINES = 200
+"""Of a run's rounds where there is no terminal; of longer runs every k-th is shown."""
+
+_COMPARED = "loss"
+"""The metric that a task's baselines belong to."""
+
+
+def display(console: Console) -> Display:
+    """The view that suits where the output goes."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+
+
+class Display(Observer):
+    """What both views share: the start, the notes and the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started: Started | None = None
+        self._sent = 0
+        self._began = time.monotonic()
+
+    def on_start(self, started: Started) -> None:
+        self._started = started
+        self._began = time.monotonic()
+        self._console.print(headline(started), soft_wrap=True, highlight=False)
+        for node in started.nodes:
+            for warning in node.warnings:
+                self.note(f"node {node.node}: {warning}")
+        self.begin(started)
+
+    def on_round(self, record: RoundRecord) -> None:
+        assert self._started is not None
+        self._sent += record.payload_bytes
+        rounds = self._started.config.rounds
+        done = record.round + 1
+        # Time of this machine, also for the simulator: it is this that one waits for.
+        self.show(self._started, record, (time.monotonic() - self._began) / done * (rounds - done))
+
+    def on_end(self, summary: Summary) -> None:
+        self.stop()
+
+    def begin(self, started: Started) -> None:
+        """Prepare to show rounds."""
+
+    def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
+        """Show a round; ``left_s`` is how long the rest will take."""
+
+    def stop(self) -> None:
+        """Show nothing from now on."""
+
+    def note(self, text: str) -> None:
+        """Say something in between."""
+        self._console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+class PlainDisplay(Display):
+    """A line for each round."""
+
+    def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
+        rounds = started.config.rounds
+        done = record.round + 1
+        if done % -(-rounds // _MAX_LINES) and done != rounds:
+            return
+        parts = [f"round {done}/{rounds}"]
+        if record.loss is not None:
+            parts.append(f"loss {number_text(record.loss)}")
+        if record.metrics:
+            compared = _baselines(started.baselines)
+            values = (
+                f"{name} {number_text(value)}{f' ({compared})' if name == _COMPARED and compared else ''}"
+                for name, value in record.metrics.items()
+            )
+            parts.append(f"eval {' '.join(values)}")
+        parts += [_plural(record.nodes, "node"), bytes_text(record.payload_bytes), _duration(started, record)]
+        if done < rounds:
+            parts.append(f"ETA {seconds_text(left_s)}")
+        self._console.print("  ".join(parts), soft_wrap=True, highlight=False, markup=False)
+
+
+class LiveDisplay(Display):
+    """A progress bar and the latest values, drawn in place."""
+
+    _live: Live | None = None
+    _metrics: Mapping[str, float] | None = None
+    _evaluated: int = 0
+
+    def begin(self, started: Started) -> None:
+        self._bar = Progress(
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=40),
+            TextColumn("{task.percentage:.0f} %"),
+            TextColumn("[dim]{task.fields[left]}[/]"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=started.config.rounds, left="")
+        self._live = Live(self._bar, console=self._console, transient=True, refresh_per_second=8)
+        self._live.start()
+
+    def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
+        if self._live is None:
+            return
+        if record.metrics:
+            self._metrics, self._evaluated = record.metrics, record.round + 1
+        self._bar.update(self._task, completed=record.round + 1, left=f"ETA {seconds_text(left_s)}")
+        self._live.update(Group(self._bar, self._values(started, record)))
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _values(self, started: Started, record: RoundRecord) -> RenderableType:
+        table = _two_columns()
+        if record.loss is not None:
+            table.add_row("training loss", f"[bold]{number_text(record.loss)}[/]")
+        for name, value in (self._metrics or {}).items():
+            label = "validation loss" if name == _COMPARED else name
+            age = f"  [dim]after round {self._evaluated}[/]" if self._evaluated <= record.round else ""
+            table.add_row(escape(label), f"[bold]{number_text(value)}[/]{_beside(name, started.baselines)}{age}")
+        table.add_row("nodes", f"{record.nodes} of {started.config.num_nodes}")
+        table.add_row("bytes", f"{bytes_text(self._sent)}  [dim]{bytes_text(record.payload_bytes)} in this round[/]")
+        table.add_row("round", f"{_duration(started, record)}  [dim]{_phases(record)}[/]")
+        return table
+
+
+# --- the beginning and the end --------------------------------------------------------------------------------------
+
+
+def headline(started: Started) -> str:
+    """What runs, in a line."""
+    config = started.config
+    devices = sorted({node.device for node in started.nodes})
+    where = "simulated" if started.virtual else f"on {', '.join(devices)}"
+    return (
+        f"[bold]{escape(config.algorithm.name)}[/] on [bold]{escape(config.task.name)}[/]: "
+        f"{_plural(len(started.nodes), 'node')} {where}, {started.layout.num_values:,} parameters, "
+        f"{_plural(config.rounds, 'round')}  [dim]{escape(started.run_dir)}[/]"
+    )
+
+
+def print_summary(console: Console, summary: Summary, config: Config) -> None:
+    """What the run came to, and where to look."""
+    color = {"finished": "green", "failed": "red", "interrupted": "yellow"}[summary.status]
+    rows = [("status", f"[bold {color}]{summary.status}[/] after {_plural(summary.rounds, 'round')}")]
+    for name, value in summary.metrics.items():
+        label = "validation loss" if name == _COMPARED else name
+        rows.append((label, f"[bold]{number_text(value)}[/]{_beside(name, summary.baselines)}"))
+    payload, per_round = summary.bytes["payload"] or 0, summary.bytes["per_round"] or 0
+    rows.append(("bytes", f"{bytes_text(payload)} payload, {bytes_text(per_round)} per round"))
+    rows.append(("nodes", ", ".join(f"{n} {what}" for what, n in summary.nodes.items() if n or what == "started")))
+    virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"
+    rows.append(("time", f"{seconds_text(summary.seconds)}{virtual}"))
+    if summary.digest:
+        rows.append(("digest", summary.digest))
+    path = Path(summary.run_dir)
+    if path.is_dir():
+        rows.append(("run directory", escape(str(path))))
+        if (path / "curves.png").exists():
+            rows.append(("curves", escape(str(path / "curves.png"))))
+        if isinstance(config.tracking, MLflowTracking):
+            store = store_of(config.tracking, path)
+            rows.append(("tracked in", escape(without_password(store))))
+            command = ui_command(store)
+            if command:
+                rows.append(("look at it with", escape(command)))
+    for label, value in rows:
+        # Paths and commands are there to be copied: never cut, never folded.
+        console.print(f"[dim]{escape(label):<17}[/]{value}", soft_wrap=True, highlight=False)
+
+
+def _two_columns() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ignore")
+    return table
+
+
+def _baselines(baselines: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {number_text(value)}" for name, value in baselines.items())
+
+
+def _beside(name: str, baselines: Mapping[str, float]) -> str:
+    text = _baselines(baselines) if name == _COMPARED else ""
+    return f"  [dim]({escape(text)})[/]" if text else ""
+
+
+def _duration(started: Started, record: RoundRecord) -> str:
+    return f"{seconds_text(record.seconds)}{' virtual' if started.virtual else ''}"
+
+
+def _phases(record: RoundRecord) -> str:
+    return f"{seconds_text(record.train_seconds)} training, {seconds_text(record.exchange_seconds)} exchange"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

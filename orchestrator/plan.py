@@ -1,0 +1,119 @@
+"""The plan of a run: what it needs and what it will send, from the configuration and the task on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actors.replica import Replica
+from actors.setup import load_data
+from orchestrator.api import refuse_simulated_network
+from orchestrator.errors import ConfigError, StarlingError
+from orchestrator.simulator import user_code
+
+if TYPE_CHECKING:
+    from orchestrator.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``starling check`` prints."""
+
+    name: str
+    algorithm: str
+    task: str
+    rounds: int
+    nodes: int
+    actors: int
+    """Processes that host the nodes on a cluster."""
+    num_cpus: float
+    """That Ray must have, in all."""
+    num_gpus: float
+    samples: dict[str, int]
+    """``training``, ``validation``, and the ``least`` and ``most`` that a node owns."""
+    batch_size: int
+    parameters: int
+    model_bytes: int
+    """Of the parameters and floating-point buffers, as they are exchanged without a codec."""
+    steps_per_round: dict[str, int]
+    """``least`` and ``most`` that a node takes in a round."""
+    schedule: str
+    payload_bytes: dict[str, int]
+    """``per_round`` over all nodes without losses, and in ``total``."""
+    evaluations: int
+    baselines: dict[str, float]
+    runtimes: list[str]
+    """Where it can run: ``cluster``, ``simulator``."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def make_plan(config: Config) -> Plan:
+    """Load the task, build one replica, and work out the rest.
+
+    Raises:
+        StarlingError: the run could not begin like this.
+    """
+    num_nodes, spec = config.num_nodes, config.replica_spec()
+    with user_code(0, 0):
+        data = load_data(config.task, config.data, num_nodes, config.seed)
+        baselines = config.task.baselines(num_nodes)
+        replica = Replica(0, spec, data.train, data.parts[0], torch.device("cpu"))
+    counts = [len(part) for part in data.parts]
+    steps = [config.algorithm.steps_per_round(count, config.data.batch_size) for count in counts]
+    layout = replica.layout
+    per_round = config.algorithm.expected_bytes(layout, num_nodes)
+    every = config.evaluation.every_rounds
+    return Plan(
+        name=config.name,
+        algorithm=config.algorithm.name,
+        task=config.task.name,
+        rounds=config.rounds,
+        nodes=num_nodes,
+        actors=config.cluster.num_actors,
+        num_cpus=config.cluster.num_cpus * num_nodes,
+        num_gpus=config.cluster.num_gpus * num_nodes,
+        samples={
+            "training": sum(counts),
+            "validation": len(data.validation),
+            "least": min(counts),
+            "most": max(counts),
+        },
+        batch_size=config.data.batch_size,
+        parameters=layout.num_values,
+        model_bytes=layout.nbytes + layout.buffer_nbytes,
+        steps_per_round={"least": min(steps), "most": max(steps)},
+        schedule=_schedule(config, max(steps)),
+        payload_bytes={"per_round": per_round, "total": per_round * config.rounds},
+        evaluations=-(-config.rounds // every) if every else 1,
+        baselines=baselines,
+        runtimes=_runtimes(config),
+    )
+
+
+def _schedule(config: Config, steps_per_round: int) -> str:
+    """The learning rate over the run, in words."""
+    optimizer, schedule = config.optimizer, config.optimizer.schedule
+    total = schedule.total_steps or config.rounds * steps_per_round
+    try:
+        schedule.factor(0, total)
+    except StarlingError as error:
+        raise ConfigError(str(error)) from None
+    text = f"{optimizer.name}, lr {optimizer.lr:g}"
+    if schedule.warmup_steps:
+        text += f", up over {schedule.warmup_steps} steps"
+    if schedule.name == "constant":
+        return f"{text}, constant"
+    return f"{text}, {schedule.name} to {schedule.final_fraction * optimizer.lr:g} at step {total}"
+
+
+def _runtimes(config: Config) -> list[str]:
+    try:
+        refuse_simulated_network(config)
+    except ConfigError:
+        return ["simulator"]
+    return ["cluster", "simulator"]

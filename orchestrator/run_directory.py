@@ -1,0 +1,144 @@
+"""The run directory: everything that a run leaves behind, in plain files.
+
+    config.yaml         all keys with their resolved values; runs again as it is
+    events.jsonl        the controller's record: rounds begun, committed, aborted; nodes lost
+    metrics.jsonl       one object per committed round
+    logs/node-003.log   what node 3 wrote to its log
+    model.safetensors   the final model
+    summary.json        what `--json` prints
+    curves.png          losses over rounds and bytes
+
+It is claimed before the nodes start, and a run that never began leaves none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator.errors import RunDirectoryError, RunError
+from orchestrator.records import Observer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from orchestrator.config import Config
+    from orchestrator.records import RoundRecord, Started, Summary
+    from orchestrator.runtime import FinalModel
+
+_LOG = logging.getLogger("starling")
+_DEFAULT_ROOT = "runs"
+
+
+class RunDirectory(Observer):
+    """Writes a run's directory.
+
+    Raises:
+        RunDirectoryError: the directory is in use, or cannot be made.
+    """
+
+    def __init__(self, config: Config, path: str | Path | None = None) -> None:
+        self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
+        self._started: Started | None = None
+        self._rounds: list[RoundRecord] = []
+        self._files: dict[str, IO[str]] = {}
+        self._made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise FileExistsError
+            # Created exclusively: of two runs that found the directory empty, one goes on.
+            with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
+                yaml.safe_dump(config.dump(), file, sort_keys=False, allow_unicode=True)
+        except FileExistsError:
+            what = "is not empty" if self.path.is_dir() else "is not a directory"
+            hint = f"name another one, or none for {_DEFAULT_ROOT}/{config.name}-<time>"
+            raise RunDirectoryError(f"run directory {self.path} {what}; {hint}") from None
+        except OSError as error:
+            raise RunDirectoryError(f"run directory {self.path} cannot be made: {error.strerror}") from None
+
+    @property
+    def run_id(self) -> str:
+        """The run's name everywhere: the directory's."""
+        return self.path.name
+
+    def on_start(self, started: Started) -> None:
+        self._started = started
+
+    def on_log(self, node: int, lines: Sequence[str]) -> None:
+        # Opened each time: a run may have more nodes than a process may have open files.
+        path = self.path / "logs" / f"node-{node:03}.log"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+        except OSError as error:
+            raise self._failure(f"logs/{path.name}", error) from None
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        self._line("events.jsonl", event)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self._rounds.append(record)
+        self._line("metrics.jsonl", asdict(record))
+
+    def on_model(self, model: FinalModel) -> None:
+        self._whole("model.safetensors", model.safetensors)
+
+    def on_end(self, summary: Summary) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._started is None:
+            self._discard()
+            return
+        self._whole("summary.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
+        if self._rounds:
+            try:
+                from orchestrator.report import draw
+
+                draw(self.path / "curves.png", self._started, self._rounds)
+            except Exception as error:  # noqa: BLE001 - a picture is not worth a run
+                _LOG.warning("curves.png could not be drawn: %s: %s", type(error).__name__, error)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _line(self, name: str, data: Mapping[str, Any]) -> None:
+        try:
+            if name not in self._files:
+                self._files[name] = (self.path / name).open("a", encoding="utf-8")
+            self._files[name].write(json.dumps(data) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise self._failure(name, error) from None
+
+    def _whole(self, name: str, data: bytes | memoryview) -> None:
+        """Write a file that is there whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        try:
+            partial.write_bytes(data)
+            partial.replace(self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise self._failure(name, error) from None
+
+    def _failure(self, name: str, error: OSError) -> RunError:
+        return RunError(f"{self.path / name} cannot be written: {error.strerror}")
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            (self.path / "config.yaml").unlink()
+            if self._made:
+                self.path.rmdir()
+
+
+def _default(name: str) -> Path:
+    time = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path(_DEFAULT_ROOT) / f"{name}-{time}-{secrets.token_hex(2)}"
