@@ -152,10 +152,12 @@ class Cuts:
     def _nbytes(self, codec: Codec, segments: list[Segment]) -> int:
         return sum(codec.nbytes(one.stop - one.start, self.specs[one.tensor].dtype) for one in segments)
 
+    @functools.cached_property
     def part_nbytes(self) -> tuple[int, ...]:
         """Encoded bytes of each part of one contribution."""
         return tuple(self._nbytes(self.codec, segments) for segments in self.parts)
 
+    @functools.cached_property
     def result_nbytes(self) -> tuple[int, ...]:
         """Encoded bytes of each part of the result."""
         return tuple(self._nbytes(self.result_codec, segments) for segments in self.parts)
@@ -169,7 +171,7 @@ class Cuts:
         ]
 
     def reduce(
-        self, operation: AllReduce[Tensor], part: int, contributions: Sequence[Buffer], weights: Sequence[float]
+        self, operation: AllReduce[Any], part: int, contributions: Sequence[Buffer], weights: Sequence[float]
     ) -> Buffer:
         """Decode one part of several contributions, combine them in the order given, and encode the result."""
         pieces: list[Tensor] = []
@@ -263,7 +265,7 @@ class Signature:
         return f"{self.operation}({inside}) with {self.parts}"
 
 
-def signature_of(operation: AllReduce[Tensor] | AllGather[Payload]) -> Signature:
+def signature_of(operation: AllReduce[Any] | AllGather[Any]) -> Signature:
     """The signature of a collective operation.
 
     Raises:

@@ -6,6 +6,7 @@ it runs programs to their next operation and moves bytes as it is told.
 
 from __future__ import annotations
 
+import functools
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -15,6 +16,7 @@ import torch
 from actors import buffers
 from actors.buffers import Cuts, Signature, TensorSpec
 from actors.replica import Interrupted
+from actors.state import same_bits
 from algorithms.api import (
     INLINE_LIMIT_BYTES,
     AllGather,
@@ -25,14 +27,16 @@ from algorithms.api import (
     TrainReport,
 )
 from algorithms.errors import ProgramError, StarlingError, UnsupportedOperation
+from algorithms.seeds import generator
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
     from actors.buffers import Buffer
     from actors.replica import Fence, Replica
-    from algorithms.api import NodeId, Payload, View
+    from algorithms.api import NodeId, Payload, State, View
     from algorithms.closing import ClosePolicy
+    from algorithms.codecs import Codec
 
 Collective: TypeAlias = "AllReduce[Any] | AllGather[Any]"
 
@@ -138,7 +142,7 @@ class Host:
         self._fence = fence
         self._programs: dict[NodeId, _Program] = {}
         self._committed = -1
-        self._digests: list[tuple[Replica, str]] = []
+        self._digests: list[tuple[dict[str, State], str]] = []
         """Of the replicas that have staged the running round."""
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
@@ -168,9 +172,11 @@ class Host:
         """Apply what is committed and make the programs of a new round; ``resume`` runs them."""
         self.settle(committed)
         self._digests = []
+        spec = self.replicas[self.current].spec
+        cohort = spec.algorithm.participants(view, generator(spec.seed, number, "participants"))
         for node in nodes:
             replica = self.replicas[node]
-            replica.begin(number, view)
+            replica.begin(number, view, cohort)
             self._programs[node] = _Program(replica.spec.algorithm.round(replica))
 
     def settle(self, committed: int) -> None:
@@ -249,24 +255,20 @@ class Host:
             if isinstance(operation, AllReduce) and operation.tensors is not None:
                 signature = Signature(signature.operation, signature.parts, None)
             return Posted(seq, signature, None, 0.0, (), (), None, operation.close)
-        specs = buffers.specs_of(payload)
         if isinstance(operation, AllGather):
+            specs = buffers.specs_of(payload)
             nbytes = buffers.payload_nbytes(specs)
             exchange.parts = [buffers.pack(payload)]
             inline = exchange.parts[0] if nbytes <= INLINE_LIMIT_BYTES else None
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, operation.close)
-        cuts = exchange.cuts = self._cut(operation, specs, len(replica.view.members))
+        specs = signature.tensors
+        assert specs is not None
+        cuts = exchange.cuts = _cut(operation.codec, operation.result_codec, specs, len(replica.view.members))
         exchange.parts = cuts.encode(payload)
-        sizes = cuts.part_nbytes()
+        sizes = cuts.part_nbytes
         inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
-        weight, results = float(operation.weight), cuts.result_nbytes()
+        weight, results = float(operation.weight), cuts.result_nbytes
         return Posted(seq, signature, specs, weight, sizes, results, inline, operation.close)
-
-    @staticmethod
-    def _cut(operation: AllReduce[Any], specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
-        whole = Cuts(specs, operation.codec, operation.result_codec, 1)
-        parts = buffers.num_parts(sum(whole.part_nbytes()), num_members)
-        return whole if parts == 1 else Cuts(specs, operation.codec, operation.result_codec, parts)
 
     def _finish(self, node: NodeId) -> Returned:
         replica, program = self.replicas[node], self._programs.pop(node)
@@ -285,13 +287,13 @@ class Host:
 
     def _digest(self, replica: Replica) -> str:
         """Stage a node's round; bits that equal those of a node staged before need not be hashed again."""
-        for other, digest in self._digests:
-            if other.shared.equals(replica.shared):
-                replica.stage()
-                return digest
         replica.stage()
+        mine = replica.shared.leaves()
+        for known, digest in self._digests:
+            if same_bits(mine, known):
+                return digest
         digest = replica.shared.digest()
-        self._digests.append((replica, digest))
+        self._digests.append((mine, digest))
         return digest
 
     def cancel(self, nodes: Iterable[NodeId]) -> None:
@@ -346,7 +348,9 @@ class Host:
         exchange = self._programs[node].exchanges[seq]
         if exchange.cuts is None:
             operation = cast("AllReduce[Any]", exchange.operation)
-            exchange.cuts = self._cut(operation, specs, len(self.replicas[node].view.members))
+            exchange.cuts = _cut(
+                operation.codec, operation.result_codec, specs, len(self.replicas[node].view.members)
+            )
         return exchange.cuts
 
     def reduced(
@@ -385,6 +389,14 @@ class Host:
         """The result of an ``AllGather``."""
         device = self.replicas[node].device
         return {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(codec: Codec, result_codec: Codec, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
+    """The same for every round and every node of a process."""
+    whole = Cuts(specs, codec, result_codec, 1)
+    parts = buffers.num_parts(sum(whole.part_nbytes), num_members)
+    return whole if parts == 1 else Cuts(specs, codec, result_codec, parts)
 
 
 def _copy(value: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:

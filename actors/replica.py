@@ -24,7 +24,7 @@ from algorithms.errors import StarlingError
 from algorithms.seeds import derive_seed, generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from actors.data import Position
     from actors.optimizers import OptimizerConfig
@@ -178,7 +178,8 @@ class Replica:
         began = time.perf_counter()
         config = self.spec.optimizer
         steps = operation.steps or (operation.epochs or 0) * self._sampler.steps_per_epoch(self._samples_per_step)
-        self._module.train()
+        if not self._module.training:
+            self._module.train()
         losses: list[float | Tensor] = []
         drawn = 0
         immediate = self.device.type == "cpu"
@@ -303,10 +304,9 @@ class Replica:
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
-    def begin(self, number: int, view: View) -> None:
+    def begin(self, number: int, view: View, cohort: Collection[NodeId]) -> None:
         """Enter a round: who is in, and who takes part."""
         self.round, self.view, self.skipping = number, view, False
-        cohort = self.spec.algorithm.participants(view, generator(self.spec.seed, number, "participants"))
         self.participates = self.id in cohort
 
     def stage(self) -> None:

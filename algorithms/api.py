@@ -290,7 +290,8 @@ class AllReduce(Operation[Reduced[TensorsT]]):
     (float64 if they are float64), and the result is encoded by ``result_codec`` before anybody, also its maker, sees
     it. The result has the contributions' dtypes and shapes.
 
-    Bytes, when S of N members contribute b bytes each: (S−1)·b + (N−1)·b, or S·(N−1)·b up to ``INLINE_LIMIT_BYTES``.
+    Bytes, when S of N members contribute b bytes each to a result of r bytes, each as encoded: (S−1)·b + (N−1)·r, or
+    S·(N−1)·b up to ``INLINE_LIMIT_BYTES``.
     """
 
     tensors: TensorsT | None
@@ -452,11 +453,13 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
 
     @abstractmethod
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        """Local optimizer steps that a node with ``num_samples`` takes in one round; for plans and schedules."""
+        """Local steps that a node takes in one round, at ``batch_size`` samples to a step; for plans and schedules."""
 
 
-def all_reduce_bytes(nbytes: int, num_nodes: int, num_contributors: int | None = None) -> int:
-    """Payload bytes of one ``AllReduce`` of ``nbytes`` each, over all nodes.
+def all_reduce_bytes(
+    nbytes: int, num_nodes: int, num_contributors: int | None = None, result_nbytes: int | None = None
+) -> int:
+    """Payload bytes of one ``AllReduce`` over all nodes: ``nbytes`` each in, ``result_nbytes`` (default: as many) out.
 
     >>> all_reduce_bytes(1_000_000, num_nodes=4) == 2 * 3 * 1_000_000
     True
@@ -466,4 +469,4 @@ def all_reduce_bytes(nbytes: int, num_nodes: int, num_contributors: int | None =
     contributors = num_nodes if num_contributors is None else num_contributors
     if nbytes <= INLINE_LIMIT_BYTES:
         return contributors * (num_nodes - 1) * nbytes
-    return (contributors - 1) * nbytes + (num_nodes - 1) * nbytes
+    return (contributors - 1) * nbytes + (num_nodes - 1) * (nbytes if result_nbytes is None else result_nbytes)

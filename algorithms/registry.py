@@ -61,8 +61,10 @@ class Part(BaseModel):
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 message = f"{cls.family} {name!r} is defined by {known.__module__} and by {cls.__module__}"
                 raise TypeError(message)
-            cls.part_name = name
             _TABLES[cls.family][name] = cls
+        if family is None:
+            # Not inherited: a class derived from a named part is another one, and is found by its import path.
+            cls.part_name = name or ""
 
     @model_validator(mode="wrap")
     @classmethod

@@ -1,4 +1,6 @@
-"""One training from Python: ``run`` on a cluster, ``simulate`` in this process::
+"""One training from Python: ``run`` on a cluster, ``simulate`` in this process.
+
+::
 
     from orchestrator import simulate
 
@@ -135,12 +137,14 @@ def _drive(
             with _undisturbed():
                 summary = controller.summary("interrupted" if interrupted else "failed")
                 runtime.close()
+            with _undisturbed():  # once more: Ray's core takes the handler of SIGTERM away when it shuts down
                 _end_badly(everyone, summary)
             if isinstance(error, SystemExit):
                 raise KeyboardInterrupt from None
             raise
         with _undisturbed():
             runtime.close()
+        with _undisturbed():
             everyone.on_end(summary)
     return summary
 
@@ -177,5 +181,3 @@ def _undisturbed() -> Iterator[None]:
                 # Not SIG_IGN, which processes that are started now would inherit.
                 signal.signal(number, lambda *_: None)
         yield
-
-

@@ -1,4 +1,7 @@
-"""The command line. What it does is in ``api``, ``plan`` and ``describe``; this file reads arguments and prints."""
+"""The command line. What it does is in ``api``, ``plan`` and ``describe``; this file reads arguments and prints.
+
+Little is imported before it is needed: ``--help`` and a misspelt key must not wait for torch, or even Ray.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import logging
 import os
 import signal
 import sys
+import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +24,7 @@ from orchestrator.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
+    ConfigError,
     NodeFailedError,
     StarlingError,
     exit_code,
@@ -30,11 +36,10 @@ if TYPE_CHECKING:
     from algorithms.registry import Part
     from orchestrator.config import Config
     from orchestrator.display import Display
-    from orchestrator.records import Summary
 
 _EXIT_CODES = (
-    f"Exit codes: 0 finished · {EXIT_USAGE} bad usage, configuration, data or cluster · "
-    f"{EXIT_FAILED} the run failed · {EXIT_INTERRUPTED} interrupted."
+    f"Exit codes: 0 finished, {EXIT_USAGE} bad usage, configuration, data or cluster, "
+    f"{EXIT_FAILED} the run failed, {EXIT_INTERRUPTED} interrupted."
 )
 
 app = typer.Typer(
@@ -48,63 +53,71 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; docs/configuration.md has every key.")]
+_DEAF_S = 5.0
+"""To a repeated Ctrl-C."""
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that says what to train, and how.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Set a key: [cyan]--set algorithm.outer.lr=0.4[/], [cyan]--set tracking=none[/]. May be repeated.",
+        help="Set a key, as in [cyan]--set algorithm.outer.lr=0.4[/]; may be repeated.",
     ),
-]
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object as the last line of stdout, everything else to stderr."),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where the run is written; new or empty.  [dim]default: runs/<name>-<time>[/]"),
+    typer.Option(metavar="DIR", help="Where the run is written; new, or empty. By default runs/NAME-TIME-XXXX."),
 ]
-Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one in full.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")
+]
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show this one, in full.")]
 
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app(prog_name="starling")
+    finally:
+        # All is said and closed; what is left is the interpreter's own end, and the exit code.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
-def _show_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"starling {importlib.metadata.version('starling')}")
+        try:
+            version = importlib.metadata.version("starling")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        typer.echo(f"starling {version}")
         raise typer.Exit
 
 
 @app.callback()
-def _options(
+def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    """Train one model on many unreliable, unequal, far-apart GPUs."""
     del version
 
 
-# --- runs -----------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------------------------
 
 
 @app.command(epilog=_EXIT_CODES)
-def run(
-    config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False
-) -> None:
-    """Train on a Ray cluster: one of its own on this machine, or the one at [cyan]cluster.address[/]."""
-    _train("run", config, overrides or [], run_dir, as_json=as_json)
+def run(config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> None:
+    """Train on Ray: one of our own on this machine, or the cluster at [cyan]cluster.address[/]."""
+    _train("run", config, overrides, run_dir, as_json=as_json)
 
 
 @app.command(epilog=_EXIT_CODES)
-def simulate(
-    config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False
-) -> None:
-    """Train in one process, under a virtual clock and a model of the network; deterministic."""
-    _train("simulate", config, overrides or [], run_dir, as_json=as_json)
+def simulate(config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> None:
+    """Train in one process, with virtual time and a model of the network."""
+    _train("simulate", config, overrides, run_dir, as_json=as_json)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -112,38 +125,232 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
     """Check a configuration, load its task on this machine, and print the plan."""
 
     def act(console: Console) -> dict[str, Any]:
-        from orchestrator.display import print_plan
+        resolved = _load(config, overrides)
+        from orchestrator.pages import print_plan
         from orchestrator.plan import make_plan
 
-        plan = make_plan(_load(config, overrides or []))
-        if not as_json:
-            print_plan(console, plan)
-        return plan.to_json()
+        plan = make_plan(resolved)
+        print_plan(console, plan)
+        return {"status": "ok"} | plan.to_json()
 
     _answer(act, as_json=as_json)
 
 
-def _train(command: str, path: Path, overrides: list[str], run_dir: Path | None, *, as_json: bool) -> None:
-    """Drive a run and say how it went; see ``_answer`` for what goes where."""
+@app.command(epilog=_EXIT_CODES)
+def algorithms(name: Name = None, as_json: AsJson = False) -> None:
+    """List the algorithms, or show one: update, fields, elasticity, cost, reference."""
 
     def act(console: Console) -> dict[str, Any]:
-        # Before anything of what follows is imported: it takes seconds, and the configuration may be wrong.
+        from algorithms.api import Algorithm
+
+        return _catalog(console, Algorithm, name)
+
+    _answer(act, as_json=as_json)
+
+
+@app.command(epilog=_EXIT_CODES)
+def tasks(name: Name = None, as_json: AsJson = False) -> None:
+    """List the tasks, or show one: what is trained on what, and its fields."""
+
+    def act(console: Console) -> dict[str, Any]:
+        from actors.tasks import Task
+
+        return _catalog(console, Task, name)
+
+    _answer(act, as_json=as_json)
+
+
+def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:
+    views: list[Display] = []
+
+    def act(console: Console) -> dict[str, Any]:
         config = _load(path, overrides)
         from orchestrator import api
         from orchestrator.display import display, print_summary
 
         view = display(console)
-        outcome = view.outcome
-        with _logging_to(view), _terminable():
+        views.append(view)
+        with _warnings_shown_by(view), _interruptible():
             try:
-                getattr(api, command)(config, run_dir=run_dir, observers=[view])
-            except (StarlingError, KeyboardInterrupt) as error:
-                outcome = view.outcome
-                error.summary = outcome  # type: ignore[attr-defined]
-                raise
-        outcome = view.outcome
-        assert outcome is not None
-        print_summary(console, outcome, config)
-        return outcome.to_json()
+                view.open(config, _place(command, config))
+                summary = {"run": api.run, "simulate": api.simulate}[command](config, run_dir=run_dir, observers=[view])
+            finally:
+                view.stop()
+                if view.summary and view.summary.rounds:
+                    print_summary(console, view.summary, config)
+        return summary.to_json()
 
-    _answer(act, as_json=as_json, on_failure=_nothing)
+    def failed() -> dict[str, Any]:
+        summary = views[-1].summary if views else None
+        return summary.to_json() if summary else _NO_RUN
+
+    _answer(act, failed, as_json=as_json)
+
+
+def _place(command: str, config: Config) -> str:
+    if command == "simulate":
+        return "in the simulator"
+    address = config.cluster.address
+    return "on a Ray of their own" if address == "local" else f"on the Ray cluster at {address}"
+
+
+_NO_RUN: dict[str, Any] = {
+    "run_id": None,
+    "run_dir": None,
+    "algorithm": None,
+    "rounds": 0,
+    "metrics": {},
+    "bytes": {"payload": 0, "recovery": 0, "per_round": 0, "transport": None},
+    "nodes": {"started": 0, "joined": 0, "lost": 0},
+    "digest": None,
+    "seconds": 0.0,
+    "virtual_seconds": None,
+    "baselines": {},
+}
+"""What ``--json`` says of a run that could not begin."""
+
+
+def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str, Any]:
+    from pydantic_core import PydanticCustomError
+
+    from algorithms.registry import find, table
+    from orchestrator.describe import describe, summary_of
+    from orchestrator.pages import print_description, print_names
+
+    if name is None:
+        names = {known: summary_of(part) for known, part in table(family).items()}
+        print_names(console, family.family, names)
+        return {f"{family.family}s": names}
+    _add_to_path(Path.cwd())
+    try:
+        description = describe(find(family, name))
+    except PydanticCustomError as error:
+        raise ConfigError(error.message()) from None
+    print_description(console, family.family, description)
+    return description.to_json()
+
+
+# --- what all commands do alike -------------------------------------------------------------------------------------
+
+
+def _answer(
+    act: Callable[[Console], dict[str, Any]], failed: Callable[[], dict[str, Any]] = dict, *, as_json: bool
+) -> None:
+    """Do what a command does; show what goes wrong; answer in JSON if asked; exit with the right code.
+
+    ``failed`` is what can be said of it when ``act`` has raised.
+    """
+    code, problem = 0, None
+    answer: dict[str, Any] = {}
+    with _everything_to_stderr() if as_json else contextlib.nullcontext():
+        try:
+            answer = act(Console(stderr=as_json))
+        except StarlingError as error:
+            code, problem = exit_code(error), str(error)
+            _print_error(problem, error.traceback if isinstance(error, NodeFailedError) else None)
+        except KeyboardInterrupt:
+            code, problem = EXIT_INTERRUPTED, "interrupted"
+            _print_error(problem)
+        except Exception as error:  # noqa: BLE001 - a mistake of ours; still one JSON object and the right code
+            code, problem = EXIT_FAILED, f"{type(error).__name__}: {error} (this is a bug in Starling)"
+            _print_error(problem, traceback.format_exc())
+    if as_json:
+        if code:
+            answer = {"status": "interrupted" if code == EXIT_INTERRUPTED else "failed"} | failed()
+        typer.echo(json.dumps(answer | {"error": problem}))
+    if code:
+        raise typer.Exit(code)
+
+
+def _print_error(message: str, trace: str | None = None) -> None:
+    """Plain text, never folded: people search for it, and scripts read it."""
+    if trace:
+        typer.echo(trace.rstrip(), err=True)
+    for line in message.splitlines():
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from orchestrator.config import load
+
+    # So that `task: my_module:MyTask` is found beside the file, or where one is.
+    _add_to_path(path.expanduser().absolute().parent)
+    _add_to_path(Path.cwd())
+    return load(path.expanduser(), overrides or [])
+
+
+def _add_to_path(folder: Path) -> None:
+    # At the end: a file of the user's must not hide a module of somebody else's.
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+@contextlib.contextmanager
+def _everything_to_stderr() -> Iterator[None]:
+    """Send to stderr what is printed: by Python code, and, as far as possible, by libraries and child processes."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stdout = sys.stdout.fileno()
+            stderr = sys.stderr.fileno()
+        except (OSError, ValueError):
+            pass  # captured by a test: these are no files
+        else:
+            sys.stdout.flush()
+            kept = os.dup(stdout)
+            os.dup2(stderr, stdout)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, stdout)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, and the impatient may repeat either.
+
+    A repetition within seconds is not heard: it would cut short what the first one has begun to close. After that it
+    is, for the first may have been lost (Python swallows what is raised in a finalizer).
+    """
+    heard_at = -_DEAF_S
+
+    def interrupt(*_: object) -> None:
+        nonlocal heard_at
+        now = time.monotonic()
+        if now - heard_at >= _DEAF_S:
+            heard_at = now
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # a background job of a script is not meant to hear Ctrl-C
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Notes(logging.Handler):
+    """Shows warnings without tearing the live view."""
+
+    def __init__(self, view: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one."""
+        self._view.note(record.getMessage())
+
+
+@contextlib.contextmanager
+def _warnings_shown_by(view: Display) -> Iterator[None]:
+    logger = logging.getLogger("starling")
+    handler = _Notes(view)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -92,7 +92,11 @@ class Cluster:
 
     def start(self) -> list[NodeFacts]:
         cluster = self._config.cluster
-        self._session = ray_session.connect(cluster.address, num_cpus=cluster.num_cpus * self._config.num_nodes)
+        self._session = ray_session.connect(
+            cluster.address,
+            num_cpus=cluster.num_cpus * self._config.num_nodes,
+            runtime_env=cluster.runtime_env or None,
+        )
         self._check_resources()
         per_actor = cluster.nodes_per_actor
         nodes = range(self._config.num_nodes)
@@ -102,8 +106,6 @@ class Cluster:
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }
-        if cluster.runtime_env:
-            options["runtime_env"] = cluster.runtime_env
         actor_class = remote_class().options(**options)
         for index, first in enumerate(range(0, len(nodes), per_actor)):
             actor = _Actor(index, tuple(nodes[first : first + per_actor]), actor_class.remote())

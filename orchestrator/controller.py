@@ -107,15 +107,17 @@ class Controller:
         transport = self._runtime.transport_nbytes
         self._record("begin", round=number, epoch=number, view=view.members, need=need)
         self._runtime.begin(epoch=number, number=number, view=view, committed=self._committed)
-        while not rendezvous.over:
-            happening = self._runtime.next(attempt.deadline)
-            if happening is None:
-                attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
-                happening = Deadline()
-            event = self._note(attempt, happening)
-            if event is not None:
-                self._act(attempt, rendezvous.handle(event))
-        self._ledger.book("peer", rendezvous.payload_nbytes)
+        try:
+            while not rendezvous.over:
+                happening = self._runtime.next(attempt.deadline)
+                if happening is None:
+                    attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
+                    happening = Deadline()
+                event = self._note(attempt, happening)
+                if event is not None:
+                    self._act(attempt, rendezvous.handle(event))
+        finally:
+            self._ledger.book("peer", rendezvous.payload_nbytes)
         self._finish(attempt, transport)
 
     def _view(self) -> View:

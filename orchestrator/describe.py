@@ -10,7 +10,7 @@ import sys
 import tokenize
 import types
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from algorithms.registry import Part, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 SECTIONS = ("Deviations", "Elasticity", "Cost", "Reference")
 
@@ -126,22 +126,12 @@ def type_text(info: FieldInfo) -> str:
     return _type(info.annotation, info.metadata)
 
 
-def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:  # noqa: ANN401 - an annotation
+def _type(annotation: Any, metadata: Iterable[Any] = ()) -> str:  # noqa: ANN401 - an annotation
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if isinstance(annotation, TypeVar) or annotation is Any:
-        return "any"
     if origin is Annotated:
         return _type(arguments[0], (*metadata, *annotation.__metadata__))
-    if origin is Literal:
-        return " | ".join(str(value) for value in arguments)
-    if origin in (Union, types.UnionType):
-        return " | ".join(_type(one, metadata if one is not type(None) else ()) for one in arguments)
-    if origin in (tuple, list, frozenset, set):
-        if arguments and arguments[-1] is not Ellipsis and origin is tuple:
-            return f"[{', '.join(_type(one) for one in arguments)}]"
-        return f"list of {_type(arguments[0])}" if arguments else "list"
-    if origin is dict:
-        return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+    if origin is not None:
+        return _composed(origin, arguments, metadata)
     if isinstance(annotation, type) and issubclass(annotation, Part):
         return " | ".join(table(annotation))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -149,7 +139,19 @@ def _type(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:  
     return f"{_WORDS.get(annotation, getattr(annotation, '__name__', str(annotation)))}{_range(metadata)}"
 
 
-def _range(metadata: list[Any] | tuple[Any, ...]) -> str:
+def _composed(origin: Any, arguments: tuple[Any, ...], metadata: Iterable[Any]) -> str:  # noqa: ANN401 - as above
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type(one, metadata if one is not type(None) else ()) for one in arguments)
+    if origin is dict:
+        return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+    if origin is tuple and Ellipsis not in arguments:
+        return f"[{', '.join(_type(one) for one in arguments)}]"
+    return f"list of {_type(arguments[0])}"
+
+
+def _range(metadata: Iterable[Any]) -> str:
     lower = upper = ""
     for bound in _bounds(metadata):
         match bound:
@@ -166,7 +168,7 @@ def _range(metadata: list[Any] | tuple[Any, ...]) -> str:
     return f"{lower}{',' if lower and upper else ''}{upper}"
 
 
-def _bounds(metadata: list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+def _bounds(metadata: Iterable[Any]) -> Iterator[Any]:
     for one in metadata:
         if isinstance(one, FieldInfo):
             yield from one.metadata

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from orchestrator.config import MLflowTracking, without_password
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console, RenderableType
+    from rich.status import Status
 
     from orchestrator.config import Config
     from orchestrator.records import RoundRecord, Started, Summary
@@ -45,11 +46,18 @@ class Display(Observer):
         self._started: Started | None = None
         self._sent = 0
         self._began = time.monotonic()
+        self.summary: Summary | None = None
+        """What the run came to, when it is over."""
+
+    def open(self, config: Config, place: str) -> None:
+        """Say that nodes are being started, in ``place``; it may take a while."""
 
     def on_start(self, started: Started) -> None:
+        self.stop()
         self._started = started
         self._began = time.monotonic()
         self._console.print(headline(started), soft_wrap=True, highlight=False)
+        self._console.print(f"[dim]{escape(started.run_dir)}[/]", soft_wrap=True, highlight=False)
         for node in started.nodes:
             for warning in node.warnings:
                 self.note(f"node {node.node}: {warning}")
@@ -64,6 +72,7 @@ class Display(Observer):
         self.show(self._started, record, (time.monotonic() - self._began) / done * (rounds - done))
 
     def on_end(self, summary: Summary) -> None:
+        self.summary = summary
         self.stop()
 
     def begin(self, started: Started) -> None:
@@ -82,6 +91,9 @@ class Display(Observer):
 
 class PlainDisplay(Display):
     """A line for each round."""
+
+    def open(self, config: Config, place: str) -> None:
+        self._console.print(_opening(config, place), highlight=False)
 
     def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
         rounds = started.config.rounds
@@ -107,15 +119,20 @@ class PlainDisplay(Display):
 class LiveDisplay(Display):
     """A progress bar and the latest values, drawn in place."""
 
-    _live: Live | None = None
+    _live: Live | Status | None = None
     _metrics: Mapping[str, float] | None = None
     _evaluated: int = 0
+
+    def open(self, config: Config, place: str) -> None:
+        self._live = self._console.status(_opening(config, place))
+        self._live.start()
 
     def begin(self, started: Started) -> None:
         self._bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=40),
             TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[left]}[/]"),
             console=self._console,
         )
@@ -124,12 +141,11 @@ class LiveDisplay(Display):
         self._live.start()
 
     def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
-        if self._live is None:
-            return
         if record.metrics:
             self._metrics, self._evaluated = record.metrics, record.round + 1
         self._bar.update(self._task, completed=record.round + 1, left=f"ETA {seconds_text(left_s)}")
-        self._live.update(Group(self._bar, self._values(started, record)))
+        if isinstance(self._live, Live):
+            self._live.update(Group(self._bar, self._values(started, record)))
 
     def stop(self) -> None:
         if self._live is not None:
@@ -153,6 +169,10 @@ class LiveDisplay(Display):
 # --- the beginning and the end --------------------------------------------------------------------------------------
 
 
+def _opening(config: Config, place: str) -> str:
+    return f"starting {_plural(config.num_nodes, 'node')} {place} …"
+
+
 def headline(started: Started) -> str:
     """What runs, in a line."""
     config = started.config
@@ -161,7 +181,7 @@ def headline(started: Started) -> str:
     return (
         f"[bold]{escape(config.algorithm.name)}[/] on [bold]{escape(config.task.name)}[/]: "
         f"{_plural(len(started.nodes), 'node')} {where}, {started.layout.num_values:,} parameters, "
-        f"{_plural(config.rounds, 'round')}  [dim]{escape(started.run_dir)}[/]"
+        f"{_plural(config.rounds, 'round')}"
     )
 
 

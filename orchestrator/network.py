@@ -1,6 +1,6 @@
 """The simulator's network: how long it takes until everybody has what is sent to them.
 
-Each node has an access link with the same bandwidth each way; single pairs may be slower. A *phase* is a set of flows
+Each node has an access link with the same bandwidth each way; single pairs may be slower. A *phase* is a set of casts
 that begin together (all contributions to a reduction, say). A receiver is done when its own link, the links of those
 that send to it, and the pairs in between have carried what the phase put on them, plus the longest latency. A link
 that still carries an earlier phase delays the next one.
@@ -8,57 +8,77 @@ that still carries an earlier phase delays the next one.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping, Sequence
 
     from algorithms.api import NodeId
     from orchestrator.config import NetworkConfig
 
 _BYTES_PER_MEGABIT = 1_000_000 / 8
 
+_Link: TypeAlias = "tuple[NodeId, NodeId | str]"
+"""One direction of an access link (``(node, "up")``), or of a pair (``(source, target)``)."""
+
 
 @dataclass(frozen=True)
-class Flow:
-    """Bytes from one node to another."""
+class Cast:
+    """Each source sends its bytes to each target but itself. As one cast, so that N² flows need not be listed."""
 
-    source: NodeId
-    target: NodeId
-    nbytes: int
+    sources: Mapping[NodeId, int]
+    targets: Sequence[NodeId]
 
 
 class Network:
-    """Turns phases of flows into times of arrival, in seconds of the virtual clock."""
+    """Turns phases of casts into times of arrival, in seconds of the virtual clock."""
 
     def __init__(self, config: NetworkConfig) -> None:
         self._rate = (config.bandwidth_mbps or 0) * _BYTES_PER_MEGABIT
         self._latency_s = config.latency_ms / 1000
-        self._links = {frozenset(link.between): link for link in config.links}
-        self._free_at: defaultdict[tuple[NodeId, str], float] = defaultdict(float)
+        self._pair_rates: dict[_Link, float] = {}
+        self._pair_latencies: dict[tuple[NodeId, NodeId], float] = {}
+        for link in config.links:
+            one, other = link.between
+            for pair in ((one, other), (other, one)):
+                self._pair_rates[pair] = (link.bandwidth_mbps or 0) * _BYTES_PER_MEGABIT
+                self._pair_latencies[pair] = link.latency_ms / 1000
+        self._free_at: defaultdict[_Link, float] = defaultdict(float)
 
-    def arrivals(self, now: float, flows: Iterable[Flow]) -> dict[NodeId, float]:
+    def arrivals(self, now: float, phase: Sequence[Cast]) -> dict[NodeId, float]:
         """When each receiver of a phase that begins ``now`` has all that is sent to it."""
-        flows = [flow for flow in flows if flow.source != flow.target]
-        load: defaultdict[tuple[NodeId, str], int] = defaultdict(int)
-        for flow in flows:
-            load[flow.source, "up"] += flow.nbytes
-            load[flow.target, "down"] += flow.nbytes
-        done: dict[tuple[NodeId, str], float] = {}
-        for link, nbytes in load.items():
-            start = max(now, self._free_at[link])
-            done[link] = start + (nbytes / self._rate if self._rate else 0.0)
+        done: dict[_Link, float] = {}
+        for link, nbytes in self._load(phase).items():
+            rate = self._rate if isinstance(link[1], str) else self._pair_rates[link]
+            done[link] = max(now, self._free_at[link]) + (nbytes / rate if rate else 0.0)
         self._free_at.update(done)
+        paired = {target for _, target in self._pair_latencies}
         arrivals: dict[NodeId, float] = {}
-        for flow in flows:
-            carried = max(done[flow.source, "up"], done[flow.target, "down"])
-            latency = self._latency_s
-            link = self._links.get(frozenset((flow.source, flow.target))) if self._links else None
-            if link is not None:
-                latency = link.latency_ms / 1000
-                if link.bandwidth_mbps:
-                    carried = max(carried, now + flow.nbytes / (link.bandwidth_mbps * _BYTES_PER_MEGABIT))
-            arrivals[flow.target] = max(arrivals.get(flow.target, now), carried + latency)
+        for cast in phase:
+            # Of equal latency the two slowest sources tell all: a target may be one of them itself.
+            slowest = heapq.nlargest(2, cast.sources, key=lambda source: done[source, "up"])
+            for target in cast.targets:
+                for source in cast.sources if target in paired else slowest:
+                    if source != target:
+                        carried = max(done[source, "up"], done.get((source, target), now), done[target, "down"])
+                        arrival = carried + self._pair_latencies.get((source, target), self._latency_s)
+                        arrivals[target] = max(arrivals.get(target, now), arrival)
         return arrivals
+
+    def _load(self, phase: Sequence[Cast]) -> dict[_Link, int]:
+        """The bytes that a phase puts on each link."""
+        load: defaultdict[_Link, int] = defaultdict(int)
+        for cast in phase:
+            targets = frozenset(cast.targets)
+            total = sum(cast.sources.values())
+            for source, nbytes in cast.sources.items():
+                load[source, "up"] += nbytes * (len(targets) - (source in targets))
+            for target in targets:
+                load[target, "down"] += total - cast.sources.get(target, 0)
+            for source, target in self._pair_latencies:
+                if target in targets and source in cast.sources:
+                    load[source, target] += cast.sources[source]
+        return load

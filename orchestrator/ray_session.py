@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -64,21 +68,33 @@ class Session:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def connect(address: str, *, num_cpus: float) -> Session:
+def connect(
+    address: str, *, num_cpus: float, num_gpus: int | None = None, runtime_env: dict[str, Any] | None = None
+) -> Session:
     """Start a Ray on this machine (``local``), or connect to a running one (``auto``, ``host:port``).
+
+    A Ray of our own has ``num_cpus`` logical CPUs, and the GPUs of this machine unless ``num_gpus`` says otherwise.
+    ``runtime_env`` is the job's: Ray uploads local folders for a whole job only. A process that is connected already
+    keeps the one it has.
 
     Raises:
         ClusterError: there is none, or it does not let us in.
     """
     if address == "local":
-        return _start(num_cpus)
+        return _start(num_cpus, num_gpus, runtime_env)
     if ray.is_initialized():
         return Session(None, owned=False, environment={})
     if ":" in address and "://" not in address:
         _probe(address)
     try:
         with _quiet():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="starling")
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="starling",
+                runtime_env=runtime_env,
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = (
             f"cluster.address {address}: cannot connect ({_first_line(error)}); check that Ray runs there (ray status), "
@@ -89,7 +105,7 @@ def connect(address: str, *, num_cpus: float) -> Session:
     return Session(None, owned=True, environment={})
 
 
-def _start(num_cpus: float) -> Session:
+def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | None) -> Session:
     if ray.is_initialized():
         message = "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
         raise ClusterError(message)
@@ -113,11 +129,13 @@ def _start(num_cpus: float) -> Session:
         with _quiet():
             ray.init(
                 address="local",
-                num_cpus=max(1, round(num_cpus + 0.499)),
+                num_cpus=max(1, math.ceil(num_cpus)),
+                num_gpus=num_gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 namespace="starling",
+                runtime_env=runtime_env,
                 _temp_dir=str(folder),
                 _system_config=_SYSTEM_CONFIG,
             )
@@ -145,14 +163,19 @@ def _probe(address: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's own start-up messages for those who ask for them."""
+    """Keep Ray's start-up messages for those who ask for them, and this process's signal handlers as they are."""
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield
     finally:
         logger.setLevel(level)
+        for number, handler in handlers.items():
+            # Ray's own handler of SIGTERM prints a C++ stack and may abort the process while it is closing.
+            signal.signal(number, handler)
 
 
 def _set(variables: dict[str, str]) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,8 +65,15 @@ class Summary:
     """What the validation loss compares with, by name."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; JSON knows no NaN."""
+        return finite(asdict(self))
+
+
+def finite(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
+    """The same data with ``None`` for what is not a number that JSON can hold."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @dataclass(frozen=True)

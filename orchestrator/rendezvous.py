@@ -62,7 +62,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Waits:
-    """``node`` waits for the result of a started exchange."""
+    """``node`` waits for the result of a started exchange; its ``Post`` may still be on the way."""
 
     node: NodeId
     seq: int
@@ -220,7 +220,7 @@ class Exchange:
     """One collective operation of all members."""
 
     seq: int
-    is_gather: bool
+    is_gather: bool = False
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
     """While open: of active members only."""
@@ -296,9 +296,8 @@ class Rendezvous:
         if done is not None:
             self._fail_programs(post.seq, done.node, post.node, f"the end of the program; {post.signature}")
             return
-        exchange = self.exchanges.get(post.seq)
-        if exchange is None:
-            exchange = self.exchanges[post.seq] = Exchange(post.seq, post.signature.operation == "AllGather")
+        exchange = self.exchanges.setdefault(post.seq, Exchange(post.seq))
+        exchange.is_gather = post.signature.operation == "AllGather"
         # The first contribution fixes what a receiver without one leaves open; all that are there agree already.
         first = next(iter(exchange.posts.values()), post)
         fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
@@ -314,7 +313,8 @@ class Rendezvous:
     def _waits(self, node: NodeId, seq: int) -> None:
         if node not in self.active:
             return
-        exchange = self.exchanges[seq]
+        # A large contribution is announced when it is in the store, which may take longer than to come to wait for it.
+        exchange = self.exchanges.setdefault(seq, Exchange(seq))
         if exchange.phase is Phase.CLOSED:
             self._advance(exchange, (node,))
         else:
@@ -399,7 +399,7 @@ class Rendezvous:
             if exchange.phase is Phase.OPEN:
                 for node in nodes:
                     exchange.posts.pop(node, None)
-                if not exchange.posts:
+                if not exchange.posts and not exchange.waiting:
                     # Only they had come so far. An exchange that nobody else awaits must not hold up the commit.
                     del self.exchanges[exchange.seq]
             elif exchange.is_gather:

@@ -62,7 +62,9 @@ def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], 
     for points, label, color in ((trained, "training loss", _TRAIN), (evaluated, "validation loss", _VALIDATION)):
         if points:
             marker = "o" if len(points) <= _MARKERS_UP_TO else None
-            axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=3.5)
+            axes.plot(
+                *zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=3.5
+            )
     for index, (name, value) in enumerate(baselines.items()):
         color = _BASELINES[index % len(_BASELINES)]
         label = f"{name.replace('_', ' ')} ({number_text(value)})"

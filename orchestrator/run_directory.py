@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from orchestrator.errors import RunDirectoryError, RunError
-from orchestrator.records import Observer
+from orchestrator.records import Observer, finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,17 +53,19 @@ class RunDirectory(Observer):
         self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise FileExistsError
+            taken = any(self.path.iterdir())
             # Created exclusively: of two runs that found the directory empty, one goes on.
-            with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
-                yaml.safe_dump(config.dump(), file, sort_keys=False, allow_unicode=True)
+            if not taken:
+                with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
+                    yaml.safe_dump(config.dump(), file, sort_keys=False, allow_unicode=True)
         except FileExistsError:
-            what = "is not empty" if self.path.is_dir() else "is not a directory"
-            hint = f"name another one, or none for {_DEFAULT_ROOT}/{config.name}-<time>"
-            raise RunDirectoryError(f"run directory {self.path} {what}; {hint}") from None
+            taken = True
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be made: {error.strerror}") from None
+        if taken:
+            what = "is in use: it is not empty" if self.path.is_dir() else "is not a directory"
+            hint = f"name another one, or leave it out for {_DEFAULT_ROOT}/{config.name}-<time>"
+            raise RunDirectoryError(f"run directory {self.path} {what}; {hint}")
 
     @property
     def run_id(self) -> str:
@@ -94,8 +96,7 @@ class RunDirectory(Observer):
         self._whole("model.safetensors", model.safetensors)
 
     def on_end(self, summary: Summary) -> None:
-        for file in self._files.values():
-            file.close()
+        self._close()
         if self._started is None:
             self._discard()
             return
@@ -114,10 +115,16 @@ class RunDirectory(Observer):
         try:
             if name not in self._files:
                 self._files[name] = (self.path / name).open("a", encoding="utf-8")
-            self._files[name].write(json.dumps(data) + "\n")
+            self._files[name].write(json.dumps(finite(data)) + "\n")
             self._files[name].flush()
         except OSError as error:
+            self._close()
             raise self._failure(name, error) from None
+
+    def _close(self) -> None:
+        while self._files:
+            with suppress(OSError):  # what could not be written has been said
+                self._files.popitem()[1].close()
 
     def _whole(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that is there whole or not at all."""

@@ -78,8 +78,6 @@ class Runtime(Protocol):
 
     virtual: bool
     """Whether ``now`` is a virtual clock."""
-    transport_nbytes: int | None
-    """Bytes that really moved between processes so far; ``None`` where nothing does."""
     layout: Layout
     """Of the parameters; known once ``start`` has returned."""
     baselines: dict[str, float]
@@ -88,6 +86,11 @@ class Runtime(Protocol):
     @property
     def now(self) -> float:
         """Seconds on the runtime's clock."""
+        ...
+
+    @property
+    def transport_nbytes(self) -> int | None:
+        """Bytes that really moved between processes so far; ``None`` where nothing does."""
         ...
 
     def start(self) -> list[NodeFacts]:

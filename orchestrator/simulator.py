@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import heapq
 import threading
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +22,12 @@ from actors.replica import Replica, virtual
 from actors.setup import load_data
 from algorithms.api import TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
-from orchestrator.network import Flow, Network
+from orchestrator.network import Cast, Network
 from orchestrator.rendezvous import Advance, Cancel, Deliver, Delivered, GiveUp, Post, Return, Secure, Secured
 from orchestrator.runtime import FinalModel, Finished, Happening, NodeFacts, Raised
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
     from algorithms.api import NodeId, Train, View
@@ -37,19 +37,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Resume:
-    """A program runs on, with the result of a ``Train``, of exchange ``seq``, or from its beginning."""
+    """A program runs on: with the result of an operation, or from its beginning."""
 
     node: NodeId
-    report: TrainReport | None = None
-    advance: Advance | None = None
+    result: object = None
 
 
 @dataclass
 class _Exchange:
-    """What the simulator keeps of one exchange: the announcements, and the reduced parts."""
+    """What the simulator keeps of one exchange."""
 
-    posted: dict[NodeId, Posted]
-    reduced: dict[int, Buffer]
+    first_at: float
+    """When the first contribution was announced."""
+    posted: dict[NodeId, Posted] = field(default_factory=dict)
+    reduced: dict[int, Buffer] = field(default_factory=dict)
 
 
 class Simulator:
@@ -116,13 +117,12 @@ class Simulator:
                     pass  # the controller's own: commits, aborts and errors
 
     def _secure(self, secures: Sequence[Secure]) -> None:
-        """One phase of flows: each member's part to whoever reduces it."""
-        flows = [
-            Flow(member, one.by, self._exchanges[one.seq].posted[member].part_nbytes[one.part])
+        """One phase: each member's part to whoever reduces it."""
+        phase = [
+            Cast({node: self._exchanges[one.seq].posted[node].part_nbytes[one.part] for node in one.members}, [one.by])
             for one in secures
-            for member in one.members
         ]
-        arrivals = self._network.arrivals(self._now, flows)
+        arrivals = self._network.arrivals(self._now, phase)
         for one in secures:
             exchange = self._exchanges[one.seq]
             first = exchange.posted[one.members[0]]
@@ -137,12 +137,12 @@ class Simulator:
             self._at(arrivals.get(one.by, self._now), one.by, got)
 
     def _deliver(self, decision: Deliver) -> None:
-        """One phase of flows: each reduced part from its maker to everybody."""
+        """One phase: each reduced part from its maker to everybody."""
         sizes = self._exchanges[decision.seq].posted[decision.closed[0]].result_nbytes
-        flows = [
-            Flow(maker, node, sizes[part]) for part, maker in enumerate(decision.makers) for node in decision.nodes
-        ]
-        arrivals = self._network.arrivals(self._now, flows)
+        made: Counter[NodeId] = Counter()
+        for part, maker in enumerate(decision.makers):
+            made[maker] += sizes[part]
+        arrivals = self._network.arrivals(self._now, [Cast(made, decision.nodes)])
         for node in decision.nodes:
             self._at(arrivals.get(node, self._now), node, Delivered(decision.seq, node, decision.generation))
 
@@ -150,10 +150,12 @@ class Simulator:
         arrivals: dict[NodeId, float] = {}
         if decision.inline:
             posted = self._exchanges[decision.seq].posted
-            flows = [Flow(one, node, posted[one].nbytes) for one in decision.closed for node in decision.nodes]
-            arrivals = self._network.arrivals(self._now, flows)
+            phase = [Cast({node: posted[node].nbytes for node in decision.closed}, decision.nodes)]
+            arrivals = self._network.arrivals(self._now, phase)
+        # Now, before anybody runs on: contributions may share memory with parameters.
+        results = self._results(decision)
         for node in decision.nodes:
-            self._at(arrivals.get(node, self._now), node, _Resume(node, advance=decision))
+            self._at(arrivals.get(node, self._now), node, _Resume(node, results[node]))
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -164,8 +166,9 @@ class Simulator:
 
     def next(self, until: float) -> Happening | None:
         while not self._ready:
-            if not self._queue or self._queue[0][0] > until:
-                self._now = max(self._now, until) if self._queue else self._now
+            assert self._queue, "every program waits, and nothing is on its way"
+            if self._queue[0][0] > until:
+                self._now = max(self._now, until)
                 return None
             self._now = self._queue[0][0]
             resumes: list[_Resume] = []
@@ -180,11 +183,9 @@ class Simulator:
 
     def _run(self, resumes: Sequence[_Resume]) -> None:
         """Run programs that become runnable at one moment; their ``Train``s go to the handler together."""
-        results = self._results(one.advance for one in resumes if one.advance)
         training: list[tuple[NodeId, Train]] = []
         for one in resumes:
-            result = results[one.advance.seq][one.node] if one.advance else one.report
-            ticket = self._host.resume(one.node, result)
+            ticket = self._host.resume(one.node, one.result)
             if isinstance(ticket, Computing):
                 training.append((one.node, ticket.operation))
             else:
@@ -193,45 +194,37 @@ class Simulator:
             if isinstance(report, TrainReport):
                 speed = self._config.network.speeds.get(node, 1.0)
                 seconds = report.num_steps * self._config.network.step_ms / 1000 / speed
-                self._at(self._now + seconds, node, _Resume(node, report=virtual(report, seconds)))
+                self._at(self._now + seconds, node, _Resume(node, virtual(report, seconds)))
             else:
                 self._take(node, report)
 
-    def _results(self, advances: Iterable[Advance]) -> dict[int, dict[NodeId, Any]]:
-        """The results of closed exchanges, each decoded once for all its members."""
-        results: dict[int, dict[NodeId, Any]] = {}
-        for decision in {one.seq: one for one in advances}.values():
-            exchange = self._exchanges[decision.seq]
-            posted = {node: exchange.posted[node] for node in decision.closed}
-            specs = posted[decision.closed[0]].specs
-            assert specs is not None
-            if decision.inline:
-                inline = [
-                    Contributed(node, one.weight, one.specs, one.inline)
-                    for node, one in posted.items()
-                    if one.specs is not None and one.inline is not None
-                ]
-                results[decision.seq] = self._host.combine(decision.nodes, decision.seq, inline)
-            elif posted[decision.closed[0]].signature.operation == "AllGather":
-                gathered = [
-                    (node, one.specs, self._host.parts(node, decision.seq)[0])
-                    for node, one in posted.items()
-                    if one.specs is not None
-                ]
-                results[decision.seq] = {node: self._host.gathered(node, gathered) for node in decision.nodes}
-            else:
-                weights = {node: one.weight for node, one in posted.items()}
-                parts = [exchange.reduced[part] for part in sorted(exchange.reduced)]
-                results[decision.seq] = dict(
-                    self._host.reduced(decision.nodes, decision.seq, specs, weights, parts)
-                )
-        return results
+    def _results(self, decision: Advance) -> Mapping[NodeId, Any]:
+        """The result of a closed exchange for those that run on, decoded once for all."""
+        seq, nodes = decision.seq, decision.nodes
+        exchange = self._exchanges[seq]
+        posted = {node: exchange.posted[node] for node in decision.closed}
+        if decision.inline:
+            inline = [
+                Contributed(node, one.weight, one.specs, one.inline)
+                for node, one in posted.items()
+                if one.specs is not None and one.inline is not None
+            ]
+            return self._host.combine(nodes, seq, inline)
+        specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
+        first = decision.closed[0]
+        if posted[first].signature.operation == "AllGather":
+            gathered = [(node, specs[node], self._host.parts(node, seq)[0]) for node in decision.closed]
+            return {node: self._host.gathered(node, gathered) for node in nodes}
+        weights = {node: one.weight for node, one in posted.items()}
+        parts = [exchange.reduced[part] for part in sorted(exchange.reduced)]
+        return self._host.reduced(nodes, seq, specs[first], weights, parts)
 
     def _take(self, node: NodeId, ticket: Ticket) -> None:
         match ticket:
             case Posted():
-                self._exchanges.setdefault(ticket.seq, _Exchange({}, {})).posted[node] = ticket
-                self._ready.append(post_event(node, ticket))
+                exchange = self._exchanges.setdefault(ticket.seq, _Exchange(self._now))
+                exchange.posted[node] = ticket
+                self._ready.append(post_event(node, ticket, self._now - exchange.first_at))
             case Returned():
                 self._ready.append(Finished(node, ticket))
                 self._ready.append(Return(node, ticket.num_collectives, ticket.digest))
@@ -269,8 +262,8 @@ def user_code(node: NodeId, number: int) -> Iterator[None]:
         raise NodeFailedError(failed.message, failed.traceback) from None
 
 
-def post_event(node: NodeId, ticket: Posted) -> Post:
-    """The rendezvous' view of an announcement."""
+def post_event(node: NodeId, ticket: Posted, waited_s: float = 0.0) -> Post:
+    """The rendezvous' view of an announcement, ``waited_s`` after the first one to that exchange."""
     return Post(
         node,
         ticket.seq,
@@ -281,4 +274,5 @@ def post_event(node: NodeId, ticket: Posted) -> Post:
         result_nbytes=ticket.result_nbytes,
         inline=ticket.inline is not None,
         close=ticket.close,
+        waited_s=waited_s,
     )

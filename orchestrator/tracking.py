@@ -200,7 +200,9 @@ class _Writer:
             }
             run = self._client.create_run(self._experiment(), run_name=started.run_id, tags=tags)
         self._run_id = run.info.run_id
-        values = started.config.flat() | {f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()}
+        values = started.config.flat() | {
+            f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
+        }
         values["parameters"] = str(started.layout.num_values)
         params: list[Param] = [Param(_key(key), _cut(value)) for key, value in values.items()]
         for first in range(0, len(params), _PARAMS_PER_BATCH):
@@ -239,7 +241,9 @@ class _Writer:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             try:
-                return self._client.create_experiment(name, artifact_location=artifacts_of(self._tracking, self._run_dir))
+                return self._client.create_experiment(
+                    name, artifact_location=artifacts_of(self._tracking, self._run_dir)
+                )
             except MlflowException:
                 # Another run made it in between; if that is not why, the next line says what is.
                 experiment = self._client.get_experiment_by_name(name)

@@ -11,8 +11,9 @@ the outer gradient. The mean over nodes is uniform.
 Elasticity: θ and v are shared state; a joiner receives both and starts with a fresh inner optimizer. A node lost
 before the reduction costs its own H steps and nothing else. The inner optimizer's state is never exchanged and lives
 on from round to round.
-Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32, before the codec (as a star: b·P up and b·P down
-per node); state 2·P values (θ, v) beside the inner optimizer's.
+Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32 (as a star: b·P up and b·P down per node); a codec
+shrinks the half that goes up. Up to 64 KiB a contribution travels inline, N·(N-1)·b·P. State: 2·P values (θ, v) beside
+the inner optimizer's.
 Reference: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023,
 arXiv:2311.08105, Algorithm 1.
 """
@@ -56,8 +57,8 @@ class DiLoCo(Algorithm, name="diloco"):
         node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        values = self.codec.nbytes(layout.num_values, layout.dtype)
-        return all_reduce_bytes(values + self.codec.nbytes(layout.num_buffer_values, layout.dtype), num_nodes)
+        sent = sum(self.codec.nbytes(size, layout.dtype) for size in (layout.num_values, layout.num_buffer_values))
+        return all_reduce_bytes(sent, num_nodes, result_nbytes=layout.nbytes + layout.buffer_nbytes)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size

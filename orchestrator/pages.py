@@ -1,0 +1,134 @@
+"""What ``starling check``, ``starling algorithms`` and ``starling tasks`` print."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.units import bytes_text, number_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import Console
+
+    from orchestrator.describe import Description, FieldDescription
+    from orchestrator.plan import Plan
+
+_MAX_WIDTH = 120
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """A configuration that is in order, and what it comes to."""
+    console.print(f"[bold]{escape(plan.name)}[/]: {escape(plan.algorithm)} on {escape(plan.task)}, as configured:\n")
+    samples = plan.samples
+    processes = "" if plan.actors == plan.nodes else f" in {plan.actors} processes"
+    rows = {
+        "runs": " or ".join(
+            {"cluster": "starling run", "simulator": "starling simulate"}[one] for one in plan.runtimes
+        ),
+        "nodes": f"{plan.nodes}{processes}",
+        "needs": f"{plan.num_cpus:g} CPUs and {plan.num_gpus:g} GPUs of the cluster",
+        "samples": f"{samples['training']:,}, {_range(samples)} per node; {samples['validation']:,} held out",
+        "parameters": f"{plan.parameters:,}, {bytes_text(plan.model_bytes)}",
+        "rounds": f"{plan.rounds:,} of {_range(plan.steps_per_round)} steps per node, in batches of {plan.batch_size}",
+        "optimizer": plan.schedule,
+        "bytes": f"{bytes_text(plan.payload_bytes['per_round'])} payload per round over all nodes, "
+        f"{bytes_text(plan.payload_bytes['total'])} in all, without losses",
+        "evaluations": f"{plan.evaluations:,}",
+    }
+    if plan.baselines:
+        rows["baselines"] = ", ".join(f"{name} {number_text(value)}" for name, value in plan.baselines.items())
+    for label, value in rows.items():
+        console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def _range(least_and_most: Mapping[str, int]) -> str:
+    least, most = least_and_most["least"], least_and_most["most"]
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def print_names(console: Console, family: str, names: Mapping[str, str]) -> None:
+    """All parts of a family, a line each."""
+    table = _table("name", "")
+    for name, summary in names.items():
+        table.add_row(f"[bold cyan]{escape(name)}[/]", escape(summary))
+    console.print(table, width=min(console.width, _MAX_WIDTH))
+    console.print(f"\n[dim]starling {family}s NAME shows one in full.[/]", highlight=False)
+
+
+def print_description(console: Console, family: str, description: Description) -> None:
+    """One part, in full."""
+    width = min(console.width, _MAX_WIDTH)
+    title = f"[bold cyan]{escape(description.name)}[/]  {_prose(description.summary)}"
+    console.print(title, width=width, highlight=False)
+    for block in _blocks(description.text):
+        console.print()
+        _print_block(console, block, width)
+    if description.fields:
+        console.print()
+        console.print(_fields(family, description.fields), width=width)
+    for field, members in description.choices.items():
+        if len(members) > 1:
+            console.print(f"\n[bold]{family}.{escape(field)}[/] is one of", highlight=False)
+            for name, fields in members.items():
+                values = ", ".join(f"{one.name}: {_default(one)}" for one in fields)
+                console.print(f"  [cyan]{escape(name):<10}[/] [dim]{escape(values)}[/]", width=width, highlight=False)
+    for title, text in description.sections.items():
+        console.print(f"\n[bold]{title}[/]")
+        sentence = text[:1].upper() + text[1:] if text[1:2].islower() else text  # but not a symbol: "x is shared state"
+        console.print(Padding(_prose(sentence), (0, 2)), width=width, highlight=False)
+
+
+def _blocks(text: str) -> list[str]:
+    """Paragraphs, list items and formulas."""
+    return [block for part in text.split("\n\n") for block in re.split(r"\n(?=\* )", part) if block.strip()]
+
+
+def _print_block(console: Console, block: str, width: int) -> None:
+    if all(line.startswith("    ") for line in block.splitlines()):
+        # A formula, laid out by hand.
+        console.print(Text(block.replace("``", "")), soft_wrap=True)
+    elif block.startswith("* "):
+        console.print(Padding(_prose(f"• {' '.join(block[2:].split())}"), (0, 2)), width=width, highlight=False)
+    else:
+        console.print(Padding(_prose(" ".join(block.split())), (0, 2)), width=width, highlight=False)
+
+
+def _prose(text: str) -> str:
+    """A docstring's text as markup."""
+    return re.sub(r"``(.+?)``", r"[cyan]\1[/]", escape(text))
+
+
+def _fields(family: str, fields: Sequence[FieldDescription]) -> Table:
+    table = _table(f"{family}.", "type", "default", "meaning")
+    for field in fields:
+        default = "[red]required[/]" if field.required else escape(_default(field))
+        table.add_row(f"[cyan]{escape(field.name)}[/]", escape(field.type), default, escape(field.description))
+    return table
+
+
+def _default(field: FieldDescription) -> str:
+    value = field.default
+    if isinstance(value, dict):
+        name = value.get("name")
+        inner = ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items() if key != "name")
+        return f"{name} ({inner})" if name and inner else str(name or f"{{{inner}}}")
+    return _scalar(value)
+
+
+def _scalar(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0)
+    return table

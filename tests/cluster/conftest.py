@@ -1,0 +1,92 @@
+import gc
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from orchestrator import ray_session
+from orchestrator.api import resolve
+from orchestrator.config import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[str]:
+    """One Ray for all ordinary tests; yields its address. Runs reach it with ``cluster.address: auto``."""
+    session = ray_session.connect("local", num_cpus=16, num_gpus=2)
+    yield ray.get_runtime_context().gcs_address
+    session.close()
+    gc.collect()
+
+
+@pytest.fixture
+def config(shared_ray: str) -> Callable[..., Config]:
+    """Makes a small configuration for the shared Ray."""
+
+    def make(algorithm: object = "fedavg", *overrides: str, task: object = "digits") -> Config:
+        raw = {
+            "rounds": 2,
+            "algorithm": algorithm,
+            "task": task,
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "evaluation": {"every_rounds": 0},
+            "cluster": {"address": "auto", "nodes": {"min": 1, "target": 4}},
+            "tracking": "none",
+        }
+        return resolve(raw, overrides)
+
+    return make
+
+
+class Processes:
+    """Processes that carry this test's mark in their environment: a program and all that it started."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+
+    def start(self, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+        names = {"STARLING_TEST_MARK": self.mark, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **environment}
+        return subprocess.Popen(
+            [sys.executable, "-c", "from orchestrator.cli import main; main()", *arguments],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **names},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def alive(self) -> list[str]:
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            try:
+                if self.mark.encode() not in (folder / "environ").read_bytes():
+                    continue
+                if "\nState:\tZ" in (folder / "status").read_text():
+                    continue
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:150])
+            except OSError:
+                continue
+        return found
+
+    def wait_until_gone(self, limit_s: float = 30) -> list[str]:
+        """What is still there after a bounded wait; nothing, if all is well."""
+        deadline = time.monotonic() + limit_s
+        while (found := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    marked = Processes()
+    yield marked
+    assert marked.wait_until_gone() == []

@@ -1,0 +1,99 @@
+"""Algorithms and tasks that a user might bring, for tests of the Ray runtime; imported on the nodes."""
+
+import os
+import signal
+import time
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from actors.tasks import Samples, Task, TensorSamples
+from algorithms.api import Algorithm, AllGather, AllReduce, Layout, Node, Train
+
+
+class Base(Algorithm):
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return 0
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return 1
+
+
+class Gathering(Base):
+    """Gathers payloads of different sizes, and adds them up in the order of the nodes."""
+
+    sizes: tuple[PositiveInt, ...] = (10, 20, 30, 40)
+
+    def init(self, node: Node) -> None:
+        node.shared["total"] = torch.zeros(())
+
+    async def round(self, node: Node) -> None:
+        await Train(steps=1)
+        values = node.parameters[: self.sizes[node.id % len(self.sizes)]].clone()
+        everyone = await AllGather({"values": values, "scale": 0.5 + node.id, "id": float(node.id)})
+        total = node.shared["total"]
+        for member, payload in everyone.items():
+            assert payload["id"] == member
+            total = total + payload["values"].sum() * payload["scale"]
+        node.shared["total"] = total
+        mean = await AllReduce({"b": node.parameters, "a": total.reshape(1)}, weight=1.0 + node.id)
+        node.parameters.copy_(mean.value["b"] + mean.value["a"] * 1e-3)
+
+
+class Dying(Base):
+    """One node's process is killed in the middle of a round."""
+
+    victim: int = 2
+    round_number: int = 1
+
+    async def round(self, node: Node) -> None:
+        if node.id == self.victim and node.round == self.round_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        await AllReduce(node.parameters)
+
+
+class Environment(Base):
+    """Prints what a node sees of its machine."""
+
+    async def round(self, node: Node) -> None:
+        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} threads={torch.get_num_threads()}")
+        await AllReduce(node.parameters)
+
+
+class Endless(Base):
+    """Rounds that take a while."""
+
+    seconds: float = 0.2
+
+    async def round(self, node: Node) -> None:
+        time.sleep(self.seconds)
+        await AllReduce(node.parameters)
+
+
+class Hanging(Base):
+    """One node never reaches the exchange."""
+
+    async def round(self, node: Node) -> None:
+        if node.id == 1:
+            time.sleep(600)
+        await AllReduce(node.parameters)
+
+
+class Faulty(Task):
+    """A task whose loss raises on one node's data."""
+
+    def train_samples(self, num_nodes: int) -> Samples:
+        owners = torch.arange(num_nodes).repeat_interleave(4)
+        return TensorSamples(owners.float().unsqueeze(1), owners=owners)
+
+    def validation_samples(self, num_nodes: int) -> Samples:
+        return TensorSamples(torch.zeros(2, 1))
+
+    def build(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        if module.training and batch[0][0, 0] == 1:
+            raise ZeroDivisionError("the user's mistake")
+        return module(batch[0]).square().mean()

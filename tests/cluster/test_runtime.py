@@ -1,0 +1,131 @@
+"""The Ray runtime against the simulator, on one shared Ray."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+import ray
+
+from actors.replica import NonFiniteLossError
+from orchestrator.api import run, simulate
+from orchestrator.config import Config
+from orchestrator.errors import ClusterError, NodeFailedError, NodeLateError, NodeLostError, exit_code
+from orchestrator.records import Observer, Started
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+Make = Callable[..., Config]
+HERE = "tests.cluster.programs"
+
+
+class Watcher(Observer):
+    def __init__(self) -> None:
+        self.lines: dict[int, list[str]] = {}
+        self.started: Started | None = None
+
+    def on_start(self, started: Started) -> None:
+        self.started = started
+
+    def on_log(self, node, lines) -> None:
+        self.lines.setdefault(node, []).extend(lines)
+
+
+def actors_alive() -> int:
+    """Node actors of this process's Ray, by the resources they hold."""
+    deadline = time.monotonic() + 20
+    while (used := ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides"),
+    [
+        ("fedavg", ["algorithm.fraction=0.5", "cluster.nodes.target=5", "cluster.nodes_per_actor=2"]),
+        ({"name": "diloco", "inner_steps": 3}, ["task.model=cnn", "cluster.nodes_per_actor=3"]),
+        # 12 MB: twelve parts would fit, so each node reduces one
+        ({"name": "diloco", "inner_steps": 2}, ["task.model.name=mlp", "task.model.width=40000"]),
+        # the same in one process, where nothing goes through the store
+        (
+            {"name": "diloco", "inner_steps": 2},
+            ["task.model.name=mlp", "task.model.width=40000", "cluster.nodes_per_actor=4"],
+        ),
+        # fewer contributors than parts, and the reducers are not those that were expected
+        (
+            {"name": "fedavg", "fraction": 0.4, "steps": 1},
+            ["task.model.name=mlp", "task.model.width=40000", "cluster.nodes.target=5", "cluster.nodes_per_actor=2"],
+        ),
+        (f"{HERE}:Gathering", []),
+        ({"name": f"{HERE}:Gathering", "sizes": [10, 20_000, 30_000]}, ["task.model.name=mlp", "task.model.width=500"]),
+        (
+            {"name": f"{HERE}:Gathering", "sizes": [20_000, 30_000]},
+            ["task.model.name=mlp", "task.model.width=500", "cluster.nodes_per_actor=2"],
+        ),
+    ],
+)
+def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_path, algorithm, overrides):
+    settings = config(algorithm, *overrides)
+    real = run(settings, run_dir=tmp_path / "real")
+    simulated = simulate(settings, run_dir=tmp_path / "simulated")
+    assert real.digest == simulated.digest
+    assert real.bytes["payload"] == simulated.bytes["payload"]
+    assert real.metrics == simulated.metrics
+    if settings.cluster.num_actors == 1 and settings.task.model_dump()["model"].get("width") == 40000:
+        assert real.bytes["transport"] == 0
+    assert actors_alive() == 0
+
+
+def test_a_killed_node_is_named_and_nothing_is_left(config: Make, tmp_path):
+    settings = config({"name": f"{HERE}:Dying", "victim": 2}, "rounds=5")
+    with pytest.raises(NodeLostError, match=r"^node 2 \(pid \d+ on .*\) was lost in round 1: its process died") as error:
+        run(settings, run_dir=tmp_path / "run")
+    assert exit_code(error.value) == 3
+    assert actors_alive() == 0
+    assert '"event": "lost"' in (tmp_path / "run/events.jsonl").read_text()
+
+
+def test_what_a_users_task_raises_comes_back_with_its_traceback_and_the_nodes_name(config: Make, tmp_path):
+    with pytest.raises(NodeFailedError, match="node 1, round 0: ZeroDivisionError: the user's mistake") as error:
+        run(config(task=f"{HERE}:Faulty"), run_dir=tmp_path / "run")
+    assert "programs.py" in (error.value.traceback or "")
+    assert exit_code(error.value) == 3
+    assert actors_alive() == 0
+
+
+def test_a_node_that_hangs_is_named_at_the_deadline(config: Make, tmp_path):
+    settings = config(f"{HERE}:Hanging", "cluster.round_deadline_s=1")
+    with pytest.raises(NodeLateError, match="node 1, round 0: it had not reached exchange 0"):
+        run(settings, run_dir=tmp_path / "run")
+    assert actors_alive() == 0
+
+
+def test_a_loss_that_is_not_finite_names_node_and_round(config: Make, tmp_path):
+    with pytest.raises((NodeFailedError, NonFiniteLossError), match=r"node \d, round \d+: loss is (nan|inf)"):
+        run(config("fedavg", "optimizer.lr=1e30", "rounds=6"), run_dir=tmp_path / "run")
+
+
+def test_nodes_without_gpus_see_none_and_use_one_thread(config: Make, tmp_path):
+    watcher = Watcher()
+    run(config(f"{HERE}:Environment"), run_dir=tmp_path / "run", observers=[watcher])
+    for node in range(4):
+        assert "CUDA_VISIBLE_DEVICES='' threads=1" in watcher.lines[node]
+        log = (tmp_path / f"run/logs/node-{node:03d}.log").read_text()
+        assert "CUDA_VISIBLE_DEVICES='' threads=1" in log
+
+
+def test_each_node_is_pinned_to_a_gpu_of_its_own(config: Make, tmp_path):
+    watcher = Watcher()
+    settings = config(f"{HERE}:Environment", "cluster.num_gpus=1", "cluster.nodes.target=2")
+    run(settings, run_dir=tmp_path / "run", observers=[watcher])
+    assert watcher.started is not None
+    assert sorted(gpu for facts in watcher.started.nodes for gpu in facts.gpus) == ["0", "1"]
+    seen = {line for lines in watcher.lines.values() for line in lines if "CUDA" in line}
+    assert seen == {"CUDA_VISIBLE_DEVICES='0' threads=1", "CUDA_VISIBLE_DEVICES='1' threads=1"}
+
+
+def test_more_gpus_than_there_are_is_said_before_anything_waits(config: Make, tmp_path):
+    with pytest.raises(ClusterError, match=r"4 nodes ask for 1 GPU each, the cluster has 2 \(ray status\); lower") as error:
+        run(config("fedavg", "cluster.num_gpus=1"), run_dir=tmp_path / "run")
+    assert exit_code(error.value) == 2

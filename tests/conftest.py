@@ -1,0 +1,9 @@
+"""Shared by all tests: reproducible property tests, and torch left as it was found."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# The same examples in every run: a failure that a change did not cause is of no use to who made the change.
+settings.register_profile("starling", derandomize=True, max_examples=100, deadline=None, database=None)
+settings.load_profile("starling")

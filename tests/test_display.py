@@ -1,0 +1,136 @@
+"""What people see: a line per round without a terminal, a view in place on one, a summary at the end."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestrator.display import Display, LiveDisplay, PlainDisplay, display, print_summary
+from orchestrator.runtime import NodeFacts
+from tests.observed import configuration, record, started, summary, tell
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Two seconds for each look at the clock."""
+    ticks = iter(range(0, 100_000, 2))
+    monkeypatch.setattr("orchestrator.display.time.monotonic", lambda: float(next(ticks)))
+
+
+def console(*, terminal: bool = False) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=100, force_terminal=terminal, color_system=None), file
+
+
+def shown(view: Display, file: io.StringIO) -> list[str]:
+    tell(view, started(), summary())
+    return file.getvalue().splitlines()
+
+
+def test_the_view_suits_the_output():
+    assert isinstance(display(console()[0]), PlainDisplay)
+    assert isinstance(display(console(terminal=True)[0]), LiveDisplay)
+
+
+def test_plain_lines():
+    output, file = console()
+    assert shown(PlainDisplay(output), file) == [
+        "fedavg on digits: 2 nodes on cpu, 1,000 parameters, 4 rounds",
+        "/runs/test-1",
+        "round 1/4  loss 2  2 nodes  8.00 kB  1.5 s  ETA 6.0 s",
+        "round 2/4  loss 1  eval loss 0.875 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s  ETA 4.0 s",
+        "round 3/4  loss 0.6667  2 nodes  8.00 kB  1.5 s  ETA 2.0 s",
+        "round 4/4  loss 0.5  eval loss 0.4375 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s",
+    ]
+
+
+def test_virtual_seconds_are_called_so():
+    output, file = console()
+    view = PlainDisplay(output)
+    view.on_start(started(virtual=True))
+    view.on_round(record(0, loss=None))
+    assert "2 nodes simulated" in file.getvalue()
+    assert "round 1/4  2 nodes  8.00 kB  1.5 s virtual  ETA" in file.getvalue()
+
+
+def test_long_runs_skip_lines_but_not_the_last():
+    output, file = console()
+    view = PlainDisplay(output)
+    view.on_start(started(configuration(rounds=1001)))
+    for number in range(1001):
+        view.on_round(record(number))
+    lines = file.getvalue().splitlines()[2:]
+    assert len(lines) == 167
+    assert lines[0].startswith("round 6/1001 ")
+    assert lines[-1].startswith("round 1001/1001 ")
+
+
+def test_nodes_warnings_are_shown():
+    output, file = console()
+    node = NodeFacts(1, "pid 1", "cpu", 10, warnings=("no [GPU] visible",))
+    PlainDisplay(output).on_start(started(nodes=[node]))
+    assert "warning: node 1: no [GPU] visible" in file.getvalue()
+
+
+def test_a_live_view_shows_the_latest_values():
+    output, file = console(terminal=True)
+    view = LiveDisplay(output)
+    view.open(configuration(), "here")
+    view.on_start(started())
+    for number in range(3):
+        view.on_round(record(number))
+    view.note("something [odd]")
+    view._live.refresh()
+    text = file.getvalue()
+    assert "starting 2 nodes here" in text
+    assert "round 3/4" in text
+    assert "training loss    0.6667" in text
+    assert "validation loss  0.875  (chance 2.303)  after round 2" in text
+    assert "24.0 kB  8.00 kB in this round" in text
+    assert "warning: something [odd]" in text
+    view.on_end(summary())
+    view.stop()
+    assert view.summary == summary()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_that_never_began(terminal: bool):
+    output, file = console(terminal=terminal)
+    view = display(output)
+    view.open(configuration(), "here")
+    view.on_end(summary("failed", rounds=0))
+    assert "starting 2 nodes here" in file.getvalue()
+
+
+def test_the_summary_names_where_to_look(tmp_path: Path):
+    output, file = console()
+    path = tmp_path / ("a-long-name-" * 8)
+    path.mkdir()
+    (path / "curves.png").touch()
+    end = summary(run_dir=str(path), nodes={"started": 4, "joined": 0, "lost": 1})
+    print_summary(output, end, configuration(tracking="mlflow"))
+    rows = {line[:17].strip(): line[17:] for line in file.getvalue().splitlines()}
+    assert rows["status"] == "finished after 4 rounds"
+    assert rows["validation loss"] == "0.4375  (chance 2.303)"
+    assert rows["accuracy"] == "0.5"
+    assert rows["bytes"] == "32.0 kB payload, 8.00 kB per round"
+    assert rows["nodes"] == "4 started, 1 lost"
+    assert rows["time"] == "7.0 s"
+    assert rows["digest"] == "d" * 64
+    assert rows["run directory"] == str(path)
+    assert rows["curves"] == str(path / "curves.png")
+    assert rows["look at it with"].endswith(f"/mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
+    output, file = console()
+    print_summary(output, summary("interrupted", run_dir=str(tmp_path), digest=None, metrics={}), configuration())
+    assert "mlflow" not in file.getvalue()
+    assert "interrupted after 4 rounds" in file.getvalue()
+    tracking = {"name": "mlflow", "uri": "https://me:secret@example.com"}
+    print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
+    assert "tracked in       https://me:***@example.com" in file.getvalue()
+    assert "mlflow ui" not in file.getvalue()

@@ -1,0 +1,166 @@
+"""Tracking: what MLflow really holds after a run, and that a tracker which fails costs a run nothing but a line."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from orchestrator import simulate, tracking
+from orchestrator.config import MLflowTracking
+from orchestrator.tracking import MLflowTracker, artifacts_of, metrics_of, store_of, ui_command
+from tests.observed import configuration, record, started, summary, tell
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs; module-wide, because MLflow takes seconds to make a database."""
+    return tmp_path_factory.mktemp("tracking") / "runs"
+
+
+def test_a_run_is_there_whole(runs: Path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(runs.parent)
+    config = configuration(tracking={"name": "mlflow", "experiment": "here"}, rounds=3)
+    end = simulate(config, run_dir=runs / "first")
+    store = f"sqlite:///{runs}/mlflow.db"
+    assert store_of(config.tracking, runs / "first") == store
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("here")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == end.run_id == "first"
+    assert run.info.status == "FINISHED"
+    assert run.data.tags.items() >= {"algorithm": "fedavg", "task": "digits", "runtime": "simulator"}.items()
+    assert run.data.params.items() >= config.flat().items()
+    assert run.data.params["parameters"] == "9610"
+    history = client.get_metric_history(run.info.run_id, "bytes/payload_total")
+    per_round = int(end.bytes["per_round"] or 0)
+    assert [(one.step, one.value) for one in history] == [(k, per_round * (k + 1)) for k in range(3)]
+    assert run.data.metrics["eval/loss"] == pytest.approx(end.metrics["loss"])
+    assert run.data.metrics["seconds/virtual_total"] == end.virtual_seconds
+    assert "bytes/transport" not in run.data.metrics
+    assert run.data.metrics.keys() >= {"train/loss", "eval/accuracy", "bytes/payload", "nodes/committed"}
+    names = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+    assert names == ["config.yaml", "curves.png", "model.safetensors"]
+    copy = Path(client.download_artifacts(run.info.run_id, "model.safetensors", str(runs.parent)))
+    assert copy.read_bytes() == (runs / "first" / "model.safetensors").read_bytes()
+    # All beside the run directories, nothing in the current folder.
+    assert experiment.artifact_location == (runs / "mlartifacts" / "here").as_uri()
+    assert sorted(path.name for path in runs.iterdir()) == ["first", "mlartifacts", "mlflow.db"]
+    assert not (runs.parent / "mlruns").exists()
+
+
+@pytest.mark.parametrize(("status", "expected"), [("failed", "FAILED"), ("interrupted", "KILLED")])
+def test_a_run_that_ended_otherwise(runs: Path, status, expected):
+    from mlflow import MlflowClient
+
+    run_dir = runs / status
+    tracker = MLflowTracker(MLflowTracking(experiment="bad ends"), run_dir)
+    tell(tracker, started(run_dir=str(run_dir)), summary(status), rounds=2)
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name("bad ends")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{status}'")
+    assert run.info.status == expected
+    assert run.data.metrics["bytes/transport"] == 9000
+    assert run.data.params["baseline.chance"] == "2.303"
+
+
+def test_more_than_mlflow_takes_at_once(runs: Path):
+    from mlflow import MlflowClient
+
+    variables = {f"A{number}": "x" for number in range(250)}
+    modules = ["x" * 7000]
+    config = configuration(cluster={"runtime_env": {"env_vars": variables, "pip": modules}})
+    tracker = MLflowTracker(MLflowTracking(experiment="much"), runs / "much")
+    tell(tracker, started(config, run_dir=str(runs / "much")), summary(), rounds=200)
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("much").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert len(run.data.params) > 300
+    assert run.data.params["cluster.runtime_env.env_vars.A249"] == "***"
+    assert len(run.data.params["cluster.runtime_env.pip"]) == 6000
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 200
+
+
+def test_a_broken_tracker_costs_a_line(tmp_path: Path, caplog):
+    (tmp_path / "mlflow.db").write_text("not a database, and longer than the header of one would be" * 10)
+    end = simulate(configuration(tracking="mlflow"), run_dir=tmp_path / "run")
+    assert end.status == "finished"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    (message,) = caplog.messages
+    assert message.startswith(
+        f"tracking: sqlite:///{tmp_path}/mlflow.db failed, the run goes on without it ({tmp_path}/run"
+    )
+    assert "\n" not in message
+
+
+def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch, caplog):
+    gate = threading.Event()
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(tracking._Writer, "start", lambda *_: gate.wait())
+    tracker = MLflowTracker(MLflowTracking(uri="https://me:secret@example.com"), tmp_path / "run")
+    tell(tracker, started(), summary())
+    assert caplog.messages == [
+        "tracking: https://me:***@example.com did not take everything within 0 s; "
+        f"what is missing there is in {tmp_path / 'run'}"
+    ]
+    gate.set()
+    tracker._thread.join()
+    assert len(caplog.messages) == 1
+
+
+def test_a_run_that_never_began_is_not_tracked(tmp_path: Path):
+    tracker = MLflowTracker(MLflowTracking(), tmp_path / "run")
+    tracker.on_end(summary("failed", rounds=0))
+    tracker._thread.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_mlflow_is_left_behind(runs: Path):
+    before = set(threading.enumerate())
+    level = logging.getLogger("alembic").level
+    tell(MLflowTracker(MLflowTracking(), runs / "clean"), started(run_dir=str(runs / "clean")), summary())
+    assert set(threading.enumerate()) == before
+    assert logging.getLogger("alembic").level == level
+
+
+def test_metrics_have_names_that_stay():
+    assert metrics_of(record(1)) == {
+        "train/loss": 1.0,
+        "train/samples": 1400,
+        "bytes/payload": 8000,
+        "bytes/transport": 9000,
+        "nodes/committed": 2,
+        "seconds/train": 1.25,
+        "seconds/exchange": 0.25,
+        "seconds/evaluate": 0.125,
+        "seconds/total": 1.5,
+        "eval/loss": 0.875,
+        "eval/accuracy": 0.5,
+    }
+    assert "train/loss" not in metrics_of(record(0, loss=None))
+    assert "seconds/evaluate" not in metrics_of(record(0))
+
+
+@pytest.mark.parametrize(
+    ("uri", "artifacts"),
+    [
+        (None, "file:///data/runs/mlartifacts/my_runs"),
+        ("sqlite:////elsewhere/my.db", "file:///elsewhere/mlartifacts/my_runs"),
+        ("postgresql://host/db", "file:///data/runs/mlartifacts/my_runs"),
+        ("http://localhost:5000", None),
+        ("databricks", None),
+    ],
+)
+def test_artifacts_lie_beside_the_database(uri, artifacts):
+    assert artifacts_of(MLflowTracking(uri=uri, experiment="my runs"), Path("/data/runs/one")) == artifacts
+
+
+def test_the_command_to_look():
+    command = ui_command("sqlite:////data/my runs/mlflow.db")
+    assert command is not None
+    assert command.endswith("/bin/mlflow ui --backend-store-uri 'sqlite:////data/my runs/mlflow.db'")
+    assert ui_command("http://localhost:5000") is None
