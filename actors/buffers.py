@@ -7,10 +7,13 @@ encoded bits do not depend on the number of parts. What travels of a part is one
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import math
+import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -59,6 +62,42 @@ class Segment:
     tensor: int
     start: int
     stop: int
+
+
+class Pool:
+    """Memory for large results, used again once nothing refers to it any more.
+
+    A round's results are as large as the model. Memory that is fresh from the system is cleared by the kernel first, page
+    by page, which takes about as long as to fill it.
+    """
+
+    def __init__(self, min_bytes: int, max_blocks: int) -> None:
+        self._min_bytes = min_bytes
+        self._free: deque[Buffer] = deque(maxlen=max_blocks)
+
+    def empty(self, num_values: int, dtype: torch.dtype) -> Tensor:
+        """A flat CPU tensor with arbitrary content."""
+        nbytes = num_values * dtype.itemsize
+        if nbytes < self._min_bytes:
+            return torch.empty(num_values, dtype=dtype)
+        block = self._take(nbytes)
+        # The tensor's storage holds this view of the block, and nothing else does: its end is the storage's end.
+        view = block[:]
+        weakref.finalize(view, self._free.append, block).atexit = False
+        return torch.from_numpy(view).view(dtype)
+
+    def _take(self, nbytes: int) -> Buffer:
+        # Finalizers of other threads may append meanwhile: each block is taken out before it is looked at.
+        for _ in range(len(self._free)):
+            with contextlib.suppress(IndexError):
+                block = self._free.popleft()
+                if block.size == nbytes:
+                    return block
+                self._free.append(block)
+        return np.empty(nbytes, dtype=np.uint8)
+
+
+_POOL = Pool(min_bytes=1024 * 1024, max_blocks=3)
 
 
 def as_buffer(tensor: Tensor) -> Buffer:
@@ -180,7 +219,7 @@ class Cuts:
             dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
             nbytes = self.codec.nbytes(size, dtype)
             values = [self.codec.decode(_slice(buffer, offset, nbytes, dtype), size, dtype) for buffer in contributions]
-            out = torch.empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            out = _POOL.empty(size, torch.float64 if dtype == torch.float64 else torch.float32)
             operation.aggregator.reduce(values, weights, out)
             pieces.append(self.result_codec.encode(out.to(dtype)))
             offset += nbytes
@@ -188,7 +227,7 @@ class Cuts:
 
     def assemble(self, parts: Sequence[Buffer], device: torch.device) -> Tensor | dict[str, Tensor]:
         """Decode the parts of a result into fresh tensors on ``device``."""
-        tensors = [torch.empty(spec.num_values, dtype=spec.dtype, device=device) for spec in self.specs]
+        tensors = [_empty(spec, device) for spec in self.specs]
         for segments, buffer in zip(self.parts, parts, strict=True):
             offset = 0
             for one in segments:
@@ -207,6 +246,12 @@ def _slice(buffer: Buffer, offset: int, nbytes: int, dtype: torch.dtype) -> Tens
     """The bytes of one segment; copied where a narrower tensor before it leaves them unaligned for ``dtype``."""
     data = as_tensor(buffer[offset : offset + nbytes])
     return data.clone() if data.data_ptr() % dtype.itemsize else data
+
+
+def _empty(spec: TensorSpec, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return _POOL.empty(spec.num_values, spec.dtype)
+    return torch.empty(spec.num_values, dtype=spec.dtype, device=device)
 
 
 def _join(pieces: list[Tensor]) -> Buffer:
@@ -285,5 +330,15 @@ def _describe(parts: list[Any]) -> str:
     return ", ".join(_repr(part) for part in parts)
 
 
-# A model's text takes longer to make than a small exchange, and there are few of them; parts are frozen and hashable.
-_repr = functools.lru_cache(maxsize=256)(repr)
+def _repr(part: object) -> str:
+    """``repr``, remembered by identity: to make it takes longer than a small exchange, and to hash a part nearly so."""
+    known = _TEXTS.get(id(part))
+    if known is None or known[0] is not part:
+        if len(_TEXTS) >= _MAX_TEXTS:
+            _TEXTS.clear()
+        known = _TEXTS[id(part)] = part, repr(part)
+    return known[1]
+
+
+_MAX_TEXTS = 256
+_TEXTS: dict[int, tuple[object, str]] = {}

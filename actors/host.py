@@ -6,7 +6,6 @@ it runs programs to their next operation and moves bytes as it is told.
 
 from __future__ import annotations
 
-import functools
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -36,10 +35,11 @@ if TYPE_CHECKING:
     from actors.replica import Fence, Replica
     from algorithms.api import NodeId, Payload, State, View
     from algorithms.closing import ClosePolicy
-    from algorithms.codecs import Codec
 
 Collective: TypeAlias = "AllReduce[Any] | AllGather[Any]"
 
+
+_MAX_CUTS = 64
 
 # --- tickets: what a program did last, for the rendezvous -------------------------------------------------------------
 
@@ -144,6 +144,7 @@ class Host:
         self._committed = -1
         self._digests: list[tuple[dict[str, State], str]] = []
         """Of the replicas that have staged the running round."""
+        self._cuts_of: dict[tuple[str, tuple[TensorSpec, ...], int], Cuts] = {}
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
@@ -263,12 +264,24 @@ class Host:
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, operation.close)
         specs = signature.tensors
         assert specs is not None
-        cuts = exchange.cuts = _cut(operation.codec, operation.result_codec, specs, len(replica.view.members))
+        cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
         exchange.parts = cuts.encode(payload)
         sizes = cuts.part_nbytes
         inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
         weight, results = float(operation.weight), cuts.result_nbytes
         return Posted(seq, signature, specs, weight, sizes, results, inline, operation.close)
+
+    def _cut(self, operation: AllReduce[Any], parts: str, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
+        """Where contributions are cut; found once for all rounds and nodes of the process."""
+        known = self._cuts_of.get((parts, specs, num_members))
+        if known is None:
+            whole = Cuts(specs, operation.codec, operation.result_codec, 1)
+            parted = buffers.num_parts(sum(whole.part_nbytes), num_members)
+            known = whole if parted == 1 else Cuts(specs, operation.codec, operation.result_codec, parted)
+            if len(self._cuts_of) >= _MAX_CUTS:
+                self._cuts_of.clear()
+            self._cuts_of[parts, specs, num_members] = known
+        return known
 
     def _finish(self, node: NodeId) -> Returned:
         replica, program = self.replicas[node], self._programs.pop(node)
@@ -348,9 +361,8 @@ class Host:
         exchange = self._programs[node].exchanges[seq]
         if exchange.cuts is None:
             operation = cast("AllReduce[Any]", exchange.operation)
-            exchange.cuts = _cut(
-                operation.codec, operation.result_codec, specs, len(self.replicas[node].view.members)
-            )
+            parts = buffers.signature_of(operation).parts
+            exchange.cuts = self._cut(operation, parts, specs, len(self.replicas[node].view.members))
         return exchange.cuts
 
     def reduced(
@@ -389,14 +401,6 @@ class Host:
         """The result of an ``AllGather``."""
         device = self.replicas[node].device
         return {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
-
-
-@functools.lru_cache(maxsize=64)
-def _cut(codec: Codec, result_codec: Codec, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
-    """The same for every round and every node of a process."""
-    whole = Cuts(specs, codec, result_codec, 1)
-    parts = buffers.num_parts(sum(whole.part_nbytes), num_members)
-    return whole if parts == 1 else Cuts(specs, codec, result_codec, parts)
 
 
 def _copy(value: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import ray.exceptions
 import torch
 from safetensors.torch import save
 
@@ -32,6 +33,7 @@ from actors.replica import Replica, ReplicaSpec
 from actors.setup import load_data
 from actors.tasks import Task
 from algorithms.api import Algorithm, Layout
+from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -175,6 +177,8 @@ class NodeActor:
             self._redirect_output()
             self._host.init()
             baselines = spec.task.baselines(setup.num_nodes)
+        except StarlingError as error:
+            return Failed(str(error), None)
         except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
             return failure(setup.nodes[0], 0, error)
         return Ready(
@@ -252,7 +256,7 @@ class NodeActor:
 
     @ray.method(concurrency_group="exchange")
     def post(self, epoch: int, seq: int, nodes: Sequence[NodeId], parts: Sequence[int]) -> list[Any]:
-        """Put ``parts`` of contributions into the store: an acknowledgement, then each of each node as its own value."""
+        """Put ``parts`` of contributions into the store: an acknowledgement, then each part of each node as a value."""
         if epoch != self._epoch:
             return [False, *([None] * (len(parts) * len(nodes)))]
         contributions = [self._host.parts(node, seq) for node in nodes]
@@ -346,7 +350,8 @@ class NodeActor:
 def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type
     """``NodeActor`` as a Ray actor class."""
     groups = {"compute": 1, "exchange": 1, "control": 1, "watch": 1}
-    return ray.remote(concurrency_groups=groups)(NodeActor)
+    wrap: Any = ray.remote  # its overloads do not know the argument
+    return wrap(concurrency_groups=groups)(NodeActor)
 
 
 def _pin_device() -> tuple[torch.device, tuple[str, ...], tuple[str, ...]]:

@@ -101,6 +101,7 @@ class Replica:
         self._samples_per_step = spec.batch_size * spec.optimizer.accumulate
         steps_per_round = spec.algorithm.steps_per_round(self.num_samples, self._samples_per_step)
         self._total_steps = spec.optimizer.schedule.total_steps or max(1, spec.rounds * steps_per_round)
+        spec.optimizer.schedule.factor(0, self._total_steps)  # raises, before anything is trained, if it cannot work
         self._committed = self._snapshot()
 
     # --- what the program sees -----------------------------------------------------------------------------------

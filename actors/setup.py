@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ class RunData:
     """Indices into ``train`` for each node."""
 
 
-@functools.lru_cache(maxsize=1)
 def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunData:
     """Load and divide the data; deterministic, so that all processes agree without a word.
 

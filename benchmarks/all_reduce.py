@@ -1,7 +1,7 @@
 """AllReduce over 4 node actors on this machine against gloo's all_reduce over 4 processes, alternating in one run.
 
-Ours is measured inside the programs, from before the ``await`` to after it, gloo's from before the call to after it; the
-slowest of the four counts in both. Whatever else the machine does hits both alike, since they take turns.
+Ours is measured inside the programs, from before the ``await`` to after it, gloo's from before the call to after it;
+the slowest of the four counts in both. Whatever else the machine does hits both alike, since they take turns.
 """
 
 from __future__ import annotations

@@ -81,7 +81,12 @@ def drive(config: Config, runtime: Runtime, each_round: Callable[[list[float]], 
 
 
 def cluster_run(
-    size: int, *, rounds: int, nodes: int, per_actor: int = 1, each_round: Callable[[list[float]], None] = lambda _: None
+    size: int,
+    *,
+    rounds: int,
+    nodes: int,
+    per_actor: int = 1,
+    each_round: Callable[[list[float]], None] = lambda _: None,
 ) -> list[float]:
     """Rounds of the bare exchange on a Ray of our own."""
     config = exchange_config(size, rounds, nodes, per_actor)

@@ -17,7 +17,9 @@ def simulated(nodes: int, rounds: int) -> float:
     marks: list[float] = []
     config = exchange_config(KILOBYTE, rounds, nodes)
     drive(config, Simulator(config), lambda _: marks.append(time.perf_counter()))
-    return statistics.median(after - before for before, after in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False))
+    return statistics.median(
+        after - before for before, after in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False)
+    )
 
 
 def main() -> list[Row]:

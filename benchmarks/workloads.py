@@ -38,7 +38,7 @@ class ExchangeOnly(Algorithm):
     async def round(self, node: Node) -> None:
         began = node.now
         await AllReduce(node.parameters)
-        print(f"all_reduce {node.now - began:.6f}")  # noqa: T201 - how a program hands figures to a benchmark
+        print(f"all_reduce {node.now - began:.6f}")
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return all_reduce_bytes(layout.nbytes, num_nodes)

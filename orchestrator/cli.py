@@ -182,7 +182,7 @@ def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path 
 
     def failed() -> dict[str, Any]:
         summary = views[-1].summary if views else None
-        return summary.to_json() if summary else _NO_RUN
+        return summary.to_json() if summary and Path(summary.run_dir).exists() else _NO_RUN
 
     _answer(act, failed, as_json=as_json)
 

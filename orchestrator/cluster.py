@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import ray
+import ray.exceptions
 
 from actors.host import Contributed, Failed, Posted, Returned, Stale
 from actors.node_actor import Inline, Ready, Reply, SecureJob, Setup, Stored, remote_class
@@ -241,10 +242,8 @@ class Cluster:
     def _lost(self, actor: _Actor, error: BaseException) -> None:
         """A call failed: the process is dead, or suspect because our own methods never raise. Then it is killed."""
         actor.alive = False
-        if isinstance(error, ray.exceptions.ActorDiedError):
-            reason = "its process died (killed, out of memory or crashed)"
-        else:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+        reason = _reason(error)
+        if not isinstance(error, ray.exceptions.ActorDiedError):
             with contextlib.suppress(Exception):
                 ray.kill(actor.handle, no_restart=True)
         output = self._session.worker_output(actor.ready.pid) if self._session and actor.ready else []
@@ -451,6 +450,17 @@ class Cluster:
 
     def _fail(self, node: NodeId, error: Exception) -> NoReturn:
         place = self._facts_of(self._home[node]).place
-        reason = "its process died" if isinstance(error, ray.exceptions.ActorDiedError) else type(error).__name__
+        reason = _reason(error)
         message = f"node {node} ({place}) was lost: {reason}"
         raise NodeLostError(message) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Why a call failed, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if not isinstance(error, ray.exceptions.ActorDiedError):
+        return f"{type(error).__name__}: {lines[-1]}"
+    if "creation task" in lines[0]:
+        advice = "is this version of Starling installed there, and what cluster.runtime_env names?"
+        return f"its process could not begin ({lines[-1]}); {advice}"
+    return "its process died (killed, out of memory or crashed)"

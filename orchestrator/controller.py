@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from actors.host import Returned
     from algorithms.api import NodeId
     from orchestrator.config import Config
-    from orchestrator.records import Observer
+    from orchestrator.records import Observer, Status
     from orchestrator.rendezvous import Decision, Event
     from orchestrator.runtime import Happening, NodeFacts, Runtime
 
@@ -69,6 +69,8 @@ class Controller:
         self._metrics: dict[str, float] = {}
         self._digest: str | None = None
         self._lost = 0
+        self._zero = 0.0
+        """The runtime's clock when all nodes were up; times in the record count from it."""
         self._began = time.monotonic()
 
     def run(self) -> Summary:
@@ -79,6 +81,7 @@ class Controller:
         """
         facts = self._runtime.start()
         self._facts = {one.node: one for one in facts}
+        self._zero = self._runtime.now
         started = Started(
             config=self._config,
             run_id=self._run_id,
@@ -171,7 +174,9 @@ class Controller:
                     message = f"round {number}: the shared state of replicas differs: {shown}"
                     raise DivergedError(message)
                 case ProgramsDiverge(seq, first, second, message):
-                    text = f"round {number}, exchange {seq}: nodes {first} and {second} await different things: {message}"
+                    text = (
+                        f"round {number}, exchange {seq}: nodes {first} and {second} await different things: {message}"
+                    )
                     raise ProgramsDivergeError(text)
                 case _:
                     pass
@@ -214,9 +219,9 @@ class Controller:
     # --- the record --------------------------------------------------------------------------------------------------
 
     def _record(self, what: str, **facts: Any) -> None:  # noqa: ANN401 - plain data of any kind
-        self._observer.on_event({"event": what, "at_s": round(self._runtime.now, 6), **facts})
+        self._observer.on_event({"event": what, "at_s": round(self._runtime.now - self._zero, 6), **facts})
 
-    def summary(self, status: str) -> Summary:
+    def summary(self, status: Status) -> Summary:
         """Where the run stands."""
         rounds = self._committed + 1
         return Summary(

@@ -1,4 +1,4 @@
-"""Errors that speak to the person who can act, drawn as a tree, and the exit code of each branch.
+"""Errors that speak to the person who can act, drawn as a tree.
 
     StarlingError                    one line: what is wrong, where, what would be right
     ├── ConfigError             2    a file, key or value that cannot be used
@@ -14,6 +14,8 @@
     ├── NonFiniteLossError      3    (actors.replica) NaN or infinite loss
     └── ProgramError            3    (algorithms.errors) a program broke a rule of algorithms.api
         └── UnsupportedOperation     awaits what the runtime does not carry out yet
+
+The numbers are exit codes of the process.
 """
 
 from __future__ import annotations

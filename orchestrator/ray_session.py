@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config
 
 from orchestrator.errors import ClusterError
 
@@ -26,6 +26,8 @@ _TOKEN = secrets.token_hex(32)
 """Of every Ray that this process starts: Ray reads it once per process."""
 
 _PROBE_TIMEOUT_S = 3
+
+_MAX_BASE_LENGTH = 24
 
 _SYSTEM_CONFIG = {
     # The store frees in batches, by default once a second. A fast round would then write to memory that was never
@@ -97,7 +99,7 @@ def connect(
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         message = (
-            f"cluster.address {address}: cannot connect ({_first_line(error)}); check that Ray runs there (ray status), "
+            f"cluster.address {address}: cannot connect ({_first_line(error)}); check that Ray runs there (ray status) "
             "and that this process has the cluster's token: RAY_AUTH_MODE=token with the same RAY_AUTH_TOKEN or "
             "~/.ray/auth_token as the head"
         )
@@ -107,10 +109,13 @@ def connect(
 
 def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | None) -> Session:
     if ray.is_initialized():
-        message = "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
+        message = (
+            "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
+        )
         raise ClusterError(message)
-    # Unix sockets live in it, and their paths may have 107 characters: the short form of a temporary folder.
-    folder = Path(tempfile.mkdtemp(prefix="starling-", dir="/tmp" if Path("/tmp").is_dir() else None))  # noqa: S108
+    # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="starling-", dir=base if len(base) <= _MAX_BASE_LENGTH else "/tmp"))  # noqa: S108
     environment = _set(
         {
             # Only processes of this run may talk to it, and nothing is written to ~/.ray.
@@ -187,8 +192,9 @@ def _set(variables: dict[str, str]) -> dict[str, str | None]:
 
 def _read_authentication_again() -> None:
     """Ray's core reads its mode and token from the environment once, when it is imported."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    core: Any = _raylet  # compiled, and without types
+    core.Config.initialize("")
+    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _restore(variables: dict[str, str | None]) -> None:

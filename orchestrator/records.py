@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from algorithms.api import Layout
     from orchestrator.config import Config
     from orchestrator.runtime import FinalModel, NodeFacts
+
+
+Status: TypeAlias = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class RoundRecord:
 class Summary:
     """What a run came to; ``starling run --json`` prints it."""
 
-    status: Literal["finished", "failed", "interrupted"]
+    status: Status
     run_id: str
     run_dir: str
     algorithm: str

@@ -308,3 +308,11 @@ def test_a_config_is_frozen():
     assert isinstance(config, Config)
     with pytest.raises(ValueError, match="frozen"):
         config.rounds = 3  # type: ignore[misc]
+
+
+def test_every_key_is_documented():
+    text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    keys = parse(SMALL | {"tracking": "mlflow"}).flat()
+    for key in (key for key in keys if not key.startswith(("algorithm.", "task."))):
+        known = key.removesuffix(".name") if key in ("data.partition.name", "tracking.name") else key
+        assert f"| `{known}` |" in text, key

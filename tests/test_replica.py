@@ -459,10 +459,11 @@ def test_fence():
 
 
 def test_nan_stops():
-    one = replica(1, task=Toy(poison=3), num_nodes=2, batch_size=24)
+    poisoned = Toy(poison=int(replica(0, num_nodes=2)._sampler._indices[0]))
+    one = replica(1, task=poisoned, num_nodes=2, batch_size=24)
     begin(one, 7)
-    assert math.isfinite(train(one).loss)  # the poisoned sample is node 0's
-    one = replica(0, task=Toy(poison=3), num_nodes=2, batch_size=24, lr=0.25)
+    assert math.isfinite(train(one).loss)
+    one = replica(0, task=poisoned, num_nodes=2, batch_size=24, lr=0.25)
     begin(one, 7)
     with pytest.raises(NonFiniteLossError) as caught:
         train(one, 3)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from actors.data import Iid, assign
 from actors.optimizers import OptimizerConfig
 from actors.replica import Replica, ReplicaSpec
 from actors.tasks import Task, TensorSamples
@@ -120,7 +121,7 @@ def replica(
     skip_nan: bool = False,
     **optimizer: Any,
 ) -> Replica:
-    """A replica in its initial state; ``optimizer`` are the keys of that section."""
+    """A replica in its initial state, with the samples that it has in a run; ``optimizer`` are that section's keys."""
     task = task or Toy()
     spec = ReplicaSpec(
         algorithm=algorithm or Silent(),
@@ -132,7 +133,7 @@ def replica(
         skip_nan=skip_nan,
     )
     samples = task.train_samples(num_nodes)
-    return Replica(node, spec, samples, torch.arange(len(samples)).tensor_split(num_nodes)[node])
+    return Replica(node, spec, samples, assign(samples, Iid(), num_nodes, seed)[node])
 
 
 def begin(one: Replica, number: int = 0, members: tuple[int, ...] = (0,)) -> None:

@@ -48,11 +48,11 @@ def trained(one: Replica, start: Tensor, number: int, nodes: int, steps: int) ->
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 5])
-@pytest.mark.parametrize("steps", [1, 4])
-def test_d1_outer_descent_of_one_is_averaging(nodes: int, steps: int):
+@pytest.mark.parametrize(("steps", "rate"), [(1, 1.0), (4, 0.1)])
+def test_d1_outer_descent_of_one_is_averaging(nodes: int, steps: int, rate: float):
     task = Toy(model="dropout")
-    ran = run(task, nodes=nodes, rounds=3, steps=steps, outer=AVERAGING, optimizer={"lr": 1.0})
-    replicas = [replica(node, task=task, num_nodes=nodes, lr=1.0) for node in range(nodes)]
+    ran = run(task, nodes=nodes, rounds=3, steps=steps, outer=AVERAGING, optimizer={"lr": rate})
+    replicas = [replica(node, task=task, num_nodes=nodes, lr=rate) for node in range(nodes)]
     anchor = replicas[0].parameters.clone()
     for number in range(3):
         local = [trained(one, anchor, number, nodes, steps).clone() for one in replicas]

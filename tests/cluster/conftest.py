@@ -2,6 +2,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,11 +49,16 @@ def config(shared_ray: str) -> Callable[..., Config]:
 class Processes:
     """Processes that carry this test's mark in their environment: a program and all that it started."""
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: Path) -> None:
         self.mark = uuid.uuid4().hex
+        self._temporary = temporary
+
+    def temporary_files(self) -> list[Path]:
+        return list(self._temporary.iterdir())
 
     def start(self, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
         names = {"STARLING_TEST_MARK": self.mark, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **environment}
+        names["TMPDIR"] = str(self._temporary)
         return subprocess.Popen(
             [sys.executable, "-c", "from orchestrator.cli import main; main()", *arguments],
             cwd=cwd,
@@ -87,6 +93,8 @@ class Processes:
 
 @pytest.fixture
 def processes() -> Iterator[Processes]:
-    marked = Processes()
-    yield marked
-    assert marked.wait_until_gone() == []
+    # Not tmp_path, which is too long for the sockets in it.
+    with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp") as folder:
+        marked = Processes(Path(folder))
+        yield marked
+        assert marked.wait_until_gone() == []

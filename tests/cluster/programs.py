@@ -57,7 +57,8 @@ class Environment(Base):
     """Prints what a node sees of its machine."""
 
     async def round(self, node: Node) -> None:
-        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r} threads={torch.get_num_threads()}")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(f"CUDA_VISIBLE_DEVICES={visible!r} threads={torch.get_num_threads()}")  # noqa: T201 - it is the test
         await AllReduce(node.parameters)
 
 
@@ -67,7 +68,7 @@ class Endless(Base):
     seconds: float = 0.2
 
     async def round(self, node: Node) -> None:
-        time.sleep(self.seconds)
+        time.sleep(self.seconds)  # noqa: ASYNC251 - there is no event loop; it stands for compute
         await AllReduce(node.parameters)
 
 
@@ -76,7 +77,7 @@ class Hanging(Base):
 
     async def round(self, node: Node) -> None:
         if node.id == 1:
-            time.sleep(600)
+            time.sleep(600)  # noqa: ASYNC251 - as above
         await AllReduce(node.parameters)
 
 

@@ -45,12 +45,7 @@ def wait_for(program: subprocess.Popen[str], text: str, limit_s: float = 120) ->
     raise AssertionError(f"{text!r} never came:\n{seen}")
 
 
-def temporary_folders() -> set[str]:
-    return {path.name for path in Path("/tmp").glob("starling-*")}
-
-
 def test_a_finished_run_leaves_nothing(tmp_path, processes: Processes):
-    before = temporary_folders()
     program = processes.start("run", str(write(tmp_path, 3)), "--json", cwd=tmp_path)
     out, err = program.communicate(timeout=200)
     assert program.returncode == 0, err
@@ -58,12 +53,11 @@ def test_a_finished_run_leaves_nothing(tmp_path, processes: Processes):
     assert summary["status"] == "finished"
     assert summary["nodes"] == {"started": 2, "joined": 0, "lost": 0}
     assert processes.wait_until_gone() == []
-    assert temporary_folders() <= before
+    assert processes.temporary_files() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Processes, number: int):
-    before = temporary_folders()
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
     wait_for(program, "round 3")
     program.send_signal(number)
@@ -72,23 +66,19 @@ def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Pr
     assert json.loads(out.splitlines()[-1])["status"] == "interrupted"
     assert "Traceback" not in err
     assert processes.wait_until_gone() == []
-    assert temporary_folders() <= before
+    assert processes.temporary_files() == []
 
 
 def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
-    before = temporary_folders()
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
     wait_for(program, "round 3")
     program.kill()
     program.communicate(timeout=60)
     # Ray's agents first try to tell the dead driver of the death of their raylet, which can take them half a minute.
     assert processes.wait_until_gone(limit_s=100) == []
-    for name in temporary_folders() - before:  # nobody is left who could remove it
-        subprocess.run(["rm", "-r", f"/tmp/{name}"], check=True)
 
 
 def test_a_failed_run_leaves_nothing_and_exits_3(tmp_path, processes: Processes):
-    before = temporary_folders()
     config = write(tmp_path, 5)
     dying = "algorithm={name: 'tests.cluster.programs:Dying', victim: 1}"
     program = processes.start("run", str(config), "--set", dying, "--json", cwd=tmp_path)
@@ -97,7 +87,7 @@ def test_a_failed_run_leaves_nothing_and_exits_3(tmp_path, processes: Processes)
     assert json.loads(out.splitlines()[-1])["status"] == "failed"
     assert "error: node 1 (pid " in err
     assert processes.wait_until_gone() == []
-    assert temporary_folders() <= before
+    assert processes.temporary_files() == []
 
 
 def test_an_address_without_ray_is_an_error_of_one_line(tmp_path, processes: Processes):
@@ -112,7 +102,12 @@ def test_an_address_without_ray_is_an_error_of_one_line(tmp_path, processes: Pro
 def test_a_wrong_token_says_what_to_check(tmp_path, shared_ray: str, processes: Processes):
     config = write(tmp_path, 1)
     program = processes.start(
-        "run", str(config), "--set", f"cluster.address={shared_ray}", cwd=tmp_path, RAY_AUTH_MODE="token",
+        "run",
+        str(config),
+        "--set",
+        f"cluster.address={shared_ray}",
+        cwd=tmp_path,
+        RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN="0" * 64,
     )
     _, err = program.communicate(timeout=100)
@@ -123,8 +118,14 @@ def test_a_wrong_token_says_what_to_check(tmp_path, shared_ray: str, processes: 
 
 def test_another_process_reaches_a_running_ray_by_its_address(tmp_path, shared_ray: str, processes: Processes):
     program = processes.start(
-        "run", str(write(tmp_path, 2)), "--set", f"cluster.address={shared_ray}", "--json", cwd=tmp_path,
-        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"],
+        "run",
+        str(write(tmp_path, 2)),
+        "--set",
+        f"cluster.address={shared_ray}",
+        "--json",
+        cwd=tmp_path,
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"],
     )
     out, err = program.communicate(timeout=200)
     assert program.returncode == 0, err
@@ -149,9 +150,21 @@ def test_a_runtime_env_takes_the_users_module_to_the_nodes(tmp_path, shared_ray:
     (folder / "brought_along.py").write_text(MINE)
     environment = f"cluster.runtime_env={{py_modules: ['{folder}/brought_along.py'], env_vars: {{FLAVOUR: vanilla}}}}"
     program = processes.start(
-        "run", str(write(tmp_path, 1)), "--json", "--run-dir", "out", "--set", "algorithm=brought_along:Mine",
-        "--set", f"cluster.address={shared_ray}", "--set", environment, cwd=tmp_path, RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"], PYTHONPATH=f"{ROOT}:{folder}",
+        "run",
+        str(write(tmp_path, 1)),
+        "--json",
+        "--run-dir",
+        "out",
+        "--set",
+        "algorithm=brought_along:Mine",
+        "--set",
+        f"cluster.address={shared_ray}",
+        "--set",
+        environment,
+        cwd=tmp_path,
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"],
+        PYTHONPATH=f"{ROOT}:{folder}",
     )
     _, err = program.communicate(timeout=200)
     assert program.returncode == 0, err

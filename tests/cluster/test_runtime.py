@@ -79,7 +79,8 @@ def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_p
 
 def test_a_killed_node_is_named_and_nothing_is_left(config: Make, tmp_path):
     settings = config({"name": f"{HERE}:Dying", "victim": 2}, "rounds=5")
-    with pytest.raises(NodeLostError, match=r"^node 2 \(pid \d+ on .*\) was lost in round 1: its process died") as error:
+    message = r"^node 2 \(pid \d+ on .*\) was lost in round 1: its process died"
+    with pytest.raises(NodeLostError, match=message) as error:
         run(settings, run_dir=tmp_path / "run")
     assert exit_code(error.value) == 3
     assert actors_alive() == 0
@@ -126,6 +127,7 @@ def test_each_node_is_pinned_to_a_gpu_of_its_own(config: Make, tmp_path):
 
 
 def test_more_gpus_than_there_are_is_said_before_anything_waits(config: Make, tmp_path):
-    with pytest.raises(ClusterError, match=r"4 nodes ask for 1 GPU each, the cluster has 2 \(ray status\); lower") as error:
+    message = r"4 nodes ask for 1 GPU each, the cluster has 2 \(ray status\); lower"
+    with pytest.raises(ClusterError, match=message) as error:
         run(config("fedavg", "cluster.num_gpus=1"), run_dir=tmp_path / "run")
     assert exit_code(error.value) == 2

@@ -1,0 +1,61 @@
+"""Measure everything and write the table in docs/benchmarks.md: ``make bench``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
+
+from benchmarks import all_reduce, memory, round_overhead, simulator
+from benchmarks.harness import Row
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Written by `make bench`, which measures ours and what it is compared with side by side, in one run, on one machine.
+Medians; lower is better. The machine decides the seconds; the ratios are what travels.
+
+Measured on {date}: {machine}, {cores} cores, Python {python}.
+
+| what | ours | reference | ratio | promised | kept |
+|---|---:|---:|---:|---|---|
+"""
+
+TAIL = """
+*AllReduce* is one operation as a program awaits it, through Ray's object store, against `torch.distributed.all_reduce`
+with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
+digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average (`benchmarks/simulator.py`).
+"""
+
+
+def line(row: Row) -> str:
+    unit = "GB" if row.what.endswith("in GB") else "s"
+    reference = f"{row.reference_s:.4g} {unit}" if row.reference_s else ""
+    ratio = f"{row.ours_s / row.reference_s:.2f}×" if row.reference_s else ""
+    kept = "yes" if row.kept else "**no**"
+    return f"| {row.what} | {row.ours_s:.4g} {unit} | {reference} | {ratio} | {row.promise} | {kept} |\n"
+
+
+def main() -> None:
+    rows: list[Row] = []
+    for module in (simulator, round_overhead, all_reduce, memory):
+        for row in module.main():
+            print(row, flush=True)
+            rows.append(row)
+    head = HEAD.format(
+        date=datetime.now(UTC).date(),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        python=platform.python_version(),
+    )
+    PAGE.write_text(head + "".join(map(line, rows)) + TAIL, encoding="utf-8")
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

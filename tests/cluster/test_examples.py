@@ -1,0 +1,41 @@
+"""The examples, as the README says them: a Ray of their own, tracked in MLflow, and the simulator's bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.api import resolve
+from orchestrator.plan import make_plan
+from tests.cluster.conftest import ROOT, Processes
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+def finish(processes: Processes, folder: Path, *arguments: str) -> dict:
+    program = processes.start(*arguments, "--json", cwd=folder)
+    out, err = program.communicate(timeout=280)
+    assert program.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["fedavg", "diloco"])
+def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processes, name: str):
+    path = str(ROOT / f"examples/{name}.yaml")
+    real = finish(processes, tmp_path, "run", path, "--run-dir", "runs/real")
+    simulated = finish(processes, tmp_path, "simulate", path, "--run-dir", "runs/simulated")
+    assert real["status"] == simulated["status"] == "finished"
+    assert real["digest"] == simulated["digest"]
+    assert real["metrics"] == simulated["metrics"]
+    assert real["bytes"]["payload"] == simulated["bytes"]["payload"]
+    assert real["bytes"]["per_round"] == make_plan(resolve(path)).payload_bytes["per_round"]
+    assert simulated["virtual_seconds"] > 0
+    assert real["virtual_seconds"] is None
+    assert (tmp_path / "runs/mlflow.db").exists()
+    assert (tmp_path / "runs/real/model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_demo_learns_more_than_the_frequencies_of_bytes(tmp_path, processes: Processes):
+    summary = finish(processes, tmp_path, "run", str(ROOT / "examples/demo.yaml"))
+    assert summary["metrics"]["loss"] < 0.8 * summary["baselines"]["unigram_entropy"]

@@ -1,0 +1,146 @@
+"""What every algorithm must keep, ours and third parties': ``CHECKS`` are functions of a ``Case``.
+
+A plugin's test suite needs a row of its own and one line::
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_mine(check): check(Case({"algorithm": "my_module:Mine", ...}, reaches=0.1))
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from algorithms.api import Algorithm
+from algorithms.registry import find, table
+from orchestrator.config import parse
+from orchestrator.describe import SECTIONS, describe
+from tests.toys import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.toys import Ran
+
+MAX_LINES = 150
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm on its reference problem."""
+
+    config: dict[str, Any]
+    reaches: float
+    """Loss on held-out data after the configured rounds, at most."""
+
+    @property
+    def name(self) -> str:
+        """Under which the algorithm is found."""
+        algorithm = self.config["algorithm"]
+        return algorithm if isinstance(algorithm, str) else algorithm["name"]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """With the case's hyper-parameters."""
+        return parse(self.config).algorithm
+
+    def run(self, **keys: Any) -> Ran:
+        """The case in the simulator, with some keys replaced."""
+        config = {"tracking": "none", "evaluation": {"every_rounds": 0}} | self.config | keys
+        return simulate(config, nodes=config.get("cluster", {}).get("nodes", {}).get("target", 4))
+
+
+def converges(case: Case) -> None:
+    """It reaches the loss that it should on its reference problem."""
+    ran = case.run()
+    assert ran.summary is not None
+    loss = ran.summary.metrics["loss"]
+    assert math.isfinite(loss)
+    assert loss <= case.reaches
+    before = case.run(rounds=1, optimizer={"lr": 1e-9}).summary
+    assert before is not None
+    assert loss < before.metrics["loss"], "that is no better than the initial model"
+
+
+def is_deterministic(case: Case) -> None:
+    """The same seed gives the same bits, on time to the last bit too; another seed gives others."""
+    short = {"rounds": 2, "network": {"bandwidth_mbps": 50, "latency_ms": 2, "speeds": {0: 0.7}}}
+    one, same, other = case.run(**short), case.run(**short), case.run(**short, seed=12345)
+    assert one.digest == same.digest != other.digest
+    assert one.events == same.events
+
+
+def is_replicated(case: Case) -> None:
+    """All members end with one model, and nothing of the global generators was used up."""
+    before = torch.get_rng_state()
+    ran = case.run(rounds=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    if case.algorithm.replicated:
+        assert len({one.model_digest() for one in ran.replicas.values()}) == 1
+        assert len({one.shared.digest() for one in ran.replicas.values()}) == 1
+
+
+def sends_what_it_says(case: Case) -> None:
+    """The ledger equals ``expected_bytes``, above and below the inline limit, for any number of nodes."""
+    for width in (16, 300):
+        for nodes in (1, 2, 3, 5):
+            task = {"name": "digits", "model": {"name": "mlp", "width": width}}
+            ran = case.run(task=task, rounds=2, cluster={"nodes": {"target": nodes}})
+            assert [record.payload_bytes for record in ran.rounds] == [ran.expected_bytes] * 2
+
+
+def plans_its_steps(case: Case) -> None:
+    """No node takes more steps than ``steps_per_round`` says, on which learning-rate schedules rest."""
+    ran = case.run(rounds=2)
+    batch = ran.config.data.batch_size * ran.config.optimizer.accumulate
+    taken = {one.id: one._step for one in ran.replicas.values()}
+    planned = {one.id: 2 * case.algorithm.steps_per_round(one.num_samples, batch) for one in ran.replicas.values()}
+    assert any(taken.values())
+    assert all(taken[node] <= planned[node] for node in taken)
+
+
+def is_registered(case: Case) -> None:
+    """It is found under its name, and its name is all that the configuration needs."""
+    kind = find(Algorithm, case.name)
+    assert kind is type(case.algorithm)
+    assert case.algorithm.name == case.name
+    assert ":" in case.name or table(Algorithm)[case.name] is kind
+    assert Algorithm.model_validate(case.algorithm.model_dump()) == case.algorithm
+
+
+def is_documented(case: Case) -> None:
+    """One line; the update in symbols; deviations, elasticity, cost and reference. And every field."""
+    module = sys.modules[type(case.algorithm).__module__]
+    text = inspect.getdoc(module) or ""
+    first, _, rest = text.partition("\n")
+    assert re.fullmatch(r"[A-Z].*[.]", first)
+    assert rest.startswith("\n"), "the first line is not followed by an empty one"
+    assert re.search(r"^    .*(←|=)", rest, re.MULTILINE), "the update is not written in symbols"
+    assert [place for place in map(rest.find, (f"\n{section}: " for section in SECTIONS)) if place < 0] == []
+    description = describe(type(case.algorithm))
+    assert [field.name for field in description.fields if not field.description] == []
+
+
+def is_short(case: Case) -> None:
+    """A reader who knows the paper sees all of it on two screens."""
+    path = Path(inspect.getfile(type(case.algorithm)))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+CHECKS: tuple[Callable[[Case], None], ...] = (
+    converges,
+    is_deterministic,
+    is_replicated,
+    sends_what_it_says,
+    plans_its_steps,
+    is_registered,
+    is_documented,
+    is_short,
+)
