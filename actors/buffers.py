@@ -67,8 +67,8 @@ class Segment:
 class Pool:
     """Memory for large results, used again once nothing refers to it any more.
 
-    A round's results are as large as the model. Memory that is fresh from the system is cleared by the kernel first, page
-    by page, which takes about as long as to fill it.
+    A round's results are as large as the model. Memory that is fresh from the system is cleared by the kernel first,
+    page by page, which takes about as long as to fill it.
     """
 
     def __init__(self, min_bytes: int, max_blocks: int) -> None:

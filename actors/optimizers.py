@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from algorithms.errors import StarlingError
+from algorithms.errors import SettingsError, StarlingError
 from algorithms.registry import did_you_mean
 
 _Option: TypeAlias = "bool | int | float | str | tuple[_Option, ...] | None"
@@ -97,11 +97,11 @@ class Schedule(BaseModel):
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
         Raises:
-            StarlingError: the warm-up would fill all of the steps; true of every step or of none.
+            SettingsError: the warm-up would fill all of the steps; true of every step or of none.
         """
         total = self.total_steps or total_steps
         if not self._fits(total):
-            raise StarlingError(f"optimizer.schedule: {self._complaint(total)}")
+            raise SettingsError(f"optimizer.schedule: {self._complaint(total)}")
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.name == "constant":
@@ -178,12 +178,12 @@ def build(config: OptimizerConfig, parameters: list[Tensor]) -> Optimizer:
     """The optimizer that ``config`` describes, for ``parameters``, at the full learning rate.
 
     Raises:
-        StarlingError: the optimizer does not take such parameters.
+        SettingsError: the optimizer does not take such parameters.
     """
     try:
         return _construct(config, parameters)
     except StarlingError as error:
-        raise StarlingError(f"optimizer: {error}") from None
+        raise SettingsError(f"optimizer: {error}") from None
 
 
 def is_elementwise(config: OptimizerConfig) -> bool:
@@ -196,7 +196,7 @@ def _construct(config: OptimizerConfig, parameters: list[Tensor]) -> Optimizer:
     try:
         return kind(parameters, lr=config.lr, **config.options)
     except Exception as error:  # noqa: BLE001 - optimizers report a bad value with whatever exception they like
-        raise StarlingError(f"{config.name}: {' '.join(str(error).split())}") from None
+        raise SettingsError(f"{config.name}: {' '.join(str(error).split())}") from None
 
 
 @functools.cache

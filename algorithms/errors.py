@@ -7,6 +7,10 @@ class StarlingError(Exception):
     """Says in one line what is wrong, where, and what would be right. Never shown with a traceback."""
 
 
+class SettingsError(StarlingError):
+    """Hyper-parameters that are valid one by one, and cannot work together."""
+
+
 class DataError(StarlingError):
     """The data cannot be read, or cannot be divided as asked."""
 

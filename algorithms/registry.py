@@ -153,7 +153,12 @@ def _load(family: str, catalog: str) -> None:
         for module in pkgutil.iter_modules(getattr(package, "__path__", []), f"{catalog}."):
             importlib.import_module(module.name)
     for entry in importlib.metadata.entry_points(group=f"starling.{family.replace(' ', '_')}"):
-        part = entry.load()
+        try:
+            part = entry.load()
+        except Exception as error:
+            origin = entry.dist.name if entry.dist else "an installed package"
+            text = f"{origin} offers the {family} {entry.name!r}, but {entry.value} cannot be loaded: {error}"
+            raise PydanticCustomError("import", "{text}", {"text": text}) from error
         _TABLES[family].setdefault(entry.name, part)
 
 

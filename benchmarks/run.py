@@ -29,7 +29,8 @@ Measured on {date}: {machine}, {cores} cores, Python {python}.
 TAIL = """
 *AllReduce* is one operation as a program awaits it, through Ray's object store, against `torch.distributed.all_reduce`
 with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
-digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average (`benchmarks/simulator.py`).
+digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
+(`benchmarks/simulator.py`).
 """
 
 

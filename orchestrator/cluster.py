@@ -48,6 +48,9 @@ _CALL_TIMEOUT_S = 600.0
 
 _STOP_TIMEOUT_S = 10.0
 
+_FIRST_WAVE = 8
+"""Processes that are started before any others."""
+
 _BY_REFERENCE_BYTES = 100_000
 """Arguments above this are put into the store by Ray, once per call; we put them there once for all calls."""
 
@@ -108,18 +111,23 @@ class Cluster:
             "scheduling_strategy": "SPREAD",
         }
         actor_class = remote_class().options(**options)
-        for index, first in enumerate(range(0, len(nodes), per_actor)):
-            actor = _Actor(index, tuple(nodes[first : first + per_actor]), actor_class.remote())
-            self._actors.append(actor)
-            self._home |= dict.fromkeys(actor.nodes, actor)
-        for actor in self._actors:
-            # Parked at once: a process that dies while it starts is noticed like any other.
-            self._call(actor, actor.handle.watch.remote(), self._on_watch)
-            self._call(actor, actor.handle.setup.remote(self._setup(actor)), self._on_setup)
-        self._wait_until_ready()
+        places = [tuple(nodes[first : first + per_actor]) for first in range(0, len(nodes), per_actor)]
+        # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
+        for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
+            for members in wave:
+                self._launch(members, actor_class.remote())
+            self._wait_until_ready()
         first = self._facts_of(self._actors[0])
         self.layout, self.baselines = first.layout, first.baselines
         return [self._node_facts(node) for node in nodes]
+
+    def _launch(self, nodes: tuple[NodeId, ...], handle: Any) -> None:  # noqa: ANN401 - Ray's handles have no type
+        actor = _Actor(len(self._actors), nodes, handle)
+        self._actors.append(actor)
+        self._home |= dict.fromkeys(nodes, actor)
+        # Parked at once: a process that dies while it starts is noticed like any other.
+        self._call(actor, handle.watch.remote(), self._on_watch)
+        self._call(actor, handle.setup.remote(self._setup(actor)), self._on_setup)
 
     def _setup(self, actor: _Actor) -> Setup:
         config = self._config.dump()
@@ -208,7 +216,8 @@ class Cluster:
         # The parked calls tell when the processes are really gone; on a Ray of our own, its end takes them along.
         shared = self._session is not None and not self._session.is_local
         while shared and any(actor.alive for actor in self._actors) and time.monotonic() < deadline:
-            self.next(min(deadline, time.monotonic() + _POLL_S))
+            with contextlib.suppress(Exception):  # a late answer may be an error, which matters no more
+                self.next(min(deadline, time.monotonic() + _POLL_S))
         self._actors = []
         self._contributions, self._reduced = {}, {}
         if self._session is not None:

@@ -3,6 +3,7 @@
     StarlingError                    one line: what is wrong, where, what would be right
     ├── ConfigError             2    a file, key or value that cannot be used
     │   └── RunDirectoryError   2    the run directory is taken
+    ├── SettingsError           2    (algorithms.errors) hyper-parameters that cannot work together
     ├── DataError               2    (algorithms.errors) the data cannot be read or divided
     ├── ClusterError            2    no cluster at that address, or too small for what is asked
     ├── RunError                3    the run began, and failed
@@ -20,7 +21,7 @@ The numbers are exit codes of the process.
 
 from __future__ import annotations
 
-from algorithms.errors import DataError, ProgramError, StarlingError, UnsupportedOperation
+from algorithms.errors import DataError, ProgramError, SettingsError, StarlingError, UnsupportedOperation
 
 __all__ = [
     "ClusterError",
@@ -34,6 +35,7 @@ __all__ = [
     "ProgramsDivergeError",
     "RunDirectoryError",
     "RunError",
+    "SettingsError",
     "StarlingError",
     "UnsupportedOperation",
     "exit_code",
@@ -87,4 +89,4 @@ class NodeFailedError(RunError):
 
 def exit_code(error: StarlingError) -> int:
     """The process's exit code for an error."""
-    return EXIT_USAGE if isinstance(error, ConfigError | DataError | ClusterError) else EXIT_FAILED
+    return EXIT_USAGE if isinstance(error, ConfigError | SettingsError | DataError | ClusterError) else EXIT_FAILED

@@ -50,6 +50,9 @@ class Network:
 
     def arrivals(self, now: float, phase: Sequence[Cast]) -> dict[NodeId, float]:
         """When each receiver of a phase that begins ``now`` has all that is sent to it."""
+        if not self._rate and not self._pair_latencies:
+            receivers = (node for cast in phase for node in cast.targets if len(cast.sources) > (node in cast.sources))
+            return dict.fromkeys(receivers, now + self._latency_s)
         done: dict[_Link, float] = {}
         for link, nbytes in self._load(phase).items():
             rate = self._rate if isinstance(link[1], str) else self._pair_rates[link]

@@ -10,7 +10,7 @@ import torch
 from actors.replica import Replica
 from actors.setup import load_data
 from orchestrator.api import refuse_simulated_network
-from orchestrator.errors import ConfigError, StarlingError
+from orchestrator.errors import ConfigError
 from orchestrator.simulator import user_code
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def make_plan(config: Config) -> Plan:
         baselines = config.task.baselines(num_nodes)
         replica = Replica(0, spec, data.train, data.parts[0], torch.device("cpu"))
     counts = [len(part) for part in data.parts]
-    steps = [config.algorithm.steps_per_round(count, config.data.batch_size) for count in counts]
+    samples_per_step = config.data.batch_size * config.optimizer.accumulate
+    steps = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
     layout = replica.layout
     per_round = config.algorithm.expected_bytes(layout, num_nodes)
     every = config.evaluation.every_rounds
@@ -99,10 +100,7 @@ def _schedule(config: Config, steps_per_round: int) -> str:
     """The learning rate over the run, in words."""
     optimizer, schedule = config.optimizer, config.optimizer.schedule
     total = schedule.total_steps or config.rounds * steps_per_round
-    try:
-        schedule.factor(0, total)
-    except StarlingError as error:
-        raise ConfigError(str(error)) from None
+    schedule.factor(0, total)  # raises, if it cannot work
     text = f"{optimizer.name}, lr {optimizer.lr:g}"
     if schedule.warmup_steps:
         text += f", up over {schedule.warmup_steps} steps"

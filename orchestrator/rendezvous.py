@@ -296,7 +296,9 @@ class Rendezvous:
         if done is not None:
             self._fail_programs(post.seq, done.node, post.node, f"the end of the program; {post.signature}")
             return
-        exchange = self.exchanges.setdefault(post.seq, Exchange(post.seq))
+        exchange = self.exchanges.get(post.seq)
+        if exchange is None:
+            exchange = self.exchanges[post.seq] = Exchange(post.seq)
         exchange.is_gather = post.signature.operation == "AllGather"
         # The first contribution fixes what a receiver without one leaves open; all that are there agree already.
         first = next(iter(exchange.posts.values()), post)
@@ -473,7 +475,9 @@ class Rendezvous:
         exchange.delivered.clear()
         # Each repetition loses a contribution or a member, unless two living members cannot reach one another.
         if exchange.generation > 2 * len(self.view) + _MAX_REPEATS:
-            self._abort(f"exchange {exchange.seq} was made {exchange.generation} times, and a part is missing each time")
+            self._abort(
+                f"exchange {exchange.seq} was made {exchange.generation} times, and a part is missing each time"
+            )
             return
         if exchange.is_gather:
             exchange.secured.clear()

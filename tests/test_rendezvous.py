@@ -351,7 +351,21 @@ def test_missing_part_goes_back_to_securing_and_everybody_is_delivered_to_again(
     assert meeting.deliver(deliver, 0, 2, 3) == []  # of the older generation
     (second,) = meeting.secure(again)
     assert second == Deliver(0, (0, 2, 3), (0, 1, 2, 3), (0, 2), 2)
-    assert meeting.deliver(second) == [Advance(0, (0, 2, 3), (0, 1, 2, 3), inline=False)]
+    assert meeting.deliver(deliver, 0, 2, 3) == []
+    assert meeting.deliver(second, 2, 3) == []  # what node 0 held before was another part
+    assert meeting.deliver(second, 0) == [Advance(0, (0, 2, 3), (0, 1, 2, 3), inline=False)]
+
+
+def test_a_gather_that_somebody_no_longer_holds_is_secured_again_by_all():
+    meeting = Meeting(3, need=1)
+    (deliver,) = meeting.secure(meeting.tell(*(gather(node) for node in range(3))))
+    assert isinstance(deliver, Deliver)
+    meeting.deliver(deliver, 0)
+    again = meeting.tell(Delivered(0, 1, deliver.generation, frozenset({0})))
+    assert again == [Secure(0, 0, node, (0, 1, 2), 2) for node in range(3)]
+    assert meeting.secure(again[:2]) == []
+    (second,) = meeting.secure(again[2:])
+    assert meeting.deliver(second) == [Advance(0, (0, 1, 2), (0, 1, 2), inline=False)]
 
 
 def test_a_set_that_shrinks_on_the_second_try_shrinks_for_all_parts():

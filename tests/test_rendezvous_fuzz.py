@@ -89,7 +89,8 @@ class Member:
     """``post`` or ``wait`` and the sequence number."""
     place: int = 0
     runnable: bool = True
-    stuck: bool = False
+    stuck_at: int | None = None
+    """The step that it never takes, alive as it is; after the last one it is the return."""
     dead: bool = False
     cancelled: bool = False
     calls: deque[tuple[Secure | Deliver, dict[int, Part]]] = field(default_factory=deque)
@@ -138,7 +139,7 @@ class World:
         """How many may be lost or stuck so that the round can still be finished."""
         if rng.random() < 0.3:
             for node in rng.sample(range(size), rng.randint(0, self.spare)):
-                self.members[node].stuck = True
+                self.members[node].stuck_at = rng.randint(0, len(steps))
         if rng.random() < 0.2:
             pairs = [(one, other) for one in range(size) for other in range(size) if one != other]
             self.unreachable = {pair for pair in pairs if rng.random() < 0.15}
@@ -203,7 +204,7 @@ class World:
     def _choices(self) -> list[tuple[str, int]]:
         choices = [("message", index) for index in range(len(self.messages))]
         for node, member in enumerate(self.members):
-            if member.runnable and not member.stuck and not member.dead:
+            if member.runnable and member.place != member.stuck_at and not member.dead:
                 choices.append(("run", node))
             if member.calls and not member.dead:
                 choices.append(("call", node))
@@ -255,7 +256,7 @@ class World:
         return fetcher == holder or (holder not in self.burnt and (fetcher, holder) not in self.unreachable)
 
     def _can_lose(self) -> bool:
-        lost = sum(member.dead or member.stuck for member in self.members)
+        lost = sum(member.dead or member.stuck_at is not None for member in self.members)
         # One world in ten may lose more than it can do without.
         return lost < self.spare or (lost < len(self.members) and self.rng.random() < 0.1)
 
@@ -264,7 +265,7 @@ class World:
         self._kill(node)
 
     def _kill_stuck(self) -> bool:
-        stuck = [node for node, member in enumerate(self.members) if member.stuck and not member.dead]
+        stuck = [node for node, member in enumerate(self.members) if member.stuck_at is not None and not member.dead]
         if stuck:
             self._kill(stuck[0])
         return bool(stuck)
@@ -320,6 +321,8 @@ class World:
         assert all(plan.part_nbytes[node] is not None for node in closed)
         assert all(plan.inline[node] for node in closed) or not decision.inline
         assert not self.out & set(nodes)
+        receivers = {node for node in self.machine.active if plan.part_nbytes[node] is None}
+        assert len(receivers.union(closed)) >= self.need
         if not decision.inline:
             # Nobody runs on before all that are active hold the result, and it is made of the closed set.
             for node in self.machine.active:
