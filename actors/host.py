@@ -190,7 +190,7 @@ class Host:
     def _alias(replicas: Sequence[Replica]) -> None:
         """Keep one copy of the replicated state of nodes that agree, as digests show of those that commit."""
         for replica in replicas[1:]:
-            if replica.spec.algorithm.replicated:
+            if replica.spec.algorithm.replicated and replica.device == replicas[0].device:
                 replica.shared.adopt(replicas[0].shared)
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
@@ -378,7 +378,10 @@ class Host:
         total = sum(weights[member] for member in members)
         first = nodes[0]
         value = self._cuts(first, seq, specs).assemble(parts, self.replicas[first].device)
-        return {node: Reduced(value if node == first else _copy(value), members, total) for node in nodes}
+        return {
+            node: Reduced(value if node == first else _copy(value, self.replicas[node].device), members, total)
+            for node in nodes
+        }
 
     def combine(
         self, nodes: Sequence[NodeId], seq: int, inline: Sequence[Contributed]
@@ -403,8 +406,12 @@ class Host:
         return {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
 
 
-def _copy(value: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-    return value.clone() if isinstance(value, torch.Tensor) else {name: one.clone() for name, one in value.items()}
+def _copy(
+    value: torch.Tensor | dict[str, torch.Tensor], device: torch.device
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    return {name: one.to(device, copy=True) for name, one in value.items()}
 
 
 def failure(node: NodeId, number: int, error: Exception) -> Failed:

@@ -74,7 +74,7 @@ class Ready:
     """The process is up."""
 
     place: str
-    device: str
+    devices: dict[NodeId, str]
     gpus: tuple[str, ...]
     num_samples: dict[NodeId, int]
     layout: Layout
@@ -158,7 +158,7 @@ class NodeActor:
         # bits of the result, depends on the number of threads.
         torch.set_num_threads(1)
         sys.path[:0] = [folder for folder in setup.sys_path if folder not in sys.path and Path(folder).is_dir()]
-        device, gpus, warnings = _pin_device()
+        devices, gpus, warnings = _pin_devices(len(setup.nodes))
         self._fetch_timeout_s = setup.fetch_timeout_s
         try:
             spec = ReplicaSpec(
@@ -172,7 +172,10 @@ class NodeActor:
             )
             data = load_data(spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
             self._validation = data.validation
-            replicas = [Replica(node, spec, data.train, data.parts[node], device) for node in setup.nodes]
+            replicas = [
+                Replica(node, spec, data.train, data.parts[node], device)
+                for node, device in zip(setup.nodes, devices, strict=True)
+            ]
             self._host = Host(replicas, self._fence)
             self._redirect_output()
             self._host.init()
@@ -183,7 +186,7 @@ class NodeActor:
             return failure(setup.nodes[0], 0, error)
         return Ready(
             place=f"pid {os.getpid()} on {ray.util.get_node_ip_address()} ({platform.node()})",
-            device=str(device),
+            devices=dict(zip(setup.nodes, map(str, devices), strict=True)),
             gpus=gpus,
             num_samples={replica.id: replica.num_samples for replica in replicas},
             layout=replicas[0].layout,
@@ -354,16 +357,18 @@ def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type
     return wrap(concurrency_groups=groups)(NodeActor)
 
 
-def _pin_device() -> tuple[torch.device, tuple[str, ...], tuple[str, ...]]:
-    """The device that Ray assigned to this process: one GPU, or none at all."""
+def _pin_devices(num_nodes: int) -> tuple[list[torch.device], tuple[str, ...], tuple[str, ...]]:
+    """The device of each node of this process, among the GPUs that Ray assigned to it, or none at all."""
     gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+    cpu = [torch.device("cpu")] * num_nodes
     if not gpus:
         # Ray leaves the variable unset for actors without GPUs, and then torch would see all of them.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        return torch.device("cpu"), (), ()
+        return cpu, (), ()
     if torch.cuda.is_available():
-        return torch.device("cuda", 0), gpus, ()
-    return torch.device("cpu"), gpus, (f"GPU {', '.join(gpus)} is assigned, but torch sees none: it trains on the CPU",)
+        visible = torch.cuda.device_count()
+        return [torch.device("cuda", place * visible // num_nodes) for place in range(num_nodes)], gpus, ()
+    return cpu, gpus, (f"GPU {', '.join(gpus)} is assigned, but torch sees none: it trains on the CPU",)
 
 
 class _Tee(io.TextIOBase):

@@ -386,6 +386,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators for code that can only use those (initialisation, dropout), and put them back after."""
     generators = [torch.default_generator]
     if device.type == "cuda":
+        torch.cuda.init()  # before its first use a device has no generator
         generators.append(torch.cuda.default_generators[device.index or 0])
     # Not torch.random.fork_rng, which takes 60 times as long: a round of a small node is a few hundred microseconds.
     states = [one.get_state() for one in generators]

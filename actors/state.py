@@ -156,7 +156,7 @@ def same_bits(mine: Mapping[str, State], theirs: Mapping[str, State]) -> bool:
 
 def _same(one: State, other: State) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same_form = one.dtype == other.dtype and one.shape == other.shape
+        same_form = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
         # Compared as integers: NaN equals itself then, and -0.0 is not 0.0, as in a digest.
         return one is other or (same_form and torch.equal(_integers(one), _integers(other)))
     if isinstance(one, Tensor) or isinstance(other, Tensor):

@@ -104,18 +104,18 @@ class Cluster:
         self._check_resources()
         per_actor = cluster.nodes_per_actor
         nodes = range(self._config.num_nodes)
-        options = {
-            "num_gpus": cluster.num_gpus * per_actor,
-            "num_cpus": cluster.num_cpus * per_actor,
-            "max_restarts": 0,
-            "scheduling_strategy": "SPREAD",
-        }
-        actor_class = remote_class().options(**options)
+        actor_class = remote_class()
         places = [tuple(nodes[first : first + per_actor]) for first in range(0, len(nodes), per_actor)]
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
         for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
             for members in wave:
-                self._launch(members, actor_class.remote())
+                options = {
+                    "num_gpus": cluster.num_gpus * len(members),
+                    "num_cpus": cluster.num_cpus * len(members),
+                    "max_restarts": 0,  # Ray would start it again without its state
+                    "scheduling_strategy": "SPREAD",
+                }
+                self._launch(members, actor_class.options(**options).remote())
             self._wait_until_ready()
         first = self._facts_of(self._actors[0])
         self.layout, self.baselines = first.layout, first.baselines
@@ -196,7 +196,7 @@ class Cluster:
         else:
             actor.ready = result
             for node in actor.nodes:
-                where = f"{result.place}, {result.device}, {result.num_samples[node]} samples"
+                where = f"{result.place}, {result.devices[node]}, {result.num_samples[node]} samples"
                 self._ready.append(Log(node, (f"node {node}: {where}", *result.warnings)))
 
     @staticmethod
@@ -206,7 +206,7 @@ class Cluster:
 
     def _node_facts(self, node: NodeId) -> NodeFacts:
         ready = self._facts_of(self._home[node])
-        return NodeFacts(node, ready.place, ready.device, ready.num_samples[node], ready.gpus, ready.warnings)
+        return NodeFacts(node, ready.place, ready.devices[node], ready.num_samples[node], ready.gpus, ready.warnings)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
@@ -101,6 +102,16 @@ class ClusterConfig(Section):
     """Nodes that stand by to replace lost ones."""
     runtime_env: dict[str, Any] = {}
     """Passed to Ray for every node: ``working_dir``, ``py_modules``, ``pip``, ``env_vars``, …"""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        gpus = self.num_gpus * self.nodes_per_actor
+        if gpus > 1 and gpus != int(gpus):
+            message = (
+                f"num_gpus × nodes_per_actor is {gpus:g}; Ray gives a process a fraction of one GPU, or whole ones"
+            )
+            raise ValueError(message)
+        return self
 
     @property
     def num_actors(self) -> int:
@@ -262,8 +273,9 @@ class Config(Section):
     @property
     def need(self) -> int:
         """Members without which an exchange does not close: max(min, ⌈quorum · view⌉)."""
-        quorum = -(-self.cluster.quorum_fraction * self.num_nodes // 1)
-        return max(self.cluster.nodes.min, int(quorum))
+        # Rounded: 0.55 · 20 is 11.000000000000002 in floating point, and must not become 12.
+        quorum = math.ceil(round(self.cluster.quorum_fraction * self.num_nodes, 9))
+        return max(self.cluster.nodes.min, quorum)
 
     def replica_spec(self) -> ReplicaSpec:
         """What every replica of the run needs to know."""

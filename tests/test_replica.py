@@ -505,6 +505,50 @@ def test_parameters_that_the_last_step_spoiled():
     assert torch.equal(one.parameters, committed)
 
 
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_cuda(precision: str):
+    device = torch.device("cuda", 0)
+    before = torch.cuda.get_rng_state(device) if torch.cuda.is_initialized() else None
+    one, same = (replica(task=Toy(model="dropout"), device=device, precision=precision) for _ in range(2))
+    for each in (one, same):
+        begin(each)
+        assert math.isfinite(train(each, 4).loss)
+        each.stage()
+        each.settle(0)
+    assert one.parameters.device == device
+    assert one.model_digest() == same.model_digest()
+    begin(one, 1)
+    train(one, 2)
+    one.rollback()
+    assert one.model_digest() == same.model_digest()
+    assert (
+        one.evaluate(Toy().validation_samples(1), None)["loss"]
+        == same.evaluate(Toy().validation_samples(1), None)["loss"]
+    )
+    assert before is None or torch.equal(torch.cuda.get_rng_state(device), before)
+    on_cpu = replica(task=Toy(model="mlp"), precision=precision)
+    on_gpu = replica(task=Toy(model="mlp"), device=device, precision=precision)
+    for each in (on_cpu, on_gpu):
+        begin(each)
+        train(each, 3)
+    torch.testing.assert_close(on_gpu.parameters.cpu(), on_cpu.parameters, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_nan_on_cuda_is_found_at_the_end_of_a_train():
+    one = replica(task=Toy(poison=0), batch_size=48, device=torch.device("cuda", 0), skip_nan=True)
+    begin(one)
+    committed = one.parameters.clone()
+    assert math.isnan(train(one, 3).loss)
+    assert torch.equal(one.parameters, committed)
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 

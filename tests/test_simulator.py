@@ -28,7 +28,7 @@ from algorithms.api import (
     View,
 )
 from algorithms.closing import ClosePolicy
-from orchestrator.config import NetworkConfig
+from orchestrator.config import NetworkConfig, parse
 from orchestrator.errors import DivergedError, NodeFailedError, NodeLateError, ProgramsDivergeError, RunError
 from orchestrator.network import Cast, Network
 from tests.toys import Program, attempt, simulate
@@ -455,6 +455,15 @@ def test_state_that_differs_is_never_a_silent_drift(early: bool):
     expected = f"round {number}: the shared state of replicas differs: nodes 0, 1, 3 against nodes 2"
     assert str(ran.error) == expected
     assert ran.sought("diverged")[0]["groups"] == ((0, 1, 3), (2,))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least", "fraction", "need"),
+    [(2, 1, 0.5, 1), (3, 1, 0.5, 2), (4, 3, 0.5, 3), (20, 1, 0.55, 11), (30, 1, 0.1, 3), (7, 1, 1.0, 7)],
+)
+def test_need(nodes: int, least: int, fraction: float, need: int):
+    cluster = {"nodes": {"min": least, "target": nodes}, "quorum_fraction": fraction}
+    assert parse({"algorithm": "fedavg", "task": "digits", "cluster": cluster}).need == need
 
 
 # --- stragglers -----------------------------------------------------------------------------------------------------

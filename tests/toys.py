@@ -119,6 +119,7 @@ def replica(
     seed: int = 0,
     rounds: int = 10,
     skip_nan: bool = False,
+    device: torch.device | None = None,
     **optimizer: Any,
 ) -> Replica:
     """A replica in its initial state, with the samples that it has in a run; ``optimizer`` are that section's keys."""
@@ -133,7 +134,7 @@ def replica(
         skip_nan=skip_nan,
     )
     samples = task.train_samples(num_nodes)
-    return Replica(node, spec, samples, assign(samples, Iid(), num_nodes, seed)[node])
+    return Replica(node, spec, samples, assign(samples, Iid(), num_nodes, seed)[node], device)
 
 
 def begin(one: Replica, number: int = 0, members: tuple[int, ...] = (0,)) -> None:

@@ -1,0 +1,53 @@
+"""Nodes on a GPU; skipped where there is none."""
+
+import threading
+
+import pytest
+import torch
+
+from actors.host import Computing, Contributed, Host, Posted, Returned
+from actors.replica import Replica
+from actors.setup import load_data
+from algorithms.api import View
+from orchestrator.config import parse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_nodes_train_on_a_gpu_and_agree(precision):
+    config = parse(
+        {
+            "algorithm": {"name": "diloco", "inner_steps": 20},
+            "task": {"name": "digits", "model": "cnn"},
+            "optimizer": {"name": "adamw", "lr": 0.01, "precision": precision},
+        }
+    )
+    data = load_data(config.task, config.data, 2, 0)
+    device = torch.device("cuda", 0)
+    replicas = [Replica(node, config.replica_spec(), data.train, data.parts[node], device) for node in (0, 1)]
+    host = Host(replicas, threading.Event())
+    host.init()
+    before = replicas[0].evaluate(data.validation, None)["loss"]
+    for number in range(3):
+        host.begin(number, View(0, (0, 1)), number - 1, (0, 1))
+        tickets = dict(host.drive([(0, None), (1, None)]))
+        assert not any(isinstance(ticket, Computing) for ticket in tickets.values())
+        inline = []
+        for node, ticket in tickets.items():
+            assert isinstance(ticket, Posted), ticket
+            assert ticket.specs is not None
+            assert ticket.inline is not None
+            inline.append(Contributed(node, ticket.weight, ticket.specs, ticket.inline))
+        results = host.combine((0, 1), 0, inline)
+        ends = dict(host.drive([(node, results[node]) for node in (0, 1)]))
+        assert isinstance(ends[0], Returned)
+        assert isinstance(ends[1], Returned)
+        assert ends[0].digest == ends[1].digest
+    host.settle(2)
+    assert replicas[0].parameters.device.type == "cuda"
+    assert torch.equal(replicas[0].parameters, replicas[1].parameters)
+    assert replicas[0].evaluate(data.validation, None)["loss"] < before
