@@ -126,8 +126,8 @@ class LinkConfig(Section):
     """The two nodes."""
     bandwidth_mbps: PositiveFloat | None = None
     """Of this link, below that of the nodes' own; ``null``: only theirs count."""
-    latency_ms: NonNegativeFloat = 0
-    """One way, instead of ``network.latency_ms``."""
+    latency_ms: NonNegativeFloat | None = None
+    """One way; ``null``: as ``network.latency_ms``."""
 
 
 class NetworkConfig(Section):

@@ -45,7 +45,8 @@ class Network:
             one, other = link.between
             for pair in ((one, other), (other, one)):
                 self._pair_rates[pair] = (link.bandwidth_mbps or 0) * _BYTES_PER_MEGABIT
-                self._pair_latencies[pair] = link.latency_ms / 1000
+                latency_ms = config.latency_ms if link.latency_ms is None else link.latency_ms
+                self._pair_latencies[pair] = latency_ms / 1000
         self._free_at: defaultdict[_Link, float] = defaultdict(float)
 
     def arrivals(self, now: float, phase: Sequence[Cast]) -> dict[NodeId, float]:

@@ -195,6 +195,12 @@ def test_pairs_carry_the_sum_of_a_phase_and_are_busy_too():
     assert network.arrivals(1.0, [Cast({1: 1_000_000}, [0])]) == pytest.approx({0: 2.0})
 
 
+def test_a_slow_pair_is_as_far_as_others_unless_it_says_so():
+    links: Any = [{"between": [0, 1], "bandwidth_mbps": 8}, {"between": [0, 2], "bandwidth_mbps": 8, "latency_ms": 0}]
+    network = Network(NetworkConfig(latency_ms=100, links=links))
+    assert network.arrivals(0.0, [Cast({0: 1_000_000}, [1, 2])]) == pytest.approx({1: 1.1, 2: 1.0})
+
+
 def test_casts_are_sums_of_flows():
     """A cast of many to many, against its flows one by one."""
     rng = torch.Generator().manual_seed(0)
