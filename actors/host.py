@@ -113,6 +113,22 @@ class Contributed:
     data: Buffer
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A result for several nodes of the process. Each gets a copy when it runs on: none aliases another's."""
+
+    result: Reduced[Any]
+
+    def own(self, device: torch.device) -> Reduced[Any]:
+        """A copy on ``device``."""
+        value = self.result.value
+        if isinstance(value, torch.Tensor):
+            own: Any = value.to(device, copy=True)
+        else:
+            own = {name: one.to(device, copy=True) for name, one in value.items()}
+        return Reduced(own, self.result.members, self.result.weight)
+
+
 # --- the programs -----------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +155,9 @@ class Host:
 
     def __init__(self, replicas: Iterable[Replica], fence: Fence) -> None:
         self.replicas: dict[NodeId, Replica] = {replica.id: replica for replica in replicas}
+        first, *others = self.replicas.values()
+        for replica in others:
+            replica.share_scratch(first)
         self._fence = fence
         self._programs: dict[NodeId, _Program] = {}
         self._committed = -1
@@ -199,6 +218,8 @@ class Host:
         self.current = node
         if isinstance(result, TrainReport):
             program.reports.append(result)
+        elif isinstance(result, Shared):
+            result = result.own(self.replicas[node].device)
         try:
             operation = program.coroutine.send(result)
         except StopIteration:
@@ -372,20 +393,18 @@ class Host:
         specs: tuple[TensorSpec, ...],
         weights: Mapping[NodeId, float],
         parts: Sequence[Buffer],
-    ) -> dict[NodeId, Reduced[Any]]:
-        """The result of an ``AllReduce`` for several nodes: decoded once, then copied, so that none aliases another."""
+    ) -> dict[NodeId, Reduced[Any] | Shared]:
+        """The result of an ``AllReduce`` for several nodes, decoded once."""
         members = tuple(sorted(weights))
         total = sum(weights[member] for member in members)
         first = nodes[0]
         value = self._cuts(first, seq, specs).assemble(parts, self.replicas[first].device)
-        return {
-            node: Reduced(value if node == first else _copy(value, self.replicas[node].device), members, total)
-            for node in nodes
-        }
+        result = Reduced(value, members, total)
+        return {node: result if len(nodes) == 1 else Shared(result) for node in nodes}
 
     def combine(
         self, nodes: Sequence[NodeId], seq: int, inline: Sequence[Contributed]
-    ) -> dict[NodeId, Reduced[Any] | dict[NodeId, Payload]]:
+    ) -> dict[NodeId, Reduced[Any] | Shared] | dict[NodeId, dict[NodeId, Payload]]:
         """The result of an exchange of inline contributions for several nodes; the same bits as through parts."""
         first = nodes[0]
         operation = self._programs[first].exchanges[seq].operation
@@ -396,7 +415,7 @@ class Host:
         contributions = {one.node: (one.data, one.weight) for one in ordered}
         part = self.reduce(first, seq, 0, ordered[0].specs, contributions)
         weights = {one.node: one.weight for one in ordered}
-        return dict(self.reduced(nodes, seq, ordered[0].specs, weights, [part]))
+        return self.reduced(nodes, seq, ordered[0].specs, weights, [part])
 
     def gathered(
         self, node: NodeId, contributions: Iterable[tuple[NodeId, tuple[TensorSpec, ...], Buffer]]
@@ -404,14 +423,6 @@ class Host:
         """The result of an ``AllGather``."""
         device = self.replicas[node].device
         return {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
-
-
-def _copy(
-    value: torch.Tensor | dict[str, torch.Tensor], device: torch.device
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, copy=True)
-    return {name: one.to(device, copy=True) for name, one in value.items()}
 
 
 def failure(node: NodeId, number: int, error: Exception) -> Failed:

@@ -66,6 +66,12 @@ class ReplicaSpec:
     skip_nan: bool = False
 
 
+class Scratch:
+    """The flat gradient, allocated at the first step. Nodes of one process train in turn, and share it."""
+
+    gradient: Tensor | None = None
+
+
 class Replica:
     """One logical participant; see ``algorithms.api.Node`` for what its program sees."""
 
@@ -95,6 +101,7 @@ class Replica:
         self.local = StagedState("local")
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
+        self._scratch = Scratch()
         self._gradient: Tensor | None = None
         self._optimizer = self._make_optimizer()
         self._step = 0
@@ -230,15 +237,22 @@ class Replica:
         assert total is not None
         return total, len(drawn)
 
+    def share_scratch(self, other: Replica) -> None:
+        """Use the gradient of a replica of the same form in this process: each needs one only within a step."""
+        if self.device == other.device and self.layout == other.layout:
+            self._scratch = other._scratch
+
     def _zero_gradient(self) -> None:
-        if self._gradient is not None:
-            self._gradient.zero_()
-            return
-        self._gradient = torch.zeros_like(self.parameters)
-        for entry, parameter in zip(self.layout.entries, self._named.values(), strict=True):
-            parameter.grad = self._gradient[entry.start : entry.stop].view(entry.shape)
-        if len(self._trained) == 1 and self._trained[0].shape == self._gradient.shape:
-            self._trained[0].grad = self._gradient
+        if self._scratch.gradient is None:
+            self._scratch.gradient = torch.zeros_like(self.parameters)
+        else:
+            self._scratch.gradient.zero_()
+        if self._gradient is not self._scratch.gradient:
+            gradient = self._gradient = self._scratch.gradient
+            for entry, parameter in zip(self.layout.entries, self._named.values(), strict=True):
+                parameter.grad = gradient[entry.start : entry.stop].view(entry.shape)
+            if len(self._trained) == 1 and self._trained[0].shape == gradient.shape:
+                self._trained[0].grad = gradient
 
     def _give_up_round(self, what: str, step: int, rate: float) -> None:
         if not self.spec.skip_nan:

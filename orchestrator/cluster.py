@@ -23,7 +23,7 @@ from actors.host import Contributed, Failed, Posted, Returned, Stale
 from actors.node_actor import Inline, Ready, Reply, SecureJob, Setup, Stored, remote_class
 from orchestrator import ray_session
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
-from orchestrator.rendezvous import Advance, Cancel, Deliver, Delivered, GiveUp, Return, Secure, Secured
+from orchestrator.events import Advance, Cancel, Deliver, Delivered, GiveUp, Return, Secure, Secured
 from orchestrator.runtime import Died, FinalModel, Finished, Happening, Log, NodeFacts, Raised
 from orchestrator.simulator import post_event
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from actors.host import Ticket
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
-    from orchestrator.rendezvous import Decision
+    from orchestrator.events import Decision
 
 _POLL_S = 1.0
 """Longest wait for a single happening: keeps Ctrl-C and progress lively."""

@@ -18,26 +18,18 @@ from orchestrator.errors import (
     ProgramsDivergeError,
     RunError,
 )
+from orchestrator.events import Abort, Advance, Cancel, Commit, Deadline, Diverged, ProgramsDiverge
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Started, Summary
-from orchestrator.rendezvous import (
-    Abort,
-    Advance,
-    Cancel,
-    Commit,
-    Deadline,
-    Diverged,
-    ProgramsDiverge,
-    Rendezvous,
-)
+from orchestrator.rendezvous import Rendezvous
 from orchestrator.runtime import Died, Finished, Log, Raised
 
 if TYPE_CHECKING:
     from actors.host import Returned
     from algorithms.api import NodeId
     from orchestrator.config import Config
+    from orchestrator.events import Decision, Event
     from orchestrator.records import Observer, Status
-    from orchestrator.rendezvous import Decision, Event
     from orchestrator.runtime import Happening, NodeFacts, Runtime
 
 

@@ -24,184 +24,37 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
+
+from orchestrator.events import (
+    Abort,
+    Advance,
+    Cancel,
+    Commit,
+    Deadline,
+    Decision,
+    Deliver,
+    Delivered,
+    Diverged,
+    Event,
+    GiveUp,
+    Lost,
+    Post,
+    ProgramsDiverge,
+    Return,
+    Secure,
+    Secured,
+    Waits,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from actors.buffers import Signature
     from algorithms.api import NodeId
-    from algorithms.closing import ClosePolicy
-
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Post:
-    """``node`` announces its contribution to exchange ``seq``; large ones are in the store by now."""
-
-    node: NodeId
-    seq: int
-    signature: Signature
-    contributes: bool = True
-    """False receives only."""
-    weight: float = 1.0
-    part_nbytes: tuple[int, ...] = ()
-    """Booked size of each part; empty without a contribution."""
-    result_nbytes: tuple[int, ...] = ()
-    """Booked size of each part of the result."""
-    inline: bool = False
-    """The contribution came with the announcement."""
-    waits: bool = True
-    """The program is at the operation; false after a ``Start``."""
-    close: ClosePolicy | None = None
-    waited_s: float = 0.0
-    """Seconds since the exchange's first arrival, for the close policy."""
-
-
-@dataclass(frozen=True)
-class Waits:
-    """``node`` waits for the result of a started exchange; its ``Post`` may still be on the way."""
-
-    node: NodeId
-    seq: int
-
-
-@dataclass(frozen=True)
-class Secured:
-    """``by`` fetched the contributions of ``got``, and (AllReduce) reduced them to one part."""
-
-    seq: int
-    part: int
-    by: NodeId
-    got: frozenset[NodeId]
-    generation: int
-
-
-@dataclass(frozen=True)
-class Delivered:
-    """``node`` holds the exchange's result, except the ``missing`` parts."""
-
-    seq: int
-    node: NodeId
-    generation: int
-    missing: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Return:
-    """``node``'s program is done and its state staged."""
-
-    node: NodeId
-    num_collectives: int
-    digest: str = ""
-    """Of the shared state; empty if it is not replicated."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """``node`` is dead."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True)
-class Deadline:
-    """The time for which stragglers are waited for is over; while the round goes on, it comes again."""
-
-
-Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline
-
-
-# --- decisions --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Secure:
-    """``by`` is to fetch ``members``' contributions to ``part`` and reduce them (AllGather: fetch and keep them)."""
-
-    seq: int
-    part: int
-    by: NodeId
-    members: tuple[NodeId, ...]
-    generation: int
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """``nodes`` are to fetch the parts of the result, each from the member that made it."""
-
-    seq: int
-    nodes: tuple[NodeId, ...]
-    closed: tuple[NodeId, ...]
-    makers: tuple[NodeId, ...]
-    """Who made each part; empty for an AllGather, whose members hold everything already."""
-    generation: int
-
-
-@dataclass(frozen=True)
-class Advance:
-    """The exchange is closed: ``nodes`` run on with the result."""
-
-    seq: int
-    nodes: tuple[NodeId, ...]
-    closed: tuple[NodeId, ...]
-    inline: bool
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """``node``'s round is over: it is too late, or nobody could fetch what it contributed."""
-
-    node: NodeId
-    reason: str
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """Fetches of what ``node`` held will never succeed."""
-
-    node: NodeId
-
-
-@dataclass(frozen=True)
-class Abort:
-    """This attempt cannot be finished; the round is to begin again with whoever is there."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The round's results become current on ``members``."""
-
-    members: tuple[NodeId, ...]
-
-
-@dataclass(frozen=True)
-class Diverged:
-    """The shared state of replicated members differs: ``groups`` of equal digests, largest first."""
-
-    groups: tuple[tuple[NodeId, ...], ...]
-
-
-@dataclass(frozen=True)
-class ProgramsDiverge:
-    """Two members' programs await different operations at the same place."""
-
-    seq: int
-    first: NodeId
-    second: NodeId
-    message: str
-
-
-Decision: TypeAlias = Secure | Deliver | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
 
 
 _MAX_REPEATS = 8
 """Remakes of an exchange beyond two for each member of the view, before it is given up."""
-
 
 # --- the machine ------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from orchestrator.rendezvous import Event
+from orchestrator.events import Event
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from actors.host import Returned
     from algorithms.api import Layout, NodeId, View
-    from orchestrator.rendezvous import Decision
+    from orchestrator.events import Decision
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from actors.replica import Replica, virtual
 from actors.setup import load_data
 from algorithms.api import TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
+from orchestrator.events import Advance, Cancel, Deliver, Delivered, GiveUp, Post, Return, Secure, Secured
 from orchestrator.network import Cast, Network
-from orchestrator.rendezvous import Advance, Cancel, Deliver, Delivered, GiveUp, Post, Return, Secure, Secured
 from orchestrator.runtime import FinalModel, Finished, Happening, NodeFacts, Raised
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from actors.buffers import Buffer
     from algorithms.api import NodeId, Train, View
     from orchestrator.config import Config
-    from orchestrator.rendezvous import Decision
+    from orchestrator.events import Decision
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from actors.buffers import Signature, TensorSpec
 from algorithms.closing import ClosePolicy
-from orchestrator.rendezvous import (
+from orchestrator.events import (
     Abort,
     Advance,
     Cancel,
@@ -21,20 +21,19 @@ from orchestrator.rendezvous import (
     Diverged,
     GiveUp,
     Lost,
-    Phase,
     Post,
     ProgramsDiverge,
-    Rendezvous,
     Return,
     Secure,
     Secured,
     Waits,
 )
+from orchestrator.rendezvous import Phase, Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from orchestrator.rendezvous import Decision, Event
+    from orchestrator.events import Decision, Event
 
 REDUCE = Signature("AllReduce", "mean", (TensorSpec("", torch.float32, (10,)),))
 GATHER = Signature("AllGather", "quorum", None)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.buffers import Signature, TensorSpec
-from orchestrator.rendezvous import (
+from orchestrator.events import (
     Abort,
     Advance,
     Cancel,
@@ -29,18 +29,17 @@ from orchestrator.rendezvous import (
     Diverged,
     GiveUp,
     Lost,
-    Phase,
     Post,
     ProgramsDiverge,
-    Rendezvous,
     Return,
     Secure,
     Secured,
     Waits,
 )
+from orchestrator.rendezvous import Phase, Rendezvous
 
 if TYPE_CHECKING:
-    from orchestrator.rendezvous import Decision, Event
+    from orchestrator.events import Decision, Event
 
 MAX_STEPS = 20_000
 

@@ -11,6 +11,8 @@ from orchestrator.api import run, simulate
 from orchestrator.config import Config
 from orchestrator.errors import ClusterError, NodeFailedError, NodeLateError, NodeLostError, exit_code
 from orchestrator.records import Observer, Started
+from tests.cases import CASES
+from tests.conformance import Case
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
@@ -75,6 +77,15 @@ def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_p
     if settings.cluster.num_actors == 1 and settings.task.model_dump()["model"].get("width") == 40000:
         assert real.bytes["transport"] == 0
     assert actors_alive() == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_conformance_cases_end_with_the_simulators_bits(shared_ray: str, tmp_path, case: Case):
+    overrides = ["rounds=3", "tracking=none", "cluster.address=auto"]
+    real = run(case.config, overrides, run_dir=tmp_path / "real")
+    simulated = simulate(case.config, overrides, run_dir=tmp_path / "simulated")
+    assert real.digest == simulated.digest
+    assert real.bytes["payload"] == simulated.bytes["payload"]
 
 
 def test_a_killed_node_is_named_and_nothing_is_left(config: Make, tmp_path):
