@@ -153,7 +153,7 @@ def _members(payload: Payload) -> list[tuple[str, Tensor | float]]:
 
 def _flat(value: Tensor | float) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous().reshape(-1)
+        return value.detach().cpu().reshape(-1)
     return torch.tensor([value], dtype=torch.int64 if isinstance(value, int) else torch.float64)
 
 
@@ -255,8 +255,9 @@ def _empty(spec: TensorSpec, device: torch.device) -> Tensor:
 
 
 def _join(pieces: list[Tensor]) -> Buffer:
+    """Encoded pieces, flat and uint8, as one buffer."""
     if len(pieces) == 1:
-        return as_buffer(pieces[0])
+        return cast("Buffer", pieces[0].numpy())
     return as_buffer(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8))
 
 

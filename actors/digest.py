@@ -42,7 +42,7 @@ def leaves(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     if isinstance(state, dict) and state:
         for key, child in state.items():
             # Quoted: {"a/b": 1} is not {"a": {"b": 1}}, and a key that looks like an index is none.
-            yield from leaves(child, f"{path}/{json.dumps(key)}")
+            yield from leaves(child, f"{path}/{key!r}")
     elif isinstance(state, list) and state:
         for index, child in enumerate(state):
             yield from leaves(child, f"{path}/{index:09d}")

@@ -169,6 +169,8 @@ def _integers(tensor: Tensor) -> Tensor:
 
 
 def _versions(value: State) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        return (value._version,)  # noqa: SLF001 - as below
     return tuple(leaf._version for _, leaf in leaves(value) if isinstance(leaf, Tensor))  # noqa: SLF001 - torch's counter
 
 

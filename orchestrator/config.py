@@ -251,7 +251,9 @@ class Config(Section):
     @classmethod
     def _supported(cls, algorithm: Algorithm) -> Algorithm:
         if not (algorithm.replicated and algorithm.synchronous):
-            raise ValueError(f"{algorithm.name} is not replicated and synchronous; such algorithms are not built yet")
+            raise ValueError(f"{algorithm.name} is not replicated and synchronous; running such is not built yet")
+        if type(algorithm).server is not Algorithm.server:
+            raise ValueError(f"{algorithm.name} has a server program; running one is not built yet")
         return algorithm
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -316,3 +316,21 @@ def test_every_key_is_documented():
     for key in (key for key in keys if not key.startswith(("algorithm.", "task."))):
         known = key.removesuffix(".name") if key in ("data.partition.name", "tracking.name") else key
         assert f"| `{known}` |" in text, key
+
+
+class WithServer(FedAvg):
+    async def server(self, node):
+        pass
+
+
+class Unreplicated(FedAvg):
+    replicated: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [(WithServer(), "has a server program"), (Unreplicated(), "is not replicated and synchronous")],
+)
+def test_algorithms_that_cannot_be_run_yet_are_refused(algorithm, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({"algorithm": algorithm, "task": "digits"})
