@@ -7,7 +7,7 @@ it runs programs to their next operation and moves bytes as it is told.
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -285,6 +285,8 @@ class Host:
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, operation.close)
         specs = signature.tensors
         assert specs is not None
+        # Its settings are needed to the end, its tensors until they are delivered: they are as large as the model.
+        exchange.operation = replace(operation, tensors=None)
         cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
         exchange.parts = cuts.encode(payload)
         sizes = cuts.part_nbytes
@@ -400,6 +402,8 @@ class Host:
         first = nodes[0]
         value = self._cuts(first, seq, specs).assemble(parts, self.replicas[first].device)
         result = Reduced(value, members, total)
+        for node in nodes:
+            self._programs[node].exchanges[seq].parts = []  # delivered to all: nobody asks for them again
         return {node: result if len(nodes) == 1 else Shared(result) for node in nodes}
 
     def combine(

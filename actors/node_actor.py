@@ -11,6 +11,7 @@ Calls carry the epoch that they belong to. Whatever belongs to an older one is a
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import platform
@@ -184,6 +185,7 @@ class NodeActor:
             return Failed(str(error), None)
         except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
             return failure(setup.nodes[0], 0, error)
+        gc.freeze()  # what is here now stays; collections need not walk it again
         return Ready(
             place=f"pid {os.getpid()} on {ray.util.get_node_ip_address()} ({platform.node()})",
             devices=dict(zip(setup.nodes, map(str, devices), strict=True)),

@@ -52,7 +52,7 @@ class SGD(OuterOptimizer, name="sgd"):
     def update(self, gradient: Tensor, state: OuterState) -> tuple[Tensor, OuterState]:
         if not self.momentum:
             return gradient * -self.lr, state
-        velocity = _tensor(state, "velocity") * self.momentum + gradient
+        velocity = (_tensor(state, "velocity") * self.momentum).add_(gradient)
         return velocity * -self.lr, {"velocity": velocity}
 
 
@@ -69,8 +69,9 @@ class Nesterov(OuterOptimizer, name="nesterov"):
         return {"velocity": torch.zeros_like(parameters)}
 
     def update(self, gradient: Tensor, state: OuterState) -> tuple[Tensor, OuterState]:
-        velocity = _tensor(state, "velocity") * self.momentum + gradient
-        return (gradient + velocity * self.momentum) * -self.lr, {"velocity": velocity}
+        # Fresh results are written in place: a model-sized temporary less for each.
+        velocity = (_tensor(state, "velocity") * self.momentum).add_(gradient)
+        return (velocity * self.momentum).add_(gradient).mul_(-self.lr), {"velocity": velocity}
 
 
 class Adam(OuterOptimizer, name="adam"):

@@ -5,6 +5,7 @@ It alone decides what is committed. It holds no tensor: the rendezvous says what
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,13 @@ class Controller:
             virtual=self._runtime.virtual,
         )
         self._observer.on_start(started)
-        for number in range(self._config.rounds):
-            self._round(number)
+        # Hundreds of thousands of objects are there to stay; each full collection would walk them all again.
+        gc.freeze()
+        try:
+            for number in range(self._config.rounds):
+                self._round(number)
+        finally:
+            gc.unfreeze()
         model = self._runtime.finish(self._committed, self._members[0])
         self._digest = model.digest
         self._observer.on_model(model)

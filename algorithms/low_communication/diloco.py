@@ -47,8 +47,10 @@ class DiLoCo(Algorithm, name="diloco"):
     async def round(self, node: Node) -> None:
         anchor = cast("Tensor", node.shared["anchor"])
         await Train(steps=self.inner_steps)
-        contribution = {"outer_gradient": anchor - node.parameters, "buffers": node.buffers}
-        mean = await AllReduce(contribution if node.participates else None, codec=self.codec)
+        mean = await AllReduce(
+            {"outer_gradient": anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
+            codec=self.codec,
+        )
         step, node.shared["outer"] = self.outer.update(
             mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])
         )
