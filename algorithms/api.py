@@ -38,12 +38,18 @@ from algorithms.aggregators import Aggregator, Mean
 from algorithms.closing import ClosePolicy, Quorum
 from algorithms.codecs import Codec, Identity
 from algorithms.registry import Part
+from algorithms.rules import DataBatch, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from algorithms.topologies import Topology
+
 NodeId: TypeAlias = int
 """Names one logical participant for the whole run; a replacement process keeps the id."""
+
+SERVER: NodeId = -1
+"""The node that runs an algorithm's ``server`` program. It owns no data, and is no member of a view."""
 
 INLINE_LIMIT_BYTES = 64 * 1024
 """A contribution up to this size travels inside the message that announces it, and every member combines locally."""
@@ -189,17 +195,12 @@ class TrainReport:
     seconds: float
 
 
-class Rule(Protocol):
-    """Wraps a node's gradient function; see ``Train``."""
-
-    def wrap(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of the same signature, ``(parameters, batch) -> (flat_gradient, loss)``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Train(Operation[TrainReport]):
-    """Take local optimizer steps on the node's own data: ``steps`` of them, or whole ``epochs``."""
+    """Take local optimizer steps on the node's own data: ``steps`` of them, or whole ``epochs``.
+
+    With a ``rule`` each step uses the gradient that the rule gives, on the step's whole batch.
+    """
 
     steps: int | None = None
     epochs: int | None = None
@@ -214,19 +215,17 @@ class Train(Operation[TrainReport]):
 
 
 @dataclass(frozen=True)
-class DataBatch:
-    """Samples of a node's task."""
-
-    tensors: tuple[Tensor, ...]
-    num_samples: int
-
-
-@dataclass(frozen=True)
 class Batch(Operation[DataBatch]):
-    """Draw ``size`` samples (default: the configured batch size) of the node's ``train`` or ``validation`` data."""
+    """Draw at most ``size`` samples (default: the configured batch size).
+
+    From the node's own training data they are the next in its epoch. With ``part`` they come from the samples of that
+    node, chosen at random without replacement: the same on all nodes that draw from a part in a round, call for call.
+    Held-out data are drawn alike.
+    """
 
     source: Literal["train", "validation"] = "train"
     size: int | None = None
+    part: NodeId | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +240,10 @@ class GradientReport:
 
 @dataclass(frozen=True, eq=False)
 class Gradient(Operation[GradientReport]):
-    """The mean gradient at parameters ``at`` (default: the current ones) on ``batch`` (default: a fresh one)."""
+    """The mean gradient at parameters ``at`` (default: the current ones) on ``batch`` (default: a fresh one).
+
+    Shape (P,), a tensor of the program's own.
+    """
 
     at: Tensor | None = None
     batch: DataBatch | None = None
@@ -323,25 +325,38 @@ class AllGather(Operation["dict[NodeId, PayloadT]"]):
 class Inbox(Generic[PayloadT]):
     """What a node received from its in-neighbours, and the mixing weights."""
 
-    payloads: dict[NodeId, PayloadT]
-    weights: dict[NodeId, float]
-    """Own weight included; they sum to 1."""
+    payloads: Mapping[NodeId, PayloadT]
+    """By sender, sorted. Not to be written to: nodes of one process receive the same tensors."""
+    weights: Mapping[NodeId, float]
+    """This node's row of the mixing matrix, own weight included, sorted; they sum to 1."""
 
-    def mix(self, own: Tensor) -> Tensor:
-        """Σ w_j x_j over the inbox and ``own`` (whose weight is the one without a payload), in sorted order."""
-        mixed = torch.zeros_like(own)
-        for node, weight in sorted(self.weights.items()):
-            values = self.payloads.get(node, own)
-            assert isinstance(values, Tensor), "mix() is for inboxes of tensors"
-            mixed += values * weight
+    def mix(self, own: Tensor, name: str | None = None) -> Tensor:
+        """Σ w_j x_j over the inbox and ``own`` (whose weight is the one without a payload), in sorted order.
+
+        Args:
+            own: this node's values; its dtype and shape are the result's.
+            name: of the tensor to mix, where payloads are mappings.
+        """
+        mixed: Tensor | None = None
+        for node, weight in self.weights.items():
+            payload: Any = self.payloads.get(node, own)
+            values: Tensor = payload if payload is own or name is None else payload[name]
+            mixed = values * weight if mixed is None else mixed.add_(values, alpha=weight)
+        assert mixed is not None, "a node has a weight of its own"
         return mixed
 
 
 @dataclass(frozen=True, eq=False)
 class NeighborAllGather(Operation[Inbox[PayloadT]]):
-    """Give ``payload`` to this round's out-neighbours and receive those of the in-neighbours."""
+    """Give ``payload`` to this round's out-neighbours and receive those of the in-neighbours.
+
+    The weights are the topology's rule on the graph of those that are really in, so that all nodes mix with rows of
+    one matrix. Bytes: Σ over edges of the sender's payload; a number counts 8.
+    """
 
     payload: PayloadT
+    topology: Topology
+    close: ClosePolicy = _QUORUM
 
 
 @dataclass(frozen=True)
@@ -349,25 +364,33 @@ class Handle(Generic[T]):
     """A started operation. It belongs to its round: every handle must be waited for before the round returns."""
 
     sequence: int
+    round: int
 
 
 @dataclass(frozen=True, eq=False)
 class Start(Operation[Handle[T]]):
-    """Begin a collective operation and go on; its bytes are taken now."""
+    """Begin a collective operation and go on.
+
+    What is contributed is taken now; it may alias ``node.parameters`` or ``node.buffers``, and other tensors in it must
+    not be written to before the ``Wait``.
+    """
 
     operation: Operation[T]
 
 
 @dataclass(frozen=True, eq=False)
 class Wait(Operation[T]):
-    """Return the result of a started operation."""
+    """Return the result of a started operation; exactly once for each handle."""
 
     handle: Handle[T]
 
 
 @dataclass(frozen=True, eq=False)
 class Send(Operation[None]):
-    """Put ``payload`` into the mailbox of ``to``."""
+    """Put ``payload`` into the mailbox of ``to``. What is sent to a node that is gone is dropped.
+
+    Bytes: those of the payload; a number counts 8.
+    """
 
     to: NodeId
     payload: Payload
@@ -385,7 +408,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Left:
-    """A node is gone."""
+    """A node is gone: told once to every other node, after what it had sent before."""
 
     node: NodeId
 
@@ -419,7 +442,12 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     replicated: ClassVar[bool] = True
     """The shared state is bit-identical on all members, and checked at every commit."""
     synchronous: ClassVar[bool] = True
-    """All members do the same round; otherwise each has its own."""
+    """All members do the same round; otherwise each has its own, committed when its program returns.
+
+    ``rounds`` of a run then counts the server's, or without a server those of the average node.
+    """
+    result: ClassVar[Literal["mean", "last"]] = "mean"
+    """Without replicas or server a run ends with the mean of all ``model``s, or the last committer's (of a token)."""
 
     def init(self, node: Node) -> None:
         """Make the initial state: before round 0, or on joining without a donor."""
@@ -429,8 +457,16 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
         """Do one round."""
 
     async def server(self, node: Node) -> None:
-        """Do one round of the coordinator, for algorithms that have one: a program on one more node."""
+        """Do one round of the coordinator, for asynchronous algorithms that have one: a program on one more node.
+
+        That node is ``SERVER``; it has the model but no data, and meets the others in their mailboxes only.
+        """
         raise NotImplementedError
+
+    @property
+    def has_server(self) -> bool:
+        """Whether there is a ``server`` program; it then holds the run's model."""
+        return type(self).server is not Algorithm.server
 
     def participants(self, view: View, rng: torch.Generator) -> tuple[NodeId, ...]:
         """Choose the round's cohort; ``rng`` is derived from (seed, round), so that all members choose alike."""
@@ -438,18 +474,21 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
         return view.members
 
     async def on_view_change(self, node: Node) -> None:
-        """Repair what a change of membership breaks; runs before ``round`` on all members when the view changed."""
+        """Repair what a change of membership breaks.
+
+        Runs before ``round``, as its first part, on all members when the view changed; not in a run's first round.
+        """
 
     async def join(self, node: Node) -> None:
         """Run after a state transfer, on the joiner."""
 
     def model(self, node: Node) -> Tensor:
-        """The parameters that are evaluated, saved and digested, shape (P,)."""
+        """The parameters that are evaluated, saved and digested, shape (P,); see ``result`` if not replicated."""
         return node.parameters
 
     @abstractmethod
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        """Payload bytes of one round over all nodes, without losses."""
+        """Payload bytes of one round over all nodes, without losses; of an asynchronous one, as ``rounds`` counts."""
 
     @abstractmethod
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:

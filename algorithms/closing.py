@@ -20,7 +20,15 @@ class ClosePolicy(Part, family="close policy", catalog="algorithms.closing"):
 
     @abstractmethod
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
-        """Say whether ``arrived`` (a subset of ``active``) suffices, ``waited_s`` after the first arrival."""
+        """Say whether ``arrived`` (a subset of ``active``) suffices, ``waited_s`` after the first arrival.
+
+        ``arrived`` and ``active`` count those that contribute; a member that only receives is not waited for.
+        """
+
+    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> float | None:
+        """After how many more seconds to ask again although nobody else has arrived; ``None``: at the next arrival."""
+        del arrived, active, waited_s
+        return None
 
 
 class Quorum(ClosePolicy, name="quorum"):

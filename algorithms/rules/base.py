@@ -1,0 +1,71 @@
+"""The rule interface: what wraps a node's gradient function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from algorithms.api import Layout
+
+
+@dataclass(frozen=True)
+class DataBatch:
+    """Samples of a node's task."""
+
+    tensors: tuple[Tensor, ...]
+    num_samples: int
+
+
+GradientFunction: TypeAlias = "Callable[[Tensor, DataBatch], tuple[Tensor, Tensor]]"
+"""``(parameters, batch) -> (mean gradient, mean loss)``; the gradient, shape (P,), is overwritten by the next call."""
+
+
+@dataclass(frozen=True)
+class LocalProblem:
+    """What a rule may build upon."""
+
+    gradient: GradientFunction
+    """The task's own."""
+    module: nn.Module
+    """The model; its parameters are views of ``node.parameters``."""
+    loss: Callable[[nn.Module, DataBatch], Tensor]
+    """The task's mean loss, to be differentiated."""
+    layout: Layout
+    num_samples: int
+    """That the node owns."""
+    batch_size: int
+    """Samples of one optimizer step."""
+    rng: torch.Generator
+    """For the rule; derived from (run seed, round, node, step)."""
+
+
+class Sampler(Protocol):
+    """Chooses the samples of each step."""
+
+    def next(self, size: int) -> Tensor:
+        """About ``size`` places among the node's own samples, int64 in [0, num_samples)."""
+        ...
+
+
+class Rule:
+    """Wraps a node's gradient function for one ``Train``: a proximal term, a control variate, clipping and noise.
+
+    A rule is an ordinary object that the program makes in its round, from tensors of its state if need be. What it
+    gathers on the way, the program reads from it after the ``Train``.
+    """
+
+    def wrap(self, problem: LocalProblem) -> GradientFunction:
+        """The gradient function that steps are taken with. It may be called at other points than the current one."""
+        return problem.gradient
+
+    def sampler(self, problem: LocalProblem) -> Sampler | None:
+        """A sampler for this ``Train`` instead of the node's own; ``None`` keeps that."""
+        del problem
+        return None
