@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from algorithms.api import PART_BYTES, AllGather, AllReduce
+from algorithms.api import PART_BYTES, AllGather, AllReduce, NeighborAllGather
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -296,9 +296,9 @@ class Signature:
 
     operation: str
     parts: str
-    """Aggregator, codecs and close policy."""
+    """Aggregator, codecs and close policy, or topology."""
     tensors: tuple[TensorSpec, ...] | None
-    """``None`` fixes and violates nothing: a receiver without a contribution, or an AllGather."""
+    """``None`` fixes and violates nothing: a receiver without a contribution, or a gather."""
 
     def agrees_with(self, other: Signature) -> bool:
         """Whether two members may meet in one exchange."""
@@ -311,7 +311,7 @@ class Signature:
         return f"{self.operation}({inside}) with {self.parts}"
 
 
-def signature_of(operation: AllReduce[Any] | AllGather[Any]) -> Signature:
+def signature_of(operation: AllReduce[Any] | AllGather[Any] | NeighborAllGather[Any]) -> Signature:
     """The signature of a collective operation.
 
     Raises:
@@ -319,6 +319,8 @@ def signature_of(operation: AllReduce[Any] | AllGather[Any]) -> Signature:
     """
     if isinstance(operation, AllGather):
         return Signature("AllGather", _describe([operation.close]), None)
+    if isinstance(operation, NeighborAllGather):
+        return Signature("NeighborAllGather", _describe([operation.topology, operation.close]), None)
     tensors = None if operation.tensors is None else specs_of(operation.tensors)
     if any(spec.is_number for spec in tensors or ()):
         message = "AllReduce takes a tensor or a mapping of tensors; make numbers tensors (of float64, if need be)"

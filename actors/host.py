@@ -1,172 +1,95 @@
-"""The host: the nodes of one process, their programs of the running round, and their side of each exchange.
+"""The host: the nodes of one process, and their programs of the running round.
 
 Both runtimes use it: the simulator hosts all nodes, a Ray actor hosts one or several. A host never decides anything;
-it runs programs to their next operation and moves bytes as it is told.
+it runs programs to their next operation, computes, and (``actors.exchanges``) moves bytes as it is told.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import traceback
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from actors import buffers
-from actors.buffers import Cuts, Signature, TensorSpec
+from actors import buffers, together
+from actors.exchanges import Exchange, Exchanges, Shared
 from actors.replica import Interrupted
 from actors.state import same_bits
+from actors.tickets import (
+    Computing,
+    Failed,
+    Pinging,
+    Posted,
+    Receiving,
+    Returned,
+    Sending,
+    Sleeping,
+    Stale,
+    Ticket,
+    Waiting,
+)
+from actors.times import Times
 from algorithms.api import (
     INLINE_LIMIT_BYTES,
+    SERVER,
     AllGather,
     AllReduce,
+    Batch,
+    Evaluate,
+    Gradient,
+    Handle,
+    Loss,
+    NeighborAllGather,
     Operation,
-    Reduced,
+    Ping,
+    Receive,
+    Send,
+    Sleep,
+    Start,
     Train,
     TrainReport,
+    Wait,
 )
-from algorithms.errors import ProgramError, StarlingError, UnsupportedOperation
+from algorithms.errors import ProgramError, StarlingError
 from algorithms.seeds import generator
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
-    from actors.buffers import Buffer
-    from actors.replica import Fence, Replica
-    from algorithms.api import NodeId, Payload, State, View
-    from algorithms.closing import ClosePolicy
-
-Collective: TypeAlias = "AllReduce[Any] | AllGather[Any]"
-
-
-_MAX_CUTS = 64
-
-# --- tickets: what a program did last, for the rendezvous -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Posted:
-    """The program awaits a collective operation and contributes to it (or only receives)."""
-
-    seq: int
-    signature: Signature
-    specs: tuple[TensorSpec, ...] | None
-    """What is contributed; ``None`` contributes nothing."""
-    weight: float
-    part_nbytes: tuple[int, ...]
-    """Booked bytes of each part."""
-    result_nbytes: tuple[int, ...]
-    """Booked bytes of each part of the result; empty for a gather."""
-    inline: Buffer | None
-    """The contribution itself, if it is small."""
-    close: ClosePolicy
-
-    @property
-    def nbytes(self) -> int:
-        """Booked bytes of all parts."""
-        return sum(self.part_nbytes)
-
-
-@dataclass(frozen=True)
-class Returned:
-    """The program is done; its state is staged."""
-
-    digest: str
-    num_collectives: int
-    loss: float | None
-    """Mean training loss of the round; ``None`` without training."""
-    num_samples: int
-    train_seconds: float
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The program, or the task that it trains, raised."""
-
-    message: str
-    traceback: str | None
-    """``None`` if the message says all there is to say."""
-
-
-@dataclass(frozen=True)
-class Computing:
-    """The program awaits compute; never leaves the host's process."""
-
-    operation: Train
-
-
-@dataclass(frozen=True)
-class Stale:
-    """The program was cancelled."""
-
-
-Ticket: TypeAlias = Posted | Returned | Failed | Computing | Stale
-
-
-@dataclass(frozen=True)
-class Contributed:
-    """One member's inline contribution, as the rendezvous passes it on to all members."""
-
-    node: NodeId
-    weight: float
-    specs: tuple[TensorSpec, ...]
-    data: Buffer
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A result for several nodes of the process. Each gets a copy when it runs on: none aliases another's."""
-
-    result: Reduced[Any]
-
-    def own(self, device: torch.device) -> Reduced[Any]:
-        """A copy on ``device``."""
-        value = self.result.value
-        if isinstance(value, torch.Tensor):
-            own: Any = value.to(device, copy=True)
-        else:
-            own = {name: one.to(device, copy=True) for name, one in value.items()}
-        return Reduced(own, self.result.members, self.result.weight)
-
-
-# --- the programs -----------------------------------------------------------------------------------------------------
+    from actors.replica import Replica
+    from actors.tickets import Compute
+    from algorithms.api import NodeId, State, View
 
 
 @dataclass
-class _Exchange:
-    """A node's side of one collective operation."""
-
-    operation: Collective
-    cuts: Cuts | None = None
-    parts: list[Buffer] = field(default_factory=list)
-
-
-@dataclass
-class _Program:
+class Program:
     """One round of one node."""
 
     coroutine: Coroutine[Operation[Any], Any, None]
-    exchanges: list[_Exchange] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
     reports: list[TrainReport] = field(default_factory=list)
+    handle: Handle[Any] | None = None
+    """What a ``Start`` returns when the program runs on."""
+    over: bool = False
 
 
-class Host:
+class Host(Exchanges):
     """Several nodes in one process; see the module's docstring."""
 
-    def __init__(self, replicas: Iterable[Replica], fence: Fence) -> None:
-        self.replicas: dict[NodeId, Replica] = {replica.id: replica for replica in replicas}
-        first, *others = self.replicas.values()
-        for replica in others:
-            replica.share_scratch(first)
-        self._fence = fence
-        self._programs: dict[NodeId, _Program] = {}
-        self._committed = -1
+    def __init__(self, replicas: Iterable[Replica]) -> None:
+        super().__init__({replica.id: replica for replica in replicas})
+        self.fences = {node: threading.Event() for node in self.replicas}
+        """Told to stop, a node ends its round at its next step."""
         self._digests: list[tuple[dict[str, State], str]] = []
         """Of the replicas that have staged the running round."""
-        self._cuts_of: dict[tuple[str, tuple[TensorSpec, ...], int], Cuts] = {}
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
+        self._letters = itertools.count()
+        self.times = Times()
+        for replica in self.replicas.values():
+            replica.clock = self.times.watched(replica.id, replica.clock)
 
     def log(self, node: NodeId, line: str) -> None:
         """Add a line to a node's log."""
@@ -182,28 +105,39 @@ class Host:
         for replica in self.replicas.values():
             replica.spec.algorithm.init(replica)
             replica.commit()
-        first, *others = self.replicas.values()
+        members = [replica for node, replica in self.replicas.items() if node != SERVER]
         # What is unequal from the start stays, and the first commit's digests tell of it, as they do across processes.
-        self._alias([first, *(replica for replica in others if replica.shared.equals(first.shared))])
+        self._alias([replica for replica in members if replica.shared.equals(members[0].shared)])
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
-    def begin(self, number: int, view: View, committed: int, nodes: Sequence[NodeId]) -> None:
-        """Apply what is committed and make the programs of a new round; ``resume`` runs them."""
-        self.settle(committed)
+    def begin(self, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool = False) -> None:
+        """Apply what is committed and make the programs of a new round; ``resume`` runs them.
+
+        With ``repair`` they begin with ``on_view_change``.
+        """
+        self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
-        spec = self.replicas[self.current].spec
-        cohort = spec.algorithm.participants(view, generator(spec.seed, number, "participants"))
+        self.forget()
+        algorithm = self.replicas[self.current].spec.algorithm
+        cohort = algorithm.participants(view, generator(self.replicas[self.current].spec.seed, number, "participants"))
+        members = frozenset(cohort)
         for node in nodes:
             replica = self.replicas[node]
-            replica.begin(number, view, cohort)
-            self._programs[node] = _Program(replica.spec.algorithm.round(replica))
+            self.fences[node].clear()
+            replica.begin(number, view, members)
+            if node == SERVER:
+                coroutine = algorithm.server(replica)
+            else:
+                coroutine = _repaired(replica) if repair else algorithm.round(replica)
+            self.programs[node] = Program(coroutine)
 
-    def settle(self, committed: int) -> None:
-        """Apply the controller's commits up to round ``committed``."""
-        if committed > self._committed:
-            self._committed = committed
-            self._alias([replica for replica in self.replicas.values() if replica.settle(committed)])
+    def settle(self, committed: Mapping[NodeId, int]) -> None:
+        """Apply the controller's commits up to the given round of each node."""
+        rounds = set(committed.values())
+        for number in rounds:
+            due = [self.replicas[node] for node, last in committed.items() if last == number]
+            self._alias(together.settle_all(due, number))
 
     @staticmethod
     def _alias(replicas: Sequence[Replica]) -> None:
@@ -214,12 +148,16 @@ class Host:
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
         """Run a program to its next operation, or to its end."""
-        program = self._programs[node]
+        program = self.programs[node]
+        if program.over:
+            return Stale()
         self.current = node
         if isinstance(result, TrainReport):
             program.reports.append(result)
         elif isinstance(result, Shared):
             result = result.own(self.replicas[node].device)
+        elif program.handle is not None:
+            result, program.handle = program.handle, None
         try:
             operation = program.coroutine.send(result)
         except StopIteration:
@@ -232,16 +170,16 @@ class Host:
         """Run programs, computing on the way, until each is at an exchange or at its end."""
         tickets: list[tuple[NodeId, Ticket]] = []
         while items:
-            training: list[tuple[NodeId, Train]] = []
+            computing: list[tuple[NodeId, Compute]] = []
             for node, result in items:
                 ticket = self.resume(node, result)
                 if isinstance(ticket, Computing):
-                    training.append((node, ticket.operation))
+                    computing.append((node, ticket.operation))
                 else:
                     tickets.append((node, ticket))
-            done = list(zip((node for node, _ in training), self.compute(training), strict=True))
-            tickets += [(node, report) for node, report in done if not isinstance(report, TrainReport)]
-            items = [(node, report) for node, report in done if isinstance(report, TrainReport)]
+            done = list(zip((node for node, _ in computing), self.compute(computing), strict=True))
+            tickets += [(node, result) for node, result in done if isinstance(result, Failed | Stale)]
+            items = [(node, result) for node, result in done if not isinstance(result, Failed | Stale)]
         return tickets
 
     def _guard(self, node: NodeId, function: Any, *arguments: Any) -> Ticket:  # noqa: ANN401 - one of two methods
@@ -252,69 +190,75 @@ class Host:
 
     def _accept(self, node: NodeId, operation: object) -> Ticket:
         match operation:
-            case Train(rule=None):
+            case Train() | Batch() | Gradient() | Loss() | Evaluate():
                 return Computing(operation)
-            case AllReduce() | AllGather():
-                return self._post(node, cast("Collective", operation))
-            case Train():
-                message = "Train(rule=…) is not supported by this runtime yet"
-                raise UnsupportedOperation(message)
-            case Operation():
-                message = f"{type(operation).__name__} is not supported by this runtime yet"
-                raise UnsupportedOperation(message)
+            case AllReduce() | AllGather() | NeighborAllGather():
+                return self._collective(node, operation, started=False)
+            case Start(operation=AllReduce() | AllGather() | NeighborAllGather() as inner):
+                return self._collective(node, inner, started=True)
+            case Start(operation=inner):
+                message = f"Start takes an AllReduce, AllGather or NeighborAllGather, not a {type(inner).__name__}"
+                raise ProgramError(message)
+            case Wait(handle):
+                return self._wait(node, handle)
+            case Send(to, payload):
+                specs, data = buffers.specs_of(payload), buffers.pack(payload).copy()
+                nbytes, letter = buffers.payload_nbytes(specs), next(self._letters)
+                if nbytes > INLINE_LIMIT_BYTES:
+                    self.outbox[letter] = data
+                return Sending(to, letter, specs, nbytes, data if nbytes <= INLINE_LIMIT_BYTES else None)
+            case Receive(until_s):
+                return Receiving(None if until_s is None else max(0.0, until_s - self.replicas[node].clock()))
+            case Sleep(seconds):
+                return Sleeping(seconds)
+            case Ping(nodes, timeout_s):
+                return Pinging(tuple(nodes), timeout_s)
             case _:
                 message = f"the program awaits a {type(operation).__name__}; it may only await operations of the api"
                 raise ProgramError(message)
 
-    def _post(self, node: NodeId, operation: Collective) -> Posted:
-        replica, program = self.replicas[node], self._programs[node]
-        exchange = _Exchange(operation)
-        program.exchanges.append(exchange)
-        seq = len(program.exchanges) - 1
-        signature = buffers.signature_of(operation)
-        payload = cast("Payload | None", operation.payload if isinstance(operation, AllGather) else operation.tensors)
-        if payload is None or replica.skipping:
-            if isinstance(operation, AllReduce) and operation.tensors is not None:
-                signature = Signature(signature.operation, signature.parts, None)
-            return Posted(seq, signature, None, 0.0, (), (), None, operation.close)
-        if isinstance(operation, AllGather):
-            specs = buffers.specs_of(payload)
-            nbytes = buffers.payload_nbytes(specs)
-            exchange.parts = [buffers.pack(payload)]
-            inline = exchange.parts[0] if nbytes <= INLINE_LIMIT_BYTES else None
-            return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, operation.close)
-        specs = signature.tensors
-        assert specs is not None
-        # Its settings are needed to the end, its tensors until they are delivered: they are as large as the model.
-        exchange.operation = replace(operation, tensors=None)
-        cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
-        exchange.parts = cuts.encode(payload)
-        sizes = cuts.part_nbytes
-        inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
-        weight, results = float(operation.weight), cuts.result_nbytes
-        return Posted(seq, signature, specs, weight, sizes, results, inline, operation.close)
+    def _collective(self, node: NodeId, operation: Any, *, started: bool) -> Posted:  # noqa: ANN401 - one of three
+        if node == SERVER:
+            message = f"the server awaits {type(operation).__name__}; it meets the others in Send and Receive alone"
+            raise ProgramError(message)
+        replica, program = self.replicas[node], self.programs[node]
+        if not replica.spec.algorithm.synchronous:
+            message = f"an asynchronous program awaits {type(operation).__name__}, for which all would have to be there"
+            raise ProgramError(message)
+        posted = self.post(node, operation, started=started)
+        if started:
+            program.handle = Handle(posted.seq, replica.round)
+        return posted
 
-    def _cut(self, operation: AllReduce[Any], parts: str, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
-        """Where contributions are cut; found once for all rounds and nodes of the process."""
-        known = self._cuts_of.get((parts, specs, num_members))
-        if known is None:
-            whole = Cuts(specs, operation.codec, operation.result_codec, 1)
-            parted = buffers.num_parts(sum(whole.part_nbytes), num_members)
-            known = whole if parted == 1 else Cuts(specs, operation.codec, operation.result_codec, parted)
-            if len(self._cuts_of) >= _MAX_CUTS:
-                self._cuts_of.clear()
-            self._cuts_of[parts, specs, num_members] = known
-        return known
+    def _wait(self, node: NodeId, handle: Handle[Any]) -> Waiting:
+        program = self.programs[node]
+        if handle.round != self.replicas[node].round or handle.sequence >= len(program.exchanges):
+            message = f"Wait(exchange {handle.sequence} of round {handle.round}): a handle belongs to its round alone"
+            raise UnfinishedExchange(message)
+        exchange = program.exchanges[handle.sequence]
+        if not exchange.open:
+            message = f"Wait(exchange {handle.sequence}): it was waited for already; keep the result"
+            raise UnfinishedExchange(message)
+        exchange.open = False
+        exchange.check_unwritten(handle.sequence)
+        return Waiting(handle.sequence)
 
     def _finish(self, node: NodeId) -> Returned:
-        replica, program = self.replicas[node], self._programs.pop(node)
+        replica, program = self.replicas[node], self.programs[node]
+        program.over = True
+        for seq, exchange in enumerate(program.exchanges):
+            if exchange.open:
+                message = (
+                    f"the round ends while exchange {seq} ({exchange.signature.operation}) is in flight; Wait for it"
+                )
+                raise UnfinishedExchange(message)
         reports = program.reports
-        losses = [report.loss for report in reports]
         for report in reports:
             done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
             self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
+        losses = [report.loss for report in reports]
         return Returned(
-            digest=self._digest(replica) if replica.spec.algorithm.replicated else "",
+            digest=self._digest(replica),
             num_collectives=len(program.exchanges),
             loss=sum(losses) / len(losses) if losses else None,
             num_samples=sum(report.num_samples for report in reports),
@@ -324,6 +268,8 @@ class Host:
     def _digest(self, replica: Replica) -> str:
         """Stage a node's round; bits that equal those of a node staged before need not be hashed again."""
         replica.stage()
+        if not replica.spec.algorithm.replicated or replica.id == SERVER:
+            return ""
         mine = replica.shared.leaves()
         for known, digest in self._digests:
             if same_bits(mine, known):
@@ -333,106 +279,87 @@ class Host:
         return digest
 
     def cancel(self, nodes: Iterable[NodeId]) -> None:
-        """Close the programs of ``nodes``, drop what they staged, and go back to the last commit."""
+        """Close the programs of ``nodes``, drop what they staged, and go back to the last commit.
+
+        What they have contributed stays: it may be in an exchange that is not closed yet.
+        """
         for node in nodes:
-            program = self._programs.pop(node, None)
+            program = self.programs.get(node)
             if program is not None:
+                program.over = True
                 program.coroutine.close()
             self.replicas[node].rollback()
 
     # --- compute -----------------------------------------------------------------------------------------------------
 
-    def compute(self, requests: Sequence[tuple[NodeId, Train]]) -> list[TrainReport | Failed | Stale]:
-        """Carry out compute operations of several nodes.
+    def compute(self, requests: Sequence[tuple[NodeId, Compute]]) -> list[Any]:
+        """Carry out compute operations of several nodes; a result is what the program gets, ``Failed`` or ``Stale``.
 
-        Equal ones of one process arrive together, so that a handler which batches them over replicas can take them.
+        ``Train``s of one process are handed on together, so that equal ones can be batched over replicas.
         """
-        results: list[TrainReport | Failed | Stale] = []
-        for node, operation in requests:
-            replica = self.replicas[node]
-            self.current = node
-            try:
-                results.append(replica.train(operation, self._fence))
-            except Interrupted:
-                results.append(Stale())
-            except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
-                results.append(failure(node, replica.round, error))
+        results: list[Any] = [None] * len(requests)
+        trains = [place for place, (_, operation) in enumerate(requests) if isinstance(operation, Train)]
+        if trains:
+            batch = [
+                (self.replicas[node], cast("Train", operation)) for node, operation in map(requests.__getitem__, trains)
+            ]
+            self.current = batch[0][0].id
+            fenced = [(replica, operation, self.fences[replica.id]) for replica, operation in batch]
+            for place, outcome in zip(trains, together.train_together(fenced), strict=True):
+                results[place] = self._outcome(requests[place][0], outcome)
+        for place, (node, operation) in enumerate(requests):
+            if not isinstance(operation, Train):
+                self.current = node
+                try:
+                    results[place] = self._carry_out(node, operation)
+                except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
+                    results[place] = self._outcome(node, error)
         return results
 
-    # --- exchanges ---------------------------------------------------------------------------------------------------
+    def _carry_out(self, node: NodeId, operation: Compute) -> object:
+        replica = self.replicas[node]
+        if self.fences[node].is_set():
+            return Stale()
+        match operation:
+            case Batch():
+                return replica.batch(operation)
+            case Gradient():
+                return replica.gradient(operation)
+            case Loss():
+                return replica.loss(operation)
+            case Evaluate():
+                return replica.evaluate_at(operation)
+            case Train():
+                raise AssertionError
 
-    def parts(self, node: NodeId, seq: int) -> list[Buffer]:
-        """A node's encoded contribution to exchange ``seq``, one buffer per part."""
-        return self._programs[node].exchanges[seq].parts
+    def _outcome(self, node: NodeId, outcome: object) -> object:
+        if isinstance(outcome, Interrupted):
+            return Stale()
+        if isinstance(outcome, Exception):
+            return failure(node, self.replicas[node].round, outcome)
+        if isinstance(outcome, TrainReport):
+            return self.times.timed(node, outcome)
+        return outcome
 
-    def reduce(
-        self,
-        node: NodeId,
-        seq: int,
-        part: int,
-        specs: tuple[TensorSpec, ...],
-        contributions: Mapping[NodeId, tuple[Buffer, float]],
-    ) -> Buffer:
-        """Combine one part of the contributions (encoded bytes and weight), in sorted member order."""
-        operation = cast("AllReduce[Any]", self._programs[node].exchanges[seq].operation)
-        cuts = self._cuts(node, seq, specs)
-        ordered = [contributions[member] for member in sorted(contributions)]
-        return cuts.reduce(operation, part, [data for data, _ in ordered], [weight for _, weight in ordered])
 
-    def _cuts(self, node: NodeId, seq: int, specs: tuple[TensorSpec, ...]) -> Cuts:
-        """The cuts of an exchange; a member that contributes nothing learns the specs from those that do."""
-        exchange = self._programs[node].exchanges[seq]
-        if exchange.cuts is None:
-            operation = cast("AllReduce[Any]", exchange.operation)
-            parts = buffers.signature_of(operation).parts
-            exchange.cuts = self._cut(operation, parts, specs, len(self.replicas[node].view.members))
-        return exchange.cuts
+class UnfinishedExchange(ProgramError):  # noqa: N818 - the protocol's word
+    """A handle was waited for in another round or twice, or a round ended with an open one."""
 
-    def reduced(
-        self,
-        nodes: Sequence[NodeId],
-        seq: int,
-        specs: tuple[TensorSpec, ...],
-        weights: Mapping[NodeId, float],
-        parts: Sequence[Buffer],
-    ) -> dict[NodeId, Reduced[Any] | Shared]:
-        """The result of an ``AllReduce`` for several nodes, decoded once."""
-        members = tuple(sorted(weights))
-        total = sum(weights[member] for member in members)
-        first = nodes[0]
-        value = self._cuts(first, seq, specs).assemble(parts, self.replicas[first].device)
-        result = Reduced(value, members, total)
-        for node in nodes:
-            self._programs[node].exchanges[seq].parts = []  # delivered to all: nobody asks for them again
-        return {node: result if len(nodes) == 1 else Shared(result) for node in nodes}
 
-    def combine(
-        self, nodes: Sequence[NodeId], seq: int, inline: Sequence[Contributed]
-    ) -> dict[NodeId, Reduced[Any] | Shared] | dict[NodeId, dict[NodeId, Payload]]:
-        """The result of an exchange of inline contributions for several nodes; the same bits as through parts."""
-        first = nodes[0]
-        operation = self._programs[first].exchanges[seq].operation
-        ordered = sorted(inline, key=lambda one: one.node)
-        if isinstance(operation, AllGather):
-            gathered = [(one.node, one.specs, one.data) for one in ordered]
-            return {node: self.gathered(node, gathered) for node in nodes}
-        contributions = {one.node: (one.data, one.weight) for one in ordered}
-        part = self.reduce(first, seq, 0, ordered[0].specs, contributions)
-        weights = {one.node: one.weight for one in ordered}
-        return self.reduced(nodes, seq, ordered[0].specs, weights, [part])
-
-    def gathered(
-        self, node: NodeId, contributions: Iterable[tuple[NodeId, tuple[TensorSpec, ...], Buffer]]
-    ) -> dict[NodeId, Payload]:
-        """The result of an ``AllGather``."""
-        device = self.replicas[node].device
-        return {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
+async def _repaired(replica: Replica) -> None:
+    """The round of a node whose view has changed."""
+    algorithm = replica.spec.algorithm
+    await algorithm.on_view_change(replica)
+    await algorithm.round(replica)
 
 
 def failure(node: NodeId, number: int, error: Exception) -> Failed:
     """What a program's exception looks like to the person who wrote it."""
+    who = "server" if node == SERVER else f"node {node}"
     if isinstance(error, StarlingError):
         message = str(error)
-        return Failed(message if message.startswith("node ") else f"node {node}, round {number}: {message}", None)
+        return Failed(
+            message if message.startswith(("node ", "server,")) else f"{who}, round {number}: {message}", None
+        )
     text = "".join(traceback.format_exception(error))
-    return Failed(f"node {node}, round {number}: {type(error).__name__}: {error}", text)
+    return Failed(f"{who}, round {number}: {type(error).__name__}: {error}", text)

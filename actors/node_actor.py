@@ -18,7 +18,7 @@ import platform
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +27,21 @@ import ray.exceptions
 import torch
 from safetensors.torch import save
 
+from actors.buffers import as_buffer, as_tensor
+from actors.consensus import mean_model
 from actors.data import DataConfig
-from actors.host import Contributed, Failed, Host, Stale, Ticket, failure
+from actors.host import Host, failure
 from actors.optimizers import OptimizerConfig
-from actors.replica import Replica, ReplicaSpec
-from actors.setup import load_data
+from actors.replica import ReplicaSpec
+from actors.setup import build_replicas, load_data
 from actors.tasks import Task
-from algorithms.api import Algorithm, Layout
+from actors.tickets import Contributed, Failed, Posted, Stale, Ticket
+from actors.transfer import StateExport, export_state, load_state
+from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from ray import ObjectRef
@@ -85,11 +89,44 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round to be begun."""
+
+    epoch: int
+    number: int
+    view: View
+    committed: int
+    """The last committed round."""
+    repair: bool
+    """Whether programs begin with ``on_view_change``."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The large contributions that a call led to in the last round: this one gives them along with its reply."""
+
+    seq: int
+    nodes: tuple[NodeId, ...]
+    num_parts: int
+    parts: tuple[int, ...]
+    """Those that other processes are to have."""
+
+    @property
+    def num_values(self) -> int:
+        """How many values come with the reply."""
+        return len(self.parts) * len(self.nodes)
+
+
+@dataclass(frozen=True)
 class Reply:
     """What the programs of a process did last, and what they wrote to their logs."""
 
     tickets: list[tuple[NodeId, Ticket]]
     logs: dict[NodeId, list[str]] = field(default_factory=dict)
+    seen: dict[NodeId, list[float]] = field(default_factory=dict)
+    """Times that programs saw, where results may depend on them."""
+    posted: int | None = None
+    """The exchange whose contributions come along, as was expected."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +145,14 @@ class SecureJob:
 
 
 @dataclass(frozen=True)
-class Secured:
+class Got:
     """What a ``SecureJob`` got."""
 
     seq: int
     part: int
     by: NodeId
     generation: int
-    got: frozenset[NodeId]
+    members: frozenset[NodeId]
 
 
 @dataclass(frozen=True)
@@ -123,6 +160,8 @@ class Inline:
     """A closed exchange whose contributions came with their announcements."""
 
     contributions: tuple[Contributed, ...]
+    """Those that the process is to have."""
+    closed: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True)
@@ -135,6 +174,18 @@ class Stored:
     """Specs of each payload of a gather."""
 
 
+@dataclass(frozen=True)
+class Letter:
+    """A message for a node."""
+
+    sender: NodeId
+    staleness: int
+    specs: tuple[TensorSpec, ...]
+    inline: Buffer | None
+    ref: tuple[ObjectRef[Any], ...]
+    """One, if the payload is large; in a container, so that Ray does not fetch it for us."""
+
+
 # --- the actor --------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +193,6 @@ class NodeActor:
     """Hosts nodes in one process; see the module's docstring."""
 
     def __init__(self) -> None:
-        self._fence = threading.Event()
         self._parked = threading.Event()
         self._epoch = -1
         self._reduced: dict[tuple[int, int], Buffer] = {}
@@ -173,11 +223,10 @@ class NodeActor:
             )
             data = load_data(spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
             self._validation = data.validation
-            replicas = [
-                Replica(node, spec, data.train, data.parts[node], device)
-                for node, device in zip(setup.nodes, devices, strict=True)
-            ]
-            self._host = Host(replicas, self._fence)
+            replicas = build_replicas(setup.nodes, spec, data, devices)
+            self._host = Host(replicas)
+            if not spec.algorithm.synchronous:
+                self._host.times.record()
             self._redirect_output()
             self._host.init()
             baselines = spec.task.baselines(setup.num_nodes)
@@ -203,59 +252,146 @@ class NodeActor:
         sys.stderr = _Tee(sys.stderr, self._host)
 
     @ray.method(concurrency_group="compute")
-    def begin(self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId]) -> Reply:
+    def begin(self, round_: Round, nodes: Sequence[NodeId], expected: Expected | None = None) -> Reply | list[Any]:
         """Begin a round and run the programs to their first exchange."""
-        self._epoch = epoch
-        self._fence.clear()
+        self._epoch = round_.epoch
         self._forget()
-        self._host.begin(number, view, committed, nodes)
-        return self._reply(self._host.drive([(node, None) for node in nodes]))
+        self._host.begin(round_.number, round_.view, round_.committed, nodes, repair=round_.repair)
+        return self._with_parts(self._reply(self._host.drive([(node, None) for node in nodes])), expected)
 
     @ray.method(concurrency_group="compute")
-    def advance(self, epoch: int, seq: int, nodes: Sequence[NodeId], result: Inline | Stored) -> Reply:
+    def advance(
+        self, epoch: int, seq: int, nodes: Sequence[NodeId], result: Inline | Stored, expected: Expected | None = None
+    ) -> Reply | list[Any]:
         """Run programs on with the result of a closed exchange."""
         if epoch != self._epoch:
-            return Reply([(node, Stale()) for node in nodes])
-        results: Mapping[NodeId, Any]
+            return self._with_parts(Reply([(node, Stale()) for node in nodes]), expected)
+        if not self._host.is_concluded(seq):
+            self._conclude(nodes[0], seq, result)
+        reply = self._reply(self._host.drive([(node, self._host.take(node, seq)) for node in nodes]))
+        return self._with_parts(reply, expected)
+
+    def _conclude(self, node: NodeId, seq: int, result: Inline | Stored) -> None:
         if isinstance(result, Inline):
-            results = self._host.combine(nodes, seq, result.contributions)
+            self._host.conclude_inline(node, seq, result.contributions, result.closed)
         elif result.specs is not None:
-            results = self._host.reduced(nodes, seq, result.specs, result.weights, self._results.pop(seq))
+            self._host.conclude_reduce(node, seq, result.specs, result.weights, self._results.pop(seq))
         else:
             kept = self._gathered.pop(seq)
-            members = [(member, specs, kept[member]) for member, specs in sorted(result.gathered.items())]
-            results = {node: self._host.gathered(node, members) for node in nodes}
+            members = [(one, specs, kept[one]) for one, specs in sorted(result.gathered.items()) if one in kept]
+            self._host.conclude_gather(node, seq, members, result.weights)
         # The store's memory is free again as soon as nothing here refers to it.
         self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
-        return self._reply(self._host.drive([(node, results[node]) for node in nodes]))
+
+    @ray.method(concurrency_group="compute")
+    def run_on(self, epoch: int, items: Sequence[tuple[NodeId, object]]) -> Reply:
+        """Run programs on with results that need no conversion: after a ``Start``, ``Send``, ``Sleep`` or ``Ping``."""
+        if epoch != self._epoch:
+            return Reply([(node, Stale()) for node, _ in items])
+        return self._reply(self._host.drive(items))
+
+    @ray.method(concurrency_group="compute")
+    def receive(self, epoch: int, node: NodeId, letter: Letter) -> Reply | None:
+        """Run a program on with a message; ``None`` if its payload is nowhere to be had."""
+        if epoch != self._epoch:
+            return Reply([(node, Stale())])
+        data = letter.inline
+        if data is None:
+            fetched = self._fetch(dict(enumerate(letter.ref)))
+            if not fetched:
+                return None
+            data = fetched[0]
+        payload = self._host.unpack(node, letter.specs, data)
+        return self._reply(self._host.drive([(node, Message(letter.sender, payload, letter.staleness))]))
+
+    def _with_parts(self, reply: Reply, expected: Expected | None) -> Reply | list[Any]:
+        """The reply, with the contributions that it tells of as values of their own if they are the expected ones."""
+        if expected is None:
+            return reply
+        posted = {node: ticket for node, ticket in reply.tickets if isinstance(ticket, Posted)}
+        as_expected = all(
+            node in posted
+            and (posted[node].seq, len(posted[node].part_nbytes)) == (expected.seq, expected.num_parts)
+            and posted[node].inline is None
+            for node in expected.nodes
+        )
+        if not as_expected:
+            return [reply, *([None] * expected.num_values)]
+        contributions = [self._host.parts(node, expected.seq) for node in expected.nodes]
+        values = [contribution[part] for contribution in contributions for part in expected.parts]
+        return [replace(reply, posted=expected.seq), *values]
 
     def _reply(self, tickets: list[tuple[NodeId, Ticket]]) -> Reply:
-        return Reply(tickets, self._host.drain_logs())
+        return Reply(tickets, self._host.drain_logs(), self._host.times.drain())
 
     def _forget(self) -> None:
         self._reduced, self._results, self._gathered = {}, {}, {}
         self._gone = set()
 
     @ray.method(concurrency_group="compute")
-    def settle(self, committed: int) -> bool:
+    def settle(self, committed: Mapping[NodeId, int]) -> bool:
         """Apply the controller's commits."""
         self._host.settle(committed)
         return True
 
     @ray.method(concurrency_group="compute")
-    def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float] | Failed:
-        """The metrics of a node's model on held-out data."""
-        self._host.settle(committed)
-        try:
-            return self._host.replicas[node].evaluate(self._validation, max_batches)
-        except Exception as error:  # noqa: BLE001 - a user's metrics
-            return failure(node, committed, error)
+    def halt(self, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """Close programs that were cancelled; they stand still when this returns."""
+        self._host.cancel(nodes)
+        return list(nodes)
 
     @ray.method(concurrency_group="compute")
-    def model(self, node: NodeId) -> tuple[str, bytes]:
-        """Digest and safetensors bytes of a node's model."""
+    def evaluate(
+        self, node: NodeId, others: Sequence[ObjectRef[Any]], max_batches: int | None
+    ) -> dict[str, float] | Failed:
+        """The metrics, on held-out data, of the mean of a node's model and ``others``."""
         replica = self._host.replicas[node]
-        return replica.model_digest(), save({name: one.cpu() for name, one in replica.model_tensors().items()})
+        try:
+            return replica.evaluate(self._validation, max_batches, *self._mean(node, others))
+        except Exception as error:  # noqa: BLE001 - a user's metrics
+            return failure(node, replica.round, error)
+
+    @ray.method(concurrency_group="compute")
+    def model(self, node: NodeId, others: Sequence[ObjectRef[Any]]) -> tuple[str, bytes]:
+        """Digest and safetensors bytes of the mean of a node's model and ``others``."""
+        replica = self._host.replicas[node]
+        mean = self._mean(node, others)
+        tensors = replica.model_tensors(*mean)
+        return replica.model_digest(*mean), save({name: one.cpu() for name, one in tensors.items()})
+
+    @ray.method(concurrency_group="compute")
+    def committed_model(self, node: NodeId) -> tuple[Buffer, Buffer]:
+        """Parameters and buffers of a node's committed model, as bytes."""
+        parameters, buffers = self._host.replicas[node].committed_model()
+        return as_buffer(parameters.cpu()), as_buffer(buffers.cpu())
+
+    def _mean(
+        self, node: NodeId, others: Sequence[ObjectRef[Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if not others:
+            return None, None
+        own = self._host.replicas[node].committed_model()
+
+        def models() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            yield own
+            for ref in others:
+                pair = ray.get(ref, timeout=self._fetch_timeout_s)
+                parameters, buffers = (as_tensor(one).view(mine.dtype) for one, mine in zip(pair, own, strict=True))
+                yield parameters.to(own[0].device), buffers.to(own[0].device)
+
+        return mean_model(models())
+
+    @ray.method(concurrency_group="compute")
+    def export(self, node: NodeId) -> list[Any]:
+        """A node's committed state for a joiner: its size in bytes, then the state as a value of its own."""
+        export = export_state(self._host.replicas[node])
+        return [export.nbytes, export]
+
+    @ray.method(concurrency_group="compute")
+    def load(self, node: NodeId, export: StateExport) -> bool:
+        """Take over another node's committed state; local state stays."""
+        load_state(self._host.replicas[node], export, keep_local=True)
+        return True
 
     # --- exchange ----------------------------------------------------------------------------------------------------
 
@@ -272,7 +408,7 @@ class NodeActor:
         """Fetch and reduce: what each job got and the bytes fetched, then each reduced part as a value of its own."""
         if epoch != self._epoch:
             return [([], 0), *([None] * len(jobs))]
-        secured: list[Secured] = []
+        secured: list[Got] = []
         parts: list[Buffer | None] = []
         nbytes = 0
         for job in jobs:
@@ -288,7 +424,7 @@ class NodeActor:
                 reduced = self._host.reduce(job.by, job.seq, job.part, job.specs, contributions)
                 self._reduced[job.seq, job.part] = reduced
                 parts.append(reduced)
-            secured.append(Secured(job.seq, job.part, job.by, job.generation, frozenset(fetched)))
+            secured.append(Got(job.seq, job.part, job.by, job.generation, frozenset(fetched)))
         return [(secured, nbytes), *parts]
 
     @ray.method(concurrency_group="exchange")
@@ -337,11 +473,27 @@ class NodeActor:
         """
         return self._host.parts(node, seq)[part] if epoch == self._epoch else None
 
+    @ray.method(concurrency_group="exchange")
+    def outbox(self, letter: int) -> list[Any]:
+        """Put a large message into the store: an acknowledgement, then the payload as a value of its own."""
+        return [True, self._host.outbox.pop(letter)]
+
     @ray.method(concurrency_group="control")
-    def cancel(self, epoch: int) -> None:
-        """Raise the fence: programs of this epoch stop at their next step."""
+    def discard(self, letter: int) -> None:
+        """Nobody is to have a large message."""
+        self._host.outbox.pop(letter, None)
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> bool:
+        """Answer."""
+        return True
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, epoch: int, nodes: Sequence[NodeId]) -> None:
+        """Raise the fences of ``nodes``: their programs stop at the next step."""
         if epoch == self._epoch:
-            self._fence.set()
+            for node in nodes:
+                self._host.fences[node].set()
 
     @ray.method(concurrency_group="control")
     def give_up(self, epoch: int, node: NodeId) -> None:

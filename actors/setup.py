@@ -5,14 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from actors.data import assign
+from actors.replica import Replica
+from actors.workbench import Slab
+from algorithms.api import SERVER
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import Tensor
 
     from actors.data import DataConfig
+    from actors.replica import ReplicaSpec
     from actors.tasks import Samples, Task
+    from algorithms.api import NodeId
 
 
 @dataclass(frozen=True)
@@ -37,3 +46,38 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
         message = f"task {task.name}: there are no held-out samples to evaluate on"
         raise DataError(message)
     return RunData(train, validation, assign(train, data.partition, num_nodes, seed))
+
+
+def build_replicas(
+    nodes: Sequence[NodeId],
+    spec: ReplicaSpec,
+    data: RunData,
+    devices: Sequence[torch.device],
+    clock: Callable[[], float] | None = None,
+) -> list[Replica]:
+    """The replicas of one process, in their initial state; those of one device share a workbench.
+
+    Args:
+        nodes: their ids; ``SERVER`` among them gets no data.
+        spec: what all of them have in common.
+        data: of the run.
+        devices: one for each node.
+        clock: the runtime's, in seconds; default: this machine's.
+    """
+    places: dict[torch.device, list[int]] = {}
+    for place, device in enumerate(devices):
+        places.setdefault(device, []).append(place)
+    rows: dict[int, tuple[Slab, int]] = {}
+    for device, here in places.items():
+        slab = Slab(spec.bench(device), len(here))
+        rows |= {place: (slab, row) for row, place in enumerate(here)}
+    nobodys = torch.empty(0, dtype=torch.int64)
+    replicas: list[Replica] = []
+    for place, node in enumerate(nodes):
+        indices = nobodys if node == SERVER else data.parts[node]
+        replica = Replica(node, spec, data.train, indices, row=rows[place])
+        replica.parts, replica.validation = data.parts, data.validation
+        if clock is not None:
+            replica.clock = clock
+        replicas.append(replica)
+    return replicas

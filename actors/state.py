@@ -111,6 +111,16 @@ class StagedState(MutableMapping[str, "State"]):
         """Drop the staged layer."""
         self._staged, self._removed = {}, set()
 
+    def committed(self) -> dict[str, State]:
+        """The committed values."""
+        return {key: value for key, (value, _) in self._committed.items()}
+
+    def replace(self, values: Mapping[str, State]) -> None:
+        """Make ``values`` all that there is, committed."""
+        self._committed, self._staged, self._removed = {}, {}, set()
+        self.update(values)
+        self.commit()
+
     def adopt(self, other: StagedState) -> None:
         """Alias the committed values of ``other``, which are equal to the last bit, and drop the own copy."""
         self._committed = dict(other._committed)

@@ -29,7 +29,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from torch import Tensor
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.closing import ClosePolicy, Quorum
 from algorithms.codecs import Codec, Identity
+from algorithms.layout import Layout
 from algorithms.registry import Part
 from algorithms.rules import DataBatch, Rule
 
@@ -89,43 +90,6 @@ class View:
     def changed(self) -> bool:
         """Whether anybody joined or left since the last committed round."""
         return bool(self.joined or self.left)
-
-
-@dataclass(frozen=True)
-class LayoutEntry:
-    """Where one named tensor lives in a flat one."""
-
-    name: str
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    block: str
-    """The submodule that a partial exchange keeps together (``blocks.3``); empty at the top."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names, places and shapes of the trainable tensors in ``node.parameters``."""
-
-    entries: tuple[LayoutEntry, ...]
-    dtype: torch.dtype
-    num_buffer_values: int = 0
-    """Values in ``node.buffers``."""
-
-    @property
-    def num_values(self) -> int:
-        """P, the number of trainable values."""
-        return self.entries[-1].stop if self.entries else 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the flat parameters."""
-        return self.num_values * self.dtype.itemsize
-
-    @property
-    def buffer_nbytes(self) -> int:
-        """Bytes of the flat floating-point buffers."""
-        return self.num_buffer_values * self.dtype.itemsize
 
 
 class Node(Protocol):
@@ -448,6 +412,12 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     """
     result: ClassVar[Literal["mean", "last"]] = "mean"
     """Without replicas or server a run ends with the mean of all ``model``s, or the last committer's (of a token)."""
+
+    def validate_for(self, num_nodes: int) -> None:
+        """Raise ``SettingsError`` if it cannot run on ``num_nodes`` nodes: if its topology cannot, say."""
+        for part in dict(self).values():
+            if isinstance(part, Part) and part.family == "topology":
+                cast("Topology", part).validate_for(num_nodes)
 
     def init(self, node: Node) -> None:
         """Make the initial state: before round 0, or on joining without a donor."""

@@ -17,7 +17,3 @@ class DataError(StarlingError):
 
 class ProgramError(StarlingError):
     """An algorithm's program broke a rule of ``algorithms.api``."""
-
-
-class UnsupportedOperation(ProgramError):  # noqa: N818 - named for what happened, like the builtin exceptions it sits beside
-    """A program awaits an operation that the runtime does not carry out yet."""

@@ -13,13 +13,14 @@ What takes seconds to import is imported by these functions, and not by their mo
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from orchestrator.config import Config
+    from orchestrator.controller import Controller
     from orchestrator.records import Observer, Summary
     from orchestrator.runtime import Runtime
 
@@ -75,6 +77,37 @@ def simulate(
     return _drive(resolved, Simulator, run_dir, observers)
 
 
+def replay(
+    history_dir: str | Path,
+    config: Source | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Repeat a finished run in this process, as its log says, to the last bit.
+
+    Args:
+        history_dir: the directory of that run.
+        config: by default that run's own.
+        run_dir: where the replay is written, as for ``run``.
+        observers: as for ``run``.
+
+    Raises:
+        StarlingError: as for ``run``; also if the replay ends with another digest than the run.
+    """
+    from pathlib import Path
+
+    from orchestrator.replay import History, ReplayController
+    from orchestrator.simulator import Simulator
+
+    resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)
+    history = History.read(history_dir)
+    summary = _drive(resolved, Simulator, run_dir, observers, functools.partial(ReplayController, history=history))
+    if summary.digest != history.digest:
+        raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
+    return summary
+
+
 def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration.
 
@@ -112,6 +145,7 @@ def _drive(
     make: Callable[[Config], Runtime],
     run_dir: str | Path | None,
     observers: Sequence[Observer],
+    drive: Callable[..., Controller] | None = None,
 ) -> Summary:
     """Run to the end, whatever that is; leave nothing behind but the run directory."""
     from orchestrator.config import MLflowTracking
@@ -127,7 +161,7 @@ def _drive(
 
         trackers.append(MLflowTracker(config.tracking, directory.path))
     everyone = Observers([directory, *trackers, *observers])
-    controller = Controller(config, runtime, everyone, run_id=directory.run_id, run_dir=str(directory.path))
+    controller = (drive or Controller)(config, runtime, everyone, run_id=directory.run_id, run_dir=str(directory.path))
     with _kept_handlers():
         try:
             summary = controller.run()

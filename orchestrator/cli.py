@@ -56,7 +56,8 @@ app = typer.Typer(
 _DEAF_S = 5.0
 """To a repeated Ctrl-C."""
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file that says what to train, and how.")]
+_CONFIG_HELP = "The YAML file that says what to train, and how."
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=_CONFIG_HELP)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -115,9 +116,23 @@ def run(config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None,
 
 
 @app.command(epilog=_EXIT_CODES)
-def simulate(config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> None:
+def simulate(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=_CONFIG_HELP, show_default=False)] = None,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_DIR", help="Instead of CONFIG: repeat that run as its log says, to the same digest."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Train in one process, with virtual time and a model of the network."""
-    _train("simulate", config, overrides, run_dir, as_json=as_json)
+    if (config is None) == (replay is None):
+        raise typer.BadParameter("takes a CONFIG, or --replay RUN_DIR instead")
+    if replay is not None:
+        _train("replay", replay, overrides, run_dir, as_json=as_json)
+    elif config is not None:
+        _train("simulate", config, overrides, run_dir, as_json=as_json)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -160,11 +175,44 @@ def tasks(name: Name = None, as_json: AsJson = False) -> None:
     _answer(act, as_json=as_json)
 
 
+@app.command(epilog=_EXIT_CODES)
+def topologies(
+    name: Name = None,
+    nodes: Annotated[int | None, typer.Option(min=1, max=2000, help="Measure it for so many nodes.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field; may be repeated.")
+    ] = None,
+    parameters: Annotated[int, typer.Option(min=1, help="Of the model that is sent, 4 bytes each.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Of a run; for random graphs.")] = 0,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000, help="Measure the product of so many rounds; by default of a period."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the graph into a png, svg or pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the topologies, or show one; with --nodes: its degrees, spectral gap, bytes per round, and a drawing."""
+
+    def act(console: Console) -> dict[str, Any]:
+        from algorithms.topologies import Topology
+        from orchestrator import topologies_page as page
+
+        _add_to_path(Path.cwd())
+        if name is None or nodes is None:
+            page.refuse_without_nodes(name, {"--nodes": nodes, "--set": overrides, "--rounds": rounds, "--plot": plot})
+            return page.print_topologies(console) if name is None else _catalog(console, Topology, name)
+        report = page.measure(page.make(name, overrides or []), nodes, 4 * parameters, seed=seed, rounds=rounds)
+        page.print_report(console, report, plot)
+        return {"status": "ok"} | report.to_json()
+
+    _answer(act, as_json=as_json)
+
+
 def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:
     views: list[Display] = []
 
     def act(console: Console) -> dict[str, Any]:
-        config = _load(path, overrides)
+        config = _load(path / "config.yaml" if command == "replay" else path, overrides)
         from orchestrator import api
         from orchestrator.display import display, print_summary
 
@@ -173,7 +221,11 @@ def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path 
         with _warnings_shown_by(view), _interruptible():
             try:
                 view.open(config, _place(command, config))
-                summary = {"run": api.run, "simulate": api.simulate}[command](config, run_dir=run_dir, observers=[view])
+                if command == "replay":
+                    summary = api.replay(path, config, run_dir=run_dir, observers=[view])
+                else:
+                    train = api.run if command == "run" else api.simulate
+                    summary = train(config, run_dir=run_dir, observers=[view])
             finally:
                 view.stop()
                 if view.summary and view.summary.rounds:
@@ -188,8 +240,8 @@ def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path 
 
 
 def _place(command: str, config: Config) -> str:
-    if command == "simulate":
-        return "in the simulator"
+    if command != "run":
+        return "in the simulator" if command == "simulate" else "in the simulator, as that run's log says"
     address = config.cluster.address
     return "on a Ray of their own" if address == "local" else f"on the Ray cluster at {address}"
 

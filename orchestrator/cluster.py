@@ -8,34 +8,63 @@ owned by this process: it outlives the actor that made it, and goes to its consu
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import queue
 import sys
 import time
 from collections import defaultdict, deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import ray
 import ray.exceptions
 
-from actors.host import Contributed, Failed, Posted, Returned, Stale
-from actors.node_actor import Inline, Ready, Reply, SecureJob, Setup, Stored, remote_class
+from actors.node_actor import Expected, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored, remote_class
+from actors.tickets import (
+    Contributed,
+    Failed,
+    Pinging,
+    Posted,
+    Receiving,
+    Returned,
+    Sending,
+    Sleeping,
+    Stale,
+    Waiting,
+)
+from algorithms.api import SERVER
 from orchestrator import ray_session
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
-from orchestrator.events import Advance, Cancel, Deliver, Delivered, GiveUp, Return, Secure, Secured
-from orchestrator.runtime import Died, FinalModel, Finished, Happening, Log, NodeFacts, Raised
+from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Return, Secure, Secured, Waits
+from orchestrator.mailroom import Delivery
+from orchestrator.runtime import (
+    Arrived,
+    Died,
+    FinalModel,
+    Finished,
+    Halted,
+    Happening,
+    Log,
+    NodeFacts,
+    Raised,
+    Receives,
+    Seen,
+    Sent,
+)
 from orchestrator.simulator import post_event
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ray import ObjectRef
 
-    from actors.host import Ticket
+    from actors.tickets import Ticket
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.events import Decision
+    from orchestrator.mailroom import Envelope, Handover
 
 _POLL_S = 1.0
 """Longest wait for a single happening: keeps Ctrl-C and progress lively."""
@@ -47,6 +76,9 @@ _CALL_TIMEOUT_S = 600.0
 """Bound on calls whose duration is the user's model: evaluation, saving."""
 
 _STOP_TIMEOUT_S = 10.0
+
+_BEGIN = -1
+"""Stands for the call that begins a round, where others are named by an exchange."""
 
 _FIRST_WAVE = 8
 """Processes that are started before any others."""
@@ -81,11 +113,19 @@ class Cluster:
         self._home: dict[NodeId, _Actor] = {}
         self._completed: queue.SimpleQueue[tuple[_Handler, _Actor, Future[Any]]] = queue.SimpleQueue()
         self._ready: deque[Happening] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer = itertools.count()
+        self._letters: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
+        self._halting: set[NodeId] = set()
         self._epoch = -1
         self._posted: defaultdict[int, dict[NodeId, Posted]] = defaultdict(dict)
         self._contributions: dict[tuple[int, NodeId], dict[int, ObjectRef[Any]]] = {}
         self._members: tuple[NodeId, ...] = ()
         self._reduced: dict[tuple[int, int], ObjectRef[Any]] = {}
+        self._expected: dict[tuple[int, int], Expected] = {}
+        """By process and call: the large contributions that it led to the last time."""
+        self._fetching: dict[tuple[int, int, NodeId], frozenset[NodeId]] = {}
+        """Of a gather: whose contributions each node is to have, by exchange and generation."""
         self.transport_nbytes = 0
 
     @property
@@ -98,12 +138,12 @@ class Cluster:
         cluster = self._config.cluster
         self._session = ray_session.connect(
             cluster.address,
-            num_cpus=cluster.num_cpus * self._config.num_nodes,
+            num_cpus=cluster.num_cpus * (self._config.num_nodes + self._config.algorithm.has_server),
             runtime_env=cluster.runtime_env or None,
         )
         self._check_resources()
         per_actor = cluster.nodes_per_actor
-        nodes = range(self._config.num_nodes)
+        nodes = [*range(self._config.num_nodes)]
         actor_class = remote_class()
         places = [tuple(nodes[first : first + per_actor]) for first in range(0, len(nodes), per_actor)]
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
@@ -117,6 +157,12 @@ class Cluster:
                 }
                 self._launch(members, actor_class.options(**options).remote())
             self._wait_until_ready()
+        if self._config.algorithm.has_server:
+            # A coordinator adds up what others send: it needs no GPU.
+            options = {"num_gpus": 0, "num_cpus": cluster.num_cpus, "max_restarts": 0}
+            self._launch((SERVER,), actor_class.options(**options).remote())
+            self._wait_until_ready()
+            nodes.append(SERVER)
         first = self._facts_of(self._actors[0])
         self.layout, self.baselines = first.layout, first.baselines
         return [self._node_facts(node) for node in nodes]
@@ -197,7 +243,8 @@ class Cluster:
             actor.ready = result
             for node in actor.nodes:
                 where = f"{result.place}, {result.devices[node]}, {result.num_samples[node]} samples"
-                self._ready.append(Log(node, (f"node {node}: {where}", *result.warnings)))
+                who = "server" if node == SERVER else f"node {node}"
+                self._ready.append(Log(node, (f"{who}: {where}", *result.warnings)))
 
     @staticmethod
     def _facts_of(actor: _Actor) -> Ready:
@@ -233,8 +280,14 @@ class Cluster:
         future.add_done_callback(lambda done: self._completed.put((handler, actor, done)))
 
     def next(self, until: float) -> Happening | None:
-        while not self._ready:
+        while True:
+            while self._timers and self._timers[0][0] <= self.now:
+                heapq.heappop(self._timers)[2]()
+            if self._ready:
+                return self._ready.popleft()
             wait = min(until - self.now, _POLL_S)
+            if self._timers:
+                wait = min(wait, self._timers[0][0] - self.now)
             try:
                 handler, actor, future = self._completed.get(timeout=max(wait, 0.0))
             except queue.Empty:
@@ -246,7 +299,10 @@ class Cluster:
                 handler(actor, future.result())
             elif actor.alive:
                 self._lost(actor, error)
-        return self._ready.popleft()
+
+    def _after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Do something later, in the controller's thread."""
+        heapq.heappush(self._timers, (self.now + seconds, next(self._timer), call))
 
     def _lost(self, actor: _Actor, error: BaseException) -> None:
         """A call failed: the process is dead, or suspect because our own methods never raise. Then it is killed."""
@@ -263,12 +319,50 @@ class Cluster:
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
-    def begin(self, epoch: int, number: int, view: View, committed: int) -> None:
+    def begin(
+        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+    ) -> None:
         self._epoch, self._members = epoch, view.members
         self._posted.clear()
-        self._contributions, self._reduced = {}, {}
-        for actor, nodes in self._by_actor(view.members):
-            self._call(actor, actor.handle.begin.remote(epoch, number, view, committed, nodes), self._on_reply)
+        self._contributions, self._reduced, self._fetching = {}, {}, {}
+        round_ = Round(epoch, number, view, committed, repair)
+        for actor, mine in self._by_actor(nodes):
+            self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
+
+    def _drive(self, actor: _Actor, place: int, remote: Callable[[Any, Expected | None], Any]) -> None:
+        """Call ``begin``, or ``advance`` after exchange ``place``.
+
+        Rounds are alike: if the call led to a large contribution the last time, it is asked to give its parts along
+        with the reply, which saves the call that would fetch them.
+        """
+        method = actor.handle.begin if place == _BEGIN else actor.handle.advance
+        known = self._expected.get((actor.index, place))
+        if known is None:
+            self._call(actor, remote(method, None), lambda actor, reply: self._on_reply(actor, reply, place))
+            return
+        expected = replace(known, parts=self._parts_for_others(actor, known.num_parts))
+        if not expected.parts:
+            self._call(actor, remote(method, None), lambda actor, reply: self._on_reply(actor, reply, place))
+            return
+        done, *refs = remote(method.options(num_returns=1 + expected.num_values), expected)
+
+        def on_reply(actor: _Actor, reply: Reply) -> None:
+            if reply.posted is not None:
+                self._keep(expected, refs)
+            self._on_reply(actor, reply, place)
+
+        self._call(actor, done, on_reply)
+
+    def _parts_for_others(self, actor: _Actor, num_parts: int) -> tuple[int, ...]:
+        """Parts that this very process is to reduce, if everybody contributes, stay in its own memory."""
+        return tuple(part for part in range(num_parts) if self._home[self._members[part]] is not actor)
+
+    def _keep(self, posted: Expected, refs: Sequence[ObjectRef[Any]]) -> None:
+        """Remember where the parts of contributions are."""
+        width = len(posted.parts)
+        for place, node in enumerate(posted.nodes):
+            mine = refs[place * width : (place + 1) * width]
+            self._contributions[posted.seq, node] = dict(zip(posted.parts, mine, strict=True))
 
     def _by_actor(self, nodes: Iterable[NodeId]) -> list[tuple[_Actor, list[NodeId]]]:
         """Messages to one process travel as one call with a list of its nodes."""
@@ -277,14 +371,29 @@ class Cluster:
             grouped[self._home[node].index].append(node)
         return [(self._actors[index], members) for index, members in grouped.items()]
 
-    def _on_reply(self, actor: _Actor, reply: Reply) -> None:
+    def _on_reply(self, actor: _Actor, reply: Reply, place: int | None = None) -> None:
         for node, lines in reply.logs.items():
             self._ready.append(Log(node, tuple(lines)))
+        for node, values in reply.seen.items():
+            self._ready.append(Seen(node, tuple(values)))
         large: defaultdict[tuple[int, int], list[NodeId]] = defaultdict(list)
         for node, ticket in reply.tickets:
             self._take(node, ticket, large)
         for (seq, num_parts), nodes in large.items():
-            self._post(actor, seq, nodes, num_parts)
+            posted = Expected(seq, tuple(nodes), num_parts, self._parts_for_others(actor, num_parts))
+            if place is not None:
+                self._expected[actor.index, place] = posted
+            if reply.posted == seq or not posted.parts:
+                self._announce(seq, nodes)
+            else:
+                self._post(actor, posted)
+        moving = [node for node, ticket in reply.tickets if _runs_on(ticket)]
+        if moving:
+            self._run_on(actor, [(node, None) for node in moving])
+
+    def _run_on(self, actor: _Actor, items: Sequence[tuple[NodeId, object]]) -> None:
+        if actor.alive:
+            self._call(actor, actor.handle.run_on.remote(self._epoch, items), self._on_reply)
 
     def _take(self, node: NodeId, ticket: Ticket, large: defaultdict[tuple[int, int], list[NodeId]]) -> None:
         match ticket:
@@ -295,6 +404,18 @@ class Cluster:
                     return
                 self.transport_nbytes += ticket.nbytes
                 self._ready.append(post_event(node, ticket))
+            case Waiting(seq):
+                self._ready.append(Waits(node, seq))
+            case Sending(to, letter, _, nbytes, inline):
+                self._letters[node, letter] = ticket, None
+                self.transport_nbytes += nbytes if inline is not None else 0
+                self._ready.append(Sent(node, to, nbytes, letter))
+            case Receiving(timeout_s):
+                self._ready.append(Receives(node, timeout_s))
+            case Sleeping(seconds):
+                self._after(seconds, lambda: self._run_on(self._home[node], [(node, None)]))
+            case Pinging():
+                self._ping(node, ticket)
             case Returned():
                 self._ready.append(Finished(node, ticket))
                 self._ready.append(Return(node, ticket.num_collectives, ticket.digest))
@@ -303,21 +424,12 @@ class Cluster:
             case _:
                 assert isinstance(ticket, Stale)
 
-    def _post(self, actor: _Actor, seq: int, nodes: list[NodeId], num_parts: int) -> None:
-        """Have large contributions put into the store; they are announced when they are there.
-
-        Parts that this very process is to reduce, if everybody contributes, stay in its own memory.
-        """
-        parts = [part for part in range(num_parts) if self._home[self._members[part]] is not actor]
-        if not parts:
-            self._announce(seq, nodes)
-            return
-        call = actor.handle.post.options(num_returns=1 + len(parts) * len(nodes))
-        done, *refs = call.remote(self._epoch, seq, nodes, parts)
-        for place, node in enumerate(nodes):
-            mine = refs[place * len(parts) : (place + 1) * len(parts)]
-            self._contributions[seq, node] = dict(zip(parts, mine, strict=True))
-        self._call(actor, done, lambda _actor, _done: self._announce(seq, nodes))
+    def _post(self, actor: _Actor, posted: Expected) -> None:
+        """Have large contributions put into the store; they are announced when they are there."""
+        call = actor.handle.post.options(num_returns=1 + posted.num_values)
+        done, *refs = call.remote(self._epoch, posted.seq, posted.nodes, posted.parts)
+        self._keep(posted, refs)
+        self._call(actor, done, lambda _actor, _done: self._announce(posted.seq, posted.nodes))
 
     def _announce(self, seq: int, nodes: Iterable[NodeId]) -> None:
         self._ready.extend(post_event(node, self._posted[seq][node]) for node in nodes)
@@ -332,10 +444,14 @@ class Cluster:
             match decision:
                 case Deliver():
                     self._deliver(decision)
+                case Close(seq):
+                    # Every member holds the result: contributions and parts may leave the store.
+                    self._contributions = {key: refs for key, refs in self._contributions.items() if key[0] != seq}
+                    self._reduced = {key: ref for key, ref in self._reduced.items() if key[0] != seq}
                 case Advance():
                     self._advance(decision)
                 case Cancel(node):
-                    self._home[node].handle.cancel.remote(self._epoch)
+                    self.halt([node])
                 case GiveUp(node):
                     for actor in self._actors:
                         if actor.alive:
@@ -344,32 +460,35 @@ class Cluster:
                     pass  # secures are on their way; commits, aborts and errors are the controller's own
 
     def _secure(self, secures: Sequence[Secure]) -> None:
-        jobs: defaultdict[int, list[SecureJob]] = defaultdict(list)
+        jobs: defaultdict[int, dict[tuple[int, int, NodeId], SecureJob]] = defaultdict(dict)
         for one in secures:
             home = self._home[one.by]
             posted = self._posted[one.seq]
-            is_gather = posted[one.by].signature.operation == "AllGather"
-            if is_gather and any(job.seq == one.seq for job in jobs[home.index]):
-                continue  # a process fetches for all its nodes at once
-            jobs[home.index].append(
-                SecureJob(
-                    seq=one.seq,
-                    part=one.part,
-                    by=one.by,
-                    generation=one.generation,
-                    specs=None if is_gather else posted[one.members[0]].specs,
-                    weights={member: posted[member].weight for member in one.members},
-                    refs={
-                        member: self._contribution(one.seq, member, one.part)
-                        for member in one.members
-                        if self._home[member] is not home
-                    },
-                )
+            is_gather = posted[one.by].signature.operation != "AllReduce"
+            # A process fetches for a gather once, what any of its nodes is to have.
+            by = home.nodes[0] if is_gather else one.by
+            known = jobs[home.index].get((one.seq, one.part, by))
+            weights = {member: posted[member].weight for member in one.members}
+            refs = {
+                member: self._contribution(one.seq, member, one.part)
+                for member in one.members
+                if self._home[member] is not home
+            }
+            if is_gather:
+                self._fetching[one.seq, one.generation, one.by] = frozenset(one.members)
+            jobs[home.index][one.seq, one.part, by] = SecureJob(
+                seq=one.seq,
+                part=one.part,
+                by=by,
+                generation=one.generation,
+                specs=None if is_gather else posted[one.members[0]].specs,
+                weights=weights if known is None else known.weights | weights,
+                refs=refs if known is None else known.refs | refs,
             )
         for index, mine in jobs.items():
-            actor = self._actors[index]
-            done, *parts = actor.handle.secure.options(num_returns=1 + len(mine)).remote(self._epoch, mine)
-            for job, part in zip(mine, parts, strict=True):
+            actor, all_jobs = self._actors[index], list(mine.values())
+            done, *parts = actor.handle.secure.options(num_returns=1 + len(mine)).remote(self._epoch, all_jobs)
+            for job, part in zip(all_jobs, parts, strict=True):
                 if job.specs is not None:
                     self._reduced[job.seq, job.part] = part
             self._call(actor, done, self._on_secured)
@@ -384,12 +503,16 @@ class Cluster:
         return refs[part]
 
     def _on_secured(self, actor: _Actor, result: tuple[list[Any], int]) -> None:
-        secured, nbytes = result
+        jobs, nbytes = result
         self.transport_nbytes += nbytes
-        for one in secured:
-            gather = self._posted[one.seq][one.by].signature.operation == "AllGather"
-            for by in actor.nodes if gather else (one.by,):
-                self._ready.append(Secured(one.seq, one.part, by, one.got, one.generation))
+        for one in jobs:
+            if self._posted[one.seq][one.by].signature.operation == "AllReduce":
+                self._ready.append(Secured(one.seq, one.part, one.by, one.members, one.generation))
+                continue
+            for by in actor.nodes:
+                wanted = self._fetching.get((one.seq, one.generation, by))
+                if wanted is not None:
+                    self._ready.append(Secured(one.seq, one.part, by, one.members & wanted, one.generation))
 
     def _deliver(self, decision: Deliver) -> None:
         for actor, nodes in self._by_actor(decision.nodes):
@@ -409,45 +532,162 @@ class Cluster:
     def _advance(self, decision: Advance) -> None:
         posted = self._posted[decision.seq]
         members = {node: posted[node] for node in decision.closed}
-        if decision.inline:
-            result: Inline | Stored = Inline(
-                tuple(
-                    Contributed(node, one.weight, one.specs, one.inline)
-                    for node, one in members.items()
-                    if one.specs is not None and one.inline is not None
-                )
-            )
-            nbytes = sum(one.nbytes for one in members.values())
-        else:
-            gather = next(iter(members.values())).signature.operation == "AllGather"
+        is_gather = next(iter(members.values())).signature.operation != "AllReduce"
+        shared: object = None
+        if not decision.inline:
             specs = {node: one.specs for node, one in members.items() if one.specs is not None}
-            result = Stored(
-                specs=None if gather else next(iter(specs.values())),
+            shared = Stored(
+                specs=None if is_gather else next(iter(specs.values())),
                 weights={node: one.weight for node, one in members.items()},
-                gathered=specs if gather else {},
+                gathered=specs if is_gather else {},
             )
-            nbytes = 0
-        # Every member is advanced by now or holds the result: the contributions may leave the store.
-        self._contributions = {key: refs for key, refs in self._contributions.items() if key[0] != decision.seq}
-        self._reduced = {key: ref for key, ref in self._reduced.items() if key[0] != decision.seq}
-        argument = ray.put(result) if nbytes > _BY_REFERENCE_BYTES else result
+        everything = sum(one.nbytes for one in members.values()) if decision.inline else 0
         for actor, nodes in self._by_actor(decision.nodes):
+            argument, nbytes = shared, everything
+            wants = [posted[node].wants for node in actor.nodes if node in posted]
+            if argument is None and any(one is not None for one in wants):
+                mine = frozenset(actor.nodes).union(*(one or () for one in wants))
+                argument = self._inline({node: one for node, one in members.items() if node in mine}, decision.closed)
+                nbytes = sum(one.data.nbytes for one in argument.contributions)
+            elif argument is None:
+                argument = self._inline(members, decision.closed)
+                shared = argument = ray.put(argument) if nbytes > _BY_REFERENCE_BYTES else argument
             self.transport_nbytes += nbytes
-            call = actor.handle.advance.remote(self._epoch, decision.seq, nodes, argument)
-            self._call(actor, call, self._on_reply)
+            self._drive(
+                actor,
+                decision.seq,
+                lambda call, expected, nodes=nodes, argument=argument: call.remote(
+                    self._epoch, decision.seq, nodes, argument, expected
+                ),
+            )
+
+    @staticmethod
+    def _inline(members: Mapping[NodeId, Posted], closed: tuple[NodeId, ...]) -> Inline:
+        contributions = (
+            Contributed(node, one.weight, one.specs, one.inline)
+            for node, one in members.items()
+            if one.specs is not None and one.inline is not None
+        )
+        return Inline(tuple(contributions), closed)
+
+    def halt(self, nodes: Sequence[NodeId]) -> None:
+        for actor, mine in self._by_actor(nodes):
+            if not actor.alive:
+                continue
+            self._halting.update(mine)
+            actor.handle.cancel.remote(self._epoch, mine)
+            self._call(actor, actor.handle.halt.remote(mine), self._on_halted)
+            self._after(
+                self._config.cluster.cancel_grace_s, lambda mine=tuple(mine), actor=actor: self._end(actor, mine)
+            )
+
+    def _on_halted(self, _: _Actor, nodes: Sequence[NodeId]) -> None:
+        self._halting.difference_update(nodes)
+        self._ready.extend(Halted(node) for node in nodes)
+
+    def _end(self, actor: _Actor, nodes: tuple[NodeId, ...]) -> None:
+        """Kill a process whose nodes were told to stop and do not."""
+        if actor.alive and self._halting.intersection(nodes):
+            self._halting.difference_update(nodes)
+            grace = self._config.cluster.cancel_grace_s
+            self._lost(actor, TimeoutError(f"it did not stop within {grace:g} s (cluster.cancel_grace_s)"))
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def dispatch(self, envelope: Envelope) -> None:
+        key = envelope.sender, envelope.letter
+        sending, _ = self._letters[key]
+        if sending.inline is not None:
+            self._ready.append(Arrived(envelope))
+            return
+        home = self._home[envelope.sender]
+        done, data = home.handle.outbox.options(num_returns=2).remote(envelope.letter)
+        self._letters[key] = sending, data
+        self._call(home, done, lambda _actor, _done: self._ready.append(Arrived(envelope)))
+
+    def discard(self, node: NodeId, letter: int) -> None:
+        sending, _ = self._letters.pop((node, letter))
+        if sending.inline is None:
+            self._home[node].handle.discard.remote(letter)
+
+    def hand_over(self, handover: Handover) -> None:
+        node, outcome = handover.node, handover.outcome
+        actor = self._home[node]
+        if not isinstance(outcome, Delivery):
+            self._run_on(actor, [(node, outcome)])
+            return
+        envelope = outcome.envelope
+        sending, data = self._letters.pop((envelope.sender, envelope.letter))
+        self.transport_nbytes += envelope.nbytes
+        letter = Letter(
+            sender=envelope.sender,
+            staleness=outcome.staleness,
+            specs=sending.specs,
+            inline=sending.inline,
+            ref=() if data is None else (data,),
+        )
+
+        def done(actor: _Actor, reply: Reply | None) -> None:
+            if reply is not None:
+                self._on_reply(actor, reply)
+                return
+            message = (
+                f"node {node}: a message of node {envelope.sender} cannot be fetched: the machine that held it is gone"
+            )
+            self._ready.append(Raised(node, message, None))
+
+        self._call(actor, actor.handle.receive.remote(self._epoch, node, letter), done)
+
+    def _ping(self, node: NodeId, ticket: Pinging) -> None:
+        """Ask the processes of all that are pinged; whoever has answered in time is there."""
+        answered: set[NodeId] = set()
+        waiting = {other for other in ticket.nodes if other in self._home and self._home[other].alive}
+        over = False
+
+        def finish() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                self._run_on(self._home[node], [(node, frozenset(answered))])
+
+        def answer(actor: _Actor, _: object) -> None:
+            answered.update(waiting.intersection(actor.nodes))
+            if len(answered) == len(set(ticket.nodes)):
+                finish()
+
+        for actor, _nodes in self._by_actor(waiting):
+            self._call(actor, actor.handle.ping.remote(), answer)
+        self._after(ticket.timeout_s, finish)
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float]:
-        result = self._ask(node, self._home[node].handle.evaluate.remote(node, committed, max_batches))
+    def settle(self, committed: Mapping[NodeId, int]) -> None:
+        for actor, nodes in self._by_actor(committed):
+            if actor.alive:
+                # Not waited for: calls of one group run in the order in which they were made.
+                actor.handle.settle.remote({node: committed[node] for node in nodes})
+
+    def transfer(self, joiner: NodeId, donor: NodeId) -> int:
+        size, export = self._home[donor].handle.export.options(num_returns=2).remote(donor)
+        nbytes = self._ask(donor, size)
+        self._ask(joiner, self._home[joiner].handle.load.remote(joiner, export))
+        return nbytes
+
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+        first, *others = nodes
+        models = self._models(others)
+        result = self._ask(first, self._home[first].handle.evaluate.remote(first, models, max_batches))
         if isinstance(result, Failed):
             raise NodeFailedError(result.message, result.traceback)
         return result
 
-    def finish(self, committed: int, node: NodeId) -> FinalModel:
-        for actor in self._actors:
-            self._ask(actor.nodes[0], actor.handle.settle.remote(committed))
-        digest, data = self._ask(node, self._home[node].handle.model.remote(node))
+    def _models(self, nodes: Iterable[NodeId]) -> list[ObjectRef[Any]]:
+        """Models in the store; one that is lost on the way fails the call that reads it."""
+        return [self._home[node].handle.committed_model.remote(node) for node in nodes if self._home[node].alive]
+
+    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
+        first, *others = nodes
+        digest, data = self._ask(first, self._home[first].handle.model.remote(first, self._models(others)))
         return FinalModel(digest, data)
 
     def _ask(self, node: NodeId, ref: ObjectRef[Any]) -> Any:  # noqa: ANN401 - what the call returns
@@ -462,6 +702,11 @@ class Cluster:
         reason = _reason(error)
         message = f"node {node} ({place}) was lost: {reason}"
         raise NodeLostError(message) from None
+
+
+def _runs_on(ticket: Ticket) -> bool:
+    """Whether its program runs on without waiting for anything."""
+    return isinstance(ticket, Sending) or (isinstance(ticket, Posted) and not ticket.waits)
 
 
 def _reason(error: BaseException) -> str:

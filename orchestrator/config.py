@@ -28,6 +28,7 @@ from actors.optimizers import OptimizerConfig
 from actors.replica import ReplicaSpec
 from actors.tasks import Task
 from algorithms.api import Algorithm
+from algorithms.errors import SettingsError
 from algorithms.registry import Part
 from orchestrator import yaml_file
 from orchestrator.errors import ConfigError
@@ -250,14 +251,18 @@ class Config(Section):
     @field_validator("algorithm", mode="after")
     @classmethod
     def _supported(cls, algorithm: Algorithm) -> Algorithm:
-        if not (algorithm.replicated and algorithm.synchronous):
-            raise ValueError(f"{algorithm.name} is not replicated and synchronous; running such is not built yet")
-        if type(algorithm).server is not Algorithm.server:
-            raise ValueError(f"{algorithm.name} has a server program; running one is not built yet")
+        if algorithm.synchronous and algorithm.has_server:
+            raise ValueError(f"{algorithm.name} has a server program and is synchronous; set its synchronous to False")
+        if algorithm.replicated and not algorithm.synchronous:
+            raise ValueError(f"{algorithm.name} is replicated and asynchronous; nothing keeps its replicas alike")
         return algorithm
 
     @model_validator(mode="after")
     def _check_network(self) -> Self:
+        try:
+            self.algorithm.validate_for(self.num_nodes)
+        except SettingsError as error:
+            raise ValueError(f"algorithm: {error}") from None
         named = [("links", node) for link in self.network.links for node in link.between]
         named += [("speeds", node) for node in self.network.speeds]
         for key, node in named:

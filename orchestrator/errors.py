@@ -8,20 +8,19 @@
     ├── ClusterError            2    no cluster at that address, or too small for what is asked
     ├── RunError                3    the run began, and failed
     │   ├── NodeLostError       3    a node's process or machine died
-    │   ├── NodeLateError       3    a node did not reach an exchange in time
     │   ├── DivergedError       3    replicas that must be identical are not
     │   ├── ProgramsDivergeError 3   two nodes await different operations at the same place
     │   └── NodeFailedError     3    a user's task or algorithm raised; carries its traceback
     ├── NonFiniteLossError      3    (actors.replica) NaN or infinite loss
     └── ProgramError            3    (algorithms.errors) a program broke a rule of algorithms.api
-        └── UnsupportedOperation     awaits what the runtime does not carry out yet
+        └── UnfinishedExchange  3    (actors.host) a handle was not waited for, or not in its round
 
 The numbers are exit codes of the process.
 """
 
 from __future__ import annotations
 
-from algorithms.errors import DataError, ProgramError, SettingsError, StarlingError, UnsupportedOperation
+from algorithms.errors import DataError, ProgramError, SettingsError, StarlingError
 
 __all__ = [
     "ClusterError",
@@ -29,7 +28,6 @@ __all__ = [
     "DataError",
     "DivergedError",
     "NodeFailedError",
-    "NodeLateError",
     "NodeLostError",
     "ProgramError",
     "ProgramsDivergeError",
@@ -37,7 +35,6 @@ __all__ = [
     "RunError",
     "SettingsError",
     "StarlingError",
-    "UnsupportedOperation",
     "exit_code",
 ]
 
@@ -64,10 +61,6 @@ class RunError(StarlingError):
 
 class NodeLostError(RunError):
     """A node's process or machine died."""
-
-
-class NodeLateError(RunError):
-    """A node did not reach an exchange in time."""
 
 
 class DivergedError(RunError):

@@ -32,8 +32,8 @@ class Post:
     waits: bool = True
     """The program is at the operation; false after a ``Start``."""
     close: ClosePolicy | None = None
-    waited_s: float = 0.0
-    """Seconds since the exchange's first arrival, for the close policy."""
+    wants: frozenset[NodeId] | None = None
+    """Of a neighbour gather: whose contributions ``node`` is to receive. ``None``: everybody's."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,14 @@ class Deadline:
     """The time for which stragglers are waited for is over; while the round goes on, it comes again."""
 
 
-Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline
+@dataclass(frozen=True)
+class Elapsed:
+    """The time is over after which the close policy of exchange ``seq`` is to be asked again."""
+
+    seq: int
+
+
+Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline | Elapsed
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -95,7 +102,7 @@ Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Deadline
 
 @dataclass(frozen=True)
 class Secure:
-    """``by`` is to fetch ``members``' contributions to ``part`` and reduce them (AllGather: fetch and keep them)."""
+    """``by`` is to fetch ``members``' contributions to ``part`` and reduce them (a gather: fetch and keep them)."""
 
     seq: int
     part: int
@@ -112,8 +119,25 @@ class Deliver:
     nodes: tuple[NodeId, ...]
     closed: tuple[NodeId, ...]
     makers: tuple[NodeId, ...]
-    """Who made each part; empty for an AllGather, whose members hold everything already."""
+    """Who made each part; empty for a gather, whose members hold everything already."""
     generation: int
+
+
+@dataclass(frozen=True)
+class Close:
+    """The exchange is closed, with the contributions of ``closed``."""
+
+    seq: int
+    closed: tuple[NodeId, ...]
+    inline: bool
+
+
+@dataclass(frozen=True)
+class AskAgain:
+    """``Elapsed(seq)`` is to come in ``after_s`` seconds."""
+
+    seq: int
+    after_s: float
 
 
 @dataclass(frozen=True)
@@ -172,4 +196,6 @@ class ProgramsDiverge:
     message: str
 
 
-Decision: TypeAlias = Secure | Deliver | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
+Decision: TypeAlias = (
+    Secure | Deliver | Close | AskAgain | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
+)

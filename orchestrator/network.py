@@ -49,6 +49,10 @@ class Network:
                 self._pair_latencies[pair] = latency_ms / 1000
         self._free_at: defaultdict[_Link, float] = defaultdict(float)
 
+    def latency_s(self, one: NodeId, other: NodeId) -> float:
+        """How long nothing at all takes between two nodes, one way."""
+        return 0.0 if one == other else self._pair_latencies.get((one, other), self._latency_s)
+
     def arrivals(self, now: float, phase: Sequence[Cast]) -> dict[NodeId, float]:
         """When each receiver of a phase that begins ``now`` has all that is sent to it."""
         if not self._rate and not self._pair_latencies:

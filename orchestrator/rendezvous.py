@@ -12,7 +12,7 @@ An exchange goes through ``open → securing → delivering → closed``:
 * *delivering*: every active member fetches the reduced parts. Nobody runs on before all have them. Without this step
   one member may already run on while another cannot fetch a part whose holder has just died: then the exchange can
   neither be finished nor shrunk.
-* *closed*: members that wait are advanced.
+* *closed*: members that wait are advanced, those of a started exchange when they come to wait for it.
 
 Contributions that travel inline are secured and delivered by being there: ``open → closed``.
 
@@ -26,16 +26,20 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from algorithms.closing import Quorum
 from orchestrator.events import (
     Abort,
     Advance,
+    AskAgain,
     Cancel,
+    Close,
     Commit,
     Deadline,
     Decision,
     Deliver,
     Delivered,
     Diverged,
+    Elapsed,
     Event,
     GiveUp,
     Lost,
@@ -74,6 +78,8 @@ class Exchange:
 
     seq: int
     is_gather: bool = False
+    first_at: float = 0.0
+    """When the first contribution was announced."""
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
     """While open: of active members only."""
@@ -85,7 +91,7 @@ class Exchange:
     makers: dict[int, NodeId] = field(default_factory=dict)
     """Who makes each part."""
     secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
-    """Of what each finished part is made. AllGather: keyed by the fetching member instead, active ones only."""
+    """Of what each finished part is made. Gathers: keyed by the fetching member instead, active ones only."""
     delivered: set[NodeId] = field(default_factory=set)
     """Active members that hold the result."""
 
@@ -98,6 +104,11 @@ class Exchange:
     def num_parts(self) -> int:
         """Into how many parts each contribution is cut; all are cut alike."""
         return max(len(post.part_nbytes) for post in self.posts.values())
+
+    def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
+        """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
+        wants = self.posts[by].wants
+        return self.closed if wants is None else tuple(node for node in self.closed if node in wants or node == by)
 
 
 class Rendezvous:
@@ -114,12 +125,14 @@ class Rendezvous:
         self.payload_nbytes = 0
         """Logical deliveries between distinct nodes so far."""
         self._replicated = replicated
+        self._now = 0.0
         self._out: list[Decision] = []
 
-    def handle(self, event: Event) -> list[Decision]:
-        """Take one event; return what is to be done, in order."""
+    def handle(self, event: Event, now: float = 0.0) -> list[Decision]:
+        """Take one event that happened at ``now``, in seconds; return what is to be done, in order."""
         if self.over:
             return []
+        self._now = now
         match event:
             case Post():
                 self._post(event)
@@ -135,6 +148,8 @@ class Rendezvous:
                 self._lost(node)
             case Deadline():
                 self._deadline()
+            case Elapsed(seq):
+                self._try_close(self.exchanges[seq])
         if not self.over:
             self._try_commit()
         decisions, self._out = self._out, []
@@ -152,7 +167,9 @@ class Rendezvous:
         exchange = self.exchanges.get(post.seq)
         if exchange is None:
             exchange = self.exchanges[post.seq] = Exchange(post.seq)
-        exchange.is_gather = post.signature.operation == "AllGather"
+        if not exchange.posts:
+            exchange.first_at = self._now
+        exchange.is_gather = post.signature.operation != "AllReduce"
         # The first contribution fixes what a receiver without one leaves open; all that are there agree already.
         first = next(iter(exchange.posts.values()), post)
         fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
@@ -306,20 +323,40 @@ class Rendezvous:
         if self.over:
             return
         if exchange.inline:
-            nbytes = sum(sum(exchange.posts[node].part_nbytes) for node in exchange.closed)
-            self.payload_nbytes += nbytes * (len(self.active) - 1)
+            self.payload_nbytes += self._inline_nbytes(exchange)
             self._close(exchange)
             return
         self._secure(exchange, range(exchange.num_parts))
+
+    def _inline_nbytes(self, exchange: Exchange) -> int:
+        """What the contributions to a small exchange are, over all that they go to."""
+        sizes = {node: sum(exchange.posts[node].part_nbytes) for node in exchange.closed}
+        if not any(post.wants is not None for post in exchange.posts.values()):
+            return sum(sizes.values()) * (len(self.active) - 1)
+        return sum(sizes.get(node, 0) for by in self.active for node in exchange.posts[by].wants or () if node != by)
 
     def _enough(self, exchange: Exchange, *, past_deadline: bool) -> bool:
         """Whether those that have not posted are to be left behind: the deadline's row, or the policy's word."""
         if len(exchange.posts) < self.need or not exchange.waiting:
             return False
-        if past_deadline:
+        policy = next(iter(exchange.posts.values())).close
+        if policy is None or isinstance(policy, Quorum):
+            return past_deadline
+        receivers = {node for node, post in exchange.posts.items() if not post.contributes}
+        arrived, expected = exchange.posts.keys() - receivers, self.active - receivers
+        waited_s = self._now - exchange.first_at
+        if policy.enough(arrived, expected, waited_s):
             return True
-        latest = next(reversed(exchange.posts.values()))
-        return latest.close is not None and latest.close.enough(exchange.posts.keys(), self.active, latest.waited_s)
+        if past_deadline:
+            if policy.past_deadline(arrived, expected):
+                return True
+            late = ", ".join(str(node) for node in sorted(expected - arrived))
+            self._abort(f"exchange {exchange.seq} cannot close without nodes {late}, says its policy {policy.name!r}")
+            return False
+        again = policy.ask_again_s(arrived, expected, waited_s)
+        if again is not None:
+            self._out.append(AskAgain(exchange.seq, again))
+        return False
 
     def _secure(self, exchange: Exchange, parts: Sequence[int]) -> None:
         """Ask for ``parts`` to be made of ``exchange.closed``."""
@@ -344,7 +381,8 @@ class Rendezvous:
             self._request(exchange, part, exchange.makers[part])
 
     def _request(self, exchange: Exchange, part: int, by: NodeId) -> None:
-        self._out.append(Secure(exchange.seq, part, by, exchange.closed, exchange.generation))
+        members = exchange.wanted(by) if exchange.is_gather else exchange.closed
+        self._out.append(Secure(exchange.seq, part, by, members, exchange.generation))
 
     def _replace_makers(self, exchange: Exchange) -> None:
         """Hand unfinished parts of makers that have left to the next active member in cyclic order."""
@@ -359,7 +397,11 @@ class Rendezvous:
         expected = len(self.active) if exchange.is_gather else len(exchange.makers)
         if len(exchange.secured) < expected:
             return
-        agreed = frozenset(exchange.closed).intersection(*exchange.secured.values())
+        if exchange.is_gather:
+            missing = (frozenset(exchange.wanted(by)) - got for by, got in exchange.secured.items())
+            agreed = frozenset(exchange.closed).difference(*missing)
+        else:
+            agreed = frozenset(exchange.closed).intersection(*exchange.secured.values())
         exchange.closed = tuple(sorted(agreed))
         self._check_need(exchange)
         if self.over:
@@ -388,6 +430,7 @@ class Rendezvous:
 
     def _close(self, exchange: Exchange) -> None:
         exchange.phase = Phase.CLOSED
+        self._out.append(Close(exchange.seq, exchange.closed, exchange.inline))
         self._advance(exchange, tuple(sorted(exchange.waiting)))
 
     def _advance(self, exchange: Exchange, nodes: tuple[NodeId, ...]) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from orchestrator.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from actors.host import Returned
     from algorithms.api import Layout, NodeId, View
     from orchestrator.events import Decision
+    from orchestrator.mailroom import Envelope, Handover
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,47 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Halted:
+    """A cancelled node stands still."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A node's program sends a message."""
+
+    node: NodeId
+    to: NodeId
+    nbytes: int
+    letter: int
+    """The runtime's name for the payload."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A message has come to its receiver."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Receives:
+    """A node's program waits for a message."""
+
+    node: NodeId
+    timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Times that a node's program saw, on which its results may depend."""
+
+    node: NodeId
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Log:
     """Lines for a node's log."""
 
@@ -61,7 +103,7 @@ class Log:
     lines: tuple[str, ...]
 
 
-Happening: TypeAlias = Event | Raised | Died | Finished | Log
+Happening: TypeAlias = Event | Raised | Died | Finished | Halted | Sent | Arrived | Receives | Seen | Log
 """What a runtime reports: an event for the rendezvous, or something that only the controller understands."""
 
 
@@ -101,24 +143,57 @@ class Runtime(Protocol):
         """
         ...
 
-    def begin(self, epoch: int, number: int, view: View, committed: int) -> None:
-        """Begin a round on all members of ``view``; ``committed`` is the last committed round."""
+    def begin(
+        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+    ) -> None:
+        """Begin a round on ``nodes``; ``committed`` is the last committed round.
+
+        With ``repair`` programs begin with ``on_view_change``.
+        """
         ...
 
     def perform(self, decisions: Sequence[Decision]) -> None:
         """Carry out what the rendezvous decided at one moment."""
         ...
 
+    def dispatch(self, envelope: Envelope) -> None:
+        """Carry a message that was ``Sent`` to where its receiver is; ``Arrived`` says when it is there."""
+        ...
+
+    def discard(self, node: NodeId, letter: int) -> None:
+        """Nobody is to have what ``node`` sent."""
+        ...
+
+    def hand_over(self, handover: Handover) -> None:
+        """Let a node that ``Receives`` run on."""
+        ...
+
+    def halt(self, nodes: Sequence[NodeId]) -> None:
+        """Cancel the programs of ``nodes``; ``Halted`` comes for each, or ``Died`` if it does not stand still."""
+        ...
+
+    def settle(self, committed: Mapping[NodeId, int]) -> None:
+        """Apply the commits up to the given round of each node; ``begin`` does so too."""
+        ...
+
+    def transfer(self, joiner: NodeId, donor: NodeId) -> int:
+        """Give ``joiner`` the parameters and shared state of ``donor``; return the bytes. Its local state stays."""
+        ...
+
     def next(self, until: float) -> Happening | None:
         """Wait for something to happen, until ``now`` reaches ``until`` (``None`` then)."""
         ...
 
-    def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float]:
-        """The metrics of ``Algorithm.model`` on held-out data, computed by ``node``."""
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+        """The metrics, on held-out data, of the mean of what ``Algorithm.model`` gives on ``nodes``.
+
+        That of committed state, also of nodes whose program runs. The first of them computes it; if it is the only one,
+        its program is between two rounds.
+        """
         ...
 
-    def finish(self, committed: int, node: NodeId) -> FinalModel:
-        """Settle the last commit everywhere and fetch the model from ``node``."""
+    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
+        """Fetch the mean model of ``nodes``; no program runs any more."""
         ...
 
     def close(self) -> None:

@@ -9,30 +9,51 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import threading
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
 
-from actors.host import Computing, Contributed, Failed, Host, Posted, Returned, Stale, Ticket, failure
-from actors.replica import Replica, virtual
-from actors.setup import load_data
-from algorithms.api import TrainReport
+from actors.consensus import mean_model
+from actors.host import Host, failure
+from actors.replica import virtual
+from actors.setup import build_replicas, load_data
+from actors.tickets import (
+    Computing,
+    Contributed,
+    Failed,
+    Pinging,
+    Posted,
+    Receiving,
+    Returned,
+    Sending,
+    Sleeping,
+    Stale,
+    Ticket,
+    Waiting,
+)
+from actors.transfer import export_state, load_state
+from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
-from orchestrator.events import Advance, Cancel, Deliver, Delivered, GiveUp, Post, Return, Secure, Secured
+from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Return, Secure, Secured, Waits
+from orchestrator.mailroom import Delivery
 from orchestrator.network import Cast, Network
-from orchestrator.runtime import FinalModel, Finished, Happening, NodeFacts, Raised
+from orchestrator.runtime import Arrived, FinalModel, Finished, Halted, Happening, NodeFacts, Raised, Receives, Sent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
-    from algorithms.api import NodeId, Train, View
+    from actors.tickets import Compute
+    from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.events import Decision
+    from orchestrator.mailroom import Envelope, Handover
+
+_FORWARD_FRACTION = 1 / 3
+"""Of a step's time: a forward pass alone. A backward pass takes about twice as long."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +61,17 @@ class _Resume:
     """A program runs on: with the result of an operation, or from its beginning."""
 
     node: NodeId
+    attempt: int
+    """Of the node; what was meant for an earlier one is dropped."""
     result: object = None
+    seq: int | None = None
+    """The exchange whose result it gets instead."""
 
 
 @dataclass
 class _Exchange:
     """What the simulator keeps of one exchange."""
 
-    first_at: float
-    """When the first contribution was announced."""
     posted: dict[NodeId, Posted] = field(default_factory=dict)
     reduced: dict[int, Buffer] = field(default_factory=dict)
 
@@ -68,6 +91,9 @@ class Simulator:
         self._arrival = 0
         self._ready: deque[Happening] = deque()
         self._exchanges: dict[int, _Exchange] = {}
+        self._letters: dict[int, Sending] = {}
+        self._large: dict[int, Buffer] = {}
+        self._attempts: dict[NodeId, int] = {}
         self._threads = torch.get_num_threads()
 
     @property
@@ -77,27 +103,31 @@ class Simulator:
     def start(self) -> list[NodeFacts]:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
         torch.set_num_threads(1)
-        nodes = range(self._config.num_nodes)
-        with user_code(nodes[0], 0):
-            data = load_data(self._spec.task, self._config.data, len(nodes), self._spec.seed)
+        num_nodes = self._config.num_nodes
+        nodes = [*range(num_nodes), SERVER] if self._config.algorithm.has_server else list(range(num_nodes))
+        with user_code(0, 0):
+            data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
             self._validation = data.validation
-            self.baselines = self._spec.task.baselines(len(nodes))
-            replicas = [Replica(node, self._spec, data.train, data.parts[node]) for node in nodes]
-            for replica in replicas:
-                replica.clock = lambda: self._now
-            self._host = Host(replicas, fence=threading.Event())
-            self._host.init()
+            self.baselines = self._spec.task.baselines(num_nodes)
+            cpu = torch.device("cpu")
+            replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
+            self.host = Host(replicas)
+            self.host.init()
+        self._attempts = dict.fromkeys(nodes, 0)
         self.layout = replicas[0].layout
-        return [NodeFacts(node, "simulated", "cpu", len(data.parts[node])) for node in nodes]
+        return [NodeFacts(one.id, "simulated", "cpu", one.num_samples) for one in replicas]
 
     # --- what the controller decides ---------------------------------------------------------------------------------
 
-    def begin(self, epoch: int, number: int, view: View, committed: int) -> None:
+    def begin(
+        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+    ) -> None:
         del epoch
         self._exchanges = {}
-        self._host.begin(number, view, committed, view.members)
-        for node in view.members:
-            self._at(self._now, node, _Resume(node))
+        self.host.begin(number, view, committed, nodes, repair=repair)
+        for node in nodes:
+            self._attempts[node] += 1
+            self._resume_at(self._now, node)
 
     def perform(self, decisions: Sequence[Decision]) -> None:
         secures = [one for one in decisions if isinstance(one, Secure)]
@@ -107,14 +137,30 @@ class Simulator:
             match decision:
                 case Deliver():
                     self._deliver(decision)
+                case Close():
+                    self._conclude(decision)
                 case Advance():
                     self._advance(decision)
                 case Cancel(node):
-                    self._host.cancel([node])
-                case Secure() | GiveUp():
-                    pass  # done above; nothing to give up where every fetch succeeds
+                    self.halt([node])
                 case _:
-                    pass  # the controller's own: commits, aborts and errors
+                    pass  # done above, or the controller's own; nothing to give up where every fetch succeeds
+
+    def halt(self, nodes: Sequence[NodeId]) -> None:
+        self.host.cancel(nodes)
+        for node in nodes:
+            self._attempts[node] += 1
+            self._ready.append(Halted(node))
+
+    def settle(self, committed: Mapping[NodeId, int]) -> None:
+        self.host.settle(committed)
+
+    def transfer(self, joiner: NodeId, donor: NodeId) -> int:
+        export = export_state(self.host.replicas[donor])
+        load_state(self.host.replicas[joiner], export, keep_local=True)
+        return export.nbytes
+
+    # --- exchanges ---------------------------------------------------------------------------------------------------
 
     def _secure(self, secures: Sequence[Secure]) -> None:
         """One phase: each member's part to whoever reduces it."""
@@ -125,14 +171,14 @@ class Simulator:
         arrivals = self._network.arrivals(self._now, phase)
         for one in secures:
             exchange = self._exchanges[one.seq]
-            first = exchange.posted[one.members[0]]
-            if first.signature.operation == "AllReduce":
+            first = exchange.posted[one.members[0]] if one.members else None
+            if first is not None and first.signature.operation == "AllReduce":
                 assert first.specs is not None
                 contributions = {
-                    member: (self._host.parts(member, one.seq)[one.part], exchange.posted[member].weight)
+                    member: (self.host.parts(member, one.seq)[one.part], exchange.posted[member].weight)
                     for member in one.members
                 }
-                exchange.reduced[one.part] = self._host.reduce(one.by, one.seq, one.part, first.specs, contributions)
+                exchange.reduced[one.part] = self.host.reduce(one.by, one.seq, one.part, first.specs, contributions)
             got = Secured(one.seq, one.part, one.by, frozenset(one.members), one.generation)
             self._at(arrivals.get(one.by, self._now), one.by, got)
 
@@ -146,16 +192,68 @@ class Simulator:
         for node in decision.nodes:
             self._at(arrivals.get(node, self._now), node, Delivered(decision.seq, node, decision.generation))
 
+    def _conclude(self, decision: Close) -> None:
+        """Work out the result now, before anybody runs on: contributions may share memory with parameters."""
+        seq = decision.seq
+        exchange = self._exchanges[seq]
+        posted = {node: exchange.posted[node] for node in decision.closed}
+        first = decision.closed[0]
+        specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
+        if posted[first].signature.operation != "AllReduce":
+            gathered = [(node, specs[node], self.host.parts(node, seq)[0]) for node in decision.closed]
+            self.host.conclude_gather(first, seq, gathered)
+        elif decision.inline:
+            inline = [
+                Contributed(node, one.weight, one.specs, one.inline)
+                for node, one in posted.items()
+                if one.specs is not None and one.inline is not None
+            ]
+            self.host.conclude_inline(first, seq, inline)
+        else:
+            weights = {node: one.weight for node, one in posted.items()}
+            parts = [exchange.reduced.pop(part) for part in sorted(exchange.reduced)]
+            self.host.conclude_reduce(first, seq, specs[first], weights, parts)
+
     def _advance(self, decision: Advance) -> None:
         arrivals: dict[NodeId, float] = {}
         if decision.inline:
-            posted = self._exchanges[decision.seq].posted
-            phase = [Cast({node: posted[node].nbytes for node in decision.closed}, decision.nodes)]
-            arrivals = self._network.arrivals(self._now, phase)
-        # Now, before anybody runs on: contributions may share memory with parameters.
-        results = self._results(decision)
+            arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
         for node in decision.nodes:
-            self._at(arrivals.get(node, self._now), node, _Resume(node, results[node]))
+            self._resume_at(arrivals.get(node, self._now), node, seq=decision.seq)
+
+    def _inline_phase(self, decision: Advance) -> list[Cast]:
+        posted = self._exchanges[decision.seq].posted
+        sizes = {node: posted[node].nbytes for node in decision.closed}
+        if posted[decision.closed[0]].wants is None:
+            return [Cast(sizes, decision.nodes)]
+        return [
+            Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
+            for node in decision.nodes
+        ]
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def dispatch(self, envelope: Envelope) -> None:
+        phase = [Cast({envelope.sender: envelope.nbytes}, [envelope.to])]
+        when = self._network.arrivals(self._now, phase).get(envelope.to, self._now)
+        self._at(when, envelope.to, Arrived(envelope))
+
+    def discard(self, node: NodeId, letter: int) -> None:
+        del node
+        sending = self._letters.pop(letter)
+        if sending.inline is None:
+            del self.host.outbox[letter]
+
+    def hand_over(self, handover: Handover) -> None:
+        outcome = handover.outcome
+        result: object = outcome
+        if isinstance(outcome, Delivery):
+            envelope = outcome.envelope
+            sending = self._letters.pop(envelope.letter)
+            data = self.host.outbox.pop(envelope.letter) if sending.inline is None else sending.inline
+            payload = self.host.unpack(handover.node, sending.specs, data)
+            result = Message(envelope.sender, payload, outcome.staleness)
+        self._resume_at(self._now, handover.node, result)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -164,87 +262,108 @@ class Simulator:
         self._arrival += 1
         heapq.heappush(self._queue, (when, node, self._arrival, what))
 
+    def _resume_at(self, when: float, node: NodeId, result: object = None, *, seq: int | None = None) -> None:
+        self._at(when, node, _Resume(node, self._attempts[node], result, seq))
+
     def next(self, until: float) -> Happening | None:
         while not self._ready:
-            assert self._queue, "every program waits, and nothing is on its way"
-            if self._queue[0][0] > until:
+            if not self._queue or self._queue[0][0] > until:
+                assert until < float("inf"), "every program waits, and nothing is on its way"
                 self._now = max(self._now, until)
                 return None
             self._now = self._queue[0][0]
             resumes: list[_Resume] = []
             while self._queue and self._queue[0][0] == self._now:
                 what = heapq.heappop(self._queue)[3]
-                if isinstance(what, _Resume):
-                    resumes.append(what)
-                else:
+                if not isinstance(what, _Resume):
                     self._ready.append(what)
+                elif what.attempt == self._attempts[what.node]:
+                    resumes.append(what)
             self._run(resumes)
         return self._ready.popleft()
 
     def _run(self, resumes: Sequence[_Resume]) -> None:
-        """Run programs that become runnable at one moment; their ``Train``s go to the handler together."""
-        training: list[tuple[NodeId, Train]] = []
+        """Run programs that become runnable at one moment; what they compute goes to the handler together."""
+        computing: list[tuple[NodeId, Compute]] = []
         for one in resumes:
-            ticket = self._host.resume(one.node, one.result)
+            result = one.result if one.seq is None else self.host.take(one.node, one.seq)
+            ticket = self.host.resume(one.node, result)
             if isinstance(ticket, Computing):
-                training.append((one.node, ticket.operation))
+                computing.append((one.node, ticket.operation))
             else:
                 self._take(one.node, ticket)
-        for (node, _), report in zip(training, self._host.compute(training), strict=True):
-            if isinstance(report, TrainReport):
-                speed = self._config.network.speeds.get(node, 1.0)
-                seconds = report.num_steps * self._config.network.step_ms / 1000 / speed
-                self._at(self._now + seconds, node, _Resume(node, virtual(report, seconds)))
-            else:
-                self._take(node, report)
+        for (node, operation), result in zip(computing, self.host.compute(computing), strict=True):
+            if isinstance(result, Failed | Stale):
+                self._take(node, result)
+                continue
+            seconds = self._seconds(node, operation, result)
+            timed = isinstance(result, TrainReport) and not self.host.times.is_replay
+            self._resume_at(self._now + seconds, node, virtual(result, seconds) if timed else result)
 
-    def _results(self, decision: Advance) -> Mapping[NodeId, Any]:
-        """The result of a closed exchange for those that run on, decoded once for all."""
-        seq, nodes = decision.seq, decision.nodes
-        exchange = self._exchanges[seq]
-        posted = {node: exchange.posted[node] for node in decision.closed}
-        if decision.inline:
-            inline = [
-                Contributed(node, one.weight, one.specs, one.inline)
-                for node, one in posted.items()
-                if one.specs is not None and one.inline is not None
-            ]
-            return self._host.combine(nodes, seq, inline)
-        specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
-        first = decision.closed[0]
-        if posted[first].signature.operation == "AllGather":
-            gathered = [(node, specs[node], self._host.parts(node, seq)[0]) for node in decision.closed]
-            return {node: self._host.gathered(node, gathered) for node in nodes}
-        weights = {node: one.weight for node, one in posted.items()}
-        parts = [exchange.reduced[part] for part in sorted(exchange.reduced)]
-        return self._host.reduced(nodes, seq, specs[first], weights, parts)
+    def _seconds(self, node: NodeId, operation: Compute, result: object) -> float:
+        """How long an operation takes on the virtual clock."""
+        speed = self._config.network.speeds.get(node, 1.0)
+        steps = 0.0
+        if isinstance(result, TrainReport):
+            steps = result.num_steps
+        elif isinstance(operation, Gradient):
+            steps = 1.0
+        elif isinstance(operation, Loss | Evaluate):
+            steps = _FORWARD_FRACTION
+        return steps * self._config.network.step_ms / 1000 / speed
 
     def _take(self, node: NodeId, ticket: Ticket) -> None:
         match ticket:
             case Posted():
-                exchange = self._exchanges.setdefault(ticket.seq, _Exchange(self._now))
+                exchange = self._exchanges.setdefault(ticket.seq, _Exchange())
                 exchange.posted[node] = ticket
-                self._ready.append(post_event(node, ticket, self._now - exchange.first_at))
+                self._ready.append(post_event(node, ticket))
+                if not ticket.waits:
+                    self._resume_at(self._now, node)
+            case Waiting(seq):
+                self._ready.append(Waits(node, seq))
             case Returned():
                 self._ready.append(Finished(node, ticket))
                 self._ready.append(Return(node, ticket.num_collectives, ticket.digest))
+            case Sending(to, letter, _, nbytes):
+                self._letters[letter] = ticket
+                self._ready.append(Sent(node, to, nbytes, letter))
+                self._resume_at(self._now, node)
+            case Receiving(timeout_s):
+                self._ready.append(Receives(node, timeout_s))
+            case Sleeping(seconds):
+                self._resume_at(self._now + seconds, node)
+            case Pinging():
+                self._ping(node, ticket)
             case Failed(message, traceback):
                 self._ready.append(Raised(node, message, traceback))
             case Computing() | Stale():
                 pass
 
+    def _ping(self, node: NodeId, ticket: Pinging) -> None:
+        """There and back again: those answer that are there, and near enough."""
+        there = {other: 2 * self._network.latency_s(node, other) for other in ticket.nodes if other in self._attempts}
+        answers = {other: seconds for other, seconds in there.items() if seconds <= ticket.timeout_s}
+        complete = len(answers) == len(set(ticket.nodes))
+        seconds = max(answers.values(), default=0.0) if complete else ticket.timeout_s
+        self._resume_at(self._now + seconds, node, frozenset(answers))
+
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def evaluate(self, node: NodeId, committed: int, max_batches: int | None) -> dict[str, float]:
-        self._host.settle(committed)
-        replica = self._host.replicas[node]
-        with user_code(node, replica.round):
-            return replica.evaluate(self._validation, max_batches)
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+        replica = self.host.replicas[nodes[0]]
+        with user_code(replica.id, replica.round):
+            return replica.evaluate(self._validation, max_batches, *self._mean(nodes))
 
-    def finish(self, committed: int, node: NodeId) -> FinalModel:
-        self._host.settle(committed)
-        replica = self._host.replicas[node]
-        return FinalModel(replica.model_digest(), save(replica.model_tensors()))
+    def _mean(self, nodes: Sequence[NodeId]) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if len(nodes) == 1:
+            return None, None
+        return mean_model(self.host.replicas[node].committed_model() for node in nodes)
+
+    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
+        replica = self.host.replicas[nodes[0]]
+        mean = self._mean(nodes)
+        return FinalModel(replica.model_digest(*mean), save(replica.model_tensors(*mean)))
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)
@@ -262,8 +381,8 @@ def user_code(node: NodeId, number: int) -> Iterator[None]:
         raise NodeFailedError(failed.message, failed.traceback) from None
 
 
-def post_event(node: NodeId, ticket: Posted, waited_s: float = 0.0) -> Post:
-    """The rendezvous' view of an announcement, ``waited_s`` after the first one to that exchange."""
+def post_event(node: NodeId, ticket: Posted) -> Post:
+    """The rendezvous' view of an announcement."""
     return Post(
         node,
         ticket.seq,
@@ -273,6 +392,7 @@ def post_event(node: NodeId, ticket: Posted, waited_s: float = 0.0) -> Post:
         part_nbytes=ticket.part_nbytes,
         result_nbytes=ticket.result_nbytes,
         inline=ticket.inline is not None,
+        waits=ticket.waits,
         close=ticket.close,
-        waited_s=waited_s,
+        wants=ticket.wants,
     )

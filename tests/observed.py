@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from algorithms.api import Layout, LayoutEntry
+from algorithms.layout import Layout, LayoutEntry
 from orchestrator.config import Config, parse
 from orchestrator.records import Observer, RoundRecord, Started, Summary
 from orchestrator.runtime import FinalModel, NodeFacts

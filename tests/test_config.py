@@ -11,6 +11,7 @@ import yaml
 from algorithms.federated import FedAvg
 from algorithms.low_communication import DiLoCo
 from algorithms.outer import SGD, Nesterov
+from algorithms.topologies import Topology, Torus
 from orchestrator.config import Config, MLflowTracking, NoTracking, load, parse
 from orchestrator.errors import ConfigError
 
@@ -70,8 +71,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     # names
     ({"algorithm": "fedavgg"}, "algorithm: no algorithm is called 'fedavgg' (did you mean fedavg?)"),
-    ({"algorithm": "xyz"}, "algorithm: no algorithm is called 'xyz' (there are: diloco, fedavg"),
-    ({"algorithm": {"epochs": 2}}, "algorithm: name is missing (there are: diloco, fedavg"),
+    ({"algorithm": "xyz"}, "algorithm: no algorithm is called 'xyz' (there are: diloco, "),
+    ({"algorithm": {"epochs": 2}}, "algorithm: name is missing (there are: diloco, "),
     ({"task": "digit"}, "task: no task is called 'digit' (did you mean digits?)"),
     ({"task": "nowhere:Task"}, "task: cannot import 'nowhere:Task': No module named 'nowhere'"),
     ({"task": "json:Task"}, "task: module 'json' has no 'Task'"),
@@ -93,7 +94,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"cluster": {"nodes": 4}}, "cluster.nodes must be a section of keys (min, target, max), not 4"),
     ({"data": None}, "data must be a section of keys (source, partition, batch_size), not nothing"),
-    ({"algorithm": ["fedavg"]}, "algorithm must be a name, or a section with a name (there are: diloco, fedavg"),
+    ({"algorithm": ["fedavg"]}, "algorithm must be a name, or a section with a name (there are: diloco, "),
     ({"network": {"speeds": {"first": 2}}}, "network.speeds.first should be a valid integer, got 'first'"),
     # ranges
     ({"rounds": 0}, "rounds should be greater than 0, got 0"),
@@ -323,14 +324,22 @@ class WithServer(FedAvg):
         pass
 
 
-class Unreplicated(FedAvg):
-    replicated: ClassVar[bool] = False
+class Barrierless(FedAvg):
+    synchronous: ClassVar[bool] = False
+
+
+class OnATorus(FedAvg):
+    topology: Topology = Torus(rows=4, cols=4)
 
 
 @pytest.mark.parametrize(
     ("algorithm", "message"),
-    [(WithServer(), "has a server program"), (Unreplicated(), "is not replicated and synchronous")],
+    [
+        (WithServer(), "has a server program and is synchronous"),
+        (Barrierless(), "is replicated and asynchronous"),
+        (OnATorus(), r"algorithm: .*torus"),
+    ],
 )
-def test_algorithms_that_cannot_be_run_yet_are_refused(algorithm, message):
+def test_forms_of_algorithms_that_cannot_be_are_refused(algorithm, message):
     with pytest.raises(ConfigError, match=message):
         parse({"algorithm": algorithm, "task": "digits"})

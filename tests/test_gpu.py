@@ -1,13 +1,11 @@
 """Nodes on a GPU; skipped where there is none."""
 
-import threading
-
 import pytest
 import torch
 
-from actors.host import Computing, Contributed, Host, Posted, Returned
-from actors.replica import Replica
-from actors.setup import load_data
+from actors.host import Host
+from actors.setup import build_replicas, load_data
+from actors.tickets import Computing, Contributed, Posted, Returned
 from algorithms.api import View
 from orchestrator.config import parse
 
@@ -28,8 +26,8 @@ def test_two_nodes_train_on_a_gpu_and_agree(precision):
     )
     data = load_data(config.task, config.data, 2, 0)
     device = torch.device("cuda", 0)
-    replicas = [Replica(node, config.replica_spec(), data.train, data.parts[node], device) for node in (0, 1)]
-    host = Host(replicas, threading.Event())
+    replicas = build_replicas((0, 1), config.replica_spec(), data, [device, device])
+    host = Host(replicas)
     host.init()
     before = replicas[0].evaluate(data.validation, None)["loss"]
     for number in range(3):
@@ -42,12 +40,12 @@ def test_two_nodes_train_on_a_gpu_and_agree(precision):
             assert ticket.specs is not None
             assert ticket.inline is not None
             inline.append(Contributed(node, ticket.weight, ticket.specs, ticket.inline))
-        results = host.combine((0, 1), 0, inline)
-        ends = dict(host.drive([(node, results[node]) for node in (0, 1)]))
+        host.conclude_inline(0, 0, inline)
+        ends = dict(host.drive([(node, host.take(node, 0)) for node in (0, 1)]))
         assert isinstance(ends[0], Returned)
         assert isinstance(ends[1], Returned)
         assert ends[0].digest == ends[1].digest
-    host.settle(2)
+    host.settle({0: 2, 1: 2})
     assert replicas[0].parameters.device.type == "cuda"
     assert torch.equal(replicas[0].parameters, replicas[1].parameters)
     assert replicas[0].evaluate(data.validation, None)["loss"] < before

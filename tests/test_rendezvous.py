@@ -14,6 +14,7 @@ from orchestrator.events import (
     Abort,
     Advance,
     Cancel,
+    Close,
     Commit,
     Deadline,
     Deliver,
@@ -75,11 +76,11 @@ class Meeting:
         members = range(self.nodes) if isinstance(self.nodes, int) else self.nodes
         self.machine = Rendezvous(tuple(members), self.need, replicated=self.replicated)
 
-    def tell(self, *events: Event) -> list[Decision]:
-        """What the events lead to."""
-        decisions = [decision for event in events for decision in self.machine.handle(event)]
+    def tell(self, *events: Event, at: float = 0.0) -> list[Decision]:
+        """What the events lead to, besides closed exchanges being told as such."""
+        decisions = [decision for event in events for decision in self.machine.handle(event, at)]
         self.decisions += decisions
-        return decisions
+        return [decision for decision in decisions if not isinstance(decision, Close)]
 
     def secure(self, requests: Iterable[Decision], got: Iterable[int] | None = None) -> list[Decision]:
         """Answer requests, with all that was asked for or with ``got``."""
@@ -623,17 +624,18 @@ class FirstTwo(ClosePolicy, name="test_first_two"):
 def test_close_policy_decides_who_is_late():
     meeting = Meeting(4, need=1)
     assert meeting.tell(inline(3, close=FirstTwo())) == []
-    decisions = meeting.tell(inline(1, close=FirstTwo(), waited_s=1.0))
+    decisions = meeting.tell(inline(1, close=FirstTwo()), at=1.0)
     assert [one.node for one in decisions if isinstance(one, Cancel)] == [0, 2]
     assert decisions[-1] == Advance(0, (1, 3), (1, 3), inline=True)
 
 
 def test_close_policy_knows_how_long_it_took_and_may_not_go_below_need():
     meeting = Meeting(4, need=1)
-    assert meeting.tell(inline(3, close=FirstTwo()), inline(1, close=FirstTwo(), waited_s=6.0)) == []
+    assert meeting.tell(inline(3, close=FirstTwo()), at=10.0) == []
+    assert meeting.tell(inline(1, close=FirstTwo()), at=16.0) == []
     meeting = Meeting(4, need=3)
-    assert meeting.tell(inline(3, close=FirstTwo()), inline(1, close=FirstTwo(), waited_s=1.0)) == []
-    assert len(meeting.tell(inline(0, close=FirstTwo(), waited_s=2.0))) == 2
+    assert meeting.tell(inline(3, close=FirstTwo()), inline(1, close=FirstTwo()), at=1.0) == []
+    assert len(meeting.tell(inline(0, close=FirstTwo()), at=2.0)) == 2
 
 
 def test_close_policy_is_asked_again_when_somebody_comes_to_wait():

@@ -131,15 +131,15 @@ def test_module_at_another_point():
 
 def test_gradient_is_allocated_when_it_is_needed():
     one = replica()
-    assert one._gradient is None
+    assert one.bench.gradient is None
     begin(one)
     train(one)
-    assert one._gradient is not None
+    assert one.bench.gradient is not None
     gradients = [parameter.grad for parameter in one._module.parameters()]
-    assert all(gradient is not None and storage(gradient) == storage(one._gradient) for gradient in gradients)
-    kept = one._gradient
+    assert all(gradient is not None and storage(gradient) == storage(one.bench.gradient) for gradient in gradients)
+    kept = one.bench.gradient
     train(one)
-    assert one._gradient is kept
+    assert one.bench.gradient is kept
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_same_bits_as_a_plain_loop(options: dict[str, Any], make: str | None):
     # Muon is for matrices alone.
     task = Toy(model="linear") if options["name"] != "muon" else NoBias()
     one = replica(task=task, **options)
-    assert (len(one._trained) == 1 and one._trained[0].dim() == 1) == (make is None)
+    assert (len(one.bench.trained) == 1 and one.bench.trained[0].dim() == 1) == (make is None)
     begin(one)
     train(one, 7)
     assert torch.equal(one.parameters, flat(reference(task, 7, make=kinds[options["name"]])))
@@ -271,7 +271,7 @@ def test_planned_steps_are_optimizer_steps(accumulate: int, total: int):
     for number in range(3):
         begin(one, number)
         train(one, None, epochs=1)
-        rates.append(one._optimizer.param_groups[0]["lr"])
+        rates.append(one.rate(-1))
     assert one._step == total
     assert rates[-1] == pytest.approx(1 / total)
 
@@ -282,8 +282,8 @@ def test_mixed_precision_keeps_single_precision_weights():
         begin(one)
         assert math.isfinite(train(one, 5).loss)
     assert mixed.parameters.dtype == torch.float32
-    assert mixed._gradient is not None
-    assert mixed._gradient.dtype == torch.float32
+    assert mixed.bench.gradient is not None
+    assert mixed.bench.gradient.dtype == torch.float32
     assert not torch.equal(mixed.parameters, single.parameters)
     torch.testing.assert_close(mixed.parameters, single.parameters, rtol=0.05, atol=0.01)
     # More than bf16's eight bits are in use.
@@ -306,7 +306,7 @@ def test_double_precision():
 def test_dropout_is_a_function_of_round_and_node():
     def parameters(number: int, node: int = 0, seed: int = 0) -> Tensor:
         one = replica(node, task=Toy(model="dropout", num_samples=8), num_nodes=2, batch_size=4, seed=seed)
-        one._samples = Toy(num_samples=4).train_samples(1)
+        one.samples = Toy(num_samples=4).train_samples(1)
         one._sampler._indices = torch.arange(4)
         one.parameters.copy_(replica(task=Toy(model="dropout")).parameters)
         begin(one, number, (0, 1))
@@ -485,7 +485,7 @@ def test_nan_skips():
     one.stage()
     one.settle(0)
     # The next round begins anew, with moments that have not seen the NaN.
-    one._samples = Toy().train_samples(1)
+    one.samples = Toy().train_samples(1)
     begin(one, 1)
     assert not one.skipping
     assert math.isfinite(train(one, 2).loss)

@@ -216,5 +216,5 @@ def attempt(raw: dict[str, Any] | None = None, *, nodes: int = 2, **keys: Any) -
         ran.summary, ran.error = controller.summary("failed"), error
     finally:
         runtime.close()
-    ran.replicas = runtime._host.replicas
+    ran.replicas = runtime.host.replicas
     return ran

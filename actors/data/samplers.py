@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,11 +10,12 @@ from algorithms.errors import DataError
 from algorithms.seeds import generator
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """How far a node has read: ``offset`` samples of epoch ``epoch``."""
 
     epoch: int = 0
@@ -36,7 +36,12 @@ class EpochSampler:
         self._seed = seed
         self._node = node
         self._position = Position()
-        self._order: tuple[int, Tensor] | None = None  # the epoch that it is for, and the samples in its order
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
+
+    @property
+    def indices(self) -> Tensor:
+        """The node's samples, int64, shape (n,)."""
+        return self._indices
 
     @property
     def position(self) -> Position:
@@ -51,17 +56,22 @@ class EpochSampler:
 
     def next(self, batch_size: int) -> Tensor:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
-        epoch, start = self._position.epoch, self._position.offset
-        stop = min(start + batch_size, len(self._indices))
-        self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
-        return self._epoch(epoch)[start:stop]
+        return torch.from_numpy(self.draw(batch_size))
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """The same as an array, for those who draw for many nodes and put the arrays together; not to be written to."""
+        epoch, start = self._position
+        order = self._epoch(epoch)
+        stop = start + batch_size
+        self._position = Position(epoch, stop) if stop < len(order) else Position(epoch + 1)
+        return order[start:stop]
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches that one epoch gives, the last and smaller one included."""
         return -(-len(self._indices) // batch_size)
 
-    def _epoch(self, epoch: int) -> Tensor:
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
             order = torch.randperm(len(self._indices), generator=generator("epoch", self._seed, self._node, epoch))
-            self._order = epoch, self._indices[order]
+            self._order = epoch, self._indices.numpy()[order.numpy()]
         return self._order[1]

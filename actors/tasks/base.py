@@ -75,6 +75,22 @@ class Task(Part, family="task", catalog="actors.tasks"):
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """The mean loss over a batch, a scalar that can be differentiated."""
 
+    def gradients(self, parameters: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
+        """The gradient of ``loss`` in closed form, for n nodes at once; default ``None``: by automatic differentiation.
+
+        Where a task has it, it is used in place of ``loss`` and its derivative, also for one node (n = 1): each node's
+        rows must come out the same to the last bit whatever n is, and whichever the other nodes are. It draws no random
+        numbers, writes into neither argument, and may be called from several processes.
+
+        Args:
+            parameters: shape (n, P), one row per node, in the order of ``Layout.entries``.
+            batch: as for ``loss``, with one more dimension in front: each tensor has shape (n, b, …).
+
+        Returns:
+            The mean gradients over each node's batch, shape (n, P), and the mean losses, shape (n,).
+        """
+        del parameters, batch
+
     def metrics(self, module: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Scalar means over a batch of held-out data; called without gradients, in evaluation mode."""
         return {"loss": self.loss(module, batch)}

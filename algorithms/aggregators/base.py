@@ -1,4 +1,4 @@
-"""The aggregator interface, and the weighted mean."""
+"""The aggregator interface, and the means."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Large sums run in blocks that stay in a core's cache: each block of the output is read and written once per
 # contribution there, and not in main memory.
-_BLOCK = 32_768
+BLOCK = 32_768
 
 
 class Aggregator(Part, family="aggregator", catalog="algorithms.aggregators"):
@@ -37,7 +37,7 @@ class Aggregator(Part, family="aggregator", catalog="algorithms.aggregators"):
 
 
 class Mean(Aggregator, name="mean"):
-    """The weighted mean, Σ wᵢ xᵢ / Σ wᵢ, added up in the order of the members.
+    """The weighted mean, Σ wᵢ xᵢ / Σ wᵢ, added up in the order of the members. NaN and infinities stay.
 
     >>> import torch
     >>> out = torch.empty(2)
@@ -47,25 +47,43 @@ class Mean(Aggregator, name="mean"):
     """
 
     def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-        total = sum(weights)
-        plain = all(weight == 1.0 for weight in weights)
-        first, *rest = contributions
-        scratch = None if plain else torch.empty(min(_BLOCK, out.numel()), dtype=out.dtype)
-        for start in range(0, out.numel(), _BLOCK):
-            here = slice(start, min(start + _BLOCK, out.numel()))
-            block = out[here]
-            if plain:
-                block.copy_(first[here])
-                for values in rest:
-                    block.add_(values[here].to(out.dtype))
-            else:
-                assert scratch is not None
-                product = scratch[: block.numel()]
-                torch.mul(first[here].to(out.dtype), weights[0], out=block)
-                for values, weight in zip(rest, weights[1:], strict=True):
-                    # Product and sum are rounded apart, on purpose: a fused multiply-add is used by torch in vector
-                    # loops but not in their tails, so the last bit would depend on where an exchange was cut.
-                    torch.mul(values[here].to(out.dtype), weight, out=product)
-                    block.add_(product)
-            if total != 1.0:
-                block.div_(total)
+        _mean(contributions, weights, out)
+
+
+class Uniform(Aggregator, name="uniform"):
+    """The mean that ignores the weights, Σ xᵢ / n, added up in the order of the members. NaN and infinities stay.
+
+    >>> import torch
+    >>> out = torch.empty(1)
+    >>> Uniform().reduce([torch.tensor([1.0]), torch.tensor([4.0])], [2.0, 1.0], out)
+    >>> out.tolist()
+    [2.5]
+    """
+
+    def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        _mean(contributions, [1.0] * len(contributions), out)
+
+
+def _mean(contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    total = sum(weights)
+    plain = all(weight == 1.0 for weight in weights)
+    first, *rest = contributions
+    scratch = None if plain else torch.empty(min(BLOCK, out.numel()), dtype=out.dtype)
+    for start in range(0, out.numel(), BLOCK):
+        here = slice(start, min(start + BLOCK, out.numel()))
+        block = out[here]
+        if plain:
+            block.copy_(first[here])
+            for values in rest:
+                block.add_(values[here].to(out.dtype))
+        else:
+            assert scratch is not None
+            product = scratch[: block.numel()]
+            torch.mul(first[here].to(out.dtype), weights[0], out=block)
+            for values, weight in zip(rest, weights[1:], strict=True):
+                # Product and sum are rounded apart, on purpose: a fused multiply-add is used by torch in vector
+                # loops but not in their tails, so the last bit would depend on where an exchange was cut.
+                torch.mul(values[here].to(out.dtype), weight, out=product)
+                block.add_(product)
+        if total != 1.0:
+            block.div_(total)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
+from algorithms.errors import ProgramError
 from algorithms.registry import Part
 
 
@@ -51,3 +53,21 @@ class Identity(Codec, name="identity"):
 
     def decode(self, data: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
         return data.view(dtype)[:num_values]
+
+
+def refuse_beyond(limit: float, values: Tensor, codec: Codec) -> None:
+    """Refuse values that a lossy codec could not give back as finite ones.
+
+    Raises:
+        ProgramError: one of ``values`` is NaN, or beyond ±``limit``.
+    """
+    if not values.numel():
+        return
+    low, high = (float(extreme) for extreme in torch.aminmax(values))
+    if low >= -limit and high <= limit:  # neither holds if there is a NaN
+        return
+    what = f"codec {codec.name} carries finite values up to ±{limit:.5g}; these lie between {low:.5g} and {high:.5g}"
+    finite = math.isfinite(low) and math.isfinite(high)
+    cure = "use codec bf16 (up to 3.4e+38) or identity" if finite else "training has diverged, lower its learning rate"
+    message = f"{what}: {cure}"
+    raise ProgramError(message)

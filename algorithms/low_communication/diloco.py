@@ -7,13 +7,13 @@ step, by default Nesterov's (η = ``outer.lr``, β = ``outer.momentum``):
     v ← β v + Δ            θ ← θ - η (Δ + β v)          θ_m ← θ
 
 Deviations: floating-point buffers (batch-norm statistics), of which the paper's models have none, are averaged with
-the outer gradient. The mean over nodes is uniform.
+the outer gradient. The mean over nodes is uniform; ``aggregator`` may put another combination in its place.
 Elasticity: θ and v are shared state; a joiner receives both and starts with a fresh inner optimizer. A node lost
 before the reduction costs its own H steps and nothing else. The inner optimizer's state is never exchanged and lives
 on from round to round.
-Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32 (as a star: b·P up and b·P down per node); a codec
-shrinks the half that goes up. Up to 64 KiB a contribution travels inline, N·(N-1)·b·P. State: 2·P values (θ, v) beside
-the inner optimizer's.
+Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32 (as a star: b·P up and b·P down per node); ``codec``
+shrinks the half that goes up, ``result_codec`` the one that comes down. Up to 64 KiB a contribution travels inline,
+N·(N-1)·b·P. State: 2·P values (θ, v) beside the inner optimizer's.
 Reference: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023,
 arXiv:2311.08105, Algorithm 1.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import PositiveInt
 from torch import Tensor
 
+from algorithms.aggregators import Aggregator, Mean
 from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
 from algorithms.codecs import Codec, Identity
 from algorithms.outer import Nesterov, OuterOptimizer
@@ -38,7 +39,9 @@ class DiLoCo(Algorithm, name="diloco"):
 
     inner_steps: PositiveInt = 500  # H, optimizer steps between exchanges; paper, section 3
     outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.9)  # η, β; paper, section 3
-    codec: Codec = Identity()  # what travels; decoded before the mean
+    aggregator: Aggregator = Mean()  # combines the outer gradients
+    codec: Codec = Identity()  # what travels; decoded before it is combined
+    result_codec: Codec = Identity()  # what travels back: the combined outer gradient
 
     def init(self, node: Node) -> None:
         node.shared["anchor"] = node.parameters.clone()
@@ -49,7 +52,9 @@ class DiLoCo(Algorithm, name="diloco"):
         await Train(steps=self.inner_steps)
         mean = await AllReduce(
             {"outer_gradient": anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
+            aggregator=self.aggregator,
             codec=self.codec,
+            result_codec=self.result_codec,
         )
         step, node.shared["outer"] = self.outer.update(
             mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])
@@ -59,8 +64,11 @@ class DiLoCo(Algorithm, name="diloco"):
         node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        sent = sum(self.codec.nbytes(size, layout.dtype) for size in (layout.num_values, layout.num_buffer_values))
-        return all_reduce_bytes(sent, num_nodes, result_nbytes=layout.nbytes + layout.buffer_nbytes)
+        sizes = layout.num_values, layout.num_buffer_values
+        sent, received = (
+            sum(codec.nbytes(size, layout.dtype) for size in sizes) for codec in (self.codec, self.result_codec)
+        )
+        return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size

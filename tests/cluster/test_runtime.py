@@ -9,7 +9,7 @@ import ray
 from actors.replica import NonFiniteLossError
 from orchestrator.api import run, simulate
 from orchestrator.config import Config
-from orchestrator.errors import ClusterError, NodeFailedError, NodeLateError, NodeLostError, exit_code
+from orchestrator.errors import ClusterError, NodeFailedError, NodeLostError, exit_code
 from orchestrator.records import Observer, Started
 from tests.cases import CASES
 from tests.conformance import Case
@@ -106,10 +106,11 @@ def test_what_a_users_task_raises_comes_back_with_its_traceback_and_the_nodes_na
     assert actors_alive() == 0
 
 
-def test_a_node_that_hangs_is_named_at_the_deadline(config: Make, tmp_path):
-    settings = config(f"{HERE}:Hanging", "cluster.round_deadline_s=1")
-    with pytest.raises(NodeLateError, match="node 1, round 0: it had not reached exchange 0"):
+def test_a_node_that_hangs_is_ended_after_the_grace_period_and_named(config: Make, tmp_path):
+    settings = config(f"{HERE}:Hanging", "cluster.round_deadline_s=1", "cluster.cancel_grace_s=1")
+    with pytest.raises(NodeLostError, match=r"node 1 \(.*\) was lost in round 1: .*did not stop within 1 s"):
         run(settings, run_dir=tmp_path / "run")
+    assert '"event": "late"' in (tmp_path / "run/events.jsonl").read_text()
     assert actors_alive() == 0
 
 

@@ -1,0 +1,291 @@
+"""The nodes' side of exchanges: what they contribute, how a part is reduced, and what comes out for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+
+from actors import buffers
+from actors.buffers import Cuts, Signature, TensorSpec
+from actors.tickets import Contributed, Posted
+from algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
+from algorithms.errors import ProgramError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from actors.buffers import Buffer
+    from actors.host import Program
+    from actors.replica import Replica
+    from algorithms.api import NodeId, Payload
+    from algorithms.topologies import Mixing, Topology
+
+Collective: TypeAlias = "AllReduce[Any] | AllGather[Any] | NeighborAllGather[Any]"
+
+_MAX_CUTS = 64
+
+
+@dataclass
+class Exchange:
+    """A node's side of one collective operation."""
+
+    operation: Collective
+    """Its settings; of an AllReduce without the tensors, which are as large as the model."""
+    signature: Signature
+    cuts: Cuts | None = None
+    parts: list[Buffer] = field(default_factory=list)
+    open: bool = False
+    """It was started, and has not been waited for."""
+    written: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    """What a started exchange contributes, and the version counters at its start."""
+
+    def check_unwritten(self, seq: int) -> None:
+        """Raise ``ProgramError`` if a tensor was written to between ``Start`` and ``Wait``."""
+        if any(tensor._version != version for tensor, version in self.written):  # noqa: SLF001 - torch's counter
+            message = f"what was contributed to exchange {seq} was written to between Start and Wait; Start a clone()"
+            raise ProgramError(message)
+        self.written = []
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A result for several nodes of the process. Each gets a copy when it runs on: none aliases another's."""
+
+    result: Any
+
+    def own(self, device: torch.device) -> Any:  # noqa: ANN401 - what the operation gives
+        """A copy on ``device``."""
+        if isinstance(self.result, Reduced):
+            return Reduced(_copy(self.result.value, device), self.result.members, self.result.weight)
+        return {member: _copy(payload, device) for member, payload in self.result.items()}
+
+
+def _copy(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - a payload
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, dict):
+        return {name: _copy(one, device) for name, one in cast("dict[str, Any]", value).items()}
+    return value
+
+
+@dataclass
+class _Concluded:
+    """A closed exchange's result in this process."""
+
+    result: Any
+    """``Reduced``, or payloads by member."""
+    mixing: Mixing | None = None
+    num_taken: int = 0
+
+
+class Exchanges:
+    """Mixed into the host: contributions and results of its nodes' exchanges in the running round."""
+
+    def __init__(self, replicas: dict[NodeId, Replica]) -> None:
+        self.replicas = replicas
+        self.programs: dict[NodeId, Program] = {}
+        self.outbox: dict[int, Buffer] = {}
+        """Large messages that nobody has fetched yet."""
+        self._cuts_of: dict[tuple[str, tuple[TensorSpec, ...], int], Cuts] = {}
+        self._mixings: dict[int, tuple[Topology, Mixing]] = {}
+        self._concluded: dict[int, _Concluded] = {}
+
+    def forget(self) -> None:
+        """A new round begins."""
+        self._mixings, self._concluded = {}, {}
+
+    # --- contributions -----------------------------------------------------------------------------------------------
+
+    def post(self, node: NodeId, operation: Collective, *, started: bool) -> Posted:
+        """Take a node's contribution to the next exchange of its program.
+
+        Raises:
+            ProgramError: it contributes what cannot travel.
+        """
+        replica, program = self.replicas[node], self.programs[node]
+        signature = buffers.signature_of(operation)
+        exchange = Exchange(operation, signature, open=started)
+        seq = len(program.exchanges)
+        program.exchanges.append(exchange)
+        wants = None
+        if isinstance(operation, NeighborAllGather):
+            wants = frozenset(self._mixing(node, seq, operation.topology).in_neighbors(node))
+        payload = cast("Payload | None", operation.tensors if isinstance(operation, AllReduce) else operation.payload)
+        waits, close = not started, operation.close
+        if payload is None or replica.skipping:
+            if isinstance(operation, AllReduce):
+                signature = exchange.signature = Signature(signature.operation, signature.parts, None)
+                exchange.operation = replace(operation, tensors=None)
+            return Posted(seq, signature, None, 0.0, (), (), None, close, wants, waits)
+        if started:
+            payload = self._held(replica, exchange, payload)
+        if not isinstance(operation, AllReduce):
+            specs = buffers.specs_of(payload)
+            nbytes = buffers.payload_nbytes(specs)
+            exchange.parts = [buffers.pack(payload)]
+            inline = exchange.parts[0] if nbytes <= INLINE_LIMIT_BYTES else None
+            return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, close, wants, waits)
+        specs = signature.tensors
+        assert specs is not None
+        exchange.operation = replace(operation, tensors=None)
+        cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
+        exchange.parts = cuts.encode(payload)
+        sizes = cuts.part_nbytes
+        inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
+        weight, results = float(operation.weight), cuts.result_nbytes
+        return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits)
+
+    @staticmethod
+    def _held(replica: Replica, exchange: Exchange, payload: Payload) -> Payload:
+        """What a started exchange contributes: copied if it is trained on, watched if not."""
+        trained = {one.untyped_storage().data_ptr() for one in (replica.parameters, replica.buffers) if one.numel()}
+
+        def hold(value: torch.Tensor | float) -> torch.Tensor | float:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if value.untyped_storage().data_ptr() in trained:
+                return value.detach().clone()
+            exchange.written.append((value, value._version))  # noqa: SLF001 - torch's counter
+            return value
+
+        if isinstance(payload, torch.Tensor | int | float):
+            return hold(payload)
+        return {name: hold(value) for name, value in payload.items()}
+
+    def _mixing(self, node: NodeId, seq: int, topology: Topology) -> Mixing:
+        """The mixing matrix of this round's view; found once for all nodes of the process."""
+        known = self._mixings.get(seq)
+        if known is None or known[0] is not topology:
+            replica = self.replicas[node]
+            known = topology, topology.mixing(replica.view.members, replica.round, replica.spec.seed)
+            self._mixings[seq] = known
+        return known[1]
+
+    def _cut(self, operation: AllReduce[Any], parts: str, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
+        """Where contributions are cut; found once for all rounds and nodes of the process."""
+        known = self._cuts_of.get((parts, specs, num_members))
+        if known is None:
+            whole = Cuts(specs, operation.codec, operation.result_codec, 1)
+            parted = buffers.num_parts(sum(whole.part_nbytes), num_members)
+            known = whole if parted == 1 else Cuts(specs, operation.codec, operation.result_codec, parted)
+            if len(self._cuts_of) >= _MAX_CUTS:
+                self._cuts_of.clear()
+            self._cuts_of[parts, specs, num_members] = known
+        return known
+
+    def parts(self, node: NodeId, seq: int) -> list[Buffer]:
+        """A node's encoded contribution to exchange ``seq``, one buffer per part."""
+        return self.programs[node].exchanges[seq].parts
+
+    def wanted(self, node: NodeId, seq: int) -> frozenset[NodeId] | None:
+        """Whose contributions to a neighbour gather the nodes of this process receive, as far as they are known."""
+        known = self._mixings.get(seq)
+        return None if known is None else frozenset(known[1].in_neighbors(node))
+
+    # --- reduction ---------------------------------------------------------------------------------------------------
+
+    def reduce(
+        self,
+        node: NodeId,
+        seq: int,
+        part: int,
+        specs: tuple[TensorSpec, ...],
+        contributions: Mapping[NodeId, tuple[Buffer, float]],
+    ) -> Buffer:
+        """Combine one part of the contributions (encoded bytes and weight), in sorted member order."""
+        operation = cast("AllReduce[Any]", self.programs[node].exchanges[seq].operation)
+        cuts = self._cuts(node, seq, specs)
+        ordered = [contributions[member] for member in sorted(contributions)]
+        return cuts.reduce(operation, part, [data for data, _ in ordered], [weight for _, weight in ordered])
+
+    def _cuts(self, node: NodeId, seq: int, specs: tuple[TensorSpec, ...]) -> Cuts:
+        """The cuts of an exchange; a member that contributes nothing learns the specs from those that do."""
+        exchange = self.programs[node].exchanges[seq]
+        if exchange.cuts is None:
+            operation = cast("AllReduce[Any]", exchange.operation)
+            exchange.cuts = self._cut(operation, exchange.signature.parts, specs, len(self.replicas[node].view.members))
+        return exchange.cuts
+
+    # --- results -----------------------------------------------------------------------------------------------------
+
+    def conclude_inline(
+        self, node: NodeId, seq: int, inline: Sequence[Contributed], closed: Iterable[NodeId] | None = None
+    ) -> None:
+        """Work out the result of a closed exchange of inline contributions; the same bits as through parts.
+
+        ``closed`` are all whose contributions are in (default: those of ``inline``).
+        """
+        ordered = sorted(inline, key=lambda one: one.node)
+        if not isinstance(self.programs[node].exchanges[seq].operation, AllReduce):
+            self.conclude_gather(node, seq, [(one.node, one.specs, one.data) for one in ordered], closed)
+            return
+        contributions = {one.node: (one.data, one.weight) for one in ordered}
+        part = self.reduce(node, seq, 0, ordered[0].specs, contributions)
+        self.conclude_reduce(node, seq, ordered[0].specs, {one.node: one.weight for one in ordered}, [part])
+
+    def conclude_reduce(
+        self,
+        node: NodeId,
+        seq: int,
+        specs: tuple[TensorSpec, ...],
+        weights: Mapping[NodeId, float],
+        parts: Sequence[Buffer],
+    ) -> None:
+        """Decode the result of a closed ``AllReduce``, once for all nodes of the process."""
+        members = tuple(sorted(weights))
+        value = self._cuts(node, seq, specs).assemble(parts, self.replicas[node].device)
+        self._conclude(seq, _Concluded(Reduced(value, members, sum(weights[member] for member in members))))
+
+    def conclude_gather(
+        self,
+        node: NodeId,
+        seq: int,
+        contributions: Iterable[tuple[NodeId, tuple[TensorSpec, ...], Buffer]],
+        present: Iterable[NodeId] | None = None,
+    ) -> None:
+        """Decode the contributions to a closed gather that this process received.
+
+        ``present`` are all whose contributions are in, here or elsewhere (default: those of ``contributions``).
+        """
+        device = self.replicas[node].device
+        payloads = {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
+        operation = self.programs[node].exchanges[seq].operation
+        mixing = None
+        if isinstance(operation, NeighborAllGather):
+            mixing = self._mixing(node, seq, operation.topology)
+            members, closed = self.replicas[node].view.members, frozenset(payloads if present is None else present)
+            if len(closed) < len(members):
+                replica = self.replicas[node]
+                mixing = operation.topology.mixing(members, replica.round, replica.spec.seed, closed)
+        self._conclude(seq, _Concluded(payloads, mixing))
+
+    def _conclude(self, seq: int, concluded: _Concluded) -> None:
+        self._concluded[seq] = concluded
+        for program in self.programs.values():
+            if len(program.exchanges) > seq:
+                program.exchanges[seq].parts = []  # delivered to all: nobody asks for them again
+
+    def is_concluded(self, seq: int) -> bool:
+        """Whether the result is there for ``take``."""
+        return seq in self._concluded
+
+    def take(self, node: NodeId, seq: int) -> Any:  # noqa: ANN401 - what the operation gives
+        """A node's result of a concluded exchange; the last node to come takes it along."""
+        concluded = self._concluded[seq]
+        concluded.num_taken += 1
+        alone = len(self.programs) == 1
+        if concluded.num_taken == len(self.programs):
+            del self._concluded[seq]
+        if concluded.mixing is None:
+            return concluded.result if alone else Shared(concluded.result)
+        senders = self._mixings[seq][1].in_neighbors(node)
+        payloads = concluded.result
+        return Inbox(
+            {sender: payloads[sender] for sender in senders if sender in payloads}, concluded.mixing.weights[node]
+        )
+
+    def unpack(self, node: NodeId, specs: tuple[TensorSpec, ...], data: Buffer) -> Payload:
+        """A message's payload, as ``node`` receives it."""
+        return buffers.unpack(specs, data, self.replicas[node].device)

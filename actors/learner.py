@@ -1,0 +1,361 @@
+"""The learner: a node's share of computing, which is its data, its optimizer, and all operations that train.
+
+Half of a replica; the other half (``actors.replica``) is what the node's program sees, and its rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from actors.data import EpochSampler, Position
+from actors.together import NodeOptimizer
+from actors.workbench import Slab, Workbench, aligned, seeded
+from algorithms.api import SERVER, Batch, GradientReport, TrainReport
+from algorithms.errors import ProgramError, StarlingError
+from algorithms.rules import DataBatch, LocalProblem
+from algorithms.seeds import derive_seed, generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from actors.optimizers import OptimizerConfig
+    from actors.tasks import Samples, Task
+    from algorithms.api import Algorithm, Gradient, Loss, NodeId, Train
+    from algorithms.rules import GradientFunction, Rule
+
+NOT_STARTED = -1
+"""The round before the first."""
+
+
+class NonFiniteLossError(StarlingError):
+    """A training loss was NaN or infinite."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the round was cancelled from outside
+    """The fence went up while the node was computing."""
+
+
+class Fence(Protocol):
+    """Tells a computing node to stop; ``threading.Event`` is one."""
+
+    def is_set(self) -> bool:
+        """Whether to stop before the next step."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What all replicas of a run have in common."""
+
+    algorithm: Algorithm
+    task: Task
+    optimizer: OptimizerConfig
+    batch_size: int
+    seed: int
+    rounds: int
+    skip_nan: bool = False
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of one optimizer step."""
+        return self.batch_size * self.optimizer.accumulate
+
+    def bench(self, device: torch.device) -> Workbench:
+        """A workbench for nodes of this run."""
+        return Workbench(self.task, self.optimizer, self.seed, device)
+
+
+class Learner:
+    """What a node computes with; the arguments are those of ``Replica``."""
+
+    parts: Sequence[Tensor] | None = None
+    """The indices of every node's samples, if the process knows them."""
+    validation: Samples | None = None
+    """The held-out data."""
+
+    def __init__(
+        self, node: NodeId, spec: ReplicaSpec, samples: Samples, indices: Tensor, row: tuple[Slab, int]
+    ) -> None:
+        self.id = node
+        self.spec = spec
+        self.slab, self.row = row
+        self.bench = self.slab.bench
+        self.device, self.layout = self.bench.device, self.bench.layout
+        self.tensors = self.slab.current[self.row]
+        self.parameters, self.buffers = self.tensors.parameters, self.tensors.buffers
+        self.round = NOT_STARTED
+        self.num_samples = len(indices)
+        self.skipping = False
+        """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
+        self.optimizer = NodeOptimizer(self.bench)
+        self.samples = samples
+        self._sampler = None if node == SERVER else EpochSampler(indices, spec.seed, node)
+        self._draws: dict[tuple[str | int, ...], int] = {}
+        """How often the round has drawn from each part, less one."""
+        self._step = 0
+        steps_per_round = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
+        self._total_steps = spec.optimizer.schedule.total_steps or max(1, spec.rounds * steps_per_round)
+        if node != SERVER:
+            self.rate()  # raises, before anything is trained, if the schedule cannot work
+
+    @property
+    def _module(self) -> nn.Module:
+        """The workbench's module with this node's tensors."""
+        self.bench.attach(self.tensors)
+        return self.bench.module
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def train(self, operation: Train, fence: Fence) -> TrainReport:
+        """Carry out ``Train``; the report's ``seconds`` are this machine's.
+
+        Raises:
+            NonFiniteLossError: the loss or the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
+            Interrupted: the fence went up.
+            ProgramError: the node has no data, or the rule gives something that is no gradient.
+        """
+        began = time.perf_counter()
+        steps = self.num_steps(operation)
+        bench, clip = self.bench, self.spec.optimizer.grad_clip
+        bench.attach(self.tensors)
+        bench.mode(training=True)
+        losses: list[float | Tensor] = []
+        drawn = 0
+        immediate = self.device.type == "cpu"
+        rate = 0.0
+        with seeded(derive_seed(self.spec.seed, self.round, self.id, self._step, "train"), self.device):
+            backward = self._backward if operation.rule is None else self._ruled(operation.rule)
+            for _ in range(steps):
+                if fence.is_set():
+                    raise Interrupted
+                loss, num_samples = backward()
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(bench.trained, clip)
+                rate = self.rate()
+                self.optimizer.step(self.parameters, rate)
+                self._step += 1
+                drawn += num_samples
+                if num_samples:
+                    # On a GPU reading a loss waits for the device, so they are looked at once, at the end.
+                    losses.append(loss.item() if immediate else loss)
+                    if immediate and not math.isfinite(losses[-1]):
+                        break
+        values = [float(loss) for loss in losses]
+        seconds = time.perf_counter() - began
+        bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            self._give_up_round(f"loss is {values[bad]} after inner step {bad} (lr {rate:.3g})")
+            return TrainReport(math.nan, 0, 0, seconds)
+        # The last step's own result is in no loss yet, and must not reach the other nodes.
+        if not _is_finite(self.parameters):
+            self._give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})")
+            return TrainReport(math.nan, 0, 0, seconds)
+        return TrainReport(sum(values) / len(values) if values else math.nan, drawn, steps, seconds)
+
+    def num_steps(self, operation: Train) -> int:
+        """Optimizer steps of a ``Train``.
+
+        Raises:
+            ProgramError: the node has no data.
+        """
+        sampler = self._own_data("Train")
+        return operation.steps or (operation.epochs or 0) * sampler.steps_per_epoch(self.spec.samples_per_step)
+
+    def _backward(self) -> tuple[Tensor, int]:
+        """Fill the gradient of one optimizer step; return the mean loss and the number of samples."""
+        # Drawn at once and weighted by size: k batches of b are one batch of k·b, also where an epoch ends.
+        drawn = self._own_data("Train").next(self.spec.samples_per_step)
+        size = self.spec.batch_size
+        pieces = (drawn,) if len(drawn) <= size else drawn.split(size)
+        return self.bench.differentiate(self.parameters, map(self.load, pieces), len(drawn)), len(drawn)
+
+    def _ruled(self, rule: Rule) -> Callable[[], tuple[Tensor, int]]:
+        """The same with a rule's gradient and sampler."""
+        bench, spec, own = self.bench, self.spec, self._own_data("Train")
+        rng = generator(spec.seed, self.round, self.id, self._step, "rule")
+        size = spec.samples_per_step
+        loss = bench.loss_of_module
+        problem = LocalProblem(self._gradient_at, self._module, loss, self.layout, self.num_samples, size, rng)
+        gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
+
+        def backward() -> tuple[Tensor, int]:
+            indices = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
+            batch = DataBatch(self.load(indices), len(indices))
+            gradient, loss = self._checked(rule, gradient_of, batch)
+            if gradient is not bench.gradient:
+                bench.clear_gradient().copy_(gradient)
+            return loss.detach(), len(indices)
+
+        return backward
+
+    def _places(self, rule: Rule, places: Tensor) -> Tensor:
+        """The samples at ``places`` among the node's own."""
+        own = self._own_data("Train").indices
+        is_index = places.dtype == torch.int64 and places.dim() == 1
+        if not is_index or (len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(own)):
+            what = f"int64 places of shape (b,) in [0, {len(own)})"
+            raise ProgramError(f"the sampler of {type(rule).__name__} must give {what}, not {places.dtype} {places}")
+        return own[places]
+
+    def _checked(self, rule: Rule, gradient_of: GradientFunction, batch: DataBatch) -> tuple[Tensor, Tensor]:
+        gradient, loss = gradient_of(self.parameters, batch)
+        if gradient.shape != self.parameters.shape or loss.numel() != 1:
+            given = f"a gradient of shape {list(gradient.shape)} and a loss of shape {list(loss.shape)}"
+            expected = f"{list(self.parameters.shape)} and []"
+            raise ProgramError(f"{type(rule).__name__} gives {given}; they must be {expected}")
+        return gradient.detach(), loss
+
+    def load(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Samples by index, as the module takes them."""
+        return self.bench.to_device(self.samples.batch(indices))
+
+    def rate(self, ahead: int = 0) -> float:
+        """The learning rate of the next step, or of one ``ahead`` of it."""
+        config = self.spec.optimizer
+        return config.lr * config.schedule.factor(self._step + ahead, self._total_steps)
+
+    @property
+    def schedule_place(self) -> tuple[int, int] | None:
+        """What ``rate`` depends on, besides what all nodes have in common."""
+        schedule = self.spec.optimizer.schedule
+        is_constant = schedule.name == "constant" and not schedule.warmup_steps
+        return None if is_constant else (self._step, self._total_steps)
+
+    def trained(self, steps: int, moments: dict[str, Tensor]) -> None:
+        """Take over what steps that were taken elsewhere have made of the optimizer; the schedule moves on."""
+        self.optimizer.aged(steps, moments)
+        self._step += steps
+
+    def draw(self) -> NDArray[np.int64]:
+        """The samples of one step, by index."""
+        return self._own_data("Train").draw(self.spec.samples_per_step)
+
+    def _own_data(self, operation: str) -> EpochSampler:
+        if self._sampler is None:
+            raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
+        return self._sampler
+
+    def _give_up_round(self, what: str) -> None:
+        if not self.spec.skip_nan:
+            where = f"{self._name()}, round {self.round}: {what}"
+            message = f"{where}; lower optimizer.lr, or set on_nan: skip to go on without this node's round"
+            raise NonFiniteLossError(message)
+        # The round goes on with what was committed; the optimizer's moments have seen the NaN and are made anew.
+        self.skipping = True
+        self.slab.restore(self.row)
+        self.optimizer.reset()
+
+    def _name(self) -> str:
+        return "server" if self.id == SERVER else f"node {self.id}"
+
+    # --- the other compute operations --------------------------------------------------------------------------------
+
+    def batch(self, operation: Batch) -> DataBatch:
+        """Carry out ``Batch``.
+
+        Raises:
+            ProgramError: there is no such data, or the size is not positive.
+        """
+        size = self.spec.samples_per_step if operation.size is None else operation.size
+        if size < 1:
+            raise ProgramError(f"Batch takes a size of at least 1; got {size}")
+        if operation.source == "validation":
+            if operation.part is not None or self.validation is None:
+                why = "held-out data have no parts" if self.validation else "this process has no held-out data"
+                raise ProgramError(f"Batch(source='validation', part={operation.part}): {why}")
+            places = self._choose(("validation",), len(self.validation), size)
+            tensors = self.bench.to_device(self.validation.batch(places))
+            return DataBatch(tensors, len(places))
+        if operation.part is None:
+            indices = self._own_data("Batch without a part").next(size)
+        elif self.parts is not None and 0 <= operation.part < len(self.parts):
+            part = self.parts[operation.part]
+            indices = part[self._choose(("part", operation.part), len(part), size)]
+        else:
+            known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
+            raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
+        return DataBatch(self.load(indices), len(indices))
+
+    def _choose(self, source: tuple[str | int, ...], population: int, size: int) -> Tensor:
+        """At most ``size`` places at random, the same on all nodes: a pure function of (seed, round, source, count)."""
+        count = self._draws[source] = self._draws.get(source, -1) + 1
+        return torch.randperm(population, generator=generator(self.spec.seed, self.round, *source, count))[:size]
+
+    def gradient(self, operation: Gradient) -> GradientReport:
+        """Carry out ``Gradient``; the learning rate's schedule does not move on.
+
+        Raises:
+            NonFiniteLossError: the loss or the gradient is NaN or infinite, and ``on_nan`` is ``stop``.
+            ProgramError: ``at`` has the wrong shape, or the node has no data.
+        """
+        batch = self.batch(Batch()) if operation.batch is None else operation.batch
+        at = self.parameters if operation.at is None else operation.at
+        with self._seeded_for_batch():
+            gradient, loss = self._gradient_at(at, batch)
+        value = float(loss)
+        if not (math.isfinite(value) and _is_finite(gradient)):
+            what = "the gradient is not finite" if math.isfinite(value) else f"loss is {value}"
+            self._give_up_round(f"{what} in a Gradient")
+            return GradientReport(torch.zeros_like(self.parameters), math.nan, 0)
+        return GradientReport(gradient.clone(), value, batch.num_samples)
+
+    def _gradient_at(self, parameters: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
+        bench = self.bench
+        with bench.at(self.tensors, parameters) as point:
+            bench.mode(training=True)
+            loss = bench.differentiate(point, self._split(batch), batch.num_samples)
+        assert bench.gradient is not None
+        return bench.gradient, loss
+
+    def loss(self, operation: Loss) -> float:
+        """Carry out ``Loss``; as for ``gradient``, forward only.
+
+        Raises:
+            NonFiniteLossError: it is NaN or infinite, and ``on_nan`` is ``stop``; with ``skip`` the result is NaN.
+            ProgramError: ``at`` has the wrong shape, or the node has no data.
+        """
+        batch = self.batch(Batch()) if operation.batch is None else operation.batch
+        bench = self.bench
+        total = 0.0
+        with self._seeded_for_batch(), bench.at(self.tensors, operation.at), torch.no_grad():
+            bench.mode(training=True)
+            for part in self._split(batch) if batch.num_samples else ():
+                total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
+        if not math.isfinite(total):
+            self._give_up_round(f"loss is {total} in a Loss")
+            return math.nan
+        return total
+
+    def _split(self, batch: DataBatch) -> Iterator[tuple[Tensor, ...]]:
+        """A batch in pieces of the configured size: it says how much is computed at once."""
+        tensors = self.bench.to_device(batch.tensors)
+        pieces = ((aligned(piece) for piece in one.split(self.spec.batch_size)) for one in tensors)
+        return zip(*pieces, strict=True)
+
+    def _seeded_for_batch(self) -> Any:  # noqa: ANN401 - a context manager
+        """Dropout of ``Gradient`` and ``Loss``: one mask for all points at which the latest batch is looked at."""
+        return seeded(derive_seed(self.spec.seed, self.round, self.id, *self.position, "batch"), self.device)
+
+    @property
+    def position(self) -> Position:
+        """Where the node's next draw of its own data begins."""
+        return Position() if self._sampler is None else self._sampler.position
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        if self._sampler is not None:
+            self._sampler.position = position
+
+
+def _is_finite(values: Tensor) -> bool:
+    # The sum is one pass, and finite only if all values are; that it is not may be its own overflow.
+    return math.isfinite(values.sum()) or bool(values.isfinite().all())

@@ -1,0 +1,129 @@
+"""Tickets: what a node's program did last, told to whoever drives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from actors.buffers import Buffer, Signature, TensorSpec
+    from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Train
+    from algorithms.closing import ClosePolicy
+
+Compute: TypeAlias = "Train | Batch | Gradient | Loss | Evaluate"
+"""Operations that a node carries out by itself."""
+
+
+@dataclass(frozen=True)
+class Posted:
+    """The program awaits a collective operation, or has started one, and contributes to it (or only receives)."""
+
+    seq: int
+    signature: Signature
+    specs: tuple[TensorSpec, ...] | None
+    """What is contributed; ``None`` contributes nothing."""
+    weight: float
+    part_nbytes: tuple[int, ...]
+    """Booked bytes of each part."""
+    result_nbytes: tuple[int, ...]
+    """Booked bytes of each part of the result; empty for a gather."""
+    inline: Buffer | None
+    """The contribution itself, if it is small."""
+    close: ClosePolicy
+    wants: frozenset[NodeId] | None = None
+    """Of a neighbour gather: this round's in-neighbours."""
+    waits: bool = True
+    """False after a ``Start``: the program runs on at once."""
+
+    @property
+    def nbytes(self) -> int:
+        """Booked bytes of all parts."""
+        return sum(self.part_nbytes)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The program waits for a started exchange."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class Sending:
+    """The program sends a message, and runs on at once."""
+
+    to: NodeId
+    letter: int
+    """Names the message among those of its node."""
+    specs: tuple[TensorSpec, ...]
+    nbytes: int
+    inline: Buffer | None
+    """The payload itself, if it is small."""
+
+
+@dataclass(frozen=True)
+class Receiving:
+    """The program waits for a message."""
+
+    timeout_s: float | None
+
+
+@dataclass(frozen=True)
+class Sleeping:
+    """The program lets time pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pinging:
+    """The program asks who is there."""
+
+    nodes: tuple[NodeId, ...]
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Returned:
+    """The program is done; its state is staged."""
+
+    digest: str
+    num_collectives: int
+    loss: float | None
+    """Mean training loss of the round; ``None`` without training."""
+    num_samples: int
+    train_seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The program, or the task that it trains, raised."""
+
+    message: str
+    traceback: str | None
+    """``None`` if the message says all there is to say."""
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The program awaits compute; never leaves the host's process."""
+
+    operation: Compute
+
+
+@dataclass(frozen=True)
+class Stale:
+    """The program was cancelled."""
+
+
+Ticket: TypeAlias = Posted | Waiting | Sending | Receiving | Sleeping | Pinging | Returned | Failed | Computing | Stale
+
+
+@dataclass(frozen=True)
+class Contributed:
+    """One member's inline contribution, as the rendezvous passes it on to all members."""
+
+    node: NodeId
+    weight: float
+    specs: tuple[TensorSpec, ...]
+    data: Buffer

@@ -1,0 +1,56 @@
+"""What programs see of time: recorded on a cluster where results may depend on it, and seen again in a replay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from algorithms.api import NodeId, TrainReport
+
+
+class Times:
+    """Readings of the clock and durations of ``Train``, in the order in which a node's programs saw them."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[NodeId, list[float]] | None = None
+        self._foreseen: dict[NodeId, Iterator[float]] | None = None
+
+    def record(self) -> None:
+        """Keep what is seen from now on, for ``drain``."""
+        self._recorded = {}
+
+    def replay(self, seen: Mapping[NodeId, Iterable[float]]) -> None:
+        """Show what was recorded; when that is used up, what is."""
+        self._foreseen = {node: iter(values) for node, values in seen.items()}
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether recorded times are shown."""
+        return self._foreseen is not None
+
+    def drain(self) -> dict[NodeId, list[float]]:
+        """Take what was recorded since the last call."""
+        recorded = self._recorded
+        if not recorded:
+            return {}
+        self._recorded = {}
+        return recorded
+
+    def watched(self, node: NodeId, clock: Callable[[], float]) -> Callable[[], float]:
+        """The clock as ``node``'s programs see it."""
+        return lambda: self._seen(node, clock())
+
+    def timed(self, node: NodeId, report: TrainReport) -> TrainReport:
+        """The report with the seconds that ``node``'s program is to see."""
+        seconds = self._seen(node, report.seconds)
+        return report if seconds == report.seconds else replace(report, seconds=seconds)
+
+    def _seen(self, node: NodeId, value: float) -> float:
+        if self._foreseen is not None:
+            return next(self._foreseen.get(node, iter(())), value)
+        if self._recorded is not None:
+            self._recorded.setdefault(node, []).append(value)
+        return value

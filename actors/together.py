@@ -1,0 +1,344 @@
+"""Several nodes of one process at once: what they train and commit in one go has the bits of one after another.
+
+Where the task has its gradients in closed form (``Task.gradients``) and the optimizer is one of ``_UPDATES``, the
+parameters, gradients and moments of many nodes are the rows of one tensor, and a step of all of them is a step of one:
+rows do not depend on their number, and the updates treat each value on its own. Everything else is done node by node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from algorithms.api import TrainReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch.optim import Optimizer
+
+    from actors.replica import Fence, Replica
+    from actors.workbench import Slab, Workbench
+    from algorithms.api import NodeId, Train
+
+    Request: TypeAlias = tuple[Replica, Train, Fence]
+
+Outcome: TypeAlias = "TrainReport | Exception"
+"""What came of a ``Train``; the exception is ``Interrupted``, or whatever the node's task or rule raised."""
+
+_MAX_ROWS = 64
+"""Nodes that are trained as one: enough to make the calls cheap, few enough for their batches to stay in the cache."""
+
+
+def train_together(requests: Sequence[Request], on_turn: Callable[[NodeId], None] | None = None) -> list[Outcome]:
+    """Carry out ``Train``s of several nodes; never raises for a node's failure.
+
+    Args:
+        requests: a replica, what it is to do, and what tells it to stop.
+        on_turn: called before code of a task or a rule runs for one node alone.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, (replica, operation, _) in enumerate(requests):
+        if replica.bench.has_closed_form and replica.bench.update is not None and operation.rule is None:
+            alike.setdefault(_likeness(replica, operation), []).append(place)
+    outcomes: list[Outcome | None] = [None] * len(requests)
+    for places in alike.values():
+        for start in range(0, len(places), _MAX_ROWS):
+            chunk = places[start : start + _MAX_ROWS]
+            if len(chunk) > 1:
+                for place, report in zip(chunk, _train_rows([requests[one] for one in chunk]), strict=True):
+                    outcomes[place] = report
+    return [_train_alone(*requests[place], on_turn) if one is None else one for place, one in enumerate(outcomes)]
+
+
+def settle_all(replicas: Iterable[Replica], committed: int) -> list[Replica]:
+    """Commit those of ``replicas`` that staged a round up to ``committed``; return them, in order."""
+    due = [one for one in replicas if one.staged_round is not None and committed >= one.staged_round]
+    commit_all(due)
+    return due
+
+
+def commit_all(replicas: Sequence[Replica]) -> None:
+    """``Replica.commit`` of several."""
+    for slab, start, stop in _runs(replicas):
+        slab.commit(start, stop)
+    for replica in replicas:
+        replica.commit_state()
+
+
+def _runs(replicas: Sequence[Replica]) -> Iterator[tuple[Slab, int, int]]:
+    """Ranges of rows that cover the replicas."""
+    by_slab: dict[Slab, list[int]] = {}
+    for replica in replicas:
+        by_slab.setdefault(replica.slab, []).append(replica.row)
+    for slab, rows in by_slab.items():
+        rows.sort()
+        for _, run in itertools.groupby(enumerate(rows), key=lambda pair: pair[1] - pair[0]):
+            (_, first), *others = run
+            yield slab, first, first + 1 + len(others)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def _train_alone(replica: Replica, operation: Train, fence: Fence, on_turn: Callable[[NodeId], None] | None) -> Outcome:
+    if on_turn is not None:
+        on_turn(replica.id)
+    try:
+        return replica.train(operation, fence)
+    except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
+        return error
+
+
+def _likeness(replica: Replica, operation: Train) -> tuple[object, ...]:
+    """Equal for requests that may be rows of one tensor."""
+    steps = replica.num_steps(operation) if replica.num_samples else None
+    optimizer = replica.optimizer
+    age = optimizer.age if optimizer.moments else 0
+    return id(replica.bench), id(replica.samples), steps, age, replica.schedule_place
+
+
+def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
+    """Train alike nodes as one; ``None`` for those that have to be trained alone, of which nothing has changed."""
+    began = time.perf_counter()
+    replicas = [replica for replica, _, _ in requests]
+    positions = [replica.position for replica in replicas]
+    steps = replicas[0].num_steps(requests[0][1])
+    rows = _Rows(replicas, [fence for _, _, fence in requests])
+    try:
+        done = all(rows.step(number) for number in range(steps))
+    except Exception:  # noqa: BLE001 - alone, each gets the error that is its own
+        done = False
+    if not done:
+        for replica, position in zip(replicas, positions, strict=True):
+            replica.position = position
+        return [None] * len(replicas)
+    losses: list[list[float]] = torch.stack(rows.losses, dim=1).tolist()
+    good = rows.finite(losses)
+    rows.write_back(good, steps)
+    seconds = (time.perf_counter() - began) / len(replicas)
+    reports: list[TrainReport | None] = []
+    for row, replica in enumerate(replicas):
+        if good[row]:
+            reports.append(TrainReport(sum(losses[row]) / steps, rows.num_samples[row], steps, seconds))
+        else:
+            replica.position = positions[row]
+            reports.append(None)
+    return reports
+
+
+class _Rows:
+    """Nodes in training; their own tensors are as they were until ``write_back``."""
+
+    def __init__(self, replicas: Sequence[Replica], fences: Sequence[Fence]) -> None:
+        self._replicas = replicas
+        self._fences = list({id(fence): fence for fence in fences}.values())
+        first = replicas[0]
+        self._spec, self._bench, self._samples = first.spec, first.bench, first.samples
+        self._runs = [run for run in _runs(replicas) if len(run[0].current) > 1]
+        # A run of rows is copied at once, if the nodes come in its order.
+        self._in_order = len(self._runs) == 1 and [one.row for one in replicas] == [*range(*self._runs[0][1:])]
+        if self._in_order:
+            slab, start, stop = self._runs[0]
+            self.values = slab.stacked(start, stop).clone(memory_format=torch.contiguous_format)
+        else:
+            self.values = torch.stack([replica.parameters for replica in replicas])
+        self._moments = {
+            name: torch.stack([replica.optimizer.moments[name] for replica in replicas])
+            for name in first.optimizer.moments
+        }
+        self.losses: list[Tensor] = []
+        """Of each step, shape (n,)."""
+        self.num_samples = [0] * len(replicas)
+
+    def step(self, number: int) -> bool:
+        """Take the ``number``-th step; ``False`` if these nodes have to go on alone."""
+        if any(fence.is_set() for fence in self._fences):
+            return False
+        first, bench, config = self._replicas[0], self._bench, self._spec.optimizer
+        drawn = [replica.draw() for replica in self._replicas]
+        result = self._gradients(drawn)
+        if result is None:
+            return False
+        gradients, losses = result
+        if config.grad_clip is not None:
+            gradients = _clip(gradients, config.grad_clip)
+        assert bench.update is not None
+        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, first.rate(number))
+        self.losses.append(losses)
+        for row, indices in enumerate(drawn):
+            self.num_samples[row] += len(indices)
+        return True
+
+    def _gradients(self, drawn: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor] | None:
+        sizes = [len(indices) for indices in drawn]
+        if len(set(sizes)) == 1:
+            return self._gradients_of_equal(self.values, drawn)
+        gradients, losses = torch.empty_like(self.values), None
+        for size in sorted(set(sizes)):
+            rows = [row for row, other in enumerate(sizes) if other == size]
+            places = torch.tensor(rows)
+            result = self._gradients_of_equal(self.values[places], [drawn[row] for row in rows])
+            if result is None:
+                return None
+            losses = result[1].new_empty(len(sizes)) if losses is None else losses
+            gradients[places], losses[places] = result
+        assert losses is not None
+        return gradients, losses
+
+    def _gradients_of_equal(self, values: Tensor, drawn: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor] | None:
+        """For batches of one size b, of which as much is computed at once as for one node."""
+        num_samples, size = len(drawn[0]), self._spec.batch_size
+
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            for start in range(0, num_samples, size):
+                indices = np.concatenate([one[start : start + size] for one in drawn])
+                tensors = self._bench.to_device(self._samples.batch(torch.from_numpy(indices)))
+                yield tuple(tensor.unflatten(0, (len(drawn), -1)) for tensor in tensors)
+
+        return self._bench.closed_form(values, batches(), num_samples)
+
+    def finite(self, losses: Sequence[Sequence[float]]) -> list[bool]:
+        """Which nodes have finite losses and parameters."""
+        good = [all(map(math.isfinite, one)) for one in losses]
+        if math.isfinite(self.values.sum()):
+            return good
+        whole: list[bool] = self.values.isfinite().all(dim=1).tolist()
+        return [one and other for one, other in zip(good, whole, strict=True)]
+
+    def write_back(self, good: Sequence[bool], steps: int) -> None:
+        """Give the nodes what they have become."""
+        if self._in_order and all(good):
+            slab, start, stop = self._runs[0]
+            slab.stacked(start, stop).copy_(self.values)
+        else:
+            for row, replica in enumerate(self._replicas):
+                if good[row]:
+                    replica.parameters.copy_(self.values[row])
+        for row, replica in enumerate(self._replicas):
+            if good[row]:
+                replica.trained(steps, {name: moment[row] for name, moment in self._moments.items()})
+
+
+def _clip(gradients: Tensor, max_norm: float) -> Tensor:
+    """``clip_grad_norm_`` of each row."""
+    # A norm along a dimension adds up in another order than the norm of a row.
+    norms = torch.stack([nn.utils.get_total_norm([row]) for row in gradients])
+    return gradients * (max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)
+
+
+# --- optimizers -----------------------------------------------------------------------------------------------------
+
+
+class NodeOptimizer:
+    """A node's optimizer: its moments, or an object of torch's kind, made when they are first needed."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._object: Optimizer | None = None
+        self.moments: dict[str, Tensor] = {}
+        """Of an optimizer in ``_UPDATES``, each of shape (P,)."""
+        self.age = 0
+        """Steps since it was fresh."""
+
+    def step(self, parameters: Tensor, rate: float) -> None:
+        """Take one step of the node that is attached, along the workbench's gradient; ``parameters`` are its own."""
+        update, gradient = self._bench.update, self._bench.gradient
+        assert gradient is not None
+        if update is not None:
+            update(parameters, gradient, self.moments, self.age, rate)
+        else:
+            if self._object is None:
+                self._object = self._bench.make_optimizer()
+            for group in self._object.param_groups:
+                group["lr"] = rate
+            self._object.step()
+        self.age += 1
+
+    def aged(self, steps: int, moments: dict[str, Tensor]) -> None:
+        """Take over what ``steps`` more steps have made of the moments."""
+        self.age += steps
+        for name, moment in moments.items():
+            if name in self.moments:
+                self.moments[name].copy_(moment)
+            else:
+                self.moments[name] = moment.clone()
+
+    def reset(self) -> None:
+        """Forget all: the next step is the first."""
+        self._object, self.moments, self.age = None, {}, 0
+
+
+Update: TypeAlias = "Callable[[Tensor, Tensor, dict[str, Tensor], int, float], None]"
+"""``(values, gradient, moments, age, rate)``: one step in place, of values of any shape, after ``age`` others."""
+
+
+def update_of(name: str, options: dict[str, Any]) -> Update | None:
+    """The update of an optimizer as torch computes it, without the object around it; ``None``: it takes the object.
+
+    Args:
+        name: lower case, without underscores.
+        options: those that are set.
+    """
+    make, known = _UPDATES.get(name, (None, frozenset[str]()))
+    return make(options) if make is not None and options.keys() <= known else None
+
+
+def _sgd(options: dict[str, Any]) -> Update:
+    settings = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False} | options
+
+    def update(values: Tensor, gradient: Tensor, moments: dict[str, Tensor], age: int, rate: float) -> None:
+        del age
+        buffers = [moments.get("momentum_buffer")]
+        sgd([values], [gradient], buffers, foreach=False, fused=False, lr=rate, **settings)
+        if buffers[0] is not None:
+            moments["momentum_buffer"] = buffers[0]
+
+    return update
+
+
+def _adam(options: dict[str, Any], *, decoupled: bool) -> Update:
+    default = {"eps": 1e-8, "weight_decay": 1e-2 if decoupled else 0.0, "amsgrad": False, "maximize": False}
+    settings: dict[str, Any] = default | {"decoupled_weight_decay": decoupled} | options
+    beta1, beta2 = settings.pop("betas", (0.9, 0.999))
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if settings["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+    def update(values: Tensor, gradient: Tensor, moments: dict[str, Tensor], age: int, rate: float) -> None:
+        for moment in names:
+            if moment not in moments:
+                moments[moment] = torch.zeros_like(values)
+        adam(
+            [values],
+            [gradient],
+            [moments["exp_avg"]],
+            [moments["exp_avg_sq"]],
+            [moments["max_exp_avg_sq"]] if settings["amsgrad"] else [],
+            [torch.tensor(float(age))],
+            foreach=False,
+            fused=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=rate,
+            **settings,
+        )
+
+    return update
+
+
+_ADAM_OPTIONS = frozenset({"betas", "eps", "weight_decay", "amsgrad", "maximize"})
+
+_UPDATES: dict[str, tuple[Callable[[dict[str, Any]], Update], frozenset[str]]] = {
+    "sgd": (_sgd, frozenset({"weight_decay", "momentum", "dampening", "nesterov", "maximize"})),
+    "adam": (lambda options: _adam(options, decoupled=False), _ADAM_OPTIONS),
+    "adamw": (lambda options: _adam(options, decoupled=True), _ADAM_OPTIONS),
+}
+"""By name: the update, and the options with which it is this one."""

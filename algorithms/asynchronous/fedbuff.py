@@ -1,0 +1,107 @@
+"""FedBuff: a server that steps as soon as enough updates are in, so that nobody waits for the slowest.
+
+A worker i takes ``steps`` local steps from the model x_s that it was given, to y_i, sends the difference and waits for
+the model as it is by then. The server discounts each update by its age τ_i, and takes its step t with learning rate
+γ = ``outer.lr`` when K = ``buffer_size`` of them are in:
+
+    Δ_i = x_s - y_i          τ_i = t - s          s(τ) = (1 + τ)^-a          a = ``staleness_exponent``
+    x ← x - γ (1/K) Σ_i s(τ_i) Δ_i          t ← t + 1
+
+All are answered at once, but for the one that fills the buffer: it waits for the step, and gets x after it.
+Deviations: a worker asks for work whenever it has none; no server chooses among many. Floating-point buffers become
+the mean of those of the K. A worker that skips a round (``on_nan``) sends a difference of zero.
+Elasticity: the server alone has state that must not be lost. A worker that is gone takes the update with it that it
+was working on, and nobody waits for it; a new one begins with the initial model, and its first update counts from
+t = 0: ``max_staleness`` drops what is too old. K stays as it is, also above the number of workers.
+Cost: 2·K·b·P bytes per round of the server, b = 4 for float32, and what is on its way when the run ends. State: x and
+the sum of the differences on the server, the model it was given on a worker, P values each.
+Reference: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv:2106.06639,
+Algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from algorithms.api import SERVER, Algorithm, Layout, Message, Node, Receive, Send, Train
+from algorithms.outer import SGD, OuterOptimizer
+
+if TYPE_CHECKING:
+    from algorithms.outer import OuterState
+
+
+class FedBuff(Algorithm, name="fedbuff"):
+    """Federated learning with buffered asynchronous aggregation; see the module's docstring."""
+
+    replicated: ClassVar[bool] = False
+    synchronous: ClassVar[bool] = False
+
+    buffer_size: PositiveInt = 10  # K, updates in a step of the server
+    steps: PositiveInt = 10  # optimizer steps of a worker between two exchanges with the server
+    staleness_exponent: NonNegativeFloat = 0.5  # a; 0: old updates count like fresh ones
+    max_staleness: NonNegativeInt | None = None  # in steps of the server; older updates are dropped; null: none
+    outer: OuterOptimizer = SGD(lr=1.0)  # γ; plain averaging
+
+    def init(self, node: Node) -> None:
+        if node.id == SERVER:
+            node.local["outer"] = self.outer.init(node.parameters)
+            node.local["waiting"] = None
+
+    async def round(self, node: Node) -> None:
+        given = node.parameters.clone()
+        await Train(steps=self.steps)
+        await Send(SERVER, {"parameters": given - node.parameters, "buffers": node.buffers})
+        parameters, buffers, _ = _taken(await _message())
+        node.parameters.copy_(parameters)
+        node.buffers.copy_(buffers)
+
+    async def server(self, node: Node) -> None:
+        model = {"parameters": node.parameters, "buffers": node.buffers}
+        # The worker that filled the last buffer is answered only now: in the old round it would pass for one that
+        # has heard of the old model.
+        if node.local["waiting"] is not None:
+            await Send(cast("int", node.local["waiting"]), model)
+        difference, buffers = torch.zeros_like(node.parameters), torch.zeros_like(node.buffers)
+        num_updates = 0
+        while True:
+            message = await _message()
+            if self.max_staleness is None or message.staleness <= self.max_staleness:
+                update, its_buffers, staleness = _taken(message)
+                difference.add_(update, alpha=self.discount(staleness))
+                buffers.add_(its_buffers)
+                num_updates += 1
+            if num_updates == self.buffer_size:
+                break
+            await Send(message.sender, model)
+        difference.div_(self.buffer_size)
+        step, node.local["outer"] = self.outer.update(difference, cast("OuterState", node.local["outer"]))
+        node.parameters.add_(step)
+        node.buffers.copy_(buffers.div_(self.buffer_size))
+        node.local["waiting"] = message.sender
+
+    def discount(self, staleness: int) -> float:
+        """s(τ), what an update counts that was made from the model of τ steps ago."""
+        return (1 + staleness) ** -self.staleness_exponent
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return 2 * self.buffer_size * (layout.nbytes + layout.buffer_nbytes)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return self.steps
+
+
+async def _message() -> Message:
+    """The next message; that a node is gone changes nothing for those that are left."""
+    while not isinstance(message := await Receive(), Message):
+        pass
+    return message
+
+
+def _taken(message: Message) -> tuple[Tensor, Tensor, int]:
+    """Parameters or their difference, buffers, and how old they are."""
+    payload = cast("dict[str, Tensor]", message.payload)
+    return payload["parameters"], payload["buffers"], message.staleness

@@ -1,0 +1,118 @@
+"""Gradient coding: every gradient is computed by s + 1 nodes, so that s stragglers need not be waited for.
+
+The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of at
+least s + 1. A node draws a batch of each member of its group, the same ones as all of the group, and has the mean
+gradient g_k over these n_k samples. Who has it says so; when one of each group has, and those close behind have had
+``patience_s``, the round goes on without the rest, and one of each group contributes (η = ``outer.lr``):
+
+    g = Σ_k n_k g_k / Σ_k n_k          x ← x - η g
+
+which is the gradient of plain SGD on the batches of all N, whoever straggles.
+Deviations: fractional repetition for any N, where the paper has a cyclic code unless s + 1 divides N. There is no
+master: those that are there agree on who contributes, and reduce among themselves. Of batch norm's statistics, which
+move with the samples that a node has seen, those of the contributors are averaged.
+Elasticity: x is shared state; who was late or joins receives it. Groups are made anew for each view, and who leaves it
+takes its samples along. Where a whole group is lost within a round, the mean is over the others for that round. A
+round needs the quorum in any case: N - s must not be below ``cluster.quorum_fraction`` · N.
+Cost: 8 bytes from each to each other, and (G-1)·b·P + (N-1)·b·P, b = 4 for float32 (as a star: (G+N)·b·P); up to
+64 KiB a contribution travels inline, G·(N-1)·b·P. N/G ≥ s + 1 gradients a node and round. State: P values (x).
+Reference: Tandon et al., "Gradient Coding: Avoiding Stragglers in Distributed Learning", ICML 2017, arXiv:1612.03301.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
+from torch import Tensor
+
+from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, NodeId, all_reduce_bytes
+from algorithms.closing import OneOfEach
+from algorithms.outer import SGD, OuterOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from algorithms.outer import OuterState
+
+Groups: TypeAlias = tuple[tuple[NodeId, ...], ...]
+
+
+class GradientCoding(Algorithm, name="gradient_coding"):
+    """SGD with gradients from fractional repetition; see the module's docstring."""
+
+    stragglers: NonNegativeInt = 1  # s, nodes that a round can go on without, whichever they are
+    patience_s: NonNegativeFloat = 0.1  # after the first is done; 0: leaves all behind that are not needed
+    outer: OuterOptimizer = SGD(lr=0.1)  # η; the nodes' own optimizers take no steps
+
+    def init(self, node: Node) -> None:
+        node.shared["model"] = node.parameters.clone()
+        node.shared["outer"] = self.outer.init(node.parameters)
+
+    async def round(self, node: Node) -> None:
+        groups = groups_of(node.view.members, self.stragglers)
+        total, num_samples = torch.zeros_like(node.parameters), 0
+        for member in next(group for group in groups if node.id in group):
+            report = await Gradient(batch=await Batch(part=member))
+            total.add_(report.gradient, alpha=report.num_samples)
+            num_samples += report.num_samples
+        done = set(await AllGather(1.0, close=Patient(groups=groups, patience_s=self.patience_s)))
+        # Who is lost between the two exchanges is replaced by another of its group that is there.
+        lost = mean = None
+        while mean is None or (lost and representatives(groups, done) != set(mean.members)):
+            chosen = representatives(groups, done)
+            contribution = {"gradient": total / num_samples, "buffers": node.buffers} if node.id in chosen else None
+            mean = await AllReduce(contribution, weight=max(1, num_samples))
+            lost = chosen.difference(mean.members)
+            done -= lost
+        step, node.shared["outer"] = self.outer.update(mean.value["gradient"], cast("OuterState", node.shared["outer"]))
+        node.shared["model"] = cast("Tensor", node.shared["model"]) + step
+        node.parameters.copy_(node.shared["model"])
+        node.buffers.copy_(mean.value["buffers"])
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        num_groups = len(groups_of(range(num_nodes), self.stragglers))
+        agreed = num_nodes * (num_nodes - 1) * 8
+        return agreed + all_reduce_bytes(layout.nbytes + layout.buffer_nbytes, num_nodes, num_groups)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return 0
+
+
+class Patient(OneOfEach):
+    """Closes when one node of each group has arrived, but not before those close behind have had their time."""
+
+    patience_s: NonNegativeFloat  # from the first arrival, on the runtime's clock
+
+    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
+        return arrived == active or (waited_s >= self.patience_s and self.recoverable(arrived))
+
+    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> float | None:
+        if waited_s >= self.patience_s or not self.recoverable(arrived):
+            return None
+        return max(self.patience_s - waited_s, 0.001)  # less may not move a clock at all
+
+    def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
+        return self.enough(arrived, active, self.patience_s)
+
+
+def groups_of(members: Sequence[NodeId], stragglers: int) -> Groups:
+    """Who computes the same: groups of at least s + 1 nodes, or one of all; as even as can be.
+
+    >>> groups_of(range(7), 1)
+    ((0, 3, 6), (1, 4), (2, 5))
+    """
+    num_groups = max(1, len(members) // (stragglers + 1))
+    return tuple(tuple(members[group::num_groups]) for group in range(num_groups))
+
+
+def representatives(groups: Groups, done: Collection[NodeId]) -> set[NodeId]:
+    """Of each group, the first that is done, if any is.
+
+    >>> sorted(representatives(((0, 3, 6), (1, 4), (2, 5)), {1, 3, 4, 6}))
+    [1, 3]
+    """
+    present = ([node for node in group if node in done] for group in groups)
+    return {group[0] for group in present if group}

@@ -1,0 +1,61 @@
+"""What federated algorithms have in common: a sampled cohort, an amount of local work, and a server's step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from pydantic import Field, PositiveInt
+
+from algorithms.api import Algorithm, Node, NodeId, Train, View
+from algorithms.outer import SGD, OuterOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from algorithms.outer import OuterState
+    from algorithms.rules import Rule
+
+
+class Federated(Algorithm):
+    """A shared model x: some nodes train from it, and all take one step along what these bring back."""
+
+    epochs: PositiveInt = 1  # E, passes over the node's own data in a round
+    steps: PositiveInt | None = None  # optimizer steps in a round, instead of epochs
+    fraction: float = Field(default=1.0, gt=0, le=1)  # C, of the nodes that take part in a round
+    outer: OuterOptimizer = SGD(lr=1.0)  # γ; plain averaging
+
+    def init(self, node: Node) -> None:
+        node.shared["model"] = node.parameters.clone()
+        node.shared["outer"] = self.outer.init(node.parameters)
+
+    def cohort_size(self, num_nodes: int) -> int:
+        """|S|, the number of nodes that take part."""
+        # Rounded: 0.07 · 100 is 7.000000000000001 in floating point, and must not become 8.
+        return max(1, math.ceil(round(self.fraction * num_nodes, 9)))
+
+    def participants(self, view: View, rng: torch.Generator) -> tuple[NodeId, ...]:
+        permutation = torch.randperm(len(view.members), generator=rng)
+        order = cast("list[int]", permutation.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+        return tuple(sorted(view.members[index] for index in order[: self.cohort_size(len(view.members))]))
+
+    def local_work(self, rule: Rule | None = None) -> Train:
+        """What a node of the cohort does in a round."""
+        return Train(epochs=self.epochs, rule=rule) if self.steps is None else Train(steps=self.steps, rule=rule)
+
+    def move(self, node: Node, difference: Tensor, buffers: Tensor) -> None:
+        """Take the server's step from x on all nodes alike.
+
+        Args:
+            node: whose shared state has x.
+            difference: mean of x − y_i, shape (P,).
+            buffers: the new floating-point buffers, shape (B,).
+        """
+        step, node.shared["outer"] = self.outer.update(difference, cast("OuterState", node.shared["outer"]))
+        node.shared["model"] = cast("Tensor", node.shared["model"]) + step
+        node.parameters.copy_(node.shared["model"])
+        node.buffers.copy_(buffers)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return self.steps or self.epochs * math.ceil(num_samples / batch_size)

@@ -1,0 +1,46 @@
+"""Where the named tensors of a model live in its flat parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LayoutEntry:
+    """Where one named tensor lives in a flat one."""
+
+    name: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    block: str
+    """The submodule that a partial exchange keeps together (``blocks.3``); empty at the top."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, places and shapes of the trainable tensors in ``node.parameters``."""
+
+    entries: tuple[LayoutEntry, ...]
+    dtype: torch.dtype
+    num_buffer_values: int = 0
+    """Values in ``node.buffers``."""
+
+    @property
+    def num_values(self) -> int:
+        """P, the number of trainable values."""
+        return self.entries[-1].stop if self.entries else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat parameters."""
+        return self.num_values * self.dtype.itemsize
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes of the flat floating-point buffers."""
+        return self.num_buffer_values * self.dtype.itemsize

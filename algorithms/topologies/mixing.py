@@ -1,0 +1,97 @@
+"""Mixing matrices: with what weight each node takes whose values."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = "dict[int, dict[int, float]]"
+"""By node, the weights with which it mixes whose values; itself included, all sorted."""
+
+STOCHASTIC_TOLERANCE = 1e-9
+"""What a sum of weights may be away from 1."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A mixing matrix W, row by row: node i mixes Σ_j w_ij x_j. It may be shared: not to be written to."""
+
+    weights: Mapping[int, Mapping[int, float]]
+    """``weights[i][j]`` is w_ij > 0, own weight included; nodes and entries sorted. Each row sums to 1."""
+
+    def in_neighbors(self, node: int) -> tuple[int, ...]:
+        """Whose values ``node`` needs, sorted, itself left out."""
+        return tuple(other for other in self.weights[node] if other != node)
+
+    def out_neighbors(self, node: int) -> tuple[int, ...]:
+        """Who needs the values of ``node``, sorted, itself left out."""
+        return self._receivers[node]
+
+    @functools.cached_property
+    def _receivers(self) -> dict[int, tuple[int, ...]]:
+        receivers: dict[int, list[int]] = {node: [] for node in self.weights}
+        for node, row in self.weights.items():
+            for other in row:
+                if other != node:
+                    receivers[other].append(node)
+        return {node: tuple(others) for node, others in receivers.items()}
+
+    @functools.cached_property
+    def num_messages(self) -> int:
+        """Directed edges, that is payloads per round; nobody sends to itself."""
+        return sum(len(row) - 1 for row in self.weights.values())
+
+    def matrix(self) -> NDArray[np.float64]:
+        """W, shape (N, N), in the order of the sorted nodes."""
+        places = {node: place for place, node in enumerate(self.weights)}
+        matrix = np.zeros((len(places), len(places)))
+        for place, row in enumerate(self.weights.values()):
+            matrix[place, [places[other] for other in row]] = list(row.values())
+        return matrix
+
+    @functools.cached_property
+    def rho(self) -> float:
+        """ρ = ‖W − J‖₂ with J = 11ᵀ/N: what is left of ‖x − x̄‖ after a round, at most. 1 if the graph falls apart."""
+        return distance_from_mean(self.matrix())
+
+    @property
+    def spectral_gap(self) -> float:
+        """1 − ρ. Below 0 it can be only where W is not doubly stochastic."""
+        return 1.0 - self.rho
+
+    @functools.cached_property
+    def is_doubly_stochastic(self) -> bool:
+        """Whether columns sum to 1 as rows do, so that mixing preserves the mean."""
+        return bool(np.abs(self.matrix().sum(axis=0) - 1.0).max(initial=0.0) <= STOCHASTIC_TOLERANCE)
+
+    @functools.cached_property
+    def is_symmetric(self) -> bool:
+        """Whether w_ij = w_ji."""
+        return all(
+            self.weights[other].get(node) == weight
+            for node, row in self.weights.items()
+            for other, weight in row.items()
+        )
+
+
+def distance_from_mean(matrix: NDArray[np.float64]) -> float:
+    """‖W − 11ᵀ/N‖₂ of a matrix of shape (N, N)."""
+    if not len(matrix):
+        return 0.0
+    difference = matrix - 1.0 / len(matrix)
+    if np.array_equal(difference, difference.T):  # in half the time, seconds for 1000 nodes
+        return float(np.abs(np.linalg.eigvalsh(difference)).max())
+    return float(np.linalg.norm(difference, 2))
+
+
+def with_own_weight(node: int, others: Mapping[int, float]) -> dict[int, float]:
+    """A row, sorted: ``node`` keeps what the others leave of 1."""
+    # Last, and from an exact sum: rows that sum to 1 only nearly let the mean drift, round by round.
+    row = {**others, node: 1.0 - math.fsum(others.values())}
+    return dict(sorted(row.items()))

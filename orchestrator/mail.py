@@ -1,0 +1,70 @@
+"""Messages between nodes, as the controller handles them: the mailroom decides, the runtime carries, the log tells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from algorithms.api import SERVER, Left
+from orchestrator.mailroom import Delivery, Mailroom
+from orchestrator.runtime import Arrived, Receives, Sent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from algorithms.api import NodeId
+    from orchestrator.mailroom import Handover
+    from orchestrator.progress import Progress
+    from orchestrator.runtime import Happening
+
+
+class Mail:
+    """The mailboxes of a run."""
+
+    def __init__(self, progress: Progress, room: Mailroom | None = None) -> None:
+        self._progress = progress
+        self._runtime = progress.runtime
+        self.room = room or Mailroom(progress.facts)
+
+    def take(self, happening: Happening) -> bool:
+        """Handle what concerns messages; say whether it was that."""
+        match happening:
+            case Sent(node, to, nbytes, letter):
+                envelope = self.room.send(node, to, nbytes, letter)
+                if envelope is None:
+                    self._runtime.discard(node, letter)
+                else:
+                    if node != to:
+                        self._progress.ledger.book("server" if SERVER in (node, to) else "peer", nbytes)
+                    self._runtime.dispatch(envelope)
+            case Arrived(envelope):
+                self._hand_over(self.room.arrived(envelope))
+            case Receives(node, timeout_s):
+                self._hand_over(self.room.receive(node, timeout_s, self._runtime.now))
+            case _:
+                return False
+        return True
+
+    def next_timeout(self) -> float | None:
+        """When ``expire`` is due."""
+        return self.room.next_timeout()
+
+    def expire(self) -> None:
+        """Let those run on that have waited long enough."""
+        self._hand_over(self.room.expired(self._runtime.now))
+
+    def left(self, node: NodeId) -> None:
+        """Tell everybody that ``node`` is gone."""
+        self._hand_over(self.room.left(node))
+
+    def _hand_over(self, handovers: Iterable[Handover]) -> None:
+        for handover in handovers:
+            outcome = handover.outcome
+            match outcome:
+                case Delivery(envelope, _):
+                    what: object = envelope.key
+                case Left(node):
+                    what = {"left": node}
+                case _:
+                    what = "timeout"
+            self._progress.record("received", node=handover.node, outcome=what)
+            self._runtime.hand_over(handover)

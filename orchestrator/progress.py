@@ -1,0 +1,138 @@
+"""Where a run stands: what both loops over rounds, the synchronous and the asynchronous one, know and record."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from algorithms.api import SERVER
+from orchestrator.errors import NodeFailedError
+from orchestrator.ledger import Ledger
+from orchestrator.records import RoundRecord, Summary
+from orchestrator.runtime import Log, Raised, Seen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from actors.host import Returned
+    from algorithms.api import NodeId
+    from orchestrator.config import Config
+    from orchestrator.records import Observer, Status
+    from orchestrator.runtime import Happening, NodeFacts, Runtime
+
+
+class Progress:
+    """One run: its nodes, its record, its result."""
+
+    def __init__(self, config: Config, runtime: Runtime, observer: Observer, *, run_id: str, run_dir: str) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.observer = observer
+        self.ledger = Ledger()
+        self.facts: dict[NodeId, NodeFacts] = {}
+        self.committed = -1
+        """The last committed round."""
+        self.members: tuple[NodeId, ...] = ()
+        """Who committed it."""
+        self.lost: list[NodeId] = []
+        self.zero = 0.0
+        """The runtime's clock when all nodes were up; times in the record count from it."""
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._metrics: dict[str, float] = {}
+        self.digest: str | None = None
+        self._began = time.monotonic()
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Those that train and are alive, sorted."""
+        return tuple(sorted(node for node in self.facts if node != SERVER and node not in self.lost))
+
+    def name(self, node: NodeId) -> str:
+        """A node, for people."""
+        return f"{'the server' if node == SERVER else f'node {node}'} ({self.facts[node].place})"
+
+    def note(self, happening: Happening) -> bool:
+        """Take what concerns the record alone; say whether it was that.
+
+        Raises:
+            NodeFailedError: a program or a task raised.
+        """
+        match happening:
+            case Log(node, lines):
+                self.observer.on_log(node, lines)
+            case Seen(node, values):
+                self.record("seen", node=node, values=values)
+            case Raised(_, message, traceback):
+                raise NodeFailedError(message, traceback)
+            case _:
+                return False
+        return True
+
+    def record(self, what: str, **facts: Any) -> None:  # noqa: ANN401 - plain data of any kind
+        """Add to the run's log of events."""
+        self.observer.on_event({"event": what, "at_s": round(self.runtime.now - self.zero, 6), **facts})
+
+    def round_done(
+        self,
+        reports: Sequence[Returned],
+        committed: Mapping[NodeId, int],
+        *,
+        contributing: int,
+        payload_bytes: int,
+        transport_bytes: int | None,
+        seconds: float,
+    ) -> None:
+        """Record the round; if it is time, evaluate the mean model of the nodes in ``committed``, each at its round."""
+        config, number = self.config.evaluation, self.committed
+        metrics: dict[str, float] | None = None
+        evaluate_seconds = 0.0
+        last = number == self.config.rounds - 1
+        if last or (config.every_rounds and (number + 1) % config.every_rounds == 0):
+            began = time.monotonic()
+            self.runtime.settle(committed)
+            metrics = self._metrics = self.runtime.evaluate(tuple(committed), config.max_batches)
+            evaluate_seconds = time.monotonic() - began
+            layout = self.runtime.layout
+            self.ledger.book("evaluation", (len(committed) - 1) * (layout.nbytes + layout.buffer_nbytes))
+        losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
+        train_seconds = max((report.train_seconds for report in reports), default=0.0)
+        self.observer.on_round(
+            RoundRecord(
+                round=number,
+                loss=sum(losses) / len(losses) if losses else None,
+                num_samples=sum(report.num_samples for report in reports),
+                nodes=len(self.members),
+                contributing=contributing,
+                payload_bytes=payload_bytes,
+                transport_bytes=transport_bytes,
+                seconds=seconds,
+                train_seconds=train_seconds,
+                exchange_seconds=max(0.0, seconds - train_seconds),
+                evaluate_seconds=evaluate_seconds,
+                metrics=metrics,
+            )
+        )
+
+    def summary(self, status: Status) -> Summary:
+        """Where the run stands."""
+        rounds = self.committed + 1
+        return Summary(
+            status=status,
+            run_id=self._run_id,
+            run_dir=self._run_dir,
+            algorithm=self.config.algorithm.name,
+            rounds=rounds,
+            metrics=self._metrics,
+            bytes={
+                "payload": self.ledger.payload,
+                "recovery": self.ledger["recovery"],
+                "per_round": self.ledger.payload / rounds if rounds else 0,
+                "transport": self.runtime.transport_nbytes,
+            },
+            nodes={"started": len(self.facts), "joined": 0, "lost": len(self.lost)},
+            digest=self.digest,
+            seconds=time.monotonic() - self._began,
+            virtual_seconds=self.runtime.now if self.runtime.virtual else None,
+            baselines=dict(self.runtime.baselines) if self.facts else {},
+        )

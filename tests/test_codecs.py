@@ -1,0 +1,241 @@
+"""Codecs: booked sizes, error bounds, and bytes that come out the same again and wherever a tensor is cut."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from algorithms.codecs import BFloat16, Codec, Float16, Identity, Int8
+from algorithms.codecs.int8 import _AT_ONCE, _LIMIT
+from algorithms.errors import ProgramError
+from algorithms.registry import table
+from tests.codecs import Blockwise
+
+LOSSY = [BFloat16(), Float16(), Int8(), Int8(block_size=1), Int8(block_size=7)]
+ALL = [Identity(), *LOSSY]
+WIDE = [torch.float32, torch.float64]
+SINGLE_MAX = torch.finfo(torch.float32).max
+
+lossy = st.sampled_from(LOSSY)
+wide = st.sampled_from(WIDE)
+tame = st.floats(-60000, 60000)  # within the range of all
+huge = st.floats(-1e38, 1e38, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1.5e-36, -1e38])
+
+
+def there_and_back(codec: Codec, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return codec.decode(codec.encode(values), values.numel(), dtype or values.dtype)
+
+
+def draw(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(size)).to(dtype)
+
+
+def test_are_in_the_table():
+    names = {"identity": Identity, "bf16": BFloat16, "fp16": Float16, "int8": Int8}
+    assert table(Codec).items() >= names.items()
+    for codec in ALL:
+        assert TypeAdapter(Codec).validate_python(codec.model_dump()) == codec
+    with pytest.raises(ValidationError):
+        Int8(block_size=0)
+
+
+@given(codec=st.sampled_from([*ALL, Blockwise()]), dtype=wide, size=st.integers(0, 1100))
+def test_booked_is_encoded(codec: Codec, dtype: torch.dtype, size: int):
+    data = codec.encode(draw(size, dtype))
+    assert (data.dtype, data.shape) == (torch.uint8, (codec.nbytes(size, dtype),))
+    values = codec.decode(data, size, dtype)
+    assert (values.dtype, values.shape) == (dtype, (size,))
+
+
+def test_sizes():
+    for dtype in WIDE:
+        assert BFloat16().nbytes(1000, dtype) == Float16().nbytes(1000, dtype) == 2000
+        assert [Int8().nbytes(size, dtype) for size in (0, 1, 256, 257, 1000)] == [0, 5, 260, 265, 1016]
+    assert [codec.block for codec in ALL] == [1, 1, 1, 256, 1, 7]
+
+
+@pytest.mark.parametrize("codec", ALL, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_contributions(codec: Codec, dtype: torch.dtype):
+    values = draw(600, dtype)
+    decoded = there_and_back(codec, values)
+    assert decoded.dtype == dtype
+    torch.testing.assert_close(decoded, values, rtol=2**-8, atol=0.02)
+
+
+@given(codec=lossy, dtype=wide, values=st.lists(tame, max_size=40))
+def test_encoding_again_gives_the_same_bytes(codec: Codec, dtype: torch.dtype, values: list[float]):
+    data = codec.encode(torch.tensor(values, dtype=dtype))
+    assert torch.equal(codec.encode(codec.decode(data, len(values), dtype)), data)
+
+
+@given(codec=st.sampled_from([BFloat16(), Int8(block_size=3)]), dtype=wide, values=st.lists(huge, max_size=40))
+def test_encoding_again_gives_the_same_bytes_at_the_ends_of_the_range(
+    codec: Codec, dtype: torch.dtype, values: list[float]
+):
+    data = codec.encode(torch.tensor(values, dtype=dtype))
+    decoded = codec.decode(data, len(values), dtype)
+    assert decoded.isfinite().all()
+    assert torch.equal(codec.encode(decoded), data)
+
+
+@given(codec=lossy, dtype=wide, values=st.lists(tame, max_size=40))
+def test_odd_symmetry(codec: Codec, dtype: torch.dtype, values: list[float]):
+    there = torch.tensor(values, dtype=dtype)
+    assert torch.equal(there_and_back(codec, -there), -there_and_back(codec, there))
+
+
+@given(codec=lossy, values=st.lists(tame, max_size=40))
+def test_double_precision_and_single_agree(codec: Codec, values: list[float]):
+    single = torch.tensor(values, dtype=torch.float32)
+    assert torch.equal(codec.encode(single.double()), codec.encode(single))
+    assert torch.equal(there_and_back(codec, single, torch.float64), there_and_back(codec, single).double())
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=repr)
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("size", [40, 5 * 256 + 3, 2 * _AT_ONCE + 300])
+def test_cut_between_blocks_gives_the_same_bytes(codec: Codec, dtype: torch.dtype, size: int):
+    values = draw(size, dtype)
+    data = codec.encode(values)
+    for share in (0.1, 0.5, 0.9):
+        cut = int(size * share) // codec.block * codec.block
+        pieces = [codec.encode(values[:cut]), codec.encode(values[cut:])]
+        assert torch.equal(torch.cat(pieces), data)
+        place = codec.nbytes(cut, dtype)
+        decoded = torch.cat([codec.decode(data[:place], cut, dtype), codec.decode(data[place:], size - cut, dtype)])
+        assert torch.equal(decoded, codec.decode(data, size, dtype))
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=repr)
+def test_zeros(codec: Codec):
+    assert torch.equal(there_and_back(codec, torch.zeros(20)), torch.zeros(20))
+
+
+@pytest.mark.parametrize("codec", LOSSY, ids=repr)
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 13, 299])
+def test_not_finite_is_refused(codec: Codec, dtype: torch.dtype, bad: float, place: int):
+    values = draw(300, dtype)
+    values[place] = bad
+    with pytest.raises(ProgramError, match=f"codec {codec.name} carries finite values up to .*: training has diverged"):
+        codec.encode(values)
+
+
+def test_nan_with_all_bits_set_is_refused():
+    values = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    for codec in LOSSY:
+        with pytest.raises(ProgramError):
+            codec.encode(values)
+
+
+def test_beyond_the_range_is_refused():
+    message = r"codec fp16 carries finite values up to ±65504; these lie between -65505 and 1: use codec bf16"
+    with pytest.raises(ProgramError, match=message) as caught:
+        Float16().encode(torch.tensor([1.0, -65505.0]))
+    assert "\n" not in str(caught.value)
+    for codec, largest in ((Float16(), 65504.0), (BFloat16(), torch.finfo(torch.bfloat16).max), (Int8(), _LIMIT)):
+        for limit in (largest, -largest):
+            values = torch.tensor([limit], dtype=torch.float64)
+            assert there_and_back(codec, values, torch.float32).item() == limit
+            with pytest.raises(ProgramError):
+                codec.encode(values * (1 + 2**-20))
+
+
+# --- two bytes ------------------------------------------------------------------------------------------------------
+
+
+@given(values=st.lists(huge, max_size=40))
+def test_bf16_error(values: list[float]):
+    there = torch.tensor(values, dtype=torch.float64)
+    error = (there_and_back(BFloat16(), there) - there).abs()
+    assert (error <= there.abs() * 2**-8 * (1 + 1e-6) + 1e-40).all()
+
+
+@given(values=st.lists(tame | st.floats(-1e-3, 1e-3), max_size=40))
+def test_fp16_error(values: list[float]):
+    there = torch.tensor(values, dtype=torch.float64)
+    error = (there_and_back(Float16(), there) - there).abs()
+    assert (error <= torch.where(there.abs() < 2**-14, 2.0**-25, there.abs() * 2**-11) * (1 + 1e-6)).all()
+
+
+def test_two_bytes_by_hand():
+    assert BFloat16().encode(torch.tensor([1.0, -2.0])).tolist() == [0x80, 0x3F, 0x00, 0xC0]
+    assert Float16().encode(torch.tensor([1.0, -2.0])).tolist() == [0x00, 0x3C, 0x00, 0xC0]
+    # Ties go to the even neighbour: 1 + 2⁻⁸ lies between 1 and 1 + 2⁻⁷.
+    assert there_and_back(BFloat16(), torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])).tolist() == [1.0, 1 + 2**-6]
+
+
+# --- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def reference(values: list[float], size: int) -> bytes:
+    """The format, block by block, in Python's floats."""
+    data = b""
+    for start in range(0, len(values), size):
+        block = values[start : start + size]
+        (scale,) = struct.unpack("<f", struct.pack("<f", max(map(abs, block)) / 127))
+        mantissa, exponent = math.frexp(scale)
+        scale = math.ldexp(math.ceil(mantissa * 2**17), exponent - 17)
+        codes = [round(value / scale) if scale else 0 for value in block]
+        data += struct.pack(f"<f{len(block)}b", scale, *codes)
+    return data
+
+
+@given(values=st.lists(st.floats(-100, 100, width=32, allow_subnormal=False), max_size=30), size=st.integers(1, 9))
+def test_int8_format(values: list[float], size: int):
+    values = [value if abs(value) > 1e-30 else 0.0 for value in values]
+    assert bytes(Int8(block_size=size).encode(torch.tensor(values)).tolist()) == reference(values, size)
+
+
+@given(values=st.lists(huge, min_size=1, max_size=40), size=st.integers(1, 9), dtype=wide)
+def test_int8_error(values: list[float], size: int, dtype: torch.dtype):
+    there = torch.tensor(values, dtype=dtype)
+    back = there_and_back(Int8(block_size=size), there)
+    for one, other in zip(there.double().split(size), back.double().split(size), strict=True):
+        bound = float(one.abs().max()) / 254 * (1 + 2**-15)
+        assert float((one - other).abs().max()) <= max(bound, 1.5e-36)
+        assert float(other.abs().max()) <= float(one.abs().max()) * (1 + 2**-15)
+
+
+def test_int8_largest_is_kept():
+    values = draw(256 * 40)
+    back = there_and_back(Int8(), values).view(-1, 256)
+    torch.testing.assert_close(back.abs().amax(1), values.view(-1, 256).abs().amax(1), rtol=2**-16, atol=0)
+
+
+def test_int8_blocks_do_not_touch_one_another():
+    values = torch.cat([torch.full((256,), 1e-20), torch.full((256,), 1e20), torch.zeros(256), torch.full((3,), 1.0)])
+    torch.testing.assert_close(there_and_back(Int8(), values), values, rtol=2**-15, atol=0)
+
+
+def test_int8_of_subnormal_scales_is_zero():
+    tiny = 127 * torch.finfo(torch.float32).tiny
+    assert there_and_back(Int8(), torch.tensor([0.9 * tiny, -1e-45])).tolist() == [0.0, 0.0]
+    assert there_and_back(Int8(), torch.tensor([tiny])).item() == tiny
+
+
+def test_int8_reads_bytes_at_odd_places():
+    values = draw(600)
+    data = Int8(block_size=7).encode(values)
+    moved = torch.cat([torch.zeros(1, dtype=torch.uint8), data])[1:]
+    assert torch.equal(Int8(block_size=7).decode(moved, 600, torch.float32), there_and_back(Int8(block_size=7), values))
+
+
+@pytest.mark.parametrize("codec", ALL, ids=repr)
+def test_arguments_are_not_written_to(codec: Codec):
+    values = draw(600)
+    kept = values.clone()
+    data = codec.encode(values)
+    bytes_kept = data.clone()
+    codec.decode(data, 600, torch.float32)
+    assert torch.equal(values, kept)
+    assert torch.equal(data, bytes_kept)
