@@ -285,6 +285,29 @@ def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) 
     return members[""] if len(specs) == 1 and not specs[0].name else members
 
 
+def copies(payloads: Mapping[Any, Payload]) -> dict[Any, Payload]:
+    """Copies of payloads; of many tensors of one form, made as one."""
+    first = next(iter(payloads.values()), None)
+    if isinstance(first, Tensor):
+        form = first.shape, first.dtype, first.device
+        tensors = [
+            one for one in payloads.values() if isinstance(one, Tensor) and (one.shape, one.dtype, one.device) == form
+        ]
+        if len(tensors) == len(payloads):
+            return dict(zip(payloads, torch.stack([one.detach() for one in tensors]).unbind(), strict=True))
+    return {key: _copied(payload) for key, payload in payloads.items()}
+
+
+def _copied(payload: Payload) -> Payload:
+    if isinstance(payload, Mapping):
+        return {name: _cloned(value) for name, value in sorted(payload.items())}
+    return _cloned(payload)
+
+
+def _cloned(value: Tensor | float) -> Tensor | float:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def payload_nbytes(specs: tuple[TensorSpec, ...]) -> int:
     """Bytes of a payload: its tensors' bytes, and 8 for each number."""
     return sum(spec.num_values * spec.dtype.itemsize for spec in specs)

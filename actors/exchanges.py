@@ -36,6 +36,8 @@ class Exchange:
     signature: Signature
     cuts: Cuts | None = None
     parts: list[Buffer] = field(default_factory=list)
+    payload: Payload | None = None
+    """Of a gather."""
     open: bool = False
     """It was started, and has not been waited for."""
     written: list[tuple[torch.Tensor, int]] = field(default_factory=list)
@@ -76,8 +78,31 @@ class _Concluded:
 
     result: Any
     """``Reduced``, or payloads by member."""
-    mixing: Mixing | None = None
+    weights: Mapping[NodeId, Mapping[NodeId, float]] | None = None
+    """The mixing matrix of a neighbour gather."""
     num_taken: int = 0
+
+
+class _Neighborhoods:
+    """Who receives from whom under one mixing matrix, in the forms that are asked for in each round."""
+
+    def __init__(self, topology: Topology, mixing: Mixing) -> None:
+        self.topology = topology
+        self.mixing = mixing
+        self._ordered: dict[NodeId, tuple[NodeId, ...]] = {}
+        self._sets: dict[NodeId, frozenset[NodeId]] = {}
+
+    def ordered(self, node: NodeId) -> tuple[NodeId, ...]:
+        """In-neighbours, sorted."""
+        if node not in self._ordered:
+            self._ordered[node] = self.mixing.in_neighbors(node)
+        return self._ordered[node]
+
+    def of(self, node: NodeId) -> frozenset[NodeId]:
+        """In-neighbours, as a set."""
+        if node not in self._sets:
+            self._sets[node] = frozenset(self.ordered(node))
+        return self._sets[node]
 
 
 class Exchanges:
@@ -89,7 +114,10 @@ class Exchanges:
         self.outbox: dict[int, Buffer] = {}
         """Large messages that nobody has fetched yet."""
         self._cuts_of: dict[tuple[str, tuple[TensorSpec, ...], int], Cuts] = {}
-        self._mixings: dict[int, tuple[Topology, Mixing]] = {}
+        self._mixings: dict[int, _Neighborhoods] = {}
+        self._known: _Neighborhoods | None = None
+        """The last ones: most graphs stay."""
+        self._signatures: dict[tuple[int, int], tuple[object, object, Signature]] = {}
         self._concluded: dict[int, _Concluded] = {}
 
     def forget(self) -> None:
@@ -105,13 +133,13 @@ class Exchanges:
             ProgramError: it contributes what cannot travel.
         """
         replica, program = self.replicas[node], self.programs[node]
-        signature = buffers.signature_of(operation)
+        signature = self._signature(operation)
         exchange = Exchange(operation, signature, open=started)
         seq = len(program.exchanges)
         program.exchanges.append(exchange)
         wants = None
         if isinstance(operation, NeighborAllGather):
-            wants = frozenset(self._mixing(node, seq, operation.topology).in_neighbors(node))
+            wants = self._neighborhoods(node, seq, operation.topology).of(node)
         payload = cast("Payload | None", operation.tensors if isinstance(operation, AllReduce) else operation.payload)
         waits, close = not started, operation.close
         if payload is None or replica.skipping:
@@ -124,8 +152,8 @@ class Exchanges:
         if not isinstance(operation, AllReduce):
             specs = buffers.specs_of(payload)
             nbytes = buffers.payload_nbytes(specs)
-            exchange.parts = [buffers.pack(payload)]
-            inline = exchange.parts[0] if nbytes <= INLINE_LIMIT_BYTES else None
+            exchange.payload = payload
+            inline = buffers.pack(payload) if nbytes <= INLINE_LIMIT_BYTES else None
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, close, wants, waits)
         specs = signature.tensors
         assert specs is not None
@@ -154,14 +182,29 @@ class Exchanges:
             return hold(payload)
         return {name: hold(value) for name, value in payload.items()}
 
-    def _mixing(self, node: NodeId, seq: int, topology: Topology) -> Mixing:
-        """The mixing matrix of this round's view; found once for all nodes of the process."""
+    def _signature(self, operation: Collective) -> Signature:
+        """Of a neighbour gather, made once: it depends on parts alone, and nodes of one process share those."""
+        if not isinstance(operation, NeighborAllGather):
+            return buffers.signature_of(operation)
+        key = id(operation.topology), id(operation.close)
+        known = self._signatures.get(key)
+        if known is None or known[0] is not operation.topology or known[1] is not operation.close:
+            if len(self._signatures) >= _MAX_CUTS:
+                self._signatures.clear()
+            known = operation.topology, operation.close, buffers.signature_of(operation)
+            self._signatures[key] = known
+        return known[2]
+
+    def _neighborhoods(self, node: NodeId, seq: int, topology: Topology) -> _Neighborhoods:
+        """Who is whose neighbour in this round's view; found once for all nodes of the process."""
         known = self._mixings.get(seq)
-        if known is None or known[0] is not topology:
+        if known is None or known.topology is not topology:
             replica = self.replicas[node]
-            known = topology, topology.mixing(replica.view.members, replica.round, replica.spec.seed)
-            self._mixings[seq] = known
-        return known[1]
+            mixing = topology.mixing(replica.view.members, replica.round, replica.spec.seed)
+            last = self._known
+            known = last if last is not None and last.mixing is mixing else _Neighborhoods(topology, mixing)
+            self._mixings[seq] = self._known = known
+        return known
 
     def _cut(self, operation: AllReduce[Any], parts: str, specs: tuple[TensorSpec, ...], num_members: int) -> Cuts:
         """Where contributions are cut; found once for all rounds and nodes of the process."""
@@ -177,12 +220,15 @@ class Exchanges:
 
     def parts(self, node: NodeId, seq: int) -> list[Buffer]:
         """A node's encoded contribution to exchange ``seq``, one buffer per part."""
-        return self.programs[node].exchanges[seq].parts
+        exchange = self.programs[node].exchanges[seq]
+        if exchange.payload is not None and not exchange.parts:
+            exchange.parts = [buffers.pack(exchange.payload)]
+        return exchange.parts
 
-    def wanted(self, node: NodeId, seq: int) -> frozenset[NodeId] | None:
-        """Whose contributions to a neighbour gather the nodes of this process receive, as far as they are known."""
-        known = self._mixings.get(seq)
-        return None if known is None else frozenset(known[1].in_neighbors(node))
+    def contributed(self, nodes: Iterable[NodeId], seq: int) -> dict[NodeId, Payload]:
+        """Copies of what nodes of this process contribute to a gather, as others receive it."""
+        payloads = {node: self.programs[node].exchanges[seq].payload for node in nodes}
+        return buffers.copies({node: payload for node, payload in payloads.items() if payload is not None})
 
     # --- reduction ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +265,8 @@ class Exchanges:
         """
         ordered = sorted(inline, key=lambda one: one.node)
         if not isinstance(self.programs[node].exchanges[seq].operation, AllReduce):
-            self.conclude_gather(node, seq, [(one.node, one.specs, one.data) for one in ordered], closed)
+            received = {one.node: self.unpack(node, one.specs, one.data) for one in ordered}
+            self.conclude_gather(node, seq, received, closed)
             return
         contributions = {one.node: (one.data, one.weight) for one in ordered}
         part = self.reduce(node, seq, 0, ordered[0].specs, contributions)
@@ -239,33 +286,30 @@ class Exchanges:
         self._conclude(seq, _Concluded(Reduced(value, members, sum(weights[member] for member in members))))
 
     def conclude_gather(
-        self,
-        node: NodeId,
-        seq: int,
-        contributions: Iterable[tuple[NodeId, tuple[TensorSpec, ...], Buffer]],
-        present: Iterable[NodeId] | None = None,
+        self, node: NodeId, seq: int, payloads: Mapping[NodeId, Payload], present: Iterable[NodeId] | None = None
     ) -> None:
-        """Decode the contributions to a closed gather that this process received.
+        """Keep the contributions to a closed gather that this process received.
 
-        ``present`` are all whose contributions are in, here or elsewhere (default: those of ``contributions``).
+        ``present`` are all whose contributions are in, here or elsewhere (default: those of ``payloads``).
         """
-        device = self.replicas[node].device
-        payloads = {member: buffers.unpack(specs, data, device) for member, specs, data in contributions}
         operation = self.programs[node].exchanges[seq].operation
-        mixing = None
+        weights = None
         if isinstance(operation, NeighborAllGather):
-            mixing = self._mixing(node, seq, operation.topology)
-            members, closed = self.replicas[node].view.members, frozenset(payloads if present is None else present)
+            known = self._neighborhoods(node, seq, operation.topology)
+            replica = self.replicas[node]
+            members, closed = replica.view.members, frozenset(payloads if present is None else present)
+            mixing = known.mixing
             if len(closed) < len(members):
-                replica = self.replicas[node]
                 mixing = operation.topology.mixing(members, replica.round, replica.spec.seed, closed)
-        self._conclude(seq, _Concluded(payloads, mixing))
+            weights = mixing.weights
+        self._conclude(seq, _Concluded(payloads, weights))
 
     def _conclude(self, seq: int, concluded: _Concluded) -> None:
         self._concluded[seq] = concluded
         for program in self.programs.values():
             if len(program.exchanges) > seq:
-                program.exchanges[seq].parts = []  # delivered to all: nobody asks for them again
+                # Delivered to all: nobody asks for them again.
+                program.exchanges[seq].parts, program.exchanges[seq].payload = [], None
 
     def is_concluded(self, seq: int) -> bool:
         """Whether the result is there for ``take``."""
@@ -278,13 +322,12 @@ class Exchanges:
         alone = len(self.programs) == 1
         if concluded.num_taken == len(self.programs):
             del self._concluded[seq]
-        if concluded.mixing is None:
+        if concluded.weights is None:
             return concluded.result if alone else Shared(concluded.result)
-        senders = self._mixings[seq][1].in_neighbors(node)
         payloads = concluded.result
-        return Inbox(
-            {sender: payloads[sender] for sender in senders if sender in payloads}, concluded.mixing.weights[node]
-        )
+        senders = self._mixings[seq].ordered(node)
+        received = {sender: payloads[sender] for sender in senders if sender in payloads}
+        return Inbox(received, concluded.weights[node])
 
     def unpack(self, node: NodeId, specs: tuple[TensorSpec, ...], data: Buffer) -> Payload:
         """A message's payload, as ``node`` receives it."""

@@ -86,6 +86,8 @@ class Host(Exchanges):
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
+        self.keeps_logs = True
+        """Off where nobody drains them."""
         self._letters = itertools.count()
         self.times = Times()
         for replica in self.replicas.values():
@@ -253,9 +255,10 @@ class Host(Exchanges):
                 )
                 raise UnfinishedExchange(message)
         reports = program.reports
-        for report in reports:
-            done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
-            self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
+        if self.keeps_logs:
+            for report in reports:
+                done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
+                self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
         losses = [report.loss for report in reports]
         return Returned(
             digest=self._digest(replica),
@@ -303,9 +306,8 @@ class Host(Exchanges):
             batch = [
                 (self.replicas[node], cast("Train", operation)) for node, operation in map(requests.__getitem__, trains)
             ]
-            self.current = batch[0][0].id
             fenced = [(replica, operation, self.fences[replica.id]) for replica, operation in batch]
-            for place, outcome in zip(trains, together.train_together(fenced), strict=True):
+            for place, outcome in zip(trains, together.train_together(fenced, self._turn), strict=True):
                 results[place] = self._outcome(requests[place][0], outcome)
         for place, (node, operation) in enumerate(requests):
             if not isinstance(operation, Train):
@@ -315,6 +317,9 @@ class Host(Exchanges):
                 except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
                     results[place] = self._outcome(node, error)
         return results
+
+    def _turn(self, node: NodeId) -> None:
+        self.current = node
 
     def _carry_out(self, node: NodeId, operation: Compute) -> object:
         replica = self.replicas[node]

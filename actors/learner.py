@@ -173,10 +173,10 @@ class Learner:
     def _backward(self) -> tuple[Tensor, int]:
         """Fill the gradient of one optimizer step; return the mean loss and the number of samples."""
         # Drawn at once and weighted by size: k batches of b are one batch of k·b, also where an epoch ends.
-        drawn = self._own_data("Train").next(self.spec.samples_per_step)
-        size = self.spec.batch_size
-        pieces = (drawn,) if len(drawn) <= size else drawn.split(size)
-        return self.bench.differentiate(self.parameters, map(self.load, pieces), len(drawn)), len(drawn)
+        drawn = self.draw()
+        num_samples, size = len(drawn), self.spec.batch_size
+        pieces = (self.load(torch.from_numpy(drawn[start : start + size])) for start in range(0, num_samples, size))
+        return self.bench.differentiate(self.parameters, pieces, num_samples), num_samples
 
     def _ruled(self, rule: Rule) -> Callable[[], tuple[Tensor, int]]:
         """The same with a rule's gradient and sampler."""
@@ -191,8 +191,7 @@ class Learner:
             indices = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
-            if gradient is not bench.gradient:
-                bench.clear_gradient().copy_(gradient)
+            bench.set_gradient(gradient)
             return loss.detach(), len(indices)
 
         return backward
@@ -270,7 +269,7 @@ class Learner:
             raise ProgramError(f"Batch takes a size of at least 1; got {size}")
         if operation.source == "validation":
             if operation.part is not None or self.validation is None:
-                why = "held-out data have no parts" if self.validation else "this process has no held-out data"
+                why = "this process has no held-out data" if self.validation is None else "held-out data have no parts"
                 raise ProgramError(f"Batch(source='validation', part={operation.part}): {why}")
             places = self._choose(("validation",), len(self.validation), size)
             tensors = self.bench.to_device(self.validation.batch(places))

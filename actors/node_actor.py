@@ -278,8 +278,9 @@ class NodeActor:
             self._host.conclude_reduce(node, seq, result.specs, result.weights, self._results.pop(seq))
         else:
             kept = self._gathered.pop(seq)
-            members = [(one, specs, kept[one]) for one, specs in sorted(result.gathered.items()) if one in kept]
-            self._host.conclude_gather(node, seq, members, result.weights)
+            specs = sorted(result.gathered.items())
+            received = {one: self._host.unpack(node, form, kept[one]) for one, form in specs if one in kept}
+            self._host.conclude_gather(node, seq, received, result.weights)
         # The store's memory is free again as soon as nothing here refers to it.
         self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
 

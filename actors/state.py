@@ -175,7 +175,8 @@ def _same(one: State, other: State) -> bool:
 
 
 def _integers(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(_INTEGERS.get(tensor.dtype.itemsize, torch.uint8))
+    integer = _INTEGERS.get(tensor.dtype.itemsize)
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if integer is None else tensor.view(integer)
 
 
 def _versions(value: State) -> tuple[int, ...]:

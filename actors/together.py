@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Outcome: TypeAlias = "TrainReport | Exception"
 """What came of a ``Train``; the exception is ``Interrupted``, or whatever the node's task or rule raised."""
 
-_MAX_ROWS = 64
+_MAX_ROWS = 256
 """Nodes that are trained as one: enough to make the calls cheap, few enough for their batches to stay in the cache."""
 
 
@@ -144,11 +144,11 @@ class _Rows:
         self._fences = list({id(fence): fence for fence in fences}.values())
         first = replicas[0]
         self._spec, self._bench, self._samples = first.spec, first.bench, first.samples
-        self._runs = [run for run in _runs(replicas) if len(run[0].current) > 1]
-        # A run of rows is copied at once, if the nodes come in its order.
-        self._in_order = len(self._runs) == 1 and [one.row for one in replicas] == [*range(*self._runs[0][1:])]
-        if self._in_order:
-            slab, start, stop = self._runs[0]
+        (slab, start, stop), *others = _runs(replicas)
+        self._run: tuple[Slab, int, int] | None = None
+        """What is copied at once: rows of one slab, if the nodes come in their order."""
+        if not others and [one.row for one in replicas] == [*range(start, stop)]:
+            self._run = slab, start, stop
             self.values = slab.stacked(start, stop).clone(memory_format=torch.contiguous_format)
         else:
             self.values = torch.stack([replica.parameters for replica in replicas])
@@ -217,8 +217,8 @@ class _Rows:
 
     def write_back(self, good: Sequence[bool], steps: int) -> None:
         """Give the nodes what they have become."""
-        if self._in_order and all(good):
-            slab, start, stop = self._runs[0]
+        if self._run is not None and all(good):
+            slab, start, stop = self._run
             slab.stacked(start, stop).copy_(self.values)
         else:
             for row, replica in enumerate(self._replicas):

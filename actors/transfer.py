@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.buffers import as_buffer, as_tensor
+from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,20 +52,24 @@ def load_state(replica: Replica, export: StateExport, *, keep_local: bool) -> No
     """Make a donor's state the committed state of ``replica``; the shared state has the donor's bits.
 
     Args:
-        replica: the joiner. What a round of it has staged is dropped; its place in its own data stays.
+        replica: the joiner. What it has not committed is dropped; its place in its own data stays.
         export: the donor's state. Nothing of the joiner aliases it.
         keep_local: keep the joiner's local state and its optimizer's, as a node does that has only been away; else
             both are those of a new node.
+
+    Raises:
+        ProgramError: the donor has another model.
     """
     leaves = [_read(*one) for one in zip(export.meta["tensors"], export.arrays, strict=True)]
     own = [replica.tensors.parameters, replica.tensors.buffers, *replica.tensors.counters]
+    if [one.shape for one in own] != [one.shape for one in leaves[: export.meta["counters"] + 2]]:
+        raise ProgramError("the donor's state is of a model with other tensors than this node's")
+    replica.rollback()
     for tensor, value in zip(own, leaves[: export.meta["counters"] + 2], strict=True):
         tensor.copy_(value)
     shared = _unpack(export.meta["shared"], leaves, replica.device)
     replica.shared.replace(cast("dict[str, State]", shared))
-    if keep_local:
-        replica.local.rollback()
-    else:
+    if not keep_local:
         replica.local.replace({})
         replica.optimizer.reset()
     replica.catch_up(export.meta["round"], export.meta["step"])

@@ -236,8 +236,9 @@ class Workbench:
         total: Tensor | None = None
         for batch in batches:
             loss = self.loss(batch)
-            if len(batch[0]) < num_samples:
-                loss = loss * (len(batch[0]) / num_samples)
+            size = batch[0].shape[0]
+            if size < num_samples:
+                loss = loss * (size / num_samples)
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
@@ -271,12 +272,17 @@ class Workbench:
         return total
 
     def clear_gradient(self) -> Tensor:
-        """Set the gradient to zero, and the parameters' to views of it."""
+        """Set the gradient to zero; return it."""
+        return self._ready_gradient().zero_()
+
+    def set_gradient(self, gradient: Tensor) -> None:
+        """Copy a gradient, shape (P,), into this one, which it may share memory with."""
+        self._ready_gradient().copy_(gradient)
+
+    def _ready_gradient(self) -> Tensor:
         if self.gradient is None:
             self.gradient = torch.zeros(self.layout.num_values, dtype=self.dtype, device=self.device)
             self._gradient_views = [place.of(self.gradient) for place in self._places]
-        else:
-            self.gradient.zero_()
         self._flat.grad = self.gradient
         for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
             # A rule, or a program that has the module, may have set it to None.

@@ -2,10 +2,14 @@
 
 The loop is what one would write without any framework: load the shared model, train with torch.optim.SGD on the node's
 samples, average. Both alternate, round by round.
+
+And D-SGD with 1000 nodes on a graph of degree 8, logistic regression in 100 dimensions, one step of 16 samples a round:
+50 ms a round are 50 µs per node for everything.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -84,12 +88,34 @@ def measure(nodes: int) -> tuple[float, float]:
     return statistics.median(ours[WARM_UP:]), statistics.median(loops[WARM_UP:])
 
 
+def measure_gossip(nodes: int) -> float:
+    """Median seconds of a round of D-SGD."""
+    torch.set_num_threads(1)
+    config = parse(
+        {
+            "rounds": ROUNDS,
+            "algorithm": {"name": "dsgd", "topology": {"name": "random_regular", "degree": 8}},
+            "task": {"name": "logistic", "dimension": 100},
+            "data": {"batch_size": 16},
+            "optimizer": {"name": "sgd", "lr": 0.1},
+            "evaluation": {"every_rounds": 0},
+            "cluster": {"nodes": {"target": nodes}},
+            "tracking": "none",
+        }
+    )
+    marks: list[float] = []
+    drive(config, Simulator(config), lambda _: marks.append(time.perf_counter()))
+    return statistics.median(after - before for before, after in itertools.pairwise(marks[WARM_UP:]))
+
+
 def main() -> list[Row]:
     rows: list[Row] = []
     for nodes in (16, 64):
         ours, loop = measure(nodes)
         name = f"A simulated FedAvg round on digits, {nodes} nodes, against a plain loop"
         rows.append(Row(name, ours, loop, "≤ 1.2×", ours / loop <= 1.2))
+    seconds = measure_gossip(1000)
+    rows.append(Row("A simulated round of D-SGD, 1000 nodes", seconds, None, "≤ 0.05 s", seconds <= 0.05))
     return rows
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import cast
+import time
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from actors.tasks import Samples, Task, TensorSamples
-from algorithms.api import Algorithm, AllReduce, Layout, Node, all_reduce_bytes
+from algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
 
 
 class Vector(Task):
-    """A vector of ``size`` trainable values."""
+    """A vector of ``size`` trainable values, a step on which takes ``step_s`` seconds and no core."""
 
     size: PositiveInt
+    step_s: NonNegativeFloat = 0.0
 
     def train_samples(self, num_nodes: int) -> Samples:
         return TensorSamples(torch.zeros(max(num_nodes, 2), 1))
@@ -29,6 +31,7 @@ class Vector(Task):
         return module
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        time.sleep(self.step_s)
         return cast("Tensor", module.vector)[0] * 0 + batch[0].sum()
 
 
@@ -49,3 +52,31 @@ class ExchangeOnly(Algorithm):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 1
+
+
+class Overlapped(Algorithm):
+    """A round is an AllReduce of ``size`` values and a step: one of them, one after the other, or at once."""
+
+    size: PositiveInt
+    how: Literal["exchange", "train", "sequential", "overlapped"]
+
+    def init(self, node: Node) -> None:
+        node.local["x"] = torch.zeros(self.size)
+
+    async def round(self, node: Node) -> None:
+        x: Any = node.local["x"]
+        if self.how == "overlapped":
+            handle = await Start(AllReduce(x))
+            await Train(steps=1)
+            await Wait(handle)
+            return
+        if self.how != "exchange":
+            await Train(steps=1)
+        if self.how != "train":
+            await AllReduce(x)
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return 0 if self.how == "train" else all_reduce_bytes(4 * self.size, num_nodes)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return 0 if self.how == "exchange" else 1

@@ -83,6 +83,7 @@ class Mailroom:
         self._boxes = {node: _Box() for node in nodes}
         self._until: dict[NodeId, float] = {}
         """Of those that wait with a limit."""
+        self._num_receiving = 0
         self.num_in_flight = 0
         """Messages that were sent and have not arrived."""
 
@@ -122,13 +123,14 @@ class Mailroom:
     def receive(self, node: NodeId, timeout_s: float | None, now: float) -> list[Handover]:
         """``node`` waits for a message."""
         self._boxes[node].receiving = True
+        self._num_receiving += 1
         if timeout_s is not None:
             self._until[node] = now + timeout_s
         return self._serve(node)
 
     def next_timeout(self) -> float | None:
         """When the first of those that wait has waited long enough."""
-        return min(self._until.values(), default=None)
+        return min(self._until.values()) if self._until else None
 
     def expired(self, now: float) -> list[Handover]:
         """Those that have waited long enough."""
@@ -139,20 +141,23 @@ class Mailroom:
 
     def left(self, node: NodeId) -> list[Handover]:
         """``node`` is gone: everybody else is told once."""
+        self.stop(node)
         self._boxes.pop(node, None)
-        self._until.pop(node, None)
         return [handover for other in self.nodes for handover in self._put(other, Left(node))]
 
     def stop(self, node: NodeId) -> None:
         """``node`` waits for nothing any more."""
         self._until.pop(node, None)
-        if node in self._boxes:
-            self._boxes[node].receiving = False
+        box = self._boxes.get(node)
+        if box is not None and box.receiving:
+            box.receiving = False
+            self._num_receiving -= 1
 
     def stuck(self, nodes: Iterable[NodeId]) -> bool:
         """Whether all of ``nodes`` wait for a message, without end, and none is on its way."""
-        boxes = (self._boxes[node] for node in nodes)
-        return not self.num_in_flight and not self._until and all(box.receiving for box in boxes)
+        if not self._num_receiving or self.num_in_flight or self._until:
+            return False
+        return all(self._boxes[node].receiving for node in nodes)
 
     def _put(self, node: NodeId, what: Envelope | Left) -> list[Handover]:
         box = self._boxes.get(node)

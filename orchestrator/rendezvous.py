@@ -170,17 +170,26 @@ class Rendezvous:
         if not exchange.posts:
             exchange.first_at = self._now
         exchange.is_gather = post.signature.operation != "AllReduce"
-        # The first contribution fixes what a receiver without one leaves open; all that are there agree already.
         first = next(iter(exchange.posts.values()), post)
-        fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
-        for other in (first, fixed):
-            if not post.signature.agrees_with(other.signature):
-                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
-                return
+        # Nodes of one process have one signature.
+        if post.signature is not first.signature and not self._agrees(exchange, first, post):
+            return
         exchange.posts[post.node] = post
         if post.waits:
             exchange.waiting.add(post.node)
         self._try_close(exchange)
+
+    def _agrees(self, exchange: Exchange, first: Post, post: Post) -> bool:
+        """Compare with what is there, all of which agrees already."""
+        # The first contribution fixes what a receiver without one leaves open.
+        fixed = first
+        if post.signature.tensors is not None:
+            fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
+        for other in (first, fixed):
+            if not post.signature.agrees_with(other.signature):
+                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
+                return False
+        return True
 
     def _waits(self, node: NodeId, seq: int) -> None:
         if node not in self.active:

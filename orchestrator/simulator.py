@@ -112,6 +112,7 @@ class Simulator:
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
             self.host = Host(replicas)
+            self.host.keeps_logs = False
             self.host.init()
         self._attempts = dict.fromkeys(nodes, 0)
         self.layout = replicas[0].layout
@@ -200,8 +201,7 @@ class Simulator:
         first = decision.closed[0]
         specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
         if posted[first].signature.operation != "AllReduce":
-            gathered = [(node, specs[node], self.host.parts(node, seq)[0]) for node in decision.closed]
-            self.host.conclude_gather(first, seq, gathered)
+            self.host.conclude_gather(first, seq, self.host.contributed(decision.closed, seq))
         elif decision.inline:
             inline = [
                 Contributed(node, one.weight, one.specs, one.inline)

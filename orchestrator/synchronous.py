@@ -124,13 +124,17 @@ class Synchronous:
     def _next(self, attempt: Attempt) -> Event | None:
         """Wait for what happens next; return what is for the rendezvous."""
         active = attempt.rendezvous.active
-        if active and self._mail.room.stuck(active):
+        if self._mail.room.stuck(active):
             names = ", ".join(map(str, sorted(active)))
             message = f"round {attempt.number}: nodes {names} all wait for messages, and none is on its way"
             raise RunError(message)
+        until = attempt.deadline
         timeout = self._mail.next_timeout()
-        elapsed = min(attempt.again, default=None)
-        until = min(at for at in (attempt.deadline, timeout, elapsed and elapsed[0]) if at is not None)
+        if timeout is not None:
+            until = min(until, timeout)
+        elapsed = min(attempt.again) if attempt.again else None
+        if elapsed is not None:
+            until = min(until, elapsed[0])
         happening = self._runtime.next(until)
         if happening is not None:
             return self._note(attempt, happening)

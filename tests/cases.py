@@ -14,5 +14,25 @@ DIGITS: dict[str, Any] = {
 
 CASES = (
     Case(DIGITS | {"algorithm": {"name": "fedavg"}, "rounds": 12}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "fedprox", "mu": 0.1}, "rounds": 16}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "scaffold"}, "rounds": 12}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "diloco", "inner_steps": 10}, "rounds": 12}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "dsgd", "steps": 10}, "rounds": 20}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "gradient_tracking", "steps": 10}, "rounds": 20}, reaches=0.25),
+    Case(
+        DIGITS | {"algorithm": {"name": "fedbuff", "buffer_size": 4, "steps": 10}, "rounds": 24},
+        reaches=0.25,
+        bytes_within=0.1,  # by what is on its way when a run ends
+    ),
+    Case(
+        DIGITS | {"algorithm": {"name": "random_walk", "lr": 2.0, "step_exponent": 0.6}, "rounds": 100},
+        reaches=0.3,
+        bytes_within=0.15,  # by how often the token stays where it is
+    ),
+    Case(
+        DIGITS
+        | {"algorithm": {"name": "gradient_coding", "outer": {"name": "sgd", "lr": 0.3, "momentum": 0.9}}}
+        | {"rounds": 60},
+        reaches=0.25,
+    ),
 )

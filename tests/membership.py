@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from algorithms.api import NodeId
     from orchestrator.progress import Progress
 
+    Views = Sequence[tuple[NodeId, ...]]
     Watch = Callable[[int, Mapping[NodeId, Replica]], None]
 
 
 class _Scripted(Synchronous):
     """A node that is not in a round's view stands still; when it comes back it gets the state of a member."""
 
-    def __init__(self, progress: Progress, views: Sequence[tuple[int, ...]], watch: Watch, simulator: Simulator) -> None:
+    def __init__(self, progress: Progress, views: Views, watch: Watch, simulator: Simulator) -> None:
         super().__init__(progress)
         self._views, self._watch, self._simulator = views, watch, simulator
 
@@ -49,7 +50,7 @@ class _Scripted(Synchronous):
 
 
 class _ScriptedController(Controller):
-    def __init__(self, *arguments: Any, views: Sequence[tuple[int, ...]], watch: Watch) -> None:
+    def __init__(self, *arguments: Any, views: Views, watch: Watch) -> None:
         config, simulator, observer = arguments
         super().__init__(config, simulator, observer, run_id="test", run_dir="test")
         self._script = views, watch, simulator
@@ -58,7 +59,7 @@ class _ScriptedController(Controller):
         return _Scripted(self._progress, *self._script)
 
 
-def scripted(views: Sequence[tuple[int, ...]], watch: Watch, **keys: Any) -> Ran:
+def scripted(views: Views, watch: Watch, **keys: Any) -> Ran:
     """Run as many rounds as there are ``views``, each the sorted members of one.
 
     Args:

@@ -20,6 +20,7 @@ def test_each_is_in_order(path: Path):
     assert plan.name == path.stem
 
 
-def test_fedavg_learns_digits(tmp_path: Path):
-    summary = simulate(EXAMPLES / "fedavg.yaml", ["tracking=none"], run_dir=tmp_path / "run")
+@pytest.mark.parametrize("name", ["fedavg", "dsgd"])
+def test_it_learns_digits(tmp_path: Path, name: str):
+    summary = simulate(EXAMPLES / f"{name}.yaml", ["tracking=none"], run_dir=tmp_path / "run")
     assert summary.metrics["accuracy"] > 0.97

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.buffers import Signature, TensorSpec
+from algorithms.closing import FirstK
 from orchestrator.events import (
     Abort,
     Advance,
@@ -39,6 +40,9 @@ from orchestrator.events import (
 from orchestrator.rendezvous import Phase, Rendezvous
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from algorithms.closing import ClosePolicy
     from orchestrator.events import Decision, Event
 
 MAX_STEPS = 20_000
@@ -56,23 +60,36 @@ class Plan:
     """Of each node; all alike but in a gather."""
     overlaps: bool
     """It is started, and waited for later."""
+    wants: tuple[frozenset[int], ...] | None = None
+    """Of a neighbour gather: the in-neighbours of each node."""
+    close: ClosePolicy | None = None
 
     def post(self, node: int, seq: int) -> Post:
         sizes = self.part_nbytes[node]
         tensors = None if self.is_gather or sizes is None else (TensorSpec("", torch.float32, (len(sizes),)),)
+        name = "AllReduce" if not self.is_gather else "AllGather" if self.wants is None else "NeighborAllGather"
         return Post(
             node,
             seq,
-            Signature("AllGather" if self.is_gather else "AllReduce", "", tensors),
+            Signature(name, "", tensors),
             contributes=sizes is not None,
             part_nbytes=sizes or (),
             result_nbytes=() if self.is_gather else self.result_nbytes,
             inline=sizes is not None and self.inline[node],
             waits=not self.overlaps,
+            close=self.close,
+            wants=None if self.wants is None else self.wants[node],
         )
 
-    def nbytes(self, closed: tuple[int, ...], num_receivers: int) -> int:
+    def wanted(self, node: int, closed: Iterable[int]) -> set[int]:
+        """Whose contributions a node is to hold in the end."""
+        return {one for one in closed if self.wants is None or one in self.wants[node] or one == node}
+
+    def nbytes(self, closed: tuple[int, ...], committed: tuple[int, ...]) -> int:
         """What the exchange takes at least."""
+        num_receivers = len(committed)
+        if self.wants is not None:
+            return sum(sum(self.part_nbytes[one] or ()) for by in committed for one in self.wants[by] if one in closed)
         sizes = [sum(self.part_nbytes[node] or ()) for node in closed]
         if self.is_gather or all(self.inline[node] for node in closed):
             # A member that has died since may be in closed, and needs nothing any more.
@@ -155,14 +172,22 @@ class World:
         if is_gather:
             inline = tuple(small or rng.random() < 0.3 for _ in range(size))
             sizes = tuple((rng.randint(1, 100),) if speaks[node] else None for node in range(size))
-            return Plan(True, sizes, (), inline, rng.random() < 0.3)
+            wants = None
+            if rng.random() < 0.5:
+                others = [[one for one in range(size) if one != node and rng.random() < 0.6] for node in range(size)]
+                wants = tuple(map(frozenset, others))
+            return Plan(True, sizes, (), inline, rng.random() < 0.3, wants, self._policy(size))
         num_parts = 1 if small else rng.randint(1, size)
         parts = tuple(rng.randint(1, 100) for _ in range(num_parts))
         results = tuple(rng.randint(1, 100) for _ in range(num_parts))
         if small:
             results = parts
         sizes = tuple(parts if speaks[node] else None for node in range(size))
-        return Plan(False, sizes, results, (small,) * size, rng.random() < 0.3)
+        return Plan(False, sizes, results, (small,) * size, rng.random() < 0.3, None, self._policy(size))
+
+    def _policy(self, size: int) -> ClosePolicy | None:
+        """Sometimes not all are waited for."""
+        return FirstK(k=self.rng.randint(1, size)) if self.rng.random() < 0.1 else None
 
     def _steps(self) -> list[tuple[str, int]]:
         """Posts in order; each wait somewhere after its post."""
@@ -291,7 +316,7 @@ class World:
         match decision:
             case Secure(seq, part, by, members):
                 assert by not in self.out
-                assert members
+                assert members or self.plans[seq].wants is not None
                 self.parts[seq, part] = Part(by)
                 self.members[by].calls.append((decision, {part: self.parts[seq, part]}))
             case Deliver(seq, nodes, _, makers):
@@ -327,7 +352,7 @@ class World:
             for node in self.machine.active:
                 held = self.members[node].held[seq]
                 if plan.is_gather:
-                    assert held.keys() >= set(closed)
+                    assert held.keys() >= plan.wanted(node, closed)
                 else:
                     assert held.keys() == set(range(len(plan.result_nbytes)))
                     assert set(held.values()) == {frozenset(closed)}
@@ -354,7 +379,7 @@ class World:
             assert self.members[node].received == self.closed
             spoke = {seq for seq, plan in enumerate(self.plans) if plan.part_nbytes[node] is not None}
             assert spoke == {seq for seq, closed in self.closed.items() if node in closed}
-        least = sum(plan.nbytes(self.closed[seq], len(committed)) for seq, plan in enumerate(self.plans))
+        least = sum(plan.nbytes(self.closed[seq], committed) for seq, plan in enumerate(self.plans))
         assert self.machine.payload_nbytes >= least
         if not self.disturbed:
             assert self.machine.payload_nbytes == least
@@ -395,7 +420,7 @@ def test_programs_that_differ_are_found_out(kind: str):
         rng = random.Random(seed)
         size = rng.randint(2, 6)
         plans = [World(rng)._plan(size) for _ in range(rng.randint(1, 4))]
-        plans = [replace(plan, overlaps=False) for plan in plans]
+        plans = [replace(plan, overlaps=False, close=None) for plan in plans]
         odd = rng.randrange(size)
         programs: list[deque[Event]] = []
         for node in range(size):

@@ -62,6 +62,27 @@ def test_commit_makes_it_current(state: Any):
     assert set(state) == {"anchor", "outer", "new"}
 
 
+def test_the_committed_layer(state: Any):
+    before = dict(state)
+    state["anchor"] = torch.ones(3)
+    state["new"] = 1
+    del state["note"]
+    committed = state.committed()
+    assert committed == before
+    assert committed["anchor"] is before["anchor"]
+
+
+def test_replacing_all(state: Any):
+    state["anchor"] = torch.ones(3)
+    del state["note"]
+    state.replace({"note": "x", "tree": {"a": [1]}})
+    state.rollback()
+    assert dict(state) == {"note": "x", "tree": {"a": [1]}}
+    with pytest.raises(ProgramError):
+        state["tree"]["a"].append(2)
+    state.check_unwritten()
+
+
 def test_removed_and_assigned_again(state: Any):
     del state["note"]
     state["note"] = "back"

@@ -1,9 +1,10 @@
 """Gradient coding: every gradient is computed by s + 1 nodes, so that s stragglers need not be waited for.
 
-The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of at
-least s + 1. A node draws a batch of each member of its group, the same ones as all of the group, and has the mean
-gradient g_k over these n_k samples. Who has it says so; when one of each group has, and those close behind have had
-``patience_s``, the round goes on without the rest, and one of each group contributes (η = ``outer.lr``):
+The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of
+s + 1 or more if there are as many. A node draws a batch of each member of its group, the same ones as all of the
+group, and has the mean gradient g_k over these n_k samples. Who has it says so; when one of each group has, and those
+close behind have had ``patience_s``, the round goes on without the rest, and one of each group contributes
+(η = ``outer.lr``):
 
     g = Σ_k n_k g_k / Σ_k n_k          x ← x - η g
 

@@ -74,7 +74,7 @@ def test_d2_one_inner_step_is_descent_on_the_concatenated_batch():
     )
     together = replica(task=task, precision="fp64")
     module: Any = together._module
-    samplers = [replica(node, task=task, num_nodes=nodes)._sampler for node in range(nodes)]
+    samplers = [replica(node, task=task, num_nodes=nodes)._own_data("test") for node in range(nodes)]
     samples = task.train_samples(nodes)
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     for _ in range(6):
@@ -243,18 +243,20 @@ def test_bytes(nodes: int, model: Any, codec: str):
         assert expected == (2 if 4 * values > 65536 else nodes) * (nodes - 1) * 4 * values
 
 
-def test_bytes_in_several_parts():
+@pytest.mark.parametrize(("codec", "result_codec"), [("identity", "identity"), ("int8", "bf16"), ("bf16", "int8")])
+def test_bytes_in_several_parts(codec: str, result_codec: str):
     ran = simulate(
-        algorithm={"name": "diloco", "inner_steps": 1},
+        algorithm={"name": "diloco", "inner_steps": 1, "codec": codec, "result_codec": result_codec},
         task={"name": "digits", "model": {"name": "mlp", "width": 8000}},
         data={"batch_size": 1},
         nodes=3,
         rounds=1,
         evaluation={"every_rounds": 0, "max_batches": 1},
     )
-    size = 4 * (75 * 8000 + 10)
-    assert size > 2 * 2**20
-    assert ran.rounds[0].payload_bytes == ran.expected_bytes == 2 * 2 * size
+    values = 75 * 8000 + 10
+    sizes = {"identity": 4 * values, "bf16": 2 * values, "int8": values + 4 * -(-values // 256)}
+    assert sizes["identity"] > 2 * 2**20
+    assert ran.rounds[0].payload_bytes == ran.expected_bytes == 2 * (sizes[codec] + sizes[result_codec])
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------

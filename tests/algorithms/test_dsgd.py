@@ -15,8 +15,9 @@ from algorithms.topologies import OnePeerExponential, Topology
 from tests.membership import models, scripted
 from tests.toys import Ran, Toy, begin, replica, simulate
 
-TASK = Quadratic(dimension=4, curvature_heterogeneity=1.0, samples_per_node=1)
-RATE = 0.1
+PROBLEM: dict[str, Any] = {"dimension": 4, "condition": 2, "curvature_heterogeneity": 1.0, "samples_per_node": 1}
+TASK = Quadratic(**PROBLEM)
+RATE = 0.2
 ATOL: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
 
 # The learning rate is 0 from the second step on: what is left of a round is its mixing.
@@ -115,22 +116,16 @@ def test_buffers_are_mixed_and_optimizers_are_not(order: Literal["atc", "cta"]):
 # --- A1.3, A1.4 and E1: the complete graph --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["atc", "cta"])
-@pytest.mark.parametrize("rounds", [1, 20])
-def test_e1_on_a_complete_graph_it_is_centralized_descent(order: str, rounds: int):
+def test_e1_on_a_complete_graph_it_is_centralized_descent():
     x = torch.zeros(4, dtype=torch.float64)
-    for after in history(rounds, topology="complete", order=order)[1:]:
+    for after in history(20, topology="complete")[1:]:
         x = x - RATE * gradients(x.expand(5, -1)).mean(0)
-        if order == "atc":
-            torch.testing.assert_close(after, x.expand(5, -1), **ATOL)
-        # Nodes that combine before they adapt differ by their last gradients, and have that mean.
-    if order == "cta":
-        assert rounds > 1 or torch.allclose(after.mean(0), x, **ATOL)
+        torch.testing.assert_close(after, x.expand(5, -1), **ATOL)
 
 
 @pytest.mark.parametrize("rounds", [1, 20])
 def test_e1_on_a_complete_graph_it_is_fedavg_and_all_reduce_sgd(rounds: int):
-    """All four of one step on a network with batches: centralized descent on all samples is in ``test_fedavg``."""
+    """On a neural network; that FedAvg of one step is descent on all samples is in ``test_fedavg``."""
     common: dict[str, Any] = {
         "task": "test_toy",
         "nodes": 4,
@@ -176,7 +171,7 @@ def test_mixing_keeps_the_mean_and_brings_models_together(topology: Any, nodes: 
         rho = part.mixing(range(nodes), number, 0).rho
         assert (after - mean).norm() <= rho * (before - mean).norm() + 1e-14
         before = after
-    assert (before - mean).norm() < 0.5 * (first - mean).norm()
+    assert (before - mean).norm() < 0.9 * (first - mean).norm()
 
 
 @pytest.mark.parametrize("nodes", [2, 4, 8, 16])
@@ -198,7 +193,7 @@ def test_one_peer_exponential_graphs_give_the_exact_mean(nodes: int):
 @pytest.mark.parametrize("order", ["atc", "cta"])
 def test_a_constant_step_ends_beside_the_optimum(order: str):
     """At the solution of X = W (X − η G(X)), or of X = W X − η G(X), with G(X)_i = A_i (x_i − c_i)."""
-    (*_, last) = history(1500, order=order)
+    (*_, last) = history(300, order=order)
     mixing = torch.kron(RING_OF_5, torch.eye(4, dtype=torch.float64))
     curvature = torch.block_diag(*(TASK.curvature(node) for node in range(5)))
     pull = RATE * torch.cat([TASK.curvature(node) @ TASK.center(node) for node in range(5)])
@@ -213,10 +208,9 @@ def test_a_constant_step_ends_beside_the_optimum(order: str):
 
 
 def test_the_run_ends_with_the_mean_model():
-    keys: dict[str, Any] = {"dimension": 4, "curvature_heterogeneity": 1.0, "samples_per_node": 1}
     ran = simulate(
         algorithm="dsgd",
-        task={"name": "quadratic"} | keys,
+        task={"name": "quadratic"} | PROBLEM,
         nodes=5,
         rounds=4,
         optimizer={"name": "sgd", "lr": RATE, "precision": "fp64"},

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.data import EpochSampler
 from actors.tasks.quadratic import Quadratic
 from algorithms.api import Train, View
+from algorithms.codecs import Codec
 from algorithms.federated import FedAvg
 from tests.toys import Ran, Toy, begin, replica, simulate
 
@@ -198,14 +200,91 @@ def test_weights_are_those_of_who_is_there():
     for node in others:
         one = ran.replicas[node]
         again = replica(node, task=Toy(), num_nodes=3, batch_size=16, precision="fp64")
-        again._sampler._indices = one._sampler._indices
+        again._sampler = EpochSampler(one._own_data("test").indices, 0, node)
         begin(again, 0, (0, 1, 2))
         again.train(Train(epochs=1), threading.Event())
         moved.append(again.parameters)
     torch.testing.assert_close(ran.parameters, torch.stack(moved).mean(0), rtol=1e-12, atol=1e-12)
 
 
+# --- what travels, and what is made of it ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codec", "result_codec"), [("int8", "identity"), ("identity", "bf16"), ("fp16", "int8"), ("identity", "identity")]
+)
+def test_codecs(codec: str, result_codec: str):
+    """x ← x − R(mean C(Δ_i)), where C and R are what comes back from the codecs."""
+
+    def through(name: str, values: Tensor) -> Tensor:
+        one = Codec.model_validate(name)
+        return one.decode(one.encode(values), values.numel(), values.dtype)
+
+    task, nodes = Toy(), 4
+    ran = run(task, nodes=nodes, rounds=3, steps=2, weighting="uniform", codec=codec, result_codec=result_codec)
+    replicas = [replica(node, task=task, num_nodes=nodes) for node in range(nodes)]
+    model = replicas[0].parameters.clone()
+    for number in range(3):
+        total = torch.zeros_like(model)
+        for one in replicas:
+            one.parameters.copy_(model)
+            begin(one, number, tuple(range(nodes)))
+            one.train(Train(steps=2), threading.Event())
+            total = total + through(codec, model - one.parameters)
+        model = model - through(result_codec, total / nodes)
+    assert torch.equal(ran.parameters, model)
+    assert len({one.model_digest() for one in ran.replicas.values()}) == 1
+    plain = run(task, nodes=nodes, rounds=3, steps=2, weighting="uniform")
+    assert (ran.digest == plain.digest) == (codec == result_codec == "identity")
+
+
+def test_another_aggregator():
+    """The median of three nodes' models, coordinate by coordinate; weights do not matter to it."""
+    task = Quadratic(dimension=5, condition=1, heterogeneity=2.0)
+    options = {"lr": 0.5, "precision": "fp64"}
+    ran = run(task, nodes=3, rounds=2, steps=1, aggregator="median", optimizer=options)
+    centers = torch.stack([task.center(node) for node in range(3)])
+    x = torch.zeros(5, dtype=torch.float64)
+    for _ in range(2):
+        x = (x - 0.5 * (x - centers)).median(dim=0).values
+    torch.testing.assert_close(ran.parameters, x, rtol=0, atol=1e-13)
+    mean = run(task, nodes=3, rounds=2, steps=1, optimizer=options)
+    assert (mean.parameters - x).abs().max() > 0.01
+
+
 # --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("codec", "result_codec"),
+    [("int8", "identity"), ("identity", "bf16"), ("bf16", "int8"), ({"name": "int8", "block_size": 100}, "int8")],
+)
+@pytest.mark.parametrize("model", [{"name": "mlp", "width": 16}, {"name": "mlp", "width": 300}, {"name": "cnn"}])
+def test_bytes_of_codecs(nodes: int, codec: Any, result_codec: Any, model: Any):
+    """One byte a value and four a block, or two a value; the inline limit is on what is encoded."""
+
+    def encoded(name: Any, values: int) -> int:
+        match name:
+            case "identity":
+                return 4 * values
+            case "bf16":
+                return 2 * values
+            case _:
+                return values + 4 * -(-values // (100 if isinstance(name, dict) else 256))
+
+    ran = simulate(
+        algorithm={"name": "fedavg", "steps": 1, "fraction": 0.5, "codec": codec, "result_codec": result_codec},
+        task={"name": "digits", "model": model},
+        nodes=nodes,
+        evaluation={"every_rounds": 0, "max_batches": 1},
+    )
+    layout, cohort = ran.replicas[0].layout, -(-nodes // 2)
+    sizes = layout.num_values, layout.num_buffer_values
+    sent, received = (sum(encoded(one, size) for size in sizes) for one in (codec, result_codec))
+    parted = (cohort - 1) * sent + (nodes - 1) * received
+    expected = parted if sent > 65536 else cohort * (nodes - 1) * sent
+    assert [record.payload_bytes for record in ran.rounds] == [ran.expected_bytes] * 2 == [expected] * 2
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 5])

@@ -69,9 +69,9 @@ def test_any_s_can_be_missing(nodes: int):
             assert [len(chosen & set(group)) for group in groups] == [1] * len(groups)
             assert chosen <= done
             assert policy.enough(done, set(range(nodes)), 0.0)
-        for group in groups[: len(groups) * (nodes > len(group))]:
+        for group in groups:
             rest = set(range(nodes)) - set(group)
-            assert len(representatives(groups, rest)) == len(groups) - (len(groups) > 0)
+            assert len(representatives(groups, rest)) == len(groups) - 1
             assert not policy.enough(rest, set(range(nodes)), 1e9)
             assert not policy.past_deadline(rest, set(range(nodes)))
 
@@ -91,7 +91,7 @@ def test_patience():
 # --- the steps ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("nodes", "stragglers"), [(4, 0), (4, 1), (5, 1), (6, 2), (3, 5), (1, 0)])
+@pytest.mark.parametrize(("nodes", "stragglers"), [(4, 0), (4, 1), (5, 1), (6, 2), (3, 5), (1, 1)])
 def test_it_is_sgd_on_all_batches(nodes: int, stragglers: int):
     ran = run(nodes=nodes, stragglers=stragglers)
     torch.testing.assert_close(model(ran), descent(nodes), rtol=1e-12, atol=1e-12)
@@ -106,13 +106,14 @@ def test_whoever_straggles(nodes: int):
         ran = run(nodes=nodes, stragglers=stragglers, slow=slow)
         assert {event["node"] for event in ran.sought("late")} == set(slow)
         torch.testing.assert_close(model(ran), descent(nodes), rtol=1e-12, atol=1e-12)
-        gradients = nodes // 2
-        assert ran.virtual_seconds == pytest.approx(ROUNDS * (gradients * 0.01 + 0.1))
+        assert ran.virtual_seconds == pytest.approx(ROUNDS * (nodes // 2 * 0.01 + 0.1), rel=0.02)
 
 
 def test_more_than_s_are_waited_for_only_if_they_are_a_whole_group():
     spread = run(nodes=6, stragglers=1, slow=(0, 1, 2))
-    assert spread.virtual_seconds == pytest.approx(ROUNDS * (2 * 0.01 + 0.1)), "of each group there is another"
+    assert spread.virtual_seconds == pytest.approx(ROUNDS * (2 * 0.01 + 0.1), rel=0.02), (
+        "of each group there is another"
+    )
     group = run(nodes=6, stragglers=1, slow=(0, 3))
     assert group.virtual_seconds > ROUNDS * 100
     for ran in (spread, group):

@@ -19,7 +19,7 @@ def finish(processes: Processes, folder: Path, *arguments: str) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["fedavg", "diloco"])
+@pytest.mark.parametrize("name", ["fedavg", "diloco", "dsgd"])
 def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processes, name: str):
     path = str(ROOT / f"examples/{name}.yaml")
     real = finish(processes, tmp_path, "run", path, "--run-dir", "runs/real")

@@ -1,0 +1,1 @@
+"""Papers, each written down as a short program, to see whether the operations are enough for it."""

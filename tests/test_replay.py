@@ -1,0 +1,96 @@
+"""Replays of logs, in one process; those of a cluster's are in tests/cluster."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from orchestrator import simulate
+from orchestrator.api import replay
+from orchestrator.errors import ConfigError, DivergedError, RunError
+from tests import operations
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HERE = operations.__name__
+
+
+def config(program: str, rounds: int = 4, **keys: Any) -> dict[str, Any]:
+    return {
+        "algorithm": f"{HERE}:{program}",
+        "task": "quadratic",
+        "rounds": rounds,
+        "cluster": {"nodes": {"target": 3}},
+        "tracking": "none",
+    } | keys
+
+
+def edit(run_dir: Path, change: Any) -> None:
+    path = run_dir / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(event) + "\n" for event in change(events)))
+
+
+@pytest.mark.parametrize("program", ["Counting", "Passing", "Mailing", "Hasty"])
+def test_a_log_leads_to_the_same_digest_whatever_the_speeds(program: str, tmp_path: Path):
+    network = {"speeds": {0: 0.2, 1: 3.0}, "latency_ms": 7}
+    once = simulate(config(program, network=network), run_dir=tmp_path / "run")
+    # Without the log other speeds would lead elsewhere: they decide who comes first.
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace(": 0.2\n", ": 5.0\n").replace(": 3.0\n", ": 0.7\n"))
+    if program == "Counting":
+        other = simulate(tmp_path / "run/config.yaml", run_dir=tmp_path / "other")
+        assert other.digest != once.digest
+        edit(tmp_path / "run", lambda events: [*events, *_seen(events, network["speeds"])])
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
+
+
+def _seen(events: list[dict[str, Any]], speeds: dict[int, float]) -> list[dict[str, Any]]:
+    """What a cluster would have logged: for each round of a worker the seconds of its ``Train``, and its clock."""
+    return [
+        {"event": "seen", "node": node, "values": [(1 + node) * 0.01 / speeds.get(node, 1.0), 0.0] * len(events)}
+        for node in range(3)
+    ]
+
+
+def test_a_replay_that_ends_otherwise_says_so(tmp_path: Path):
+    simulate(config("Computing"), run_dir=tmp_path / "run")
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace("problem_seed: 0\n", "problem_seed: 5\n"))
+    with pytest.raises(DivergedError, match=r"the replay ends with digest [0-9a-f]{64}, and .*run with [0-9a-f]{64}"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")
+
+
+def test_a_log_that_does_not_fit_is_named(tmp_path: Path):
+    simulate(config("Counting"), run_dir=tmp_path / "run")
+
+    def foreign(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for event in events:
+            if event["event"] == "received" and event["node"] == -1:
+                event["outcome"] = [1, 77, 0]
+        return events
+
+    edit(tmp_path / "run", foreign)
+    with pytest.raises(RunError, match="its log does not fit its configuration and this version of the code"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")
+
+
+def test_only_the_directory_of_a_finished_run_is_taken(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"nothing/config.yaml: cannot be read"):
+        replay(tmp_path / "nothing")
+    simulate(config("Mailing"), run_dir=tmp_path / "run")
+    whole = (tmp_path / "run/events.jsonl").read_text()
+    (tmp_path / "run/events.jsonl").write_text("{broken\n")
+    with pytest.raises(ConfigError, match=r"--replay .*run: its log is damaged"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")
+    (tmp_path / "run/events.jsonl").write_text(whole)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    (tmp_path / "run/summary.json").write_text(json.dumps(summary | {"status": "failed"}))
+    with pytest.raises(ConfigError, match="that run is failed, and only a finished one has an end"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")
+    (tmp_path / "run/summary.json").unlink()
+    with pytest.raises(ConfigError, match=r"No such file or directory: .*summary.json.*; it takes the directory"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")

@@ -1,0 +1,171 @@
+"""State transfer: the donor's committed bits, and nothing of its open round."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.replica import Replica
+from actors.transfer import StateExport, export_state, load_state
+from algorithms.api import Train
+from algorithms.errors import ProgramError
+from tests.toys import Toy, begin, replica
+
+MEMBERS = (0, 1)
+NO_FENCE = threading.Event()
+STATE: dict[str, Any] = {
+    "model": torch.arange(6.0).view(2, 3),
+    "half": torch.tensor([1.5, -0.0, float("nan")], dtype=torch.bfloat16),
+    "scalar": torch.tensor(7),
+    "empty": torch.zeros(0, 4),
+    "mask": torch.tensor([True, False]),
+    "outer": {"velocity": [torch.ones(2, dtype=torch.float64), {}], "step": 3, "factor": 0.1, "name": "x", "on": True},
+    "value": None,
+    "tensor": {"tensor": 0},
+    "list": [],
+}
+
+
+def donor(**keys: Any) -> Replica:
+    one = replica(0, num_nodes=2, **keys)
+    for name, value in STATE.items():
+        one.shared[name] = value
+    one.local["mine"] = 1
+    begin(one, 6, MEMBERS)
+    one.train(Train(steps=2), NO_FENCE)
+    one.commit()
+    return one
+
+
+def joiner(**keys: Any) -> Replica:
+    one = replica(1, num_nodes=2, **keys)
+    one.shared["old"] = 1
+    one.local["own"] = torch.ones(2)
+    begin(one, 1, MEMBERS)
+    one.train(Train(steps=1), NO_FENCE)
+    one.commit()
+    begin(one, 2, MEMBERS)
+    one.train(Train(steps=1), NO_FENCE)
+    one.local["staged"] = 1
+    return one
+
+
+def sent(export: StateExport) -> StateExport:
+    """As it comes out of an object store: other memory, which is read-only."""
+    arrays = [array.copy() for array in export.arrays]
+    for array in arrays:
+        array.flags.writeable = False
+    return StateExport(json.loads(json.dumps(export.meta)), arrays)
+
+
+@pytest.mark.parametrize("keep_local", [False, True])
+@pytest.mark.parametrize("model", ["mlp", "batch_norm"])
+def test_a_joiner_has_the_donors_bits(model: Any, keep_local: bool):
+    one, other = donor(task=Toy(model=model), name="adam"), joiner(task=Toy(model=model), name="adam")
+    export = export_state(one)
+    load_state(other, sent(export), keep_local=keep_local)
+    for _ in range(2):
+        assert torch.equal(other.parameters, one.parameters)
+        assert torch.equal(other.buffers, one.buffers)
+        assert other.shared.digest() == one.shared.digest()
+        assert other.model_digest() == one.model_digest()
+        assert dict(other.local).keys() == ({"own"} if keep_local else set())
+        assert other.committed_round == 6
+        other.rollback()  # changes nothing: it is committed
+    assert other.staged_round is None
+
+
+@pytest.mark.parametrize("keep_local", [False, True])
+def test_the_optimizer(keep_local: bool):
+    one, other = donor(name="adam"), joiner(name="adam")
+    moments = {name: moment.clone() for name, moment in other.optimizer.moments.items()}
+    load_state(other, export_state(one), keep_local=keep_local)
+    assert other.optimizer.age == (2 if keep_local else 0)
+    assert other.optimizer.moments.keys() == (moments.keys() if keep_local else set())
+    assert all(torch.equal(moment, moments[name]) for name, moment in other.optimizer.moments.items())
+
+
+def test_nothing_is_shared_with_the_donor():
+    one, other = donor(), joiner()
+    load_state(other, export_state(one), keep_local=False)
+    before, shared = other.parameters.clone(), other.shared.digest()
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=1), NO_FENCE)
+    one.shared["model"] = torch.zeros(1)
+    one.commit()
+    assert torch.equal(other.parameters, before)
+    assert other.shared.digest() == shared
+    mine, theirs = other.shared["half"], one.shared["half"]
+    assert isinstance(mine, Tensor)
+    assert isinstance(theirs, Tensor)
+    assert mine.data_ptr() != theirs.data_ptr()
+
+
+def test_an_open_round_stays_at_home():
+    one = donor(task=Toy(model="batch_norm"))
+    digest, shared = one.model_digest(), one.shared.digest()
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=1), NO_FENCE)
+    one.shared["model"] = torch.zeros(1)
+    one.stage()
+    other = joiner(task=Toy(model="batch_norm"))
+    load_state(other, export_state(one), keep_local=False)
+    assert other.model_digest() == digest
+    assert other.shared.digest() == shared
+
+
+def test_the_schedule_goes_on_where_the_run_is():
+    schedule = {"name": "linear", "total_steps": 100}
+    one, other = donor(schedule=schedule), joiner(schedule=schedule)
+    other.rollback()
+    assert other.rate() != one.rate()
+    load_state(other, export_state(one), keep_local=False)
+    assert other.rate() == one.rate()
+    ahead = joiner(schedule=schedule)
+    ahead.train(Train(steps=5), NO_FENCE)
+    ahead.commit()
+    rate = ahead.rate()
+    load_state(ahead, export_state(one), keep_local=True)
+    assert ahead.rate() == rate
+
+
+def test_its_place_in_its_own_data_stays():
+    one, other = donor(), joiner()
+    load_state(other, export_state(one), keep_local=True)
+    assert other.position == (0, 8)  # the one committed step's
+
+
+def test_size():
+    one = donor(task=Toy(model="batch_norm"))
+    export = export_state(one)
+    tensors = 24 + 6 + 8 + 0 + 2 + 16
+    assert export.nbytes == one.layout.nbytes + one.layout.buffer_nbytes + 8 + tensors
+    assert all(array.dtype == np.uint8 and array.flags.c_contiguous for array in export.arrays)
+    # Large arrays are not copied before they are sent.
+    assert export.arrays[0].ctypes.data == one.committed_tensors().parameters.data_ptr()
+
+
+def test_a_state_of_another_model():
+    with pytest.raises(ProgramError, match=r"the donor's state is of a model with other tensors"):
+        load_state(joiner(task=Toy(model="linear")), export_state(donor()), keep_local=False)
+
+
+# --- the committed model --------------------------------------------------------------------------------------------
+
+
+def test_the_committed_model_while_a_round_is_open():
+    one = donor(task=Toy(model="batch_norm"))
+    expected = one.parameters.clone(), one.buffers.clone()
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=1), NO_FENCE)
+    assert not torch.equal(one.parameters, expected[0])
+    for mine, wanted in zip(one.committed_model(), expected, strict=True):
+        assert torch.equal(mine, wanted)
+    one.commit()
+    assert torch.equal(one.committed_model()[0], one.parameters)
