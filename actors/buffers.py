@@ -285,17 +285,46 @@ def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) 
     return members[""] if len(specs) == 1 and not specs[0].name else members
 
 
-def copies(payloads: Mapping[Any, Payload]) -> dict[Any, Payload]:
-    """Copies of payloads; of many tensors of one form, made as one."""
+def copies(payloads: Mapping[Any, Payload]) -> tuple[dict[Any, Payload], dict[str, Tensor]]:
+    """Copies of payloads.
+
+    If all have the same tensors by the same names, and nothing else, they are rows of one tensor for each name, and
+    those are returned too; a bare tensor has the name ``""``.
+    """
     first = next(iter(payloads.values()), None)
     if isinstance(first, Tensor):
-        form = first.shape, first.dtype, first.device
-        tensors = [
-            one for one in payloads.values() if isinstance(one, Tensor) and (one.shape, one.dtype, one.device) == form
-        ]
-        if len(tensors) == len(payloads):
-            return dict(zip(payloads, torch.stack([one.detach() for one in tensors]).unbind(), strict=True))
-    return {key: _copied(payload) for key, payload in payloads.items()}
+        stacked = _stacked(list(payloads.values()))
+        if stacked is not None:
+            return dict(zip(payloads, _rows(stacked), strict=True)), {"": stacked}
+    elif isinstance(first, Mapping) and first:
+        by_name: dict[str, Tensor] = {}
+        for name in sorted(first):
+            stacked = _stacked([one.get(name) if isinstance(one, Mapping) else None for one in payloads.values()])
+            if stacked is not None:
+                by_name[name] = stacked
+        if len(by_name) == len(first) and all(len(cast("Any", one)) == len(first) for one in payloads.values()):
+            rows = zip(*(_rows(stacked) for stacked in by_name.values()), strict=True)
+            made = (dict(zip(by_name, values, strict=True)) for values in rows)
+            return dict(zip(payloads, made, strict=True)), by_name
+    return {key: _copied(payload) for key, payload in payloads.items()}, {}
+
+
+def _rows(stacked: Tensor) -> list[Tensor]:
+    """As data: rows of one tensor would share a version counter, by which writing in place is found out."""
+    return [row.data for row in stacked.unbind()]
+
+
+def _stacked(values: Sequence[object]) -> Tensor | None:
+    """Copies of tensors of one form as rows of one; ``None`` if they are not."""
+    first = values[0]
+    if not isinstance(first, Tensor):
+        return None
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for one in values:
+        if not isinstance(one, Tensor) or one.shape != shape or one.dtype is not dtype or one.device != device:
+            return None
+    with torch.no_grad():
+        return torch.stack(cast("list[Tensor]", values))
 
 
 def _copied(payload: Payload) -> Payload:
@@ -306,6 +335,26 @@ def _copied(payload: Payload) -> Payload:
 
 def _cloned(value: Tensor | float) -> Tensor | float:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def described(payload: Payload) -> tuple[tuple[TensorSpec, ...], int]:
+    """Specs and bytes of a payload; remembered by its form, as most payloads have that of an earlier one."""
+    if isinstance(payload, Tensor):
+        key: Any = payload.dtype, payload.shape
+    elif isinstance(payload, Mapping):
+        key = tuple(
+            (name, value.dtype, value.shape) if isinstance(value, Tensor) else (name, type(value))
+            for name, value in payload.items()
+        )
+    else:
+        key = type(payload)
+    known = _DESCRIBED.get(key)
+    if known is None:
+        specs = specs_of(payload)
+        if len(_DESCRIBED) >= _MAX_TEXTS:
+            _DESCRIBED.clear()
+        known = _DESCRIBED[key] = specs, payload_nbytes(specs)
+    return known
 
 
 def payload_nbytes(specs: tuple[TensorSpec, ...]) -> int:
@@ -368,3 +417,4 @@ def _repr(part: object) -> str:
 
 _MAX_TEXTS = 256
 _TEXTS: dict[int, tuple[object, str]] = {}
+_DESCRIBED: dict[Any, tuple[tuple[TensorSpec, ...], int]] = {}

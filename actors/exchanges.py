@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import torch
 
 from actors import buffers
 from actors.buffers import Cuts, Signature, TensorSpec
+from actors.mixtures import Mixtures, Rows
 from actors.tickets import Contributed, Posted
 from algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
 from algorithms.errors import ProgramError
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 Collective: TypeAlias = "AllReduce[Any] | AllGather[Any] | NeighborAllGather[Any]"
 
 _MAX_CUTS = 64
+
+_HERE = np.empty(0, dtype=np.uint8)
+"""Stands for a small contribution that need not travel."""
 
 
 @dataclass
@@ -80,6 +86,7 @@ class _Concluded:
     """``Reduced``, or payloads by member."""
     weights: Mapping[NodeId, Mapping[NodeId, float]] | None = None
     """The mixing matrix of a neighbour gather."""
+    mixtures: Mixtures | None = None
     num_taken: int = 0
 
 
@@ -91,6 +98,11 @@ class _Neighborhoods:
         self.mixing = mixing
         self._ordered: dict[NodeId, tuple[NodeId, ...]] = {}
         self._sets: dict[NodeId, frozenset[NodeId]] = {}
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The matrix, to be multiplied with all nodes' values."""
+        return Rows(self.mixing.weights)
 
     def ordered(self, node: NodeId) -> tuple[NodeId, ...]:
         """In-neighbours, sorted."""
@@ -111,6 +123,8 @@ class Exchanges:
     def __init__(self, replicas: dict[NodeId, Replica]) -> None:
         self.replicas = replicas
         self.programs: dict[NodeId, Program] = {}
+        self.alone = False
+        """All nodes of the run are here: nothing travels, and nobody reads logs."""
         self.outbox: dict[int, Buffer] = {}
         """Large messages that nobody has fetched yet."""
         self._cuts_of: dict[tuple[str, tuple[TensorSpec, ...], int], Cuts] = {}
@@ -150,10 +164,11 @@ class Exchanges:
         if started:
             payload = self._held(replica, exchange, payload)
         if not isinstance(operation, AllReduce):
-            specs = buffers.specs_of(payload)
-            nbytes = buffers.payload_nbytes(specs)
+            specs, nbytes = buffers.described(payload)
             exchange.payload = payload
-            inline = buffers.pack(payload) if nbytes <= INLINE_LIMIT_BYTES else None
+            inline = None
+            if nbytes <= INLINE_LIMIT_BYTES:
+                inline = _HERE if self.alone else buffers.pack(payload)
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, close, wants, waits)
         specs = signature.tensors
         assert specs is not None
@@ -225,10 +240,11 @@ class Exchanges:
             exchange.parts = [buffers.pack(exchange.payload)]
         return exchange.parts
 
-    def contributed(self, nodes: Iterable[NodeId], seq: int) -> dict[NodeId, Payload]:
-        """Copies of what nodes of this process contribute to a gather, as others receive it."""
+    def conclude_here(self, nodes: Sequence[NodeId], seq: int) -> None:
+        """Work out the result of a closed gather whose contributions, those of ``nodes``, are all in this process."""
         payloads = {node: self.programs[node].exchanges[seq].payload for node in nodes}
-        return buffers.copies({node: payload for node, payload in payloads.items() if payload is not None})
+        copies, stacked = buffers.copies({node: payload for node, payload in payloads.items() if payload is not None})
+        self.conclude_gather(nodes[0], seq, copies, stacked=stacked)
 
     # --- reduction ---------------------------------------------------------------------------------------------------
 
@@ -286,14 +302,24 @@ class Exchanges:
         self._conclude(seq, _Concluded(Reduced(value, members, sum(weights[member] for member in members))))
 
     def conclude_gather(
-        self, node: NodeId, seq: int, payloads: Mapping[NodeId, Payload], present: Iterable[NodeId] | None = None
+        self,
+        node: NodeId,
+        seq: int,
+        payloads: Mapping[NodeId, Payload],
+        present: Iterable[NodeId] | None = None,
+        stacked: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Keep the contributions to a closed gather that this process received.
 
-        ``present`` are all whose contributions are in, here or elsewhere (default: those of ``payloads``).
+        Args:
+            node: one of this process.
+            seq: of the exchange.
+            payloads: what was received.
+            present: all whose contributions are in, here or elsewhere (default: those of ``payloads``).
+            stacked: the tensors of which ``payloads`` are rows, if all nodes are here.
         """
         operation = self.programs[node].exchanges[seq].operation
-        weights = None
+        weights, mixtures = None, None
         if isinstance(operation, NeighborAllGather):
             known = self._neighborhoods(node, seq, operation.topology)
             replica = self.replicas[node]
@@ -302,7 +328,12 @@ class Exchanges:
             if len(closed) < len(members):
                 mixing = operation.topology.mixing(members, replica.round, replica.spec.seed, closed)
             weights = mixing.weights
-        self._conclude(seq, _Concluded(payloads, weights))
+            if stacked and mixing is known.mixing:
+                own = {member: self.programs[member].exchanges[seq].payload for member in payloads}
+                mixtures = Mixtures(
+                    known.rows, {member: one for member, one in own.items() if one is not None}, stacked
+                )
+        self._conclude(seq, _Concluded(payloads, weights, mixtures))
 
     def _conclude(self, seq: int, concluded: _Concluded) -> None:
         self._concluded[seq] = concluded
@@ -327,7 +358,8 @@ class Exchanges:
         payloads = concluded.result
         senders = self._mixings[seq].ordered(node)
         received = {sender: payloads[sender] for sender in senders if sender in payloads}
-        return Inbox(received, concluded.weights[node])
+        mixed = None if concluded.mixtures is None else concluded.mixtures.of(node, received)
+        return Inbox(received, concluded.weights[node], mixed)
 
     def unpack(self, node: NodeId, specs: tuple[TensorSpec, ...], data: Buffer) -> Payload:
         """A message's payload, as ``node`` receives it."""

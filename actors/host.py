@@ -86,8 +86,6 @@ class Host(Exchanges):
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
-        self.keeps_logs = True
-        """Off where nobody drains them."""
         self._letters = itertools.count()
         self.times = Times()
         for replica in self.replicas.values():
@@ -255,17 +253,21 @@ class Host(Exchanges):
                 )
                 raise UnfinishedExchange(message)
         reports = program.reports
-        if self.keeps_logs:
+        if not self.alone:
             for report in reports:
                 done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
                 self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
-        losses = [report.loss for report in reports]
+        loss, num_samples, seconds = 0.0, 0, 0.0
+        for report in reports:
+            loss += report.loss
+            num_samples += report.num_samples
+            seconds += report.seconds
         return Returned(
             digest=self._digest(replica),
             num_collectives=len(program.exchanges),
-            loss=sum(losses) / len(losses) if losses else None,
-            num_samples=sum(report.num_samples for report in reports),
-            train_seconds=sum(report.seconds for report in reports),
+            loss=loss / len(reports) if reports else None,
+            num_samples=num_samples,
+            train_seconds=seconds,
         )
 
     def _digest(self, replica: Replica) -> str:

@@ -7,7 +7,6 @@ algorithm exchanges, mixes and restores a model in one operation. Floating-point
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from actors.digest import digest_tensors
 from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec
 from actors.state import StagedState
 from actors.workbench import Slab
-from algorithms.api import View
+from algorithms.api import TrainReport, View
 from algorithms.errors import ProgramError
 from algorithms.seeds import generator
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from actors.data import Position
     from actors.tasks import Samples
     from actors.workbench import ModelTensors
-    from algorithms.api import Evaluate, NodeId, State, TrainReport
+    from algorithms.api import Evaluate, NodeId, State
 
 __all__ = ["Fence", "Interrupted", "NonFiniteLossError", "Replica", "ReplicaSpec", "virtual"]
 
@@ -220,4 +219,4 @@ class _Committed:
 
 def virtual(report: TrainReport, seconds: float) -> TrainReport:
     """The report with the simulator's duration instead of this machine's."""
-    return replace(report, seconds=seconds)
+    return TrainReport(report.loss, report.num_samples, report.num_steps, seconds)

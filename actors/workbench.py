@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,9 @@ _ALIGNMENT = 64
 
 _MIN_EVALUATION_BATCH = 256
 
+_MAX_KEPT_VIEWS = 16
+"""To make views anew takes longer than to attach them; each is some 400 bytes, for every node."""
+
 _NO_CONTEXT = contextlib.nullcontext()
 
 
@@ -52,6 +55,8 @@ class ModelTensors:
     """Floating-point buffers, flat, shape (B,)."""
     counters: list[Tensor]
     """Buffers that are not floating-point: how many batches a batch norm has seen, say."""
+    views: list[Tensor] = field(default_factory=list)
+    """The parameters one by one, once the node has been attached, if they are few."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +138,17 @@ class Workbench:
     def attach(self, tensors: ModelTensors) -> None:
         """Make the module's parameters and buffers views into a node's tensors."""
         if self.attached is not tensors:
-            self._bind(tensors.parameters)
+            views = tensors.views or [place.of(tensors.parameters) for place in self._places]
+            if len(views) <= _MAX_KEPT_VIEWS:
+                tensors.views[:] = views
+            self._bind(tensors.parameters, views)
             self._bind_buffers(tensors.buffers, tensors.counters)
             self.attached = tensors
             self._is_fresh = False
 
-    def _bind(self, parameters: Tensor) -> None:
-        for place, parameter in zip(self._places, self.parameters, strict=True):
-            parameter.data = place.of(parameters)
+    def _bind(self, parameters: Tensor, views: Sequence[Tensor]) -> None:
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
         self._flat.data = parameters
         # A graph that was made at one node's parameters and is differentiated in another's turn would give a gradient
         # of neither; with this, autograd refuses it.
@@ -179,7 +187,7 @@ class Workbench:
         statistics = (tensors.buffers if buffers is None else self._like(buffers, tensors.buffers, "buffers")).clone()
         counters = [counter.clone() for counter in tensors.counters]
         self.attached = None
-        self._bind(point)
+        self._bind(point, [place.of(point) for place in self._places])
         self._bind_buffers(statistics, counters)
         try:
             yield point

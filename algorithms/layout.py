@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from algorithms.codecs import Codec
+
 
 @dataclass(frozen=True)
 class LayoutEntry:
@@ -44,3 +46,7 @@ class Layout:
     def buffer_nbytes(self) -> int:
         """Bytes of the flat floating-point buffers."""
         return self.num_buffer_values * self.dtype.itemsize
+
+    def encoded_nbytes(self, codec: Codec) -> int:
+        """Bytes of the parameters and the buffers, each encoded by ``codec``."""
+        return sum(codec.nbytes(size, self.dtype) for size in (self.num_values, self.num_buffer_values))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from algorithms.api import SERVER, View
 from orchestrator.errors import NodeLostError, RunError
-from orchestrator.events import Return
 from orchestrator.mail import Mail
 from orchestrator.runtime import Died, Finished, Halted
 
@@ -38,7 +37,6 @@ class Asynchronous:
         self._num_commits = 0
         """Of nodes that are not the server."""
         self._last = -1
-        self._finished: dict[NodeId, Returned] = {}
         self._since: list[Returned] = []
         """Reports since the last recorded round."""
         self._contributed: set[NodeId] = set()
@@ -96,17 +94,14 @@ class Asynchronous:
     def _note(self, happening: Happening) -> None:
         match happening:
             case Finished(node, report):
-                self._finished[node] = report
-            case Return(node):
-                self._commit(node)
+                self._commit(node, report)
             case Died(node, reason):
                 self._died(node, reason)
             case _:
                 _ = self._progress.note(happening) or self._mail.take(happening)
 
-    def _commit(self, node: NodeId) -> None:
+    def _commit(self, node: NodeId, report: Returned) -> None:
         progress = self._progress
-        report = self._finished.pop(node)
         progress.record("commit", node=node, round=self._rounds[node])
         self._rounds[node] += 1
         if node != SERVER:

@@ -37,7 +37,7 @@ from actors.tickets import (
 from algorithms.api import SERVER
 from orchestrator import ray_session
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
-from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Return, Secure, Secured, Waits
+from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
 from orchestrator.runtime import (
     Arrived,
@@ -418,7 +418,6 @@ class Cluster:
                 self._ping(node, ticket)
             case Returned():
                 self._ready.append(Finished(node, ticket))
-                self._ready.append(Return(node, ticket.num_collectives, ticket.digest))
             case Failed(message, traceback):
                 self._ready.append(Raised(node, message, traceback))
             case _:

@@ -51,10 +51,15 @@ class Controller:
         progress.observer.on_start(started)
         loop = self._loop()
         # Hundreds of thousands of objects are there to stay; each full collection would walk them all again.
+        # What a round makes is freed by its reference counts; a thousand nodes of one process make enough of it to
+        # start a collection many times a round.
+        threshold = gc.get_threshold()
         gc.freeze()
+        gc.set_threshold(100_000, *threshold[1:])
         try:
             loop.run()
         finally:
+            gc.set_threshold(*threshold)
             gc.unfreeze()
         model = runtime.finish(loop.result)
         progress.digest = model.digest

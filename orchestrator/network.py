@@ -49,6 +49,11 @@ class Network:
                 self._pair_latencies[pair] = latency_ms / 1000
         self._free_at: defaultdict[_Link, float] = defaultdict(float)
 
+    @property
+    def is_instant(self) -> bool:
+        """Whether everything arrives when it is sent."""
+        return not (self._rate or self._latency_s or self._pair_latencies)
+
     def latency_s(self, one: NodeId, other: NodeId) -> float:
         """How long nothing at all takes between two nodes, one way."""
         return 0.0 if one == other else self._pair_latencies.get((one, other), self._latency_s)

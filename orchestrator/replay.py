@@ -16,12 +16,14 @@ from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
-from orchestrator.events import Deadline, Post, Return
+from orchestrator.events import Deadline, Post
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.rendezvous import Phase
+from orchestrator.runtime import Finished
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
+    from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.events import Event
@@ -181,9 +183,9 @@ class AsynchronousReplay(Asynchronous):
         self._views[node] = self._history.views.get((node, number), self._views.get(node, self._view))
         return self._views[node]
 
-    def _commit(self, node: NodeId) -> None:
+    def _commit(self, node: NodeId, report: Returned) -> None:
         if self._rounds[node] < self._history.rounds[node]:
-            super()._commit(node)
+            super()._commit(node, report)
 
     def _step(self) -> None:
         if self._mail.room.stuck(self._mail.room.nodes):
@@ -207,7 +209,7 @@ class SynchronousReplay(Synchronous):
         match happening:
             case Post(node, seq) if node in late and node not in closed.get(seq, ()):
                 return None
-            case Return(node) if node in late:
+            case Finished(node) if node in late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.

@@ -11,7 +11,7 @@ import contextlib
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -37,7 +37,7 @@ from actors.tickets import (
 from actors.transfer import export_state, load_state
 from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
-from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Return, Secure, Secured, Waits
+from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
 from orchestrator.network import Cast, Network
 from orchestrator.runtime import Arrived, FinalModel, Finished, Halted, Happening, NodeFacts, Raised, Receives, Sent
@@ -56,8 +56,7 @@ _FORWARD_FRACTION = 1 / 3
 """Of a step's time: a forward pass alone. A backward pass takes about twice as long."""
 
 
-@dataclass(frozen=True)
-class _Resume:
+class _Resume(NamedTuple):
     """A program runs on: with the result of an operation, or from its beginning."""
 
     node: NodeId
@@ -74,6 +73,8 @@ class _Exchange:
 
     posted: dict[NodeId, Posted] = field(default_factory=dict)
     reduced: dict[int, Buffer] = field(default_factory=dict)
+    arrivals: dict[NodeId, float] = field(default_factory=dict)
+    """When each member has what travels inline, also those that are not there yet to take it."""
 
 
 class Simulator:
@@ -87,7 +88,9 @@ class Simulator:
         self._spec = config.replica_spec()
         self._now = 0.0
         self._network = Network(config.network)
-        self._queue: list[tuple[float, NodeId, int, _Resume | Happening]] = []
+        self._times: list[float] = []
+        """A heap of the moments at which something is to happen."""
+        self._queue: dict[float, list[tuple[NodeId, int, _Resume | Happening]]] = {}
         self._arrival = 0
         self._ready: deque[Happening] = deque()
         self._exchanges: dict[int, _Exchange] = {}
@@ -112,7 +115,7 @@ class Simulator:
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
             self.host = Host(replicas)
-            self.host.keeps_logs = False
+            self.host.alone = True
             self.host.init()
         self._attempts = dict.fromkeys(nodes, 0)
         self.layout = replicas[0].layout
@@ -200,8 +203,10 @@ class Simulator:
         posted = {node: exchange.posted[node] for node in decision.closed}
         first = decision.closed[0]
         specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
+        if decision.inline and not self._network.is_instant:
+            exchange.arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
         if posted[first].signature.operation != "AllReduce":
-            self.host.conclude_gather(first, seq, self.host.contributed(decision.closed, seq))
+            self.host.conclude_here(decision.closed, seq)
         elif decision.inline:
             inline = [
                 Contributed(node, one.weight, one.specs, one.inline)
@@ -215,20 +220,19 @@ class Simulator:
             self.host.conclude_reduce(first, seq, specs[first], weights, parts)
 
     def _advance(self, decision: Advance) -> None:
-        arrivals: dict[NodeId, float] = {}
-        if decision.inline:
-            arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
+        arrivals = self._exchanges[decision.seq].arrivals
         for node in decision.nodes:
-            self._resume_at(arrivals.get(node, self._now), node, seq=decision.seq)
+            self._resume_at(max(self._now, arrivals.get(node, self._now)), node, seq=decision.seq)
 
-    def _inline_phase(self, decision: Advance) -> list[Cast]:
+    def _inline_phase(self, decision: Close) -> list[Cast]:
         posted = self._exchanges[decision.seq].posted
         sizes = {node: posted[node].nbytes for node in decision.closed}
+        receivers = sorted(posted)
         if posted[decision.closed[0]].wants is None:
-            return [Cast(sizes, decision.nodes)]
+            return [Cast(sizes, receivers)]
         return [
             Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
-            for node in decision.nodes
+            for node in receivers
         ]
 
     # --- messages ----------------------------------------------------------------------------------------------------
@@ -260,21 +264,24 @@ class Simulator:
     def _at(self, when: float, node: NodeId, what: _Resume | Happening) -> None:
         """Events are ordered by (virtual time, node, arrival): the same in every run."""
         self._arrival += 1
-        heapq.heappush(self._queue, (when, node, self._arrival, what))
+        moment = self._queue.get(when)
+        if moment is None:
+            moment = self._queue[when] = []
+            heapq.heappush(self._times, when)
+        moment.append((node, self._arrival, what))
 
     def _resume_at(self, when: float, node: NodeId, result: object = None, *, seq: int | None = None) -> None:
         self._at(when, node, _Resume(node, self._attempts[node], result, seq))
 
     def next(self, until: float) -> Happening | None:
         while not self._ready:
-            if not self._queue or self._queue[0][0] > until:
+            if not self._times or self._times[0] > until:
                 assert until < float("inf"), "every program waits, and nothing is on its way"
                 self._now = max(self._now, until)
                 return None
-            self._now = self._queue[0][0]
+            self._now = heapq.heappop(self._times)
             resumes: list[_Resume] = []
-            while self._queue and self._queue[0][0] == self._now:
-                what = heapq.heappop(self._queue)[3]
+            for _, _, what in sorted(self._queue.pop(self._now)):
                 if not isinstance(what, _Resume):
                     self._ready.append(what)
                 elif what.attempt == self._attempts[what.node]:
@@ -324,7 +331,6 @@ class Simulator:
                 self._ready.append(Waits(node, seq))
             case Returned():
                 self._ready.append(Finished(node, ticket))
-                self._ready.append(Return(node, ticket.num_collectives, ticket.digest))
             case Sending(to, letter, _, nbytes):
                 self._letters[letter] = ticket
                 self._ready.append(Sent(node, to, nbytes, letter))

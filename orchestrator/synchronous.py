@@ -116,8 +116,8 @@ class Synchronous:
         """All nodes that are alive; a change counts against the last committed round."""
         progress = self._progress
         members, last = progress.nodes, self._view
-        joined = tuple(node for node in members if node not in progress.members)
-        left = tuple(node for node in last.members if node not in members)
+        joined = tuple(sorted(set(members).difference(progress.members)))
+        left = tuple(sorted(set(last.members).difference(members)))
         self._view = View(last.number + bool(last.members and (joined or left)), members, joined, left)
         return self._view
 
@@ -152,11 +152,12 @@ class Synchronous:
         match happening:
             case Finished(node, report):
                 attempt.reports[node] = report
+                return Return(node, report.num_collectives, report.digest)
             case Halted(node):
                 self._running.discard(node)
             case Died(node, reason):
                 self._died(attempt.number, node, reason)
-            case Post() | Waits() | Secured() | Delivered() | Return():
+            case Post() | Waits() | Secured() | Delivered():
                 return happening
             case _:
                 _ = self._progress.note(happening) or self._mail.take(happening)

@@ -102,6 +102,13 @@ def test_a_started_exchange_overlaps_with_training():
     assert seconds == [pytest.approx(1.32), pytest.approx(1.0)]
 
 
+def test_a_small_started_exchange_is_on_its_way_while_the_node_trains():
+    network = {"latency_ms": 400, "step_ms": 1000}
+    ran = run("Overlapping", 2, network=network, rounds=1)
+    # A second of training hides both exchanges; then come two more, one after the other.
+    assert ran.virtual_seconds == pytest.approx(1.8)
+
+
 class Misusing(Program, name="test_misusing"):
     """Handles, used as they must not be."""
 

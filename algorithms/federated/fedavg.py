@@ -64,8 +64,5 @@ class FedAvg(Federated, name="fedavg"):
         self.move(node, mean.value["difference"], mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        sizes = layout.num_values, layout.num_buffer_values
-        sent, received = (
-            sum(codec.nbytes(size, layout.dtype) for size in sizes) for codec in (self.codec, self.result_codec)
-        )
+        sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)
         return all_reduce_bytes(sent, num_nodes, self.cohort_size(num_nodes), received)

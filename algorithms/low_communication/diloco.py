@@ -64,10 +64,7 @@ class DiLoCo(Algorithm, name="diloco"):
         node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        sizes = layout.num_values, layout.num_buffer_values
-        sent, received = (
-            sum(codec.nbytes(size, layout.dtype) for size in sizes) for codec in (self.codec, self.result_codec)
-        )
+        sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)
         return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:

@@ -58,7 +58,7 @@ class DIMAT(Algorithm):
                 for neighbor, model in inbox.payloads.items()
             }
         node.parameters.copy_(Inbox(models, inbox.weights).mix(node.parameters))
-        node.local["metrics"] = {name: value for name, value in (await Evaluate()).items()}
+        node.local["metrics"] = {**await Evaluate()}
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return self.topology.num_messages(num_nodes) * layout.nbytes
@@ -75,10 +75,11 @@ def hidden(module: Callable[..., Any], inputs: Tensor) -> tuple[Tensor, ...]:
 
 def match(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[Tensor]:
     """For each hidden layer, which of their units takes the place of which of ours, shape (h,)."""
-    return [
-        torch.from_numpy(linear_sum_assignment((_standardized(mine).T @ _standardized(other)).numpy(), maximize=True)[1])
-        for mine, other in zip(own, theirs, strict=True)
-    ]
+    found: list[Tensor] = []
+    for mine, other in zip(own, theirs, strict=True):
+        correlation = _standardized(mine).T @ _standardized(other)
+        found.append(torch.from_numpy(linear_sum_assignment(correlation.numpy(), maximize=True)[1]))
+    return found
 
 
 def _standardized(activations: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Scheduler:
             if group.latest > now
         ]
         options = [steps for end in ends if (steps := _whole((end - now) / one.speed)) <= self.max_steps]
-        return max(max(options), self.min_steps) if options else self.max_steps
+        return max(*options, self.min_steps) if options else self.max_steps
 
     def next_timer(self) -> float | None:
         return min((group.latest for group in self.groups.values() if group.latest), default=None)
@@ -193,7 +193,7 @@ class FedCompass(Algorithm):
             weight = self.lr * (1 + node.round - one["version"]) ** -self.staleness_exponent / len(scheduler.clients)
             node.parameters.sub_(one["difference"], alpha=weight)
         node.local["updates"] = [one for one in updates if one["client"] in waiting]
-        node.local["owed"] = closed
+        node.local["owed"] = [*closed]
         entry = {
             "clients": [one["client"] for one in taken],
             "ages": [node.round - one["version"] for one in taken],

@@ -25,7 +25,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import AllGather, Algorithm, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
+from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
 from algorithms.closing import ClosePolicy, decoding
 from algorithms.errors import SettingsError
 
@@ -54,7 +54,7 @@ class WithinModel(ClosePolicy):
         return self.enough(arrived, active, self.grace_s)
 
     def bearable(self, late: AbstractSet[int]) -> bool:
-        return len(late.union(self.recent)) <= self.stragglers and late.isdisjoint(self.blocked)
+        return len(late | set(self.recent)) <= self.stragglers and late.isdisjoint(self.blocked)
 
 
 class MSGC(Algorithm):
@@ -115,9 +115,9 @@ class MSGC(Algorithm):
             place = last["job"] % len(models)
             step = models[place] - self.lr * last["sum"]
             node.shared["models"] = [step if index == place else model for index, model in enumerate(models)]
-        node.shared["jobs"] = jobs
+        node.shared["jobs"] = [*jobs]
         late = sorted(set(node.view.members) - done)
-        node.shared["straggled"] = [*cast("list[list[int]]", node.shared["straggled"])[1:], late]
+        node.shared["straggled"] = [*cast("list[Any]", node.shared["straggled"])[1:], [*late]]
         node.parameters.copy_(cast("list[Tensor]", node.shared["models"])[0])
 
     async def _gradient(self, part: int, at: Tensor) -> Tensor:

@@ -69,9 +69,7 @@ def test_batches_are_poissons():
     assert torch.bincount(torch.cat(drawn), minlength=60).min() > 120
 
 
-@pytest.mark.parametrize(
-    ("noise", "rate", "steps", "expected"), [(1.0, 0.01, 1000, 2.10137), (2.0, 0.1, 100, 2.58057)]
-)
+@pytest.mark.parametrize(("noise", "rate", "steps", "expected"), [(1.0, 0.01, 1000, 2.10137), (2.0, 0.1, 100, 2.58057)])
 def test_epsilon(noise: float, rate: float, steps: int, expected: float):
     assert epsilon(noise, rate, steps, 1e-5) == pytest.approx(expected, rel=1e-4)
 

@@ -59,7 +59,7 @@ def test_unequal_clients_arrive_together():
 
 
 def test_a_client_that_is_too_slow_for_any_group_holds_up_nobody():
-    """Ten times slower, where steps can differ five times: late for each group, but its updates count when they come."""
+    """Ten times slower, where steps can differ five times: late for each group, but its updates count."""
     ran = run({4: 0.1}, rounds=40)
     entries = log(ran)
     assert {client for one in entries for client in one["clients"]} == set(range(5))
