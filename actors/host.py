@@ -109,12 +109,37 @@ class Host(Exchanges):
         # What is unequal from the start stays, and the first commit's digests tell of it, as they do across processes.
         self._alias([replica for replica in members if replica.shared.equals(members[0].shared)])
 
+    def embody(self, replica: Replica) -> None:
+        """Put a new replica in the place of one that is gone, in its initial state."""
+        self.replicas[replica.id] = replica
+        self.fences[replica.id] = threading.Event()
+        self.programs.pop(replica.id, None)
+        replica.clock = self.times.watched(replica.id, replica.clock)
+        replica.spec.algorithm.init(replica)
+        replica.commit()
+
+    def drop(self, node: NodeId) -> None:
+        """``node`` is gone. What it has contributed stays: it may be in an exchange that is not closed yet."""
+        program = self.programs.get(node)
+        if program is not None:
+            program.over = True
+            program.coroutine.close()
+
     # --- rounds ------------------------------------------------------------------------------------------------------
 
-    def begin(self, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool = False) -> None:
+    def begin(
+        self,
+        number: int,
+        view: View,
+        committed: int,
+        nodes: Sequence[NodeId],
+        *,
+        repair: bool = False,
+        joiners: Sequence[NodeId] = (),
+    ) -> None:
         """Apply what is committed and make the programs of a new round; ``resume`` runs them.
 
-        With ``repair`` they begin with ``on_view_change``.
+        With ``repair`` they begin with ``on_view_change``, those of ``joiners`` with ``join`` before it.
         """
         self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
@@ -129,7 +154,8 @@ class Host(Exchanges):
             if node == SERVER:
                 coroutine = algorithm.server(replica)
             else:
-                coroutine = _repaired(replica) if repair else algorithm.round(replica)
+                joins = node in joiners
+                coroutine = _prepared(replica, repair, joins) if repair or joins else algorithm.round(replica)
             self.programs[node] = Program(coroutine)
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:
@@ -353,10 +379,13 @@ class UnfinishedExchange(ProgramError):  # noqa: N818 - the protocol's word
     """A handle was waited for in another round or twice, or a round ended with an open one."""
 
 
-async def _repaired(replica: Replica) -> None:
-    """The round of a node whose view has changed."""
+async def _prepared(replica: Replica, repair: bool, joins: bool) -> None:  # noqa: FBT001 - of this file alone
+    """The round of a node that was given another's state, or whose view has changed."""
     algorithm = replica.spec.algorithm
-    await algorithm.on_view_change(replica)
+    if joins:
+        await algorithm.join(replica)
+    if repair:
+        await algorithm.on_view_change(replica)
     await algorithm.round(replica)
 
 

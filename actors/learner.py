@@ -278,7 +278,12 @@ class Learner:
             indices = self._own_data("Batch without a part").next(size)
         elif self.parts is not None and 0 <= operation.part < len(self.parts):
             part = self.parts[operation.part]
-            indices = part[self._choose(("part", operation.part), len(part), size)]
+            if operation.key is None:
+                places = self._choose(("part", operation.part), len(part), size)
+            else:
+                # As no round is in the labels, a key cannot meet the draws of rounds, whose labels begin with one.
+                places = _shuffled(len(part), self.spec.seed, "part", operation.part, operation.key)[:size]
+            indices = part[places]
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
@@ -287,7 +292,7 @@ class Learner:
     def _choose(self, source: tuple[str | int, ...], population: int, size: int) -> Tensor:
         """At most ``size`` places at random, the same on all nodes: a pure function of (seed, round, source, count)."""
         count = self._draws[source] = self._draws.get(source, -1) + 1
-        return torch.randperm(population, generator=generator(self.spec.seed, self.round, *source, count))[:size]
+        return _shuffled(population, self.spec.seed, self.round, *source, count)[:size]
 
     def gradient(self, operation: Gradient) -> GradientReport:
         """Carry out ``Gradient``; the learning rate's schedule does not move on.
@@ -353,6 +358,11 @@ class Learner:
     def position(self, position: Position) -> None:
         if self._sampler is not None:
             self._sampler.position = position
+
+
+def _shuffled(population: int, *labels: int | str) -> Tensor:
+    """Places 0 … ``population`` - 1 in an order that is a pure function of ``labels``."""
+    return torch.randperm(population, generator=generator(*labels))
 
 
 def _is_finite(values: Tensor) -> bool:

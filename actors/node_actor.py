@@ -15,6 +15,7 @@ import gc
 import io
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -70,6 +71,7 @@ class Setup:
     rounds: int
     skip_nan: bool
     fetch_timeout_s: float
+    incarnation: int = 0
     sys_path: tuple[str, ...] = ()
     """Folders of the driver in which a user's modules may lie; those that exist here are searched too."""
 
@@ -99,6 +101,8 @@ class Round:
     """The last committed round."""
     repair: bool
     """Whether programs begin with ``on_view_change``."""
+    joiners: tuple[NodeId, ...]
+    """Those whose programs begin with ``join``."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,8 @@ class NodeActor:
             data = load_data(spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
             self._validation = data.validation
             replicas = build_replicas(setup.nodes, spec, data, devices)
+            for replica in replicas:
+                replica.incarnation = setup.incarnation
             self._host = Host(replicas)
             if not spec.algorithm.synchronous:
                 self._host.times.record()
@@ -256,7 +262,9 @@ class NodeActor:
         """Begin a round and run the programs to their first exchange."""
         self._epoch = round_.epoch
         self._forget()
-        self._host.begin(round_.number, round_.view, round_.committed, nodes, repair=round_.repair)
+        self._host.begin(
+            round_.number, round_.view, round_.committed, nodes, repair=round_.repair, joiners=round_.joiners
+        )
         return self._with_parts(self._reply(self._host.drive([(node, None) for node in nodes])), expected)
 
     @ray.method(concurrency_group="compute")
@@ -361,10 +369,10 @@ class NodeActor:
         return replica.model_digest(*mean), save({name: one.cpu() for name, one in tensors.items()})
 
     @ray.method(concurrency_group="compute")
-    def committed_model(self, node: NodeId) -> tuple[Buffer, Buffer]:
-        """Parameters and buffers of a node's committed model, as bytes."""
+    def committed_model(self, node: NodeId) -> list[Any]:
+        """An acknowledgement, then parameters and buffers of a node's committed model, as bytes."""
         parameters, buffers = self._host.replicas[node].committed_model()
-        return as_buffer(parameters.cpu()), as_buffer(buffers.cpu())
+        return [True, (as_buffer(parameters.cpu()), as_buffer(buffers.cpu()))]
 
     def _mean(
         self, node: NodeId, others: Sequence[ObjectRef[Any]]
@@ -483,6 +491,11 @@ class NodeActor:
     def discard(self, letter: int) -> None:
         """Nobody is to have a large message."""
         self._host.outbox.pop(letter, None)
+
+    @ray.method(concurrency_group="control")
+    def hang(self) -> None:
+        """Stand still, all threads of this process, as a fault would have it."""
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> bool:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
 
@@ -58,8 +58,11 @@ INLINE_LIMIT_BYTES = 64 * 1024
 PART_BYTES = 1024 * 1024
 """A larger one is cut into at most one part per member, and not smaller than this."""
 
-State: TypeAlias = "Tensor | bool | int | float | str | dict[str, State] | list[State] | None"
-"""What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over."""
+State: TypeAlias = "Tensor | bool | int | float | str | Mapping[str, State] | Sequence[State] | None"
+"""What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over.
+
+Mappings are ``dict``s and sequences ``list``s, no others; only so does a type checker take a ``list[int]``.
+"""
 
 Payload: TypeAlias = "Tensor | float | Mapping[str, Tensor | float]"
 """What may travel: a tensor, a number, or a flat mapping of them. Travels as raw buffers."""
@@ -184,12 +187,19 @@ class Batch(Operation[DataBatch]):
 
     From the node's own training data they are the next in its epoch. With ``part`` they come from the samples of that
     node, chosen at random without replacement: the same on all nodes that draw from a part in a round, call for call.
-    Held-out data are drawn alike.
+    Held-out data are drawn alike. With a ``key`` they depend on (run seed, part, key, size) alone, so that a later
+    round can draw ``Batch(part=3, key="job 7")`` again.
     """
 
     source: Literal["train", "validation"] = "train"
     size: int | None = None
     part: NodeId | None = None
+    key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a key without a part."""
+        if self.key is not None and self.part is None:
+            raise ValueError(f"Batch(key={self.key!r}) needs a part: only what is drawn from one can be drawn again")
 
 
 @dataclass(frozen=True)
@@ -357,6 +367,9 @@ class Wait(Operation[T]):
 @dataclass(frozen=True, eq=False)
 class Send(Operation[None]):
     """Put ``payload`` into the mailbox of ``to``. What is sent to a node that is gone is dropped.
+
+    It counts as of the sender's round, whenever in it: a server that steps and then answers in the same round answers
+    with the old version, by ``Message.staleness``. Let it answer at the begin of the next one (see ``fedbuff``).
 
     Bytes: those of the payload; a number counts 8.
     """

@@ -124,6 +124,7 @@ class Asynchronous:
         progress.round_done(
             self._since,
             {node: self._rounds[node] - 1 for node in self.result},
+            alike=False,
             contributing=len(self._contributed),
             payload_bytes=int(payload),
             transport_bytes=None if self._runtime.transport_nbytes is None else int(transport),
@@ -136,17 +137,12 @@ class Asynchronous:
 
     def _died(self, node: NodeId, reason: str) -> None:
         progress = self._progress
-        progress.lost.append(node)
-        progress.record("lost", node=node, round=self._rounds[node], reason=reason)
+        message = progress.lose(node, reason, self._rounds[node])
         if node == SERVER:
-            message = f"{progress.name(node)} was lost in its round {self._rounds[node]}: {reason}"
             raise NodeLostError(message)
         left = progress.nodes
         if len(left) < self._config.need:
-            message = (
-                f"{progress.name(node)} was lost ({reason}); {len(left)} nodes are left, {self._config.need} are needed"
-            )
-            raise NodeLostError(message)
+            raise NodeLostError(f"{message}; {len(left)} nodes are left, and {self._config.need} are needed")
         self._view = View(self._view.number + 1, left, left=(node,))
         self._mail.left(node)
 
@@ -163,8 +159,7 @@ class Asynchronous:
                     waiting.discard(node)
                 case Died(node, reason):
                     waiting.discard(node)
-                    self._progress.lost.append(node)
-                    self._progress.record("lost", node=node, round=self._rounds[node], reason=reason)
+                    self._progress.lose(node, reason, self._rounds[node])
                 case None:
                     pass
                 case _:

@@ -16,7 +16,7 @@ import time
 from collections import defaultdict, deque
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 import ray.exceptions
@@ -36,7 +36,7 @@ from actors.tickets import (
 )
 from algorithms.api import SERVER
 from orchestrator import ray_session
-from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
+from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeGoneError, NodeLostError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
 from orchestrator.runtime import (
@@ -52,6 +52,7 @@ from orchestrator.runtime import (
     Receives,
     Seen,
     Sent,
+    Up,
 )
 from orchestrator.simulator import post_event
 
@@ -94,6 +95,8 @@ class _Actor:
     index: int
     nodes: tuple[NodeId, ...]
     handle: Any
+    incarnation: int = 0
+    """Of its nodes: how often they had been embodied before."""
     ready: Ready | None = None
     alive: bool = True
 
@@ -144,31 +147,37 @@ class Cluster:
         self._check_resources()
         per_actor = cluster.nodes_per_actor
         nodes = [*range(self._config.num_nodes)]
-        actor_class = remote_class()
         places = [tuple(nodes[first : first + per_actor]) for first in range(0, len(nodes), per_actor)]
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
         for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
             for members in wave:
-                options = {
-                    "num_gpus": cluster.num_gpus * len(members),
-                    "num_cpus": cluster.num_cpus * len(members),
-                    "max_restarts": 0,  # Ray would start it again without its state
-                    "scheduling_strategy": "SPREAD",
-                }
-                self._launch(members, actor_class.options(**options).remote())
+                self._launch(members)
             self._wait_until_ready()
         if self._config.algorithm.has_server:
-            # A coordinator adds up what others send: it needs no GPU.
-            options = {"num_gpus": 0, "num_cpus": cluster.num_cpus, "max_restarts": 0}
-            self._launch((SERVER,), actor_class.options(**options).remote())
+            self._launch((SERVER,))
             self._wait_until_ready()
             nodes.append(SERVER)
         first = self._facts_of(self._actors[0])
         self.layout, self.baselines = first.layout, first.baselines
         return [self._node_facts(node) for node in nodes]
 
-    def _launch(self, nodes: tuple[NodeId, ...], handle: Any) -> None:  # noqa: ANN401 - Ray's handles have no type
-        actor = _Actor(len(self._actors), nodes, handle)
+    def launch(self, nodes: Sequence[NodeId]) -> None:
+        lost = {self._home[node].index: self._home[node] for node in nodes}
+        for actor in lost.values():
+            self._launch(actor.nodes, actor.incarnation + 1)
+
+    def _launch(self, nodes: tuple[NodeId, ...], incarnation: int = 0) -> None:
+        cluster = self._config.cluster
+        # A coordinator adds up what others send: it needs no GPU.
+        num_gpus = 0 if SERVER in nodes else cluster.num_gpus * len(nodes)
+        options = {
+            "num_gpus": num_gpus,
+            "num_cpus": cluster.num_cpus * len(nodes),
+            "max_restarts": 0,  # Ray would start it again without its state
+            "scheduling_strategy": "SPREAD",
+        }
+        handle = remote_class().options(**options).remote()
+        actor = _Actor(len(self._actors), nodes, handle, incarnation)
         self._actors.append(actor)
         self._home |= dict.fromkeys(nodes, actor)
         # Parked at once: a process that dies while it starts is noticed like any other.
@@ -188,6 +197,7 @@ class Cluster:
             rounds=self._config.rounds,
             skip_nan=self._config.on_nan == "skip",
             fetch_timeout_s=_FETCH_TIMEOUT_S,
+            incarnation=actor.incarnation,
             sys_path=tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else (),
         )
 
@@ -241,6 +251,8 @@ class Cluster:
             self._ready.append(Raised(actor.nodes[0], result.message, result.traceback))
         else:
             actor.ready = result
+            if actor.incarnation:
+                self._ready.extend(Up(self._node_facts(node)) for node in actor.nodes)
             for node in actor.nodes:
                 where = f"{result.place}, {result.devices[node]}, {result.num_samples[node]} samples"
                 who = "server" if node == SERVER else f"node {node}"
@@ -320,12 +332,20 @@ class Cluster:
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+        self,
+        epoch: int,
+        number: int,
+        view: View,
+        committed: int,
+        nodes: Sequence[NodeId],
+        *,
+        repair: bool,
+        joiners: Sequence[NodeId] = (),
     ) -> None:
         self._epoch, self._members = epoch, view.members
         self._posted.clear()
         self._contributions, self._reduced, self._fetching = {}, {}, {}
-        round_ = Round(epoch, number, view, committed, repair)
+        round_ = Round(epoch, number, view, committed, repair, tuple(joiners))
         for actor, mine in self._by_actor(nodes):
             self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
 
@@ -337,11 +357,11 @@ class Cluster:
         """
         method = actor.handle.begin if place == _BEGIN else actor.handle.advance
         known = self._expected.get((actor.index, place))
-        if known is None:
-            self._call(actor, remote(method, None), lambda actor, reply: self._on_reply(actor, reply, place))
-            return
-        expected = replace(known, parts=self._parts_for_others(actor, known.num_parts))
-        if not expected.parts:
+        if known is None or known.num_parts > len(self._members):
+            expected = None
+        else:
+            expected = replace(known, parts=self._parts_for_others(actor, known.num_parts))
+        if expected is None or not expected.parts:
             self._call(actor, remote(method, None), lambda actor, reply: self._on_reply(actor, reply, place))
             return
         done, *refs = remote(method.options(num_returns=1 + expected.num_values), expected)
@@ -569,6 +589,13 @@ class Cluster:
         )
         return Inline(tuple(contributions), closed)
 
+    def kill(self, node: NodeId) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(self._home[node].handle, no_restart=True)
+
+    def hang(self, node: NodeId) -> None:
+        self._home[node].handle.hang.remote()
+
     def halt(self, nodes: Sequence[NodeId]) -> None:
         for actor, mine in self._by_actor(nodes):
             if not actor.alive:
@@ -680,9 +707,12 @@ class Cluster:
             raise NodeFailedError(result.message, result.traceback)
         return result
 
-    def _models(self, nodes: Iterable[NodeId]) -> list[ObjectRef[Any]]:
-        """Models in the store; one that is lost on the way fails the call that reads it."""
-        return [self._home[node].handle.committed_model.remote(node) for node in nodes if self._home[node].alive]
+    def _models(self, nodes: Sequence[NodeId]) -> list[ObjectRef[Any]]:
+        """The committed models of ``nodes``, in the store."""
+        answers = [self._home[node].handle.committed_model.options(num_returns=2).remote(node) for node in nodes]
+        for node, (done, _) in zip(nodes, answers, strict=True):
+            self._ask(node, done)
+        return [model for _, model in answers]
 
     def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
         first, *others = nodes
@@ -694,13 +724,11 @@ class Cluster:
         try:
             return ray.get(ref, timeout=_CALL_TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            self._fail(node, error)
-
-    def _fail(self, node: NodeId, error: Exception) -> NoReturn:
-        place = self._facts_of(self._home[node]).place
-        reason = _reason(error)
-        message = f"node {node} ({place}) was lost: {reason}"
-        raise NodeLostError(message) from None
+            actor = self._home[node]
+            if actor.alive:
+                self._lost(actor, error)
+            message = f"node {node} ({self._facts_of(actor).place}) was lost: {_reason(error)}"
+            raise NodeGoneError(node, message) from None
 
 
 def _runs_on(ticket: Ticket) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -142,6 +142,8 @@ class NetworkConfig(Section):
     """Pairs that differ."""
     step_ms: NonNegativeFloat = 10
     """One optimizer step of a node of speed 1."""
+    start_s: NonNegativeFloat = 5
+    """Until a lost node is there again."""
     speeds: dict[NonNegativeInt, PositiveFloat] = {}
     """Node → relative speed; 1 if not named."""
 
@@ -155,6 +157,21 @@ class EvaluationConfig(Section):
     """``null``: all held-out data."""
 
 
+FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "commit"]
+"""The begin of a round; the node's first contribution; an exchange's two steps, any of them; the round's end."""
+
+
+class FaultEvent(Section):
+    """Something that happens to a node, once."""
+
+    kind: Literal["kill", "hang"]
+    """Its process ends; or it stands still and answers nothing."""
+    node: NonNegativeInt
+    round: NonNegativeInt
+    phase: FaultPhase = "train"
+    """At which moment of the round."""
+
+
 class FaultsConfig(Section):
     """Scheduled faults."""
 
@@ -162,8 +179,8 @@ class FaultsConfig(Section):
     """Random losses per node."""
     seed: int = 0
     """Of the random losses."""
-    events: Annotated[tuple[dict[str, Any], ...], _off(())] = ()
-    """Losses and delays at given rounds."""
+    events: tuple[FaultEvent, ...] = ()
+    """Losses at given rounds."""
 
 
 class CheckpointConfig(Section):
@@ -263,12 +280,17 @@ class Config(Section):
             self.algorithm.validate_for(self.num_nodes)
         except SettingsError as error:
             raise ValueError(f"algorithm: {error}") from None
-        named = [("links", node) for link in self.network.links for node in link.between]
-        named += [("speeds", node) for node in self.network.speeds]
+        named = [("network.links", node) for link in self.network.links for node in link.between]
+        named += [("faults.events", event.node) for event in self.faults.events]
+        if self.faults.events and not self.algorithm.synchronous:
+            raise ValueError(
+                f"faults.events: {self.algorithm.name} is asynchronous, and has no rounds to name a moment by"
+            )
+        named += [("network.speeds", node) for node in self.network.speeds]
         for key, node in named:
             if node >= self.num_nodes:
                 raise ValueError(
-                    f"network.{key} names node {node}, but cluster.nodes.target is {self.num_nodes} (0 is the first)"
+                    f"{key} names node {node}, but cluster.nodes.target is {self.num_nodes} (0 is the first)"
                 )
         return self
 
@@ -280,8 +302,12 @@ class Config(Section):
     @property
     def need(self) -> int:
         """Members without which an exchange does not close: max(min, ⌈quorum · view⌉)."""
+        return self.need_of(self.num_nodes)
+
+    def need_of(self, view_size: int) -> int:
+        """The same, for a view of so many members."""
         # Rounded: 0.55 · 20 is 11.000000000000002 in floating point, and must not become 12.
-        quorum = math.ceil(round(self.cluster.quorum_fraction * self.num_nodes, 9))
+        quorum = math.ceil(round(self.cluster.quorum_fraction * view_size, 9))
         return max(self.cluster.nodes.min, quorum)
 
     def replica_spec(self) -> ReplicaSpec:

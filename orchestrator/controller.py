@@ -38,6 +38,7 @@ class Controller:
         config, runtime = progress.config, progress.runtime
         facts = runtime.start()
         progress.facts = {one.node: one for one in facts}
+        progress.num_started = len(facts)
         progress.zero = runtime.now
         started = Started(
             config=config,
@@ -61,7 +62,7 @@ class Controller:
         finally:
             gc.set_threshold(*threshold)
             gc.unfreeze()
-        model = runtime.finish(loop.result)
+        model = progress.fetch(loop.result, alike=config.algorithm.replicated)
         progress.digest = model.digest
         progress.observer.on_model(model)
         return self.summary("finished")

@@ -8,6 +8,7 @@
     ├── ClusterError            2    no cluster at that address, or too small for what is asked
     ├── RunError                3    the run began, and failed
     │   ├── NodeLostError       3    a node's process or machine died
+    │   ├── NodeGoneError       3    one died while it was asked for what another can give
     │   ├── DivergedError       3    replicas that must be identical are not
     │   ├── ProgramsDivergeError 3   two nodes await different operations at the same place
     │   └── NodeFailedError     3    a user's task or algorithm raised; carries its traceback
@@ -28,6 +29,7 @@ __all__ = [
     "DataError",
     "DivergedError",
     "NodeFailedError",
+    "NodeGoneError",
     "NodeLostError",
     "ProgramError",
     "ProgramsDivergeError",
@@ -61,6 +63,14 @@ class RunError(StarlingError):
 
 class NodeLostError(RunError):
     """A node's process or machine died."""
+
+
+class NodeGoneError(NodeLostError):
+    """``node`` died while it was asked for something that another may be able to give."""
+
+    def __init__(self, node: int, message: str) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class DivergedError(RunError):

@@ -33,6 +33,8 @@ class Envelope:
     """The runtime's name for the payload."""
     heard: int
     """The receiver's round that the sender had last heard of."""
+    attempt: int = 0
+    """How often a round of all had been begun again when it was sent."""
 
     @property
     def key(self) -> tuple[NodeId, int, int]:
@@ -84,6 +86,7 @@ class Mailroom:
         self._until: dict[NodeId, float] = {}
         """Of those that wait with a limit."""
         self._num_receiving = 0
+        self._attempt = 0
         self.num_in_flight = 0
         """Messages that were sent and have not arrived."""
 
@@ -113,11 +116,13 @@ class Mailroom:
         box.sent = box.round, number
         self.num_in_flight += 1
         heard = box.round if self._lockstep else box.heard.get(to, 0)
-        return Envelope(sender, box.round, number, to, nbytes, letter, heard)
+        return Envelope(sender, box.round, number, to, nbytes, letter, heard, self._attempt)
 
     def arrived(self, envelope: Envelope) -> list[Handover]:
         """A message has come to its receiver's box; empty if the receiver works, or is gone."""
         self.num_in_flight -= 1
+        if envelope.attempt != self._attempt and self._lockstep:
+            return []  # of an attempt that was given up
         return self._put(envelope.to, envelope)
 
     def receive(self, node: NodeId, timeout_s: float | None, now: float) -> list[Handover]:
@@ -138,6 +143,19 @@ class Mailroom:
         for node in late:
             self.stop(node)
         return [Handover(node, Timeout()) for node in late]
+
+    def join(self, node: NodeId) -> None:
+        """``node`` is there, with an empty box; nobody is told."""
+        self._boxes.setdefault(node, _Box())
+
+    def forget(self, number: int) -> None:
+        """Round ``number`` begins again: what was sent in it was never sent."""
+        for node, box in self._boxes.items():
+            self.stop(node)
+            box.queue = deque(one for one in box.queue if isinstance(one, Left) or one.round < number)
+            if box.sent >= (number, 0):
+                box.sent = number, -1
+        self._attempt += 1
 
     def left(self, node: NodeId) -> list[Handover]:
         """``node`` is gone: everybody else is told once."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from algorithms.api import SERVER
-from orchestrator.errors import NodeFailedError
+from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
 from orchestrator.runtime import Log, Raised, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from actors.host import Returned
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.records import Observer, Status
-    from orchestrator.runtime import Happening, NodeFacts, Runtime
+    from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
+
+_T = TypeVar("_T")
 
 
 class Progress:
@@ -34,7 +36,11 @@ class Progress:
         """The last committed round."""
         self.members: tuple[NodeId, ...] = ()
         """Who committed it."""
-        self.lost: list[NodeId] = []
+        self.down: set[NodeId] = set()
+        """Lost, and not there again."""
+        self.num_started = 0
+        self.num_lost = 0
+        self.num_joined = 0
         self.zero = 0.0
         """The runtime's clock when all nodes were up; times in the record count from it."""
         self._run_id = run_id
@@ -46,11 +52,25 @@ class Progress:
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """Those that train and are alive, sorted."""
-        return tuple(sorted(node for node in self.facts if node != SERVER and node not in self.lost))
+        return tuple(sorted(node for node in self.facts if node != SERVER and node not in self.down))
 
     def name(self, node: NodeId) -> str:
         """A node, for people."""
         return f"{'the server' if node == SERVER else f'node {node}'} ({self.facts[node].place})"
+
+    def lose(self, node: NodeId, reason: str, number: int) -> str:
+        """``node`` is gone, in round ``number``; return what to say of it."""
+        self.down.add(node)
+        self.num_lost += 1
+        self.record("lost", round=number, node=node, reason=reason)
+        return f"{self.name(node)} was lost in round {number}: {reason}"
+
+    def back(self, facts: NodeFacts) -> None:
+        """A node is there again, or for the first time."""
+        self.facts[facts.node] = facts
+        self.down.discard(facts.node)
+        self.num_joined += 1
+        self.record("up", node=facts.node, place=facts.place)
 
     def note(self, happening: Happening) -> bool:
         """Take what concerns the record alone; say whether it was that.
@@ -78,12 +98,16 @@ class Progress:
         reports: Sequence[Returned],
         committed: Mapping[NodeId, int],
         *,
+        alike: bool,
         contributing: int,
         payload_bytes: int,
         transport_bytes: int | None,
         seconds: float,
     ) -> None:
-        """Record the round; if it is time, evaluate the mean model of the nodes in ``committed``, each at its round."""
+        """Record the round; if it is time, evaluate the mean model of the nodes in ``committed``, each at its round.
+
+        If they are ``alike``, that of one.
+        """
         config, number = self.config.evaluation, self.committed
         metrics: dict[str, float] | None = None
         evaluate_seconds = 0.0
@@ -91,10 +115,10 @@ class Progress:
         if last or (config.every_rounds and (number + 1) % config.every_rounds == 0):
             began = time.monotonic()
             self.runtime.settle(committed)
-            metrics = self._metrics = self.runtime.evaluate(tuple(committed), config.max_batches)
+            metrics = self._metrics = self._ask(
+                tuple(committed), lambda nodes: self.runtime.evaluate(nodes, config.max_batches), alike=alike
+            )
             evaluate_seconds = time.monotonic() - began
-            layout = self.runtime.layout
-            self.ledger.book("evaluation", (len(committed) - 1) * (layout.nbytes + layout.buffer_nbytes))
         losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
         self.observer.on_round(
@@ -114,6 +138,26 @@ class Progress:
             )
         )
 
+    def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
+        """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""
+        return self._ask(nodes, self.runtime.finish, alike=alike)
+
+    def _ask(self, nodes: Sequence[NodeId], what: Callable[[Sequence[NodeId]], _T], *, alike: bool) -> _T:
+        """Ask a model of ``nodes``; who dies meanwhile is left out."""
+        there = list(nodes)
+        while True:
+            asked = there[:1] if alike else there
+            try:
+                answer = what(asked)
+            except NodeGoneError as error:
+                there.remove(error.node)
+                if not there:
+                    raise
+            else:
+                layout = self.runtime.layout
+                self.ledger.book("evaluation", (len(asked) - 1) * (layout.nbytes + layout.buffer_nbytes))
+                return answer
+
     def summary(self, status: Status) -> Summary:
         """Where the run stands."""
         rounds = self.committed + 1
@@ -130,7 +174,7 @@ class Progress:
                 "per_round": self.ledger.payload / rounds if rounds else 0,
                 "transport": self.runtime.transport_nbytes,
             },
-            nodes={"started": len(self.facts), "joined": 0, "lost": len(self.lost)},
+            nodes={"started": self.num_started, "joined": self.num_joined, "lost": self.num_lost},
             digest=self.digest,
             seconds=time.monotonic() - self._began,
             virtual_seconds=self.runtime.now if self.runtime.virtual else None,

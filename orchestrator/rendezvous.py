@@ -26,7 +26,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from algorithms.closing import Quorum
+from algorithms.closing import Quorum, Waited
 from orchestrator.events import (
     Abort,
     Advance,
@@ -78,8 +78,10 @@ class Exchange:
 
     seq: int
     is_gather: bool = False
-    first_at: float = 0.0
-    """When the first contribution was announced."""
+    first_at: float | None = None
+    """When the first contribution was announced; who only receives may be there at once, and is no measure."""
+    first_s: float = 0.0
+    """How long that took, from the round's begin or the last close before it."""
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
     """While open: of active members only."""
@@ -114,7 +116,8 @@ class Exchange:
 class Rendezvous:
     """One attempt at one round. Decisions come back from ``handle``; after ``over`` there are no more."""
 
-    def __init__(self, members: Sequence[NodeId], need: int, *, replicated: bool = True) -> None:
+    def __init__(self, members: Sequence[NodeId], need: int, *, replicated: bool = True, began: float = 0.0) -> None:
+        """``began`` is when the attempt did, on the clock of ``handle``."""
         self.view = tuple(sorted(members))
         self.need = need
         self.active = set(self.view)
@@ -125,7 +128,8 @@ class Rendezvous:
         self.payload_nbytes = 0
         """Logical deliveries between distinct nodes so far."""
         self._replicated = replicated
-        self._now = 0.0
+        self._now = began
+        self._last_close = began
         self._out: list[Decision] = []
 
     def handle(self, event: Event, now: float = 0.0) -> list[Decision]:
@@ -168,7 +172,9 @@ class Rendezvous:
         if exchange is None:
             exchange = self.exchanges[post.seq] = Exchange(post.seq)
         if not exchange.posts:
-            exchange.first_at = self._now
+            exchange.first_at = None  # all that had come are gone
+        if exchange.first_at is None and post.contributes:
+            exchange.first_at, exchange.first_s = self._now, self._now - self._last_close
         exchange.is_gather = post.signature.operation != "AllReduce"
         first = next(iter(exchange.posts.values()), post)
         # Nodes of one process have one signature.
@@ -353,8 +359,9 @@ class Rendezvous:
             return past_deadline
         receivers = {node for node, post in exchange.posts.items() if not post.contributes}
         arrived, expected = exchange.posts.keys() - receivers, self.active - receivers
-        waited_s = self._now - exchange.first_at
-        if policy.enough(arrived, expected, waited_s):
+        since_first_s = 0.0 if exchange.first_at is None else self._now - exchange.first_at
+        waited = Waited(exchange.first_s, since_first_s)
+        if policy.enough(arrived, expected, waited):
             return True
         if past_deadline:
             if policy.past_deadline(arrived, expected):
@@ -362,7 +369,7 @@ class Rendezvous:
             late = ", ".join(str(node) for node in sorted(expected - arrived))
             self._abort(f"exchange {exchange.seq} cannot close without nodes {late}, says its policy {policy.name!r}")
             return False
-        again = policy.ask_again_s(arrived, expected, waited_s)
+        again = policy.ask_again_s(arrived, expected, waited)
         if again is not None:
             self._out.append(AskAgain(exchange.seq, again))
         return False
@@ -439,6 +446,7 @@ class Rendezvous:
 
     def _close(self, exchange: Exchange) -> None:
         exchange.phase = Phase.CLOSED
+        self._last_close = self._now
         self._out.append(Close(exchange.seq, exchange.closed, exchange.inline))
         self._advance(exchange, tuple(sorted(exchange.waiting)))
 

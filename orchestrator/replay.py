@@ -81,6 +81,8 @@ class History:
         history = History(path, summary.get("digest"))
         for event in events:
             history._take(event)
+        if history.lost and history.closed:
+            raise ConfigError(f"--replay {path}: that run lost nodes, and replaying a synchronous one is not built yet")
         return history
 
     def _take(self, event: dict[str, Any]) -> None:

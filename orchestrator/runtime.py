@@ -47,6 +47,13 @@ class Died:
 
 
 @dataclass(frozen=True)
+class Up:
+    """A node that was launched is there, in the initial state."""
+
+    facts: NodeFacts
+
+
+@dataclass(frozen=True)
 class Finished:
     """A node's program is done."""
 
@@ -103,7 +110,7 @@ class Log:
     lines: tuple[str, ...]
 
 
-Happening: TypeAlias = Event | Raised | Died | Finished | Halted | Sent | Arrived | Receives | Seen | Log
+Happening: TypeAlias = Event | Raised | Died | Up | Finished | Halted | Sent | Arrived | Receives | Seen | Log
 """What a runtime reports: an event for the rendezvous, or something that only the controller understands."""
 
 
@@ -143,12 +150,33 @@ class Runtime(Protocol):
         """
         ...
 
+    def launch(self, nodes: Sequence[NodeId]) -> None:
+        """Start lost nodes again, elsewhere if need be; ``Up`` comes for each, or ``Died``."""
+        ...
+
+    def kill(self, node: NodeId) -> None:
+        """End a node's process, as a fault would."""
+        ...
+
+    def hang(self, node: NodeId) -> None:
+        """Let a node's process stand still and answer nothing, as a fault would."""
+        ...
+
     def begin(
-        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+        self,
+        epoch: int,
+        number: int,
+        view: View,
+        committed: int,
+        nodes: Sequence[NodeId],
+        *,
+        repair: bool,
+        joiners: Sequence[NodeId] = (),
     ) -> None:
         """Begin a round on ``nodes``; ``committed`` is the last committed round.
 
-        With ``repair`` programs begin with ``on_view_change``.
+        With ``repair`` programs begin with ``on_view_change``; those of ``joiners``, which were given another node's
+        state, with ``join`` before it.
         """
         ...
 
@@ -177,7 +205,11 @@ class Runtime(Protocol):
         ...
 
     def transfer(self, joiner: NodeId, donor: NodeId) -> int:
-        """Give ``joiner`` the parameters and shared state of ``donor``; return the bytes. Its local state stays."""
+        """Give ``joiner`` the parameters and shared state of ``donor``; return the bytes. Its local state stays.
+
+        Raises:
+            NodeGoneError: one of them died meanwhile, which ``Died`` tells too.
+        """
         ...
 
     def next(self, until: float) -> Happening | None:
@@ -189,11 +221,14 @@ class Runtime(Protocol):
 
         That of committed state, also of nodes whose program runs. The first of them computes it; if it is the only one,
         its program is between two rounds.
+
+        Raises:
+            NodeGoneError: one of them died meanwhile, which ``Died`` tells too.
         """
         ...
 
     def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
-        """Fetch the mean model of ``nodes``; no program runs any more."""
+        """Fetch the mean model of ``nodes``; no program runs any more. Raises as ``evaluate``."""
         ...
 
     def close(self) -> None:

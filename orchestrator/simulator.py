@@ -40,7 +40,19 @@ from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
 from orchestrator.network import Cast, Network
-from orchestrator.runtime import Arrived, FinalModel, Finished, Halted, Happening, NodeFacts, Raised, Receives, Sent
+from orchestrator.runtime import (
+    Arrived,
+    Died,
+    FinalModel,
+    Finished,
+    Halted,
+    Happening,
+    NodeFacts,
+    Raised,
+    Receives,
+    Sent,
+    Up,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +109,8 @@ class Simulator:
         self._letters: dict[int, Sending] = {}
         self._large: dict[int, Buffer] = {}
         self._attempts: dict[NodeId, int] = {}
+        self._hung: set[NodeId] = set()
+        self._incarnations: dict[NodeId, int] = {}
         self._threads = torch.get_num_threads()
 
     @property
@@ -110,7 +124,7 @@ class Simulator:
         nodes = [*range(num_nodes), SERVER] if self._config.algorithm.has_server else list(range(num_nodes))
         with user_code(0, 0):
             data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
-            self._validation = data.validation
+            self._data, self._validation = data, data.validation
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
@@ -124,11 +138,19 @@ class Simulator:
     # --- what the controller decides ---------------------------------------------------------------------------------
 
     def begin(
-        self, epoch: int, number: int, view: View, committed: int, nodes: Sequence[NodeId], *, repair: bool
+        self,
+        epoch: int,
+        number: int,
+        view: View,
+        committed: int,
+        nodes: Sequence[NodeId],
+        *,
+        repair: bool,
+        joiners: Sequence[NodeId] = (),
     ) -> None:
         del epoch
         self._exchanges = {}
-        self.host.begin(number, view, committed, nodes, repair=repair)
+        self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners)
         for node in nodes:
             self._attempts[node] += 1
             self._resume_at(self._now, node)
@@ -151,10 +173,37 @@ class Simulator:
                     pass  # done above, or the controller's own; nothing to give up where every fetch succeeds
 
     def halt(self, nodes: Sequence[NodeId]) -> None:
-        self.host.cancel(nodes)
         for node in nodes:
+            if node in self._hung:
+                grace = self._config.cluster.cancel_grace_s
+                reason = f"it did not stop within {grace:g} s (cluster.cancel_grace_s)"
+                self._at(self._now + grace, node, Died(node, reason))
+                continue
+            self.host.cancel([node])
             self._attempts[node] += 1
             self._ready.append(Halted(node))
+
+    def kill(self, node: NodeId) -> None:
+        self._stop(node)
+        self._at(self._now, node, Died(node, "its process died (faults.events)"))
+
+    def hang(self, node: NodeId) -> None:
+        self._stop(node)
+        self._hung.add(node)
+
+    def _stop(self, node: NodeId) -> None:
+        self.host.drop(node)
+        self._attempts[node] += 1
+
+    def launch(self, nodes: Sequence[NodeId]) -> None:
+        for node in nodes:
+            self._hung.discard(node)
+            self._incarnations[node] = self._incarnations.get(node, 0) + 1
+            (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
+            replica.incarnation = self._incarnations[node]
+            self.host.embody(replica)
+            facts = NodeFacts(node, "simulated", "cpu", replica.num_samples)
+            self._at(self._now + self._config.network.start_s, node, Up(facts))
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:
         self.host.settle(committed)

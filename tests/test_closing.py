@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from algorithms.closing import ClosePolicy, Decodable, Everyone, FirstK, Grace, OneOfEach, Quorum, decoding
+from algorithms.closing import ClosePolicy, Decodable, Everyone, FirstK, Grace, OneOfEach, Quorum, Waited, decoding
 from algorithms.registry import table
 
 NODES = frozenset(range(6))
@@ -44,14 +45,22 @@ POLICIES = [
     Grace(seconds=2.0),
     Grace(after=3, seconds=2.0),
     Grace(after=9, seconds=0.0),
+    Grace(factor=1.5),
+    Grace(after=2, seconds=2.0, factor=0.5),
     OneOfEach(groups=GROUPS),
+    OneOfEach(groups=GROUPS, grace_s=2.0),
+    OneOfEach(groups=GROUPS, grace_s=2.0, grace_factor=1.0),
     Decodable(rows=REPETITION),
+    Decodable(rows=REPETITION, grace_factor=0.5),
     Decodable(rows=CYCLIC),
 ]
 
 policies = st.sampled_from(POLICIES)
 some = st.frozensets(st.sampled_from(sorted(NODES)))
 seconds = st.floats(0, 5)
+waits = st.builds(Waited, seconds, seconds)
+AT_ONCE = Waited(1.0, 0.0)
+LONG = Waited(1.0, 1e9)
 
 
 def test_are_in_the_table():
@@ -62,43 +71,47 @@ def test_are_in_the_table():
         assert hash(policy) == hash(policy.model_copy())
 
 
+def later(waited: Waited, seconds: float) -> Waited:
+    return replace(waited, since_first_s=waited.since_first_s + seconds)
+
+
 # --- what holds for all ---------------------------------------------------------------------------------------------
 
 
-@given(policy=policies, active=some, arrived=some, more=some, waited_s=seconds)
+@given(policy=policies, active=some, arrived=some, more=some, waited=waits)
 def test_more_arrivals_take_no_yes_back(
-    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], more: frozenset[int], waited_s: float
+    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], more: frozenset[int], waited: Waited
 ):
     arrived, more = arrived & active, (arrived | more) & active
-    assert policy.enough(arrived, active, waited_s) <= policy.enough(more, active, waited_s)
+    assert policy.enough(arrived, active, waited) <= policy.enough(more, active, waited)
     assert policy.past_deadline(arrived, active) <= policy.past_deadline(more, active)
 
 
-@given(policy=policies, active=some, arrived=some, waited_s=seconds, longer=seconds)
+@given(policy=policies, active=some, arrived=some, waited=waits, longer=seconds)
 def test_waiting_takes_no_yes_back(
-    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], waited_s: float, longer: float
+    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], waited: Waited, longer: float
 ):
     arrived &= active
-    assert policy.enough(arrived, active, waited_s) <= policy.enough(arrived, active, waited_s + longer)
+    assert policy.enough(arrived, active, waited) <= policy.enough(arrived, active, later(waited, longer))
 
 
-@given(policy=policies, active=some, waited_s=seconds)
-def test_enough_when_nobody_is_missing(policy: ClosePolicy, active: frozenset[int], waited_s: float):
-    assert policy.enough(active, active, waited_s)
+@given(policy=policies, active=some, waited=waits)
+def test_enough_when_nobody_is_missing(policy: ClosePolicy, active: frozenset[int], waited: Waited):
+    assert policy.enough(active, active, waited)
     assert policy.past_deadline(active, active)
-    assert policy.ask_again_s(active, active, waited_s) is None
+    assert policy.ask_again_s(active, active, waited) is None
 
 
-@given(policy=policies, active=some, arrived=some, waited_s=seconds)
+@given(policy=policies, active=some, arrived=some, waited=waits)
 def test_asked_again_only_while_the_answer_is_no_and_then_it_is_yes(
-    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], waited_s: float
+    policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int], waited: Waited
 ):
     arrived &= active
-    again = policy.ask_again_s(arrived, active, waited_s)
+    again = policy.ask_again_s(arrived, active, waited)
     if again is not None:
         assert again > 0
-        assert not policy.enough(arrived, active, waited_s)
-        assert policy.enough(arrived, active, waited_s + again + 1e-9)
+        assert not policy.enough(arrived, active, waited)
+        assert policy.enough(arrived, active, later(waited, again))
 
 
 @given(policy=policies, active=some, arrived=some)
@@ -106,7 +119,7 @@ def test_what_is_enough_is_enough_past_the_deadline(
     policy: ClosePolicy, active: frozenset[int], arrived: frozenset[int]
 ):
     arrived &= active
-    assert policy.enough(arrived, active, 0.0) <= policy.past_deadline(arrived, active)
+    assert policy.enough(arrived, active, AT_ONCE) <= policy.past_deadline(arrived, active)
 
 
 # --- by counting ----------------------------------------------------------------------------------------------------
@@ -114,17 +127,19 @@ def test_what_is_enough_is_enough_past_the_deadline(
 
 def test_quorum_and_all_differ_past_the_deadline():
     for policy in (Quorum(), Everyone()):
-        assert not policy.enough({0, 1}, {0, 1, 2}, 1e9)
-        assert policy.enough({0, 1, 2}, {0, 1, 2}, 0.0)
+        assert not policy.enough({0, 1}, {0, 1, 2}, LONG)
+        assert policy.enough({0, 1, 2}, {0, 1, 2}, AT_ONCE)
     assert Quorum().past_deadline({0}, {0, 1, 2})
     assert not Everyone().past_deadline({0, 1}, {0, 1, 2})
 
 
 def test_first_k():
     policy = FirstK(k=2)
-    assert [policy.enough(set(range(count)), {0, 1, 2, 3}, 0.0) for count in range(5)] == [False, False] + [True] * 3
-    assert policy.enough({5}, {5}, 0.0)
-    assert not policy.enough(set(), {5}, 0.0)
+    assert [policy.enough(set(range(count)), {0, 1, 2, 3}, AT_ONCE) for count in range(5)] == [False, False] + [
+        True
+    ] * 3
+    assert policy.enough({5}, {5}, AT_ONCE)
+    assert not policy.enough(set(), {5}, AT_ONCE)
     assert policy.past_deadline({0}, {0, 1, 2})
     with pytest.raises(ValidationError):
         FirstK(k=0)
@@ -132,27 +147,43 @@ def test_first_k():
 
 def test_grace():
     policy = Grace(after=2, seconds=5.0)
-    assert [policy.enough({0, 1}, NODES, waited) for waited in (0.0, 4.999, 5.0, 6.0)] == [False, False, True, True]
-    assert not policy.enough({0}, NODES, 100.0)
-    assert policy.enough({0}, {0}, 0.0)
-    assert [policy.ask_again_s({0, 1}, NODES, waited) for waited in (0.0, 3.5, 5.0)] == [5.0, 1.5, None]
-    assert policy.ask_again_s({0}, NODES, 3.5) is None
+    times = [Waited(9.0, since) for since in (0.0, 3.5, 4.999, 5.0, 6.0)]
+    assert [policy.enough({0, 1}, NODES, waited) for waited in times] == [False, False, False, True, True]
+    assert [policy.ask_again_s({0, 1}, NODES, waited) for waited in times[:2]] == [5.0, 1.5]
+    assert [policy.ask_again_s({0, 1}, NODES, waited) for waited in times[3:]] == [None, None]
+    assert not policy.enough({0}, NODES, LONG)
+    assert policy.enough({0}, {0}, AT_ONCE)
+    assert policy.ask_again_s({0}, NODES, times[1]) is None
     assert policy.past_deadline({0}, NODES)
-    with pytest.raises(ValidationError):
-        Grace(seconds=-1.0)
+    for wrong in ({"seconds": -1.0}, {"factor": -1.0}, {"factor": float("inf")}):
+        with pytest.raises(ValidationError):
+            Grace.model_validate(wrong)
 
 
-def test_grace_ends_on_a_clock_that_rounds():
-    policy = Grace(seconds=0.1)
-    start = now = 2.0**30  # 0.1 s later by this clock is up to 1e-7 s earlier or later
-    for _ in range(4):
-        again = policy.ask_again_s({0}, NODES, now - start)
-        if again is None:
-            break
+def test_grace_as_a_multiple_of_what_the_fastest_took():
+    policy = Grace(factor=0.5)
+    assert [policy.enough({0}, NODES, Waited(first, 2.0)) for first in (3.0, 4.0, 4.1)] == [True, True, False]
+    assert policy.ask_again_s({0}, NODES, Waited(6.0, 2.0)) == 1.0
+    both = Grace(seconds=2.0, factor=0.5)
+    assert [both.ask_again_s({0}, NODES, Waited(first, 0.5)) for first in (0.0, 4.0, 6.0)] == [1.5, 1.5, 2.5]
+
+
+@given(
+    first=st.floats(0, 2.0**31),
+    seconds=st.floats(0, 1e4),
+    between=st.floats(0, 1),
+    policy=st.sampled_from(["grace", "one_of_each"]),
+)
+def test_grace_ends_on_a_clock_that_rounds(first: float, seconds: float, between: float, policy: str):
+    """A tenth of a second later by a clock at 2³⁰ s is up to 1e-7 s earlier or later."""
+    one = Grace(seconds=seconds) if policy == "grace" else OneOfEach(groups=((0,),), grace_s=seconds)
+    now = first + between * seconds
+    again = one.ask_again_s({0}, NODES, Waited(0.0, now - first))
+    if again is not None:
         assert now + again > now
         now += again
-    assert policy.enough({0}, NODES, now - start)
-    assert policy.ask_again_s({0}, NODES, 0.1 - 1e-12) == 0.001
+    assert one.enough({0}, NODES, Waited(0.0, now - first))
+    assert one.ask_again_s({0}, NODES, Waited(0.0, now - first)) is None
 
 
 # --- coded ----------------------------------------------------------------------------------------------------------
@@ -160,14 +191,38 @@ def test_grace_ends_on_a_clock_that_rounds():
 
 def test_one_of_each():
     policy = OneOfEach(groups=GROUPS)
-    assert policy.enough({1, 2, 4}, NODES, 0.0)
+    assert policy.enough({1, 2, 4}, NODES, AT_ONCE)
     assert policy.past_deadline({1, 2, 4}, NODES)
     for missing in ({1, 2}, {0, 1, 3, 4, 5}, {2, 3, 4, 5}, set()):
-        assert not policy.enough(missing, NODES, 1e9)
+        assert not policy.enough(missing, NODES, LONG)
         assert not policy.past_deadline(missing, NODES)
     # Group (2,) is lost: the exchange closes with those that are left, and the program sees who they are.
-    assert policy.enough({0, 1, 3}, {0, 1, 3}, 0.0)
+    assert policy.enough({0, 1, 3}, {0, 1, 3}, AT_ONCE)
     assert not policy.recoverable({0, 1, 3})
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        OneOfEach(groups=((0, 2), (1, 3)), grace_s=2.0, grace_factor=0.5),
+        Decodable(rows=((1, 0), (0, 1), (1, 0), (0, 1)), grace_s=2.0, grace_factor=0.5),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_those_close_behind_get_a_grace(policy: OneOfEach | Decodable):
+    everybody = {0, 1, 2, 3}
+    assert not policy.enough({0, 1}, everybody, Waited(4.0, 0.5))
+    assert policy.ask_again_s({0, 1}, everybody, Waited(4.0, 0.5)) == 1.5
+    assert policy.ask_again_s({0, 1}, everybody, Waited(6.0, 0.5)) == 2.5
+    assert policy.ask_again_s({0, 2}, everybody, Waited(4.0, 0.5)) is None, "time alone does not help"
+    assert policy.enough({0, 1}, everybody, Waited(4.0, 2.0))
+    assert not policy.enough({0, 1}, everybody, Waited(6.0, 2.0))
+    assert policy.enough({0, 1}, everybody, Waited(6.0, 3.0))
+    assert not policy.enough({0, 2}, everybody, LONG)
+    assert policy.ask_again_s({0, 1}, everybody, Waited(4.0, 2.0)) is None
+    assert policy.enough(everybody, everybody, AT_ONCE)
+    assert policy.past_deadline({0, 1}, everybody), "the deadline waits for no grace"
+    assert not policy.past_deadline({0, 2}, everybody)
 
 
 def test_one_of_each_is_decodable_by_repetition():
@@ -211,8 +266,8 @@ def test_decoding_by_hand():
 
 def test_nodes_without_a_row_decide_nothing():
     policy = Decodable(rows=((1.0, 0.0), (0.0, 1.0)))
-    assert not policy.enough({0, 7}, {0, 1, 7}, 0.0)
-    assert policy.enough({0, 1}, {0, 1, 7}, 0.0)
+    assert not policy.enough({0, 7}, {0, 1, 7}, AT_ONCE)
+    assert policy.enough({0, 1}, {0, 1, 7}, AT_ONCE)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +277,8 @@ def test_nodes_without_a_row_decide_nothing():
         ("one_of_each", {"groups": [[0], []]}, "at least 1 item"),
         ("one_of_each", {"groups": [[0, 3], [3]]}, "node 3 is named 2 times"),
         ("one_of_each", {"groups": [[-1]]}, "greater than or equal to 0"),
+        ("one_of_each", {"groups": [[0]], "grace_s": -1}, "greater than or equal to 0"),
+        ("decodable", {"rows": [[1.0]], "grace_factor": -1}, "greater than or equal to 0"),
         ("decodable", {"rows": []}, "at least 1 item"),
         ("decodable", {"rows": [[1.0], [1.0, 2.0]]}, "as many entries"),
         ("decodable", {"rows": [[1.0, 0.0], [2.0, 0.0]]}, "cannot be recovered even from all rows"),

@@ -121,7 +121,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     # features that are not built yet
     ({"cluster": {"warm_spares": 1}}, "cluster.warm_spares is not built yet; leave it at 0, got 1"),
     ({"faults": {"rate_per_hour": 0.1}}, "faults.rate_per_hour is not built yet; leave it at 0, got 0.1"),
-    ({"faults": {"events": [{"node": 1}]}}, "faults.events is not built yet; leave it at []"),
+    (
+        {"faults": {"events": [{"kind": "explode", "node": 1, "round": 2}]}},
+        "faults.events.0.kind should be 'kill' or 'hang', got 'explode'",
+    ),
+    (
+        {"faults": {"events": [{"kind": "kill", "node": 40, "round": 2}]}},
+        "faults.events names node 40, but cluster.nodes.target is 4 (0 is the first)",
+    ),
     ({"checkpoint": {"every_rounds": 1}}, "checkpoint.every_rounds is not built yet; leave it at 0, got 1"),
     ({"checkpoint": {"uri": "s3://x"}}, "checkpoint.uri is not built yet; leave it at null, got 's3://x'"),
     ({"optimizer": {"rollback": True}}, "optimizer.rollback: true is not built yet; set it to false"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,45 @@ def test_batches_of_a_part_are_the_same_on_all_nodes():
     whole = one.batch(Batch(part=2, size=99))
     assert whole.num_samples == 16
     assert len(whole.tensors[0].unique(dim=0)) == 16
+
+
+def test_batches_with_a_key_can_be_drawn_again():
+    replicas = colocated(3, nodes=(SERVER, 0, 1, 2))
+    enter(replicas, 4)
+    parts = replicas[0].parts
+    assert parts is not None
+    places = torch.randperm(16, generator=generator(0, "part", 2, "job 7"))[:5]
+    expected = DataBatch(replicas[0].samples.batch(parts[2][places]), 5)
+    for number, draws in ((4, 3), (5, 1), (0, 0)):
+        enter(replicas, number)
+        for one in replicas[: draws + 1]:
+            for _ in range(draws):
+                one.batch(Batch(part=2, size=5))
+            assert equal(one.batch(Batch(part=2, size=5, key="job 7")), expected)
+            assert equal(one.batch(Batch(part=2, size=5, key="job 7")), expected), "twice in a round"
+    one = replicas[1]
+    assert not equal(one.batch(Batch(part=2, size=5, key="job 8")), expected)
+    assert not equal(one.batch(Batch(part=1, size=5, key="job 7")), expected)
+    assert one.batch(Batch(part=2, size=99, key="job 7")).num_samples == 16
+
+
+def test_draws_with_a_key_leave_the_others_alone():
+    one, other = node(), node()
+    one.batch(Batch(part=2, size=5, key="job 7"))
+    assert equal(one.batch(Batch(part=2, size=5)), other.batch(Batch(part=2, size=5)))
+    assert one.position == (0, 0)
+
+
+def test_another_run_draws_others_with_a_key():
+    one, other = node(), node()
+    other.spec = replace(other.spec, seed=1)
+    keyed = Batch(part=2, size=5, key="job 7")
+    assert not equal(one.batch(keyed), other.batch(keyed))
+
+
+def test_a_key_without_a_part():
+    with pytest.raises(ValueError, match=r"^Batch\(key='job 7'\) needs a part: only what is drawn from one can be"):
+        Batch(key="job 7")
 
 
 def test_batches_of_held_out_data():

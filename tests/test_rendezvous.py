@@ -70,11 +70,12 @@ class Meeting:
     nodes: int | tuple[int, ...] = 4
     need: int = 2
     replicated: bool = True
+    began: float = 0.0
     decisions: list[Decision] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         members = range(self.nodes) if isinstance(self.nodes, int) else self.nodes
-        self.machine = Rendezvous(tuple(members), self.need, replicated=self.replicated)
+        self.machine = Rendezvous(tuple(members), self.need, replicated=self.replicated, began=self.began)
 
     def tell(self, *events: Event, at: float = 0.0) -> list[Decision]:
         """What the events lead to, besides closed exchanges being told as such."""
@@ -616,9 +617,9 @@ def test_thousands_are_late():
 class FirstTwo(ClosePolicy, name="test_first_two"):
     """Two that arrive within five seconds of one another suffice."""
 
-    def enough(self, arrived, active, waited_s):
+    def enough(self, arrived, active, waited):
         assert arrived <= active
-        return len(arrived) >= 2 and waited_s < 5
+        return len(arrived) >= 2 and waited.since_first_s < 5
 
 
 def test_close_policy_decides_who_is_late():

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from actors.buffers import Signature
 from algorithms.closing import Everyone, FirstK, Grace, OneOfEach
-from orchestrator.events import Abort, Advance, AskAgain, Cancel, Deadline, Elapsed, Post, Secure, Secured
-from tests.test_rendezvous import Meeting, inline, nothing
+from orchestrator.events import (
+    Abort,
+    Advance,
+    AskAgain,
+    Cancel,
+    Deadline,
+    Deliver,
+    Delivered,
+    Elapsed,
+    Post,
+    Secure,
+    Secured,
+)
+from tests.test_rendezvous import Meeting, inline, large, nothing
 
 NEIGHBORS = Signature("NeighborAllGather", "ring", None)
 
@@ -25,6 +37,53 @@ def test_a_policy_may_ask_to_be_asked_again():
     (again,) = meeting.tell(inline(1, close=policy), at=12.0)
     assert again == AskAgain(0, 3.0)
     assert [type(one) for one in meeting.tell(Elapsed(0), at=15.0)] == [Cancel, Cancel, Advance]
+
+
+def test_what_the_fastest_took_counts_from_the_beginning_or_the_last_close():
+    meeting = Meeting(3, need=1, began=100.0)
+    policy = Grace(factor=0.5)
+    assert meeting.tell(inline(1, close=policy), at=104.0) == [AskAgain(0, 2.0)]
+    meeting.tell(inline(0, close=policy), at=105.0)
+    assert meeting.tell(inline(2, close=policy), at=105.5) == [Advance(0, (0, 1, 2), (0, 1, 2), inline=True)]
+    assert meeting.tell(inline(0, seq=1, close=policy), at=115.5) == [AskAgain(1, 5.0)]
+    assert meeting.tell(inline(1, seq=1, close=policy), at=118.5) == [AskAgain(1, 2.0)]
+    assert [type(one) for one in meeting.tell(Elapsed(1), at=120.5)] == [Cancel, Advance]
+
+
+def test_time_counts_from_the_first_that_contributes():
+    """Who only receives comes at once, having trained nothing: no measure of what the fastest took."""
+    meeting = Meeting(4, need=1)
+    policy = Grace(factor=1.0)
+    assert meeting.tell(nothing(0, close=policy), at=0.5) == []
+    assert meeting.tell(inline(1, close=policy), at=4.0) == [AskAgain(0, 4.0)]
+    assert [type(one) for one in meeting.tell(Elapsed(0), at=8.0)] == [Cancel, Cancel, Advance]
+
+
+def test_an_exchange_that_is_begun_before_another_closes():
+    """The time of its own fastest, from the last close before that, is what counts."""
+    meeting = Meeting(2, need=1)
+    policy = Grace(factor=1.0)
+    meeting.tell(inline(0, waits=False), at=1.0)
+    assert meeting.tell(inline(0, seq=1, close=policy), at=3.0) == [AskAgain(1, 3.0)]
+    meeting.tell(inline(1), at=4.0)
+    assert [type(one) for one in meeting.tell(Elapsed(1), at=6.0)] == [Cancel, Advance]
+
+
+def test_large_exchanges_close_when_they_are_delivered():
+    meeting = Meeting(2, need=1)
+    (deliver,) = meeting.secure(meeting.tell(large(0), large(1), at=2.0))
+    meeting.machine.handle(Delivered(0, 0, 1), 5.0)
+    meeting.machine.handle(Delivered(0, 1, 1), 6.0)
+    assert isinstance(deliver, Deliver)
+    assert meeting.tell(inline(0, seq=1, close=Grace(factor=0.5)), at=8.0) == [AskAgain(1, 1.0)]
+
+
+def test_grace_ends_when_it_is_to_end_on_a_clock_that_rounds():
+    for first in (2.0**31 + 0.7, 1e9 / 3, 0.1):
+        meeting = Meeting(3, need=1)
+        (again,) = meeting.tell(inline(0, close=Grace(seconds=0.1)), at=first)
+        assert isinstance(again, AskAgain)
+        assert [type(one) for one in meeting.tell(Elapsed(0), at=first + again.after_s)] == [Cancel, Cancel, Advance]
 
 
 def test_time_that_has_passed_in_vain_does_no_harm():

@@ -78,6 +78,13 @@ def test_a_log_that_does_not_fit_is_named(tmp_path: Path):
         replay(tmp_path / "run", run_dir=tmp_path / "again")
 
 
+def test_a_synchronous_run_that_lost_nodes_is_refused(tmp_path: Path):
+    faults = {"events": [{"kind": "kill", "node": 1, "round": 1}]}
+    simulate(config("Mailing", faults=faults), run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="that run lost nodes, and replaying a synchronous one is not built yet"):
+        replay(tmp_path / "run", run_dir=tmp_path / "again")
+
+
 def test_only_the_directory_of_a_finished_run_is_taken(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing/config.yaml: cannot be read"):
         replay(tmp_path / "nothing")

@@ -17,7 +17,7 @@ from algorithms.api import (
     Train,
     View,
 )
-from algorithms.closing import ClosePolicy
+from algorithms.closing import ClosePolicy, Waited
 from orchestrator.config import NetworkConfig, parse
 from orchestrator.errors import DivergedError, NodeFailedError, ProgramsDivergeError, RunError
 from orchestrator.network import Cast, Network
@@ -481,8 +481,8 @@ def test_rounds_longer_than_the_deadline_are_no_straggling():
 class Patient(ClosePolicy, name="test_patient"):
     """Whoever is there after two seconds."""
 
-    def enough(self, arrived: Any, active: Any, waited_s: float) -> bool:
-        return waited_s >= 2
+    def enough(self, arrived: Any, active: Any, waited: Waited) -> bool:
+        return waited.since_first_s >= 2
 
 
 class Closing(Program, name="test_closing"):

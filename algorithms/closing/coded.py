@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 
 import torch
-from pydantic import Field, FiniteFloat, NonNegativeInt, field_validator
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, field_validator
 
 from algorithms.closing.base import ClosePolicy
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     from torch import Tensor
+
+    from algorithms.closing.base import Waited
 
 Rows: TypeAlias = tuple[Annotated[tuple[FiniteFloat, ...], Field(min_length=1)], ...]
 Groups: TypeAlias = tuple[Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)], ...]
@@ -34,22 +36,36 @@ _MAX_RESIDUAL = 1e-8
 class _Recoverable(ClosePolicy):
     """Closes when the sum can be recovered, and not without it, past the deadline either.
 
+    Those close behind get a grace: ``grace_s`` from the first arrival, or ``grace_factor`` times what that took if this
+    is more, so that with μ an exchange waits for (1 + μ) times the fastest one's time. Without, all are left behind
+    that are not needed. The round's deadline ends it.
+
     With all that are active in, the exchange closes in any case, and the program sees who is: members that were lost
     can make the sum impossible to recover.
     """
+
+    grace_s: NonNegativeFloat = 0  # for those close behind, from the first arrival, on the runtime's clock
+    grace_factor: NonNegativeFloat = 0  # the same, as a multiple of what the first took; the later of the two counts
 
     @abstractmethod
     def recoverable(self, arrived: AbstractSet[int]) -> bool:
         """Whether the contributions of ``arrived`` determine the sum over all data parts."""
 
-    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
-        """When the sum can be recovered, or nobody is missing."""
-        del waited_s
-        return arrived == active or self.recoverable(arrived)
+    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
+        """When the grace is over and the sum can be recovered, or nobody is missing."""
+        return arrived == active or (not self._left_s(waited) and self.recoverable(arrived))
+
+    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> float | None:
+        """When the grace is over, if only that is missing."""
+        left_s = self._left_s(waited)
+        return left_s if left_s and arrived != active and self.recoverable(arrived) else None
 
     def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
         """When the sum can be recovered, or nobody is missing."""
-        return self.enough(arrived, active, 0.0)
+        return arrived == active or self.recoverable(arrived)
+
+    def _left_s(self, waited: Waited) -> float:
+        return waited.left_s(self.grace_s, self.grace_factor)
 
 
 class OneOfEach(_Recoverable, name="one_of_each"):

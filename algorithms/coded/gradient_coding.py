@@ -34,7 +34,6 @@ from algorithms.outer import SGD, OuterOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-    from collections.abc import Set as AbstractSet
 
     from algorithms.outer import OuterState
 
@@ -59,7 +58,7 @@ class GradientCoding(Algorithm, name="gradient_coding"):
             report = await Gradient(batch=await Batch(part=member))
             total.add_(report.gradient, alpha=report.num_samples)
             num_samples += report.num_samples
-        done = set(await AllGather(1.0, close=Patient(groups=groups, patience_s=self.patience_s)))
+        done = set(await AllGather(1.0, close=OneOfEach(groups=groups, grace_s=self.patience_s)))
         # Who is lost between the two exchanges is replaced by another of its group that is there.
         lost = mean = None
         while mean is None or (lost and representatives(groups, done) != set(mean.members)):
@@ -80,23 +79,6 @@ class GradientCoding(Algorithm, name="gradient_coding"):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 0
-
-
-class Patient(OneOfEach):
-    """Closes when one node of each group has arrived, but not before those close behind have had their time."""
-
-    patience_s: NonNegativeFloat  # from the first arrival, on the runtime's clock
-
-    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
-        return arrived == active or (waited_s >= self.patience_s and self.recoverable(arrived))
-
-    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> float | None:
-        if waited_s >= self.patience_s or not self.recoverable(arrived):
-            return None
-        return max(self.patience_s - waited_s, 0.001)  # less may not move a clock at all
-
-    def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
-        return self.enough(arrived, active, self.patience_s)
 
 
 def groups_of(members: Sequence[NodeId], stragglers: int) -> Groups:

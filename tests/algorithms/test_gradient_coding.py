@@ -12,8 +12,9 @@ from torch import Tensor
 
 from actors.data import Iid, assign
 from algorithms.api import AllGather, AllReduce, Batch, Gradient, GradientReport, Reduced
+from algorithms.closing import OneOfEach, Waited
 from algorithms.coded import GradientCoding
-from algorithms.coded.gradient_coding import Patient, groups_of, representatives
+from algorithms.coded.gradient_coding import groups_of, representatives
 from algorithms.rules import DataBatch
 from tests.toys import Ran, Toy, begin, replica, simulate
 
@@ -62,30 +63,18 @@ def test_any_s_can_be_missing(nodes: int):
         assert sorted(node for group in groups for node in group) == list(range(nodes))
         assert min(map(len, groups)) >= min(stragglers + 1, nodes)
         assert len(groups) == nodes // (stragglers + 1), "no more is computed than must be"
-        policy = Patient(groups=groups, patience_s=0)
+        policy = OneOfEach(groups=groups)
         for missing in itertools.combinations(range(nodes), stragglers):
             done = set(range(nodes)) - set(missing)
             chosen = representatives(groups, done)
             assert [len(chosen & set(group)) for group in groups] == [1] * len(groups)
             assert chosen <= done
-            assert policy.enough(done, set(range(nodes)), 0.0)
+            assert policy.enough(done, set(range(nodes)), Waited(0.0, 0.0))
         for group in groups:
             rest = set(range(nodes)) - set(group)
             assert len(representatives(groups, rest)) == len(groups) - 1
-            assert not policy.enough(rest, set(range(nodes)), 1e9)
+            assert not policy.enough(rest, set(range(nodes)), Waited(0.0, 1e9))
             assert not policy.past_deadline(rest, set(range(nodes)))
-
-
-def test_patience():
-    policy = Patient(groups=((0, 2), (1, 3)), patience_s=2.0)
-    everybody = {0, 1, 2, 3}
-    assert not policy.enough({0, 1}, everybody, 0.5)
-    assert policy.ask_again_s({0, 1}, everybody, 0.5) == 1.5
-    assert policy.ask_again_s({0, 2}, everybody, 0.5) is None, "time alone does not help"
-    assert policy.enough({0, 1}, everybody, 2.0)
-    assert policy.ask_again_s({0, 1}, everybody, 2.0) is None
-    assert policy.enough(everybody, everybody, 0.0)
-    assert policy.past_deadline({0, 1}, everybody)
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Dying(Base):
     round_number: int = 1
 
     async def round(self, node: Node) -> None:
-        if node.id == self.victim and node.round == self.round_number:
+        if (node.id, node.round, node.incarnation) == (self.victim, self.round_number, 0):
             os.kill(os.getpid(), signal.SIGKILL)
         await AllReduce(node.parameters)
 
@@ -69,15 +69,6 @@ class Endless(Base):
 
     async def round(self, node: Node) -> None:
         time.sleep(self.seconds)  # noqa: ASYNC251 - there is no event loop; it stands for compute
-        await AllReduce(node.parameters)
-
-
-class Hanging(Base):
-    """One node never reaches the exchange."""
-
-    async def round(self, node: Node) -> None:
-        if node.id == 1:
-            time.sleep(600)  # noqa: ASYNC251 - as above
         await AllReduce(node.parameters)
 
 

@@ -1,5 +1,6 @@
 """The Ray runtime against the simulator, on one shared Ray."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import ray
 from actors.replica import NonFiniteLossError
 from orchestrator.api import run, simulate
 from orchestrator.config import Config
-from orchestrator.errors import ClusterError, NodeFailedError, NodeLostError, exit_code
+from orchestrator.errors import ClusterError, NodeFailedError, exit_code
 from orchestrator.records import Observer, Started
 from tests.cases import CASES
 from tests.conformance import Case
@@ -88,14 +89,14 @@ def test_conformance_cases_end_with_the_simulators_bits(shared_ray: str, tmp_pat
     assert real.bytes["payload"] == simulated.bytes["payload"]
 
 
-def test_a_killed_node_is_named_and_nothing_is_left(config: Make, tmp_path):
-    settings = config({"name": f"{HERE}:Dying", "victim": 2}, "rounds=5")
-    message = r"^node 2 \(pid \d+ on .*\) was lost in round 1: its process died"
-    with pytest.raises(NodeLostError, match=message) as error:
-        run(settings, run_dir=tmp_path / "run")
-    assert exit_code(error.value) == 3
+def test_a_node_that_kills_itself_is_named_and_nothing_is_left(config: Make, tmp_path):
+    watcher = Watcher()
+    settings = config({"name": f"{HERE}:Dying", "victim": 2}, "rounds=3", "cluster.nodes.min=4")
+    summary = run(settings, run_dir=tmp_path / "run", observers=[watcher])
+    assert summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+    message = r"node 2 \(pid \d+ on .*\) was lost in round 1: its process died .*; it is started again"
+    assert any(re.match(message, line) for line in watcher.lines[2])
     assert actors_alive() == 0
-    assert '"event": "lost"' in (tmp_path / "run/events.jsonl").read_text()
 
 
 def test_what_a_users_task_raises_comes_back_with_its_traceback_and_the_nodes_name(config: Make, tmp_path):
@@ -103,14 +104,6 @@ def test_what_a_users_task_raises_comes_back_with_its_traceback_and_the_nodes_na
         run(config(task=f"{HERE}:Faulty"), run_dir=tmp_path / "run")
     assert "programs.py" in (error.value.traceback or "")
     assert exit_code(error.value) == 3
-    assert actors_alive() == 0
-
-
-def test_a_node_that_hangs_is_ended_after_the_grace_period_and_named(config: Make, tmp_path):
-    settings = config(f"{HERE}:Hanging", "cluster.round_deadline_s=1", "cluster.cancel_grace_s=1")
-    with pytest.raises(NodeLostError, match=r"node 1 \(.*\) was lost in round 1: .*did not stop within 1 s"):
-        run(settings, run_dir=tmp_path / "run")
-    assert '"event": "late"' in (tmp_path / "run/events.jsonl").read_text()
     assert actors_alive() == 0
 
 

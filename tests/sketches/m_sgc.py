@@ -11,8 +11,10 @@ that it repeats one that was lost, or else computes its coded share of group m -
 W successive rounds at most λ nodes straggle, none of them over more than B rounds, which the close policy sees to:
 rounds in which others are late wait for them.
 
-Here a chunk is a share of the gradient over all samples of a node, and not one over a share of them: a batch of one
-round cannot be drawn again in another. The code is fractional repetition, so that λ + 1 must divide N.
+A chunk is drawn by its name, so that whoever makes up for it later draws the same samples.
+
+The fastest node's time counts (1 + μ) times; those that are not done by then are late if the code can bear it. If not,
+the paper waits for everyone, and this until it can. The code is fractional repetition, so that λ + 1 must divide N.
 Reference: Krishnan, Ebrahimi and Khisti, "Sequential Gradient Coding for Straggler Mitigation", ICLR 2023,
 arXiv:2211.13802.
 """
@@ -26,13 +28,12 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
-from algorithms.closing import ClosePolicy, decoding
+from algorithms.closing import ClosePolicy, Waited, decoding
 from algorithms.errors import SettingsError
+from algorithms.rules import DataBatch
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
-
-ALL = 1_000_000  # samples: as many as there are
 
 
 class WithinModel(ClosePolicy):
@@ -41,17 +42,16 @@ class WithinModel(ClosePolicy):
     recent: tuple[int, ...]  # straggled in one of the last W - 1 rounds
     blocked: tuple[int, ...]  # straggled B rounds ago or before, so that they must not now
     stragglers: int  # λ
-    grace_s: NonNegativeFloat
+    mu: NonNegativeFloat
 
-    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> bool:
-        return arrived == active or (waited_s >= self.grace_s and self.bearable(active - arrived))
+    def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
+        return arrived == active or (not waited.left_s(0, self.mu) and self.bearable(active - arrived))
 
-    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited_s: float) -> float | None:
-        bearable = waited_s < self.grace_s and self.bearable(active - arrived)
-        return max(self.grace_s - waited_s, 0.001) if bearable else None
+    def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> float | None:
+        return waited.left_s(0, self.mu) or None if self.bearable(active - arrived) else None
 
     def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
-        return self.enough(arrived, active, self.grace_s)
+        return arrived == active or self.bearable(active - arrived)
 
     def bearable(self, late: AbstractSet[int]) -> bool:
         return len(late | set(self.recent)) <= self.stragglers and late.isdisjoint(self.blocked)
@@ -61,7 +61,8 @@ class MSGC(Algorithm):
     burst: PositiveInt = 1  # B
     window: PositiveInt = 2  # W > B
     stragglers: PositiveInt = 1  # λ
-    grace_s: NonNegativeFloat = 0.1  # after the first
+    chunk: PositiveInt = 1  # samples of a chunk of D2, c; those of D1 have λ + 1 times as many
+    mu: NonNegativeFloat = 1.0  # μ, the author's
     lr: PositiveFloat = 0.1
 
     def validate_for(self, num_nodes: int) -> None:
@@ -81,21 +82,19 @@ class MSGC(Algorithm):
         models = cast("list[Tensor]", node.shared["models"])
         fresh = {"job": node.round, "sum": torch.zeros_like(node.parameters), "lost": []}
         jobs: list[dict[str, Any]] = [fresh, *cast("list[Any]", node.shared["jobs"])]
-        share = 1 / (len(node.view.members) * (self.burst + (self.window - 1) * (self.stragglers + 1)))  # c
+        size = self.stragglers + 1
+        share = size / (len(node.view.members) * (self.burst + (self.window - 1) * size))  # (λ+1)c
         rows = self.code(len(node.view.members))
         results: list[Tensor] = []
         for slot, job in enumerate(jobs):
-            at = models[job["job"] % len(models)]
-            if slot < self.window - 1 or node.id in job["lost"]:
-                results.append(await self._gradient(node.id, at) * ((self.stragglers + 1) * share))
-            else:
-                held = [part for part, entry in enumerate(rows[node.id]) if entry]
-                coded = [rows[node.id][part] * await self._gradient(part, at) for part in held]
-                results.append(torch.stack(coded).sum(0) * share)
+            batch = joined([await one for one in self.batches(node.id, slot, job, rows[node.id])])
+            report = await Gradient(at=models[job["job"] % len(models)], batch=batch)
+            results.append(report.gradient * share)
         done = set(await AllGather(1.0, close=self._policy(node)))
         # Who is there decides with what factor a coded result counts, so that is agreed upon before they are added up.
         coders = [
-            done.difference(job["lost"]) if slot >= self.window - 1 else set[int]() for slot, job in enumerate(jobs)
+            done.difference(who for who, _ in job["lost"]) if slot >= self.window - 1 else set[int]()
+            for slot, job in enumerate(jobs)
         ]
         factors = [decoding(rows, frozenset(coding)) or {} for coding in coders]
         scaled = {str(slot): result * factors[slot].get(node.id, 1.0) for slot, result in enumerate(results)}
@@ -115,21 +114,27 @@ class MSGC(Algorithm):
             place = last["job"] % len(models)
             step = models[place] - self.lr * last["sum"]
             node.shared["models"] = [step if index == place else model for index, model in enumerate(models)]
-        node.shared["jobs"] = [*jobs]
+        node.shared["jobs"] = jobs
         late = sorted(set(node.view.members) - done)
-        node.shared["straggled"] = [*cast("list[Any]", node.shared["straggled"])[1:], [*late]]
+        node.shared["straggled"] = [*cast("list[list[int]]", node.shared["straggled"])[1:], late]
         node.parameters.copy_(cast("list[Tensor]", node.shared["models"])[0])
 
-    async def _gradient(self, part: int, at: Tensor) -> Tensor:
-        report = await Gradient(at=at, batch=await Batch(part=part, size=ALL))
-        return report.gradient
+    def batches(self, me: int, slot: int, job: dict[str, Any], row: tuple[float, ...]) -> list[Batch]:
+        """Of a job's samples, those that a node computes on in a slot."""
+        lost = [chunk for who, chunk in job["lost"] if who == me]
+        if slot < self.window - 1 or lost:
+            chunk = slot if slot < self.window - 1 else lost[0]
+            size = (self.stragglers + 1) * self.chunk
+            return [Batch(part=me, size=size, key=f"job {job['job']}, chunk {chunk}")]
+        key = f"job {job['job']}, group {slot - (self.window - 1)}"
+        return [Batch(part=part, size=self.chunk, key=key) for part, entry in enumerate(row) if entry]
 
-    def _lost(self, node: Node, slot: int, lost: list[int], done: set[int]) -> list[int]:
-        """Whose chunks of D1 are still to be had, once for each: some are lost, or one of each repeated."""
+    def _lost(self, node: Node, slot: int, lost: list[list[int]], done: set[int]) -> list[list[int]]:
+        """Whose chunks of D1 are still to be had, and which: some are lost, or the first of each repeated."""
         if slot < self.window - 1:
-            return sorted([*lost, *(set(node.view.members) - done)])
-        repeated = done.intersection(lost)
-        return [one for place, one in enumerate(lost) if one not in repeated or one in lost[:place]]
+            return sorted([*lost, *([one, slot] for one in set(node.view.members) - done)])
+        first = {pair[0]: pair for pair in reversed(lost)}
+        return [pair for pair in lost if pair[0] not in done or pair != first[pair[0]]]
 
     def _policy(self, node: Node) -> WithinModel:
         rounds = cast("list[list[int]]", node.shared["straggled"])
@@ -138,7 +143,7 @@ class MSGC(Algorithm):
             recent=tuple(sorted({one for late in rounds for one in late})),
             blocked=tuple(sorted({one for late in before for one in late})),
             stragglers=self.stragglers,
-            grace_s=self.grace_s,
+            mu=self.mu,
         )
 
     def code(self, num_nodes: int) -> tuple[tuple[float, ...], ...]:
@@ -151,3 +156,9 @@ class MSGC(Algorithm):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 0
+
+
+def joined(batches: list[DataBatch]) -> DataBatch:
+    """One batch of several: the code's entries are ones, so that a coded share is the gradient over all of them."""
+    tensors = tuple(torch.cat(pieces) for pieces in zip(*(one.tensors for one in batches), strict=True))
+    return DataBatch(tensors, sum(one.num_samples for one in batches))

@@ -1,4 +1,4 @@
-"""M-SGC: every gradient is the exact one of all data, and nobody waits for stragglers that the code can bear."""
+"""M-SGC: every gradient is the one of the job's whole batch, and nobody waits for stragglers that the code can bear."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Node, Sleep
-from tests.sketches.m_sgc import MSGC, WithinModel
-from tests.toys import Ran, simulate
+from actors.data import Iid, assign
+from algorithms.api import Batch, Gradient, Node, Sleep
+from algorithms.closing import Waited
+from tests.sketches.m_sgc import MSGC, WithinModel, joined
+from tests.toys import Ran, Toy, begin, replica, simulate
 
-TASK = Quadratic(dimension=3, curvature_heterogeneity=1.0)
 PAUSE_S = 50.0
 
 
@@ -31,8 +31,8 @@ class Pausing(MSGC):
 
 def run(pauses: Any, *, nodes: int = 4, rounds: int = 8, **keys: Any) -> Ran:
     return simulate(
-        algorithm={"name": "tests.sketches.test_m_sgc:Pausing", "pauses": pauses} | keys,
-        task={"name": "quadratic", **TASK.model_dump(exclude={"name"})},
+        algorithm={"name": "tests.sketches.test_m_sgc:Pausing", "pauses": pauses, "chunk": 2} | keys,
+        task="test_toy",
         nodes=nodes,
         rounds=rounds,
         optimizer={"lr": 0.1, "precision": "fp64"},
@@ -41,30 +41,42 @@ def run(pauses: Any, *, nodes: int = 4, rounds: int = 8, **keys: Any) -> Ran:
 
 
 def check(ran: Ran, nodes: int = 4) -> None:
-    """All models are where gradient descent on the mean objective is after as many steps as there were jobs."""
+    """All models are where SGD on the jobs' batches is after as many steps as there were jobs."""
     algorithm: Any = ran.config.algorithm
     node = ran.replicas[ran.sought("commit")[-1]["committed"][0]]
     models: Any = node.shared["models"]
     finished = ran.config.rounds - (algorithm.window - 2 + algorithm.burst)
-    for place, model in enumerate(models):
-        steps = len(range(place, finished, len(models)))
-        assert steps >= 2
-        torch.testing.assert_close(model, descent(nodes, steps), rtol=1e-11, atol=1e-12)
+    assert finished >= 2 * len(models)
+    for model, expected in zip(models, descent(algorithm, nodes, finished), strict=True):
+        torch.testing.assert_close(model, expected, rtol=1e-11, atol=1e-12)
 
 
-def descent(nodes: int, steps: int) -> Tensor:
-    theta = torch.zeros(3, dtype=torch.float64)
-    for _ in range(steps):
-        slopes = [TASK.curvature(node) @ (theta - TASK.center(node)) for node in range(nodes)]
-        theta = theta - 0.1 * torch.stack(slopes).mean(0)
-    return theta
+def descent(algorithm: MSGC, nodes: int, jobs: int) -> list[Tensor]:
+    """The models after SGD, each job on all of its samples at once, without rounds, slots or a code."""
+    task, size = Toy(), algorithm.stragglers + 1
+    one = replica(task=task, num_nodes=nodes, precision="fp64")
+    one.parts = assign(task.train_samples(nodes), Iid(), nodes, 0)
+    begin(one, 0)
+    models = [one.parameters.clone() for _ in range(algorithm.window - 1 + algorithm.burst)]
+    for job in range(jobs):
+        owned = [(size, f"job {job}, chunk {chunk}") for chunk in range(algorithm.window - 1)]
+        coded = [(1, f"job {job}, group {group}") for group in range(algorithm.burst)]
+        drawn = [
+            one.batch(Batch(part=part, size=times * algorithm.chunk, key=key))
+            for part in range(nodes)
+            for times, key in owned + coded
+        ]
+        model = models[job % len(models)]
+        model -= algorithm.lr * one.gradient(Gradient(at=model, batch=joined(drawn))).gradient
+    return models
 
 
 def test_without_stragglers():
     ran = run(())
     check(ran)
     assert [record.payload_bytes for record in ran.rounds[1:]] == [ran.expected_bytes] * 7
-    assert ran.expected_bytes == 4 * 3 * 8 + 4 * 3 * (2 * 3 * 8), "two vectors of each node to each other"
+    nbytes = ran.replicas[0].layout.nbytes
+    assert ran.expected_bytes == 4 * 3 * 8 + 4 * 3 * (2 * nbytes), "two vectors of each node to each other"
 
 
 @pytest.mark.parametrize(
@@ -111,12 +123,23 @@ def test_what_the_code_cannot_bear_is_waited_for():
 
 
 def test_close_policy():
-    policy = WithinModel(recent=(1, 2), blocked=(1,), stragglers=2, grace_s=1.0)
+    policy = WithinModel(recent=(1, 2), blocked=(1,), stragglers=2, mu=1.0)
     everybody = {0, 1, 2, 3}
-    assert policy.enough({0, 1, 3}, everybody, 1.0), "node 2 straggles on, within its burst"
-    assert not policy.enough({0, 1, 3}, everybody, 0.5)
-    assert policy.ask_again_s({0, 1, 3}, everybody, 0.5) == 0.5
-    assert not policy.enough({0, 2, 3}, everybody, 9.0), "node 1 has straggled too long ago"
-    assert not policy.enough({0, 1, 2}, everybody, 9.0), "node 3 would be the third"
+    assert policy.enough({0, 1, 3}, everybody, Waited(3.0, 3.0)), "node 2 straggles on, within its burst"
+    assert not policy.enough({0, 1, 3}, everybody, Waited(3.0, 2.5))
+    assert policy.ask_again_s({0, 1, 3}, everybody, Waited(3.0, 2.5)) == 0.5
+    assert policy.ask_again_s({0, 1, 3}, everybody, Waited(3.0, 3.0)) is None
+    assert policy.ask_again_s({0, 2, 3}, everybody, Waited(3.0, 2.5)) is None, "time alone does not help"
+    assert not policy.enough({0, 2, 3}, everybody, Waited(3.0, 90.0)), "node 1 has straggled too long ago"
+    assert not policy.enough({0, 1, 2}, everybody, Waited(3.0, 90.0)), "node 3 would be the third"
     assert not policy.past_deadline({0, 1, 2}, everybody)
-    assert policy.enough(everybody, everybody, 0.0)
+    assert policy.enough(everybody, everybody, Waited(3.0, 0.0))
+    assert WithinModel(recent=(), blocked=(), stragglers=1, mu=0.0).enough({0, 1, 3}, everybody, Waited(3.0, 0.0))
+
+
+def test_rounds_take_twice_what_the_fastest_takes():
+    """A slot takes 10 ms, and a round has one in round 0 and two later on. Who pauses is left behind at twice that."""
+    ran = run(((1,), (), (2,), ()), rounds=4)
+    began = [event["at_s"] for event in ran.sought("begin")]
+    late = [event["at_s"] for event in ran.sought("late")]
+    assert [one - began[number] for one, number in zip(late, (0, 2), strict=True)] == pytest.approx([0.02, 0.04])

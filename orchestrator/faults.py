@@ -1,0 +1,28 @@
+"""Scheduled faults: what `faults.events` says is to happen, at which moment of which round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from algorithms.api import NodeId
+    from orchestrator.config import FaultEvent, FaultPhase, FaultsConfig
+
+
+class Faults:
+    """Tells what is due; each event happens once, however often its round is tried."""
+
+    def __init__(self, config: FaultsConfig) -> None:
+        self._pending = list(config.events)
+
+    def due(self, number: int, phase: FaultPhase, node: NodeId | None = None) -> list[FaultEvent]:
+        """The events of this moment: of ``node`` alone, if the moment is one node's."""
+        if not self._pending:
+            return []
+        due = [
+            event
+            for event in self._pending
+            if (event.round, event.phase) == (number, phase) and node in (None, event.node)
+        ]
+        self._pending = [event for event in self._pending if event not in due]
+        return due
