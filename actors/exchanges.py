@@ -337,9 +337,11 @@ class Exchanges:
 
     def _conclude(self, seq: int, concluded: _Concluded) -> None:
         self._concluded[seq] = concluded
+
+    def release(self, seq: int) -> None:
+        """The exchange is closed, its result delivered to all: nobody asks for contributions to it again."""
         for program in self.programs.values():
             if len(program.exchanges) > seq:
-                # Delivered to all: nobody asks for them again.
                 program.exchanges[seq].parts, program.exchanges[seq].payload = [], None
 
     def is_concluded(self, seq: int) -> bool:

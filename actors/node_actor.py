@@ -276,6 +276,11 @@ class NodeActor:
             return self._with_parts(Reply([(node, Stale()) for node in nodes]), expected)
         if not self._host.is_concluded(seq):
             self._conclude(nodes[0], seq, result)
+        self._host.release(seq)
+        self._results.pop(seq, None)
+        self._gathered.pop(seq, None)
+        # The store's memory is free again as soon as nothing here refers to it.
+        self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
         reply = self._reply(self._host.drive([(node, self._host.take(node, seq)) for node in nodes]))
         return self._with_parts(reply, expected)
 
@@ -283,14 +288,12 @@ class NodeActor:
         if isinstance(result, Inline):
             self._host.conclude_inline(node, seq, result.contributions, result.closed)
         elif result.specs is not None:
-            self._host.conclude_reduce(node, seq, result.specs, result.weights, self._results.pop(seq))
+            self._host.conclude_reduce(node, seq, result.specs, result.weights, self._results[seq])
         else:
-            kept = self._gathered.pop(seq)
+            kept = self._gathered[seq]
             specs = sorted(result.gathered.items())
             received = {one: self._host.unpack(node, form, kept[one]) for one, form in specs if one in kept}
             self._host.conclude_gather(node, seq, received, result.weights)
-        # The store's memory is free again as soon as nothing here refers to it.
-        self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
 
     @ray.method(concurrency_group="compute")
     def run_on(self, epoch: int, items: Sequence[tuple[NodeId, object]]) -> Reply:
@@ -438,10 +441,19 @@ class NodeActor:
 
     @ray.method(concurrency_group="exchange")
     def deliver(
-        self, epoch: int, seq: int, refs: Mapping[int, ObjectRef[Any]], makers: Sequence[NodeId]
+        self,
+        epoch: int,
+        seq: int,
+        refs: Mapping[int, ObjectRef[Any]],
+        makers: Sequence[NodeId],
+        ahead: tuple[NodeId, Stored] | None,
     ) -> tuple[frozenset[int], int]:
-        """Fetch the parts of a result that were made elsewhere; return the missing ones and the bytes fetched."""
-        if epoch != self._epoch or not makers:
+        """Fetch the parts of a result that were made elsewhere; return the missing ones and the bytes fetched.
+
+        With ``ahead``, a node of this process and what is known of the result, that is worked out here and now, while
+        the programs that started the exchange train.
+        """
+        if epoch != self._epoch:
             return frozenset(), 0
         by_part = {part: makers[part] for part in refs}
         fetched = self._fetch(refs, sources=by_part)
@@ -450,6 +462,8 @@ class NodeActor:
             self._results[seq] = [
                 fetched[part] if part in fetched else self._reduced[seq, part] for part in range(len(makers))
             ]
+            if ahead is not None:
+                self._conclude(ahead[0], seq, ahead[1])
         return missing, sum(part.nbytes for part in fetched.values())
 
     def _fetch(

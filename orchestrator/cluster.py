@@ -534,6 +534,9 @@ class Cluster:
                     self._ready.append(Secured(one.seq, one.part, by, one.members & wanted, one.generation))
 
     def _deliver(self, decision: Deliver) -> None:
+        posted = self._posted[decision.seq]
+        started = not all(posted[node].waits for node in decision.nodes)
+        stored = self._stored({node: posted[node] for node in decision.closed})
         for actor, nodes in self._by_actor(decision.nodes):
             refs = {
                 part: self._reduced[decision.seq, part]
@@ -546,20 +549,24 @@ class Cluster:
                 self.transport_nbytes += nbytes
                 self._ready.extend(Delivered(decision.seq, node, decision.generation, missing) for node in nodes)
 
-            self._call(actor, actor.handle.deliver.remote(self._epoch, decision.seq, refs, decision.makers), done)
+            ahead = (nodes[0], stored) if started else None
+            call = actor.handle.deliver.remote(self._epoch, decision.seq, refs, decision.makers, ahead)
+            self._call(actor, call, done)
+
+    def _stored(self, members: Mapping[NodeId, Posted]) -> Stored:
+        """What is to be known of a result that went through the store."""
+        is_gather = next(iter(members.values())).signature.operation != "AllReduce"
+        specs = {node: one.specs for node, one in members.items() if one.specs is not None}
+        return Stored(
+            specs=None if is_gather else next(iter(specs.values())),
+            weights={node: one.weight for node, one in members.items()},
+            gathered=specs if is_gather else {},
+        )
 
     def _advance(self, decision: Advance) -> None:
         posted = self._posted[decision.seq]
         members = {node: posted[node] for node in decision.closed}
-        is_gather = next(iter(members.values())).signature.operation != "AllReduce"
-        shared: object = None
-        if not decision.inline:
-            specs = {node: one.specs for node, one in members.items() if one.specs is not None}
-            shared = Stored(
-                specs=None if is_gather else next(iter(specs.values())),
-                weights={node: one.weight for node, one in members.items()},
-                gathered=specs if is_gather else {},
-            )
+        shared: object = None if decision.inline else self._stored(members)
         everything = sum(one.nbytes for one in members.values()) if decision.inline else 0
         for actor, nodes in self._by_actor(decision.nodes):
             argument, nbytes = shared, everything

@@ -26,3 +26,9 @@ class Faults:
         ]
         self._pending = [event for event in self._pending if event not in due]
         return due
+
+    def missed(self, number: int) -> list[FaultEvent]:
+        """The events of round ``number``, which is over, that never were due."""
+        missed = [event for event in self._pending if event.round == number]
+        self._pending = [event for event in self._pending if event.round != number]
+        return missed

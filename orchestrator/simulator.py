@@ -267,6 +267,7 @@ class Simulator:
             weights = {node: one.weight for node, one in posted.items()}
             parts = [exchange.reduced.pop(part) for part in sorted(exchange.reduced)]
             self.host.conclude_reduce(first, seq, specs[first], weights, parts)
+        self.host.release(seq)
 
     def _advance(self, decision: Advance) -> None:
         arrivals = self._exchanges[decision.seq].arrivals

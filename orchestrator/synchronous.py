@@ -152,6 +152,9 @@ class Synchronous:
             seconds=self._runtime.now - attempt.began,
         )
         self._strike("commit", attempt)
+        for event in self._faults.missed(number):
+            line = f"faults.events: round {number} has no moment {event.phase!r}; nothing happened to this node"
+            progress.observer.on_log(event.node, (line,))
         return attempt
 
     def _next_view(self) -> View:
@@ -263,8 +266,11 @@ class Synchronous:
         number, record = attempt.number, self._progress.record
         for decision in decisions:
             match decision:
-                case Close(seq, closed):
+                case Close(seq, closed, inline):
                     attempt.closed[seq] = closed
+                    if inline:  # both of its steps at once
+                        self._strike("secure", attempt)
+                        self._strike("deliver", attempt)
                     attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
                 case AskAgain(seq, after_s):
                     attempt.again = [one for one in attempt.again if one[1] != seq]

@@ -11,7 +11,7 @@ from algorithms.api import View
 from orchestrator.config import parse
 from orchestrator.controller import Controller
 from orchestrator.simulator import Simulator
-from orchestrator.synchronous import Synchronous
+from orchestrator.synchronous import Attempt, Synchronous
 from tests.toys import Ran
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ class _Scripted(Synchronous):
         super().__init__(progress)
         self._views, self._watch, self._simulator = views, watch, simulator
 
-    def _round(self, number: int) -> None:
-        super()._round(number)
+    def _attempt(self, number: int) -> Attempt:
+        attempt = super()._attempt(number)
+        assert attempt.aborted is None
         self._runtime.settle(dict.fromkeys(self._progress.members, number))
         self._watch(number, self._simulator.host.replicas)
+        return attempt
 
     def _next_view(self) -> View:
         progress, last = self._progress, self._view
@@ -45,8 +47,7 @@ class _Scripted(Synchronous):
         for node in joined:
             if last.members and node not in last.members:
                 self._runtime.transfer(node, progress.members[0])
-        self._view = View(last.number + bool(last.members and (joined or left)), members, joined, left)
-        return self._view
+        return View(last.number + bool(last.members and (joined or left)), members, joined, left)
 
 
 class _ScriptedController(Controller):

@@ -52,6 +52,19 @@ def test_a_node_that_dies_is_replaced_and_the_round_goes_on(phase: str):
     assert ran.replicas[2].incarnation == 1
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_small_exchanges_have_the_same_moments(phase: str):
+    ran = suffer(fault(2, 1, phase), task="digits")
+    assert ran.summary is not None
+    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+
+
+def test_a_moment_that_a_round_does_not_have_is_told():
+    ran = simulate(nodes=2, rounds=3, faults={"events": [fault(1, 1, "deliver")]})
+    assert ran.sought("lost") == []
+    assert "faults.events: round 1 has no moment 'deliver'; nothing happened to this node" in ran.logs
+
+
 def test_a_node_that_hangs_is_late_then_ended_and_replaced():
     ran = suffer(fault(1, 2, kind="hang"))
     assert [one["node"] for one in ran.sought("late")] == [1]

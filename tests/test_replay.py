@@ -80,7 +80,7 @@ def test_a_log_that_does_not_fit_is_named(tmp_path: Path):
 
 def test_a_synchronous_run_that_lost_nodes_is_refused(tmp_path: Path):
     faults = {"events": [{"kind": "kill", "node": 1, "round": 1}]}
-    simulate(config("Mailing", faults=faults), run_dir=tmp_path / "run")
+    simulate(config("Computing", faults=faults), run_dir=tmp_path / "run")
     with pytest.raises(ConfigError, match="that run lost nodes, and replaying a synchronous one is not built yet"):
         replay(tmp_path / "run", run_dir=tmp_path / "again")
 

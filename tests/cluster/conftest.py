@@ -38,7 +38,8 @@ def config(shared_ray: str) -> Callable[..., Config]:
             "task": task,
             "optimizer": {"name": "sgd", "lr": 0.1},
             "evaluation": {"every_rounds": 0},
-            "cluster": {"address": "auto", "nodes": {"min": 1, "target": 4}},
+            # Two processes, each with two nodes: what is inside of one, and what is between them.
+            "cluster": {"address": "auto", "nodes": {"min": 1, "target": 4}, "nodes_per_actor": 2},
             "tracking": "none",
         }
         return resolve(raw, overrides)

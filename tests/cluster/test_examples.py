@@ -19,7 +19,9 @@ def finish(processes: Processes, folder: Path, *arguments: str) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["fedavg", "diloco", "dsgd"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diloco", "dsgd"))]
+)
 def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processes, name: str):
     path = str(ROOT / f"examples/{name}.yaml")
     real = finish(processes, tmp_path, "run", path, "--run-dir", "runs/real")
@@ -33,6 +35,16 @@ def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processe
     assert real["virtual_seconds"] is None
     assert (tmp_path / "runs/mlflow.db").exists()
     assert (tmp_path / "runs/real/model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_the_asynchronous_example_is_replayed_to_its_digest(tmp_path, processes: Processes):
+    path = str(ROOT / "examples/fedbuff.yaml")
+    real = finish(processes, tmp_path, "run", path, "--run-dir", "runs/real")
+    again = finish(processes, tmp_path, "simulate", "--replay", "runs/real", "--run-dir", "runs/again")
+    assert real["status"] == again["status"] == "finished"
+    assert real["digest"] == again["digest"]
+    assert real["rounds"] == again["rounds"] == 40
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 FEDAVG: dict[str, Any] = {"name": "fedavg", "steps": 1}
-LARGE = ["task.model.name=mlp", "task.model.width=20000"]
+APART = "cluster.nodes_per_actor=1"
+LARGE = ["task.model.name=mlp", "task.model.width=20000", APART]
 """6 MB, in parts."""
 
 
@@ -33,7 +34,9 @@ def faults(*which: dict[str, Any]) -> str:
     return f"faults.events={json.dumps(which)}"
 
 
-@pytest.mark.parametrize("phase", ["train", "post", "secure", "deliver"])
+@pytest.mark.parametrize(
+    "phase", ["secure", *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("train", "post", "deliver"))]
+)
 def test_a_killed_node_is_replaced_and_all_end_alike(phase: str, config: Make, tmp_path: Path):
     # With all four needed the run waits for the new one, and its last rounds show that it has the others' state.
     kill = {"kind": "kill", "node": 2, "round": 1, "phase": phase}
@@ -63,6 +66,7 @@ def test_a_stopped_process_is_ended_and_replaced(config: Make, tmp_path: Path):
         "cluster.nodes.min=3",
         "cluster.round_deadline_s=2",
         "cluster.cancel_grace_s=1",
+        APART,
         faults(hang),
     )
     summary = run(settings, run_dir=tmp_path / "run")

@@ -30,21 +30,20 @@ def events(run_dir: Path, what: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == what]
 
 
+# Two processes of two nodes each, unless said otherwise.
+APART = "cluster.nodes_per_actor=1"
 SYNCHRONOUS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "neighbours": ({"name": f"{HERE}:Gossiping", "values": 5}, []),
-    "large neighbours": ({"name": f"{HERE}:Gossiping", "values": LARGE}, []),
-    "neighbours in shared processes": (
+    "neighbours": ({"name": f"{HERE}:Gossiping", "values": 5}, ["cluster.nodes.target=5"]),
+    "large neighbours": ({"name": f"{HERE}:Gossiping", "values": LARGE}, [APART]),
+    "large neighbours in shared processes": (
         {"name": f"{HERE}:Gossiping", "values": LARGE, "topology": "one_peer_exponential"},
-        ["cluster.nodes_per_actor=2", "cluster.nodes.target=5"],
+        ["cluster.nodes.target=5"],
     ),
     "overlap": ({"name": f"{HERE}:Overlapping"}, []),
-    "large overlap": ({"name": f"{HERE}:Overlapping", "values": 400_000}, []),
-    "overlap in shared processes": (
-        {"name": f"{HERE}:Overlapping", "values": 400_000},
-        ["cluster.nodes_per_actor=2"],
-    ),
+    "large overlap": ({"name": f"{HERE}:Overlapping", "values": 400_000}, [APART]),
+    "large overlap in shared processes": ({"name": f"{HERE}:Overlapping", "values": 400_000}, []),
     "messages": ({"name": f"{HERE}:Mailing"}, []),
-    "large messages": ({"name": f"{HERE}:Mailing", "values": LARGE}, ["cluster.nodes_per_actor=2"]),
+    "large messages": ({"name": f"{HERE}:Mailing", "values": LARGE}, []),
     "compute": ({"name": f"{HERE}:Computing"}, []),
     "pings": ({"name": f"{HERE}:Pinging"}, []),
     "participants": ({"name": f"{HERE}:Changing"}, []),
@@ -62,7 +61,7 @@ def test_both_runtimes_end_with_the_same_bits_and_bytes(which: str, config: Make
 
 
 def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: Path):
-    settings = config({"name": f"{HERE}:Hasty", "first": 3, "seconds": 20.0}, "rounds=3")
+    settings = config({"name": f"{HERE}:Hasty", "first": 3, "seconds": 20.0}, "rounds=3", APART)
     summary = run(settings, run_dir=tmp_path / "run")
     assert summary.nodes["lost"] == 0
     assert [one["node"] for one in events(tmp_path / "run", "late")] == [3, 3, 3]
@@ -73,8 +72,8 @@ def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: P
 @pytest.mark.parametrize(
     ("algorithm", "overrides"),
     [
-        ({"name": f"{HERE}:Counting"}, []),
-        ({"name": f"{HERE}:Counting", "large": LARGE}, ["cluster.nodes_per_actor=2"]),
+        ({"name": f"{HERE}:Counting"}, [APART]),
+        ({"name": f"{HERE}:Counting", "large": LARGE}, []),
         ({"name": f"{HERE}:Passing"}, []),
     ],
     ids=["server", "large, in shared processes", "token"],

@@ -69,6 +69,7 @@ def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Pr
     assert processes.temporary_files() == []
 
 
+@pytest.mark.slow
 def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
     wait_for(program, "round 3")
@@ -80,12 +81,12 @@ def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
 
 def test_a_failed_run_leaves_nothing_and_exits_3(tmp_path, processes: Processes):
     config = write(tmp_path, 5)
-    dying = "algorithm={name: 'tests.cluster.programs:Dying', victim: 1}"
-    program = processes.start("run", str(config), "--set", dying, "--json", cwd=tmp_path)
+    faulty = ("--set", "algorithm=fedavg", "--set", "task=tests.cluster.programs:Faulty")
+    program = processes.start("run", str(config), *faulty, "--json", cwd=tmp_path)
     out, err = program.communicate(timeout=200)
     assert program.returncode == 3, err
     assert json.loads(out.splitlines()[-1])["status"] == "failed"
-    assert "error: node 1 (pid " in err
+    assert "error: node 1, round 0: ZeroDivisionError: the user's mistake" in err
     assert processes.wait_until_gone() == []
     assert processes.temporary_files() == []
 
