@@ -90,6 +90,15 @@ class _Concluded:
     num_taken: int = 0
 
 
+@dataclass(frozen=True)
+class _Form:
+    """An operation without what it contributes."""
+
+    parts: tuple[object, ...]
+    signature: Signature
+    settings: Collective
+
+
 class _Neighborhoods:
     """Who receives from whom under one mixing matrix, in the forms that are asked for in each round."""
 
@@ -131,7 +140,7 @@ class Exchanges:
         self._mixings: dict[int, _Neighborhoods] = {}
         self._known: _Neighborhoods | None = None
         """The last ones: most graphs stay."""
-        self._signatures: dict[tuple[int, int], tuple[object, object, Signature]] = {}
+        self._forms: dict[tuple[object, ...], _Form] = {}
         self._concluded: dict[int, _Concluded] = {}
 
     def forget(self) -> None:
@@ -147,8 +156,9 @@ class Exchanges:
             ProgramError: it contributes what cannot travel.
         """
         replica, program = self.replicas[node], self.programs[node]
-        signature = self._signature(operation)
-        exchange = Exchange(operation, signature, open=started)
+        form = self._form(operation)
+        signature = form.signature
+        exchange = Exchange(form.settings, signature, open=started)
         seq = len(program.exchanges)
         program.exchanges.append(exchange)
         wants = None
@@ -159,7 +169,6 @@ class Exchanges:
         if payload is None or replica.skipping:
             if isinstance(operation, AllReduce):
                 signature = exchange.signature = Signature(signature.operation, signature.parts, None)
-                exchange.operation = replace(operation, tensors=None)
             return Posted(seq, signature, None, 0.0, (), (), None, close, wants, waits)
         if started:
             payload = self._held(replica, exchange, payload)
@@ -172,7 +181,6 @@ class Exchanges:
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, close, wants, waits)
         specs = signature.tensors
         assert specs is not None
-        exchange.operation = replace(operation, tensors=None)
         cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
         exchange.parts = cuts.encode(payload)
         sizes = cuts.part_nbytes
@@ -197,18 +205,27 @@ class Exchanges:
             return hold(payload)
         return {name: hold(value) for name, value in payload.items()}
 
-    def _signature(self, operation: Collective) -> Signature:
-        """Of a neighbour gather, made once: it depends on parts alone, and nodes of one process share those."""
-        if not isinstance(operation, NeighborAllGather):
-            return buffers.signature_of(operation)
-        key = id(operation.topology), id(operation.close)
-        known = self._signatures.get(key)
-        if known is None or known[0] is not operation.topology or known[1] is not operation.close:
-            if len(self._signatures) >= _MAX_CUTS:
-                self._signatures.clear()
-            known = operation.topology, operation.close, buffers.signature_of(operation)
-            self._signatures[key] = known
-        return known[2]
+    def _form(self, operation: Collective) -> _Form:
+        """What does not change from round to round of an operation, and is alike for all nodes of the process."""
+        match operation:
+            case AllReduce(tensors, _, aggregator, codec, result_codec, close):
+                parts: tuple[object, ...] = aggregator, codec, result_codec, close
+                specs = None if tensors is None else buffers.described(tensors)[0]
+            case AllGather(_, close):
+                parts, specs = (close,), None
+            case NeighborAllGather(_, topology, close):
+                parts, specs = (topology, close), None
+        key = type(operation), specs, *map(id, parts)
+        known = self._forms.get(key)
+        # An id is another's once its object is gone.
+        if known is None or any(one is not other for one, other in zip(known.parts, parts, strict=True)):
+            if len(self._forms) >= _MAX_CUTS:
+                self._forms.clear()
+            # Of an AllReduce the settings are needed to the end, the tensors until they are delivered.
+            nothing = {"tensors": None} if isinstance(operation, AllReduce) else {"payload": None}
+            settings = replace(operation, **nothing)
+            known = self._forms[key] = _Form(parts, buffers.signature_of(operation), settings)
+        return known
 
     def _neighborhoods(self, node: NodeId, seq: int, topology: Topology) -> _Neighborhoods:
         """Who is whose neighbour in this round's view; found once for all nodes of the process."""

@@ -8,9 +8,9 @@ from benchmarks.harness import Row, drive
 from orchestrator.cluster import Cluster
 from orchestrator.config import Config, parse
 
-SIZE = 20_000_000
-"""float32 values of the exchange: 80 MB."""
-ROUNDS = 12
+SIZE = 50_000_000
+"""float32 values of the exchange: 200 MB, as of a small language model."""
+ROUNDS = 10
 WARM_UP = 3
 
 

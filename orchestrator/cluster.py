@@ -401,7 +401,8 @@ class Cluster:
             self._take(node, ticket, large)
         for (seq, num_parts), nodes in large.items():
             posted = Expected(seq, tuple(nodes), num_parts, self._parts_for_others(actor, num_parts))
-            if place is not None:
+            # Not where the program runs on: it would wait until its parts are in the store.
+            if place is not None and all(self._posted[seq][node].waits for node in nodes):
                 self._expected[actor.index, place] = posted
             if reply.posted == seq or not posted.parts:
                 self._announce(seq, nodes)
