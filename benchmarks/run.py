@@ -30,8 +30,8 @@ TAIL = """
 *AllReduce* is one operation as a program awaits it, through Ray's object store, against `torch.distributed.all_reduce`
 with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
 digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
-(`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is started
-before a `Train` that takes no core, and waited for after it.
+(`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is
+started before a `Train` that takes no core, and waited for after it.
 """
 
 
