@@ -14,6 +14,7 @@ from actors.buffers import Cuts, Signature, TensorSpec
 from actors.mixtures import Mixtures, Rows
 from actors.tickets import Contributed, Posted
 from algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
+from algorithms.closing import Quorum
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class Exchanges:
         if isinstance(operation, NeighborAllGather):
             wants = self._neighborhoods(node, seq, operation.topology).of(node)
         payload = cast("Payload | None", operation.tensors if isinstance(operation, AllReduce) else operation.payload)
-        waits, close = not started, operation.close
+        waits, close = not started, None if type(operation.close) is Quorum else operation.close
         if payload is None or replica.skipping:
             if isinstance(operation, AllReduce):
                 signature = exchange.signature = Signature(signature.operation, signature.parts, None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import itertools
 import os
 import platform
 import signal
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 import ray.exceptions
 import torch
@@ -44,7 +46,6 @@ from algorithms.errors import StarlingError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
     from ray import ObjectRef
 
     from actors.buffers import Buffer, TensorSpec
@@ -161,11 +162,50 @@ class Got:
 
 @dataclass(frozen=True)
 class Inline:
-    """A closed exchange whose contributions came with their announcements."""
+    """A closed exchange whose contributions came with their announcements.
 
-    contributions: tuple[Contributed, ...]
-    """Those that the process is to have."""
+    One buffer and a few tuples: it is written once for each process and read once in each.
+    """
+
+    nodes: tuple[NodeId, ...]
+    """Whose contributions the process is to have."""
+    weights: tuple[float, ...]
+    forms: tuple[tuple[TensorSpec, ...], ...]
+    """Specs that occur."""
+    form_of: tuple[int, ...]
+    """Which of them each contribution has."""
+    ends: tuple[int, ...]
+    """Where each ends in ``data``."""
+    data: Buffer
     closed: tuple[NodeId, ...]
+    """Whose contributions are in, here or elsewhere."""
+
+    @staticmethod
+    def of(contributions: Sequence[Contributed], closed: tuple[NodeId, ...]) -> Inline:
+        """Put contributions together."""
+        forms = tuple(dict.fromkeys(one.specs for one in contributions))
+        place = {specs: index for index, specs in enumerate(forms)}
+        buffers = [one.data for one in contributions]
+        return Inline(
+            nodes=tuple(one.node for one in contributions),
+            weights=tuple(one.weight for one in contributions),
+            forms=forms,
+            form_of=tuple(place[one.specs] for one in contributions),
+            ends=tuple(itertools.accumulate(one.nbytes for one in buffers)),
+            data=np.concatenate(buffers) if buffers else np.empty(0, dtype=np.uint8),
+            closed=closed,
+        )
+
+    @property
+    def contributions(self) -> list[Contributed]:
+        """One by one, as views of ``data``."""
+        starts = (0, *self.ends)
+        return [
+            Contributed(node, weight, self.forms[form], self.data[start:end])
+            for node, weight, form, start, end in zip(
+                self.nodes, self.weights, self.form_of, starts, self.ends, strict=False
+            )
+        ]
 
 
 @dataclass(frozen=True)

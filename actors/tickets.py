@@ -29,7 +29,8 @@ class Posted:
     """Booked bytes of each part of the result; empty for a gather."""
     inline: Buffer | None
     """The contribution itself, if it is small."""
-    close: ClosePolicy
+    close: ClosePolicy | None
+    """``None`` is the usual one, ``Quorum``."""
     wants: frozenset[NodeId] | None = None
     """Of a neighbour gather: this round's in-neighbours."""
     waits: bool = True

@@ -575,7 +575,7 @@ class Cluster:
             if argument is None and any(one is not None for one in wants):
                 mine = frozenset(actor.nodes).union(*(one or () for one in wants))
                 argument = self._inline({node: one for node, one in members.items() if node in mine}, decision.closed)
-                nbytes = sum(one.data.nbytes for one in argument.contributions)
+                nbytes = argument.data.nbytes
             elif argument is None:
                 argument = self._inline(members, decision.closed)
                 shared = argument = ray.put(argument) if nbytes > _BY_REFERENCE_BYTES else argument
@@ -590,12 +590,12 @@ class Cluster:
 
     @staticmethod
     def _inline(members: Mapping[NodeId, Posted], closed: tuple[NodeId, ...]) -> Inline:
-        contributions = (
+        contributions = [
             Contributed(node, one.weight, one.specs, one.inline)
             for node, one in members.items()
             if one.specs is not None and one.inline is not None
-        )
-        return Inline(tuple(contributions), closed)
+        ]
+        return Inline.of(contributions, closed)
 
     def kill(self, node: NodeId) -> None:
         with contextlib.suppress(Exception):
