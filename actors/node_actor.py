@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import itertools
 import os
 import platform
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +33,14 @@ from actors.buffers import as_buffer, as_tensor
 from actors.consensus import mean_model
 from actors.data import DataConfig
 from actors.host import Host, failure
+from actors.messages import Expected, Got, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
 from actors.optimizers import OptimizerConfig
 from actors.replica import ReplicaSpec
 from actors.setup import build_replicas, load_data
 from actors.tasks import Task
-from actors.tickets import Contributed, Failed, Posted, Stale, Ticket
+from actors.tickets import Failed, Posted, Stale, Ticket
 from actors.transfer import StateExport, export_state, load_state
-from algorithms.api import Algorithm, Layout, Message
+from algorithms.api import Algorithm, Message
 from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
@@ -48,186 +48,11 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
-    from actors.buffers import Buffer, TensorSpec
-    from algorithms.api import NodeId, View
+    from actors.buffers import Buffer
+    from algorithms.api import NodeId
 
 _SLICE_S = 0.2
 """How long a fetch waits before it looks whether it was told to give up."""
-
-
-# --- messages ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that a process needs to know to host its nodes, as plain data."""
-
-    nodes: tuple[NodeId, ...]
-    num_nodes: int
-    algorithm: dict[str, Any]
-    task: dict[str, Any]
-    data: dict[str, Any]
-    optimizer: dict[str, Any]
-    seed: int
-    rounds: int
-    skip_nan: bool
-    fetch_timeout_s: float
-    incarnation: int = 0
-    sys_path: tuple[str, ...] = ()
-    """Folders of the driver in which a user's modules may lie; those that exist here are searched too."""
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The process is up."""
-
-    place: str
-    devices: dict[NodeId, str]
-    gpus: tuple[str, ...]
-    num_samples: dict[NodeId, int]
-    layout: Layout
-    baselines: dict[str, float]
-    warnings: tuple[str, ...]
-    pid: int
-
-
-@dataclass(frozen=True)
-class Round:
-    """A round to be begun."""
-
-    epoch: int
-    number: int
-    view: View
-    committed: int
-    """The last committed round."""
-    repair: bool
-    """Whether programs begin with ``on_view_change``."""
-    joiners: tuple[NodeId, ...]
-    """Those whose programs begin with ``join``."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The large contributions that a call led to in the last round: this one gives them along with its reply."""
-
-    seq: int
-    nodes: tuple[NodeId, ...]
-    num_parts: int
-    parts: tuple[int, ...]
-    """Those that other processes are to have."""
-
-    @property
-    def num_values(self) -> int:
-        """How many values come with the reply."""
-        return len(self.parts) * len(self.nodes)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the programs of a process did last, and what they wrote to their logs."""
-
-    tickets: list[tuple[NodeId, Ticket]]
-    logs: dict[NodeId, list[str]] = field(default_factory=dict)
-    seen: dict[NodeId, list[float]] = field(default_factory=dict)
-    """Times that programs saw, where results may depend on them."""
-    posted: int | None = None
-    """The exchange whose contributions come along, as was expected."""
-
-
-@dataclass(frozen=True)
-class SecureJob:
-    """Fetch contributions and reduce one part of them (a gather: keep them)."""
-
-    seq: int
-    part: int
-    by: NodeId
-    generation: int
-    specs: tuple[TensorSpec, ...] | None
-    """Of an AllReduce; ``None`` keeps what is fetched."""
-    weights: dict[NodeId, float]
-    refs: dict[NodeId, ObjectRef[Any]]
-    """Contributions of members in other processes."""
-
-
-@dataclass(frozen=True)
-class Got:
-    """What a ``SecureJob`` got."""
-
-    seq: int
-    part: int
-    by: NodeId
-    generation: int
-    members: frozenset[NodeId]
-
-
-@dataclass(frozen=True)
-class Inline:
-    """A closed exchange whose contributions came with their announcements.
-
-    One buffer and a few tuples: it is written once for each process and read once in each.
-    """
-
-    nodes: tuple[NodeId, ...]
-    """Whose contributions the process is to have."""
-    weights: tuple[float, ...]
-    forms: tuple[tuple[TensorSpec, ...], ...]
-    """Specs that occur."""
-    form_of: tuple[int, ...]
-    """Which of them each contribution has."""
-    ends: tuple[int, ...]
-    """Where each ends in ``data``."""
-    data: Buffer
-    closed: tuple[NodeId, ...]
-    """Whose contributions are in, here or elsewhere."""
-
-    @staticmethod
-    def of(contributions: Sequence[Contributed], closed: tuple[NodeId, ...]) -> Inline:
-        """Put contributions together."""
-        forms = tuple(dict.fromkeys(one.specs for one in contributions))
-        place = {specs: index for index, specs in enumerate(forms)}
-        buffers = [one.data for one in contributions]
-        return Inline(
-            nodes=tuple(one.node for one in contributions),
-            weights=tuple(one.weight for one in contributions),
-            forms=forms,
-            form_of=tuple(place[one.specs] for one in contributions),
-            ends=tuple(itertools.accumulate(one.nbytes for one in buffers)),
-            data=np.concatenate(buffers) if buffers else np.empty(0, dtype=np.uint8),
-            closed=closed,
-        )
-
-    @property
-    def contributions(self) -> list[Contributed]:
-        """One by one, as views of ``data``."""
-        starts = (0, *self.ends)
-        return [
-            Contributed(node, weight, self.forms[form], self.data[start:end])
-            for node, weight, form, start, end in zip(
-                self.nodes, self.weights, self.form_of, starts, self.ends, strict=False
-            )
-        ]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A closed exchange whose result was delivered before."""
-
-    specs: tuple[TensorSpec, ...] | None
-    weights: dict[NodeId, float]
-    gathered: dict[NodeId, tuple[TensorSpec, ...]] = field(default_factory=dict)
-    """Specs of each payload of a gather."""
-
-
-@dataclass(frozen=True)
-class Letter:
-    """A message for a node."""
-
-    sender: NodeId
-    staleness: int
-    specs: tuple[TensorSpec, ...]
-    inline: Buffer | None
-    ref: tuple[ObjectRef[Any], ...]
-    """One, if the payload is large; in a container, so that Ray does not fetch it for us."""
 
 
 # --- the actor --------------------------------------------------------------------------------------------------------

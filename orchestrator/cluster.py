@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ray
 import ray.exceptions
 
-from actors.node_actor import Expected, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored, remote_class
+from actors.messages import Expected, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
+from actors.node_actor import remote_class
 from actors.tickets import (
     Contributed,
     Failed,
