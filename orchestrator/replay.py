@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,10 @@ from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
-from orchestrator.events import Deadline, Post
+from orchestrator.events import Deadline, Post, Posts
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.rendezvous import Phase
-from orchestrator.runtime import Finished
+from orchestrator.runtime import AllFinished, Finished
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
@@ -209,13 +209,21 @@ class SynchronousReplay(Synchronous):
         late = self._history.late[attempt.number]
         closed = self._history.closed.get(attempt.number, {})
         match happening:
+            case Posts(first, wants):
+                allowed = {
+                    node: one for node, one in wants.items() if node not in late or node in closed.get(first.seq, ())
+                }
+                return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
+            case AllFinished(reports) if late & reports.keys():
+                punctual = {node: report for node, report in reports.items() if node not in late}
+                return super()._note(attempt, AllFinished(punctual)) if punctual else None
             case Post(node, seq) if node in late and node not in closed.get(seq, ()):
                 return None
             case Finished(node) if node in late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.
-                return replace(happening, close=None)
+                return happening._replace(close=None)
             case _:
                 return super()._note(attempt, happening)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.events import Event
 
@@ -53,12 +53,17 @@ class Up:
     facts: NodeFacts
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A node's program is done."""
 
     node: NodeId
     report: Returned
+
+
+class AllFinished(NamedTuple):
+    """Several nodes' programs of a synchronous round are done at one moment, one after the other."""
+
+    reports: dict[NodeId, Returned]
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,9 @@ class Log:
     lines: tuple[str, ...]
 
 
-Happening: TypeAlias = Event | Raised | Died | Up | Finished | Halted | Sent | Arrived | Receives | Seen | Log
+Happening: TypeAlias = (
+    Event | Raised | Died | Up | Finished | AllFinished | Halted | Sent | Arrived | Receives | Seen | Log
+)
 """What a runtime reports: an event for the rendezvous, or something that only the controller understands."""
 
 

@@ -20,8 +20,10 @@ from orchestrator.events import (
     Elapsed,
     Lost,
     Post,
+    Posts,
     ProgramsDiverge,
     Return,
+    Returns,
     Secure,
     Secured,
     Waits,
@@ -31,7 +33,7 @@ from orchestrator.mail import Mail
 from orchestrator.mailroom import Mailroom
 from orchestrator.membership import Replacements
 from orchestrator.rendezvous import Rendezvous
-from orchestrator.runtime import Died, Finished, Halted, Up
+from orchestrator.runtime import AllFinished, Died, Finished, Halted, Up
 
 if TYPE_CHECKING:
     from actors.tickets import Returned
@@ -213,6 +215,15 @@ class Synchronous:
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         """Keep what is for the controller; return what is for the rendezvous."""
         match happening:
+            case AllFinished(reports):
+                attempt.reports.update(reports)
+                node, report = next(iter(reports.items()))
+                return Returns(Return(node, report.num_collectives, report.digest), tuple(reports))
+            case Posts():
+                if self._faults.is_pending:
+                    for node in happening.wants:
+                        self._strike("post", attempt, node)
+                return happening
             case Finished(node, report):
                 attempt.reports[node] = report
                 return Return(node, report.num_collectives, report.digest)
