@@ -37,9 +37,9 @@ from torch import Tensor
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.closing import ClosePolicy, Quorum
 from algorithms.codecs import Codec, Identity
-from algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES
-from algorithms.costs import PART_BYTES as PART_BYTES
-from algorithms.costs import all_reduce_bytes as all_reduce_bytes
+from algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: PLC0414 - offered here, as the next two
+from algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
+from algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
 from algorithms.layout import Layout
 from algorithms.registry import Part
 from algorithms.rules import DataBatch, Rule
@@ -230,8 +230,8 @@ class Gradient(Operation[GradientReport]):
 class Loss(Operation[float]):
     """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only.
 
-    With ``probe`` it is one of several that are compared with one another: a model whose loss depends on chance, or that
-    keeps statistics, is refused with the layer's name, and a loss that is NaN or infinite is the program's to handle.
+    With ``probe`` it is one of several that are compared with one another: a model whose loss depends on chance, or
+    that keeps statistics, is refused with the layer's name, and a loss that is not finite is the program's to handle.
     """
 
     at: Tensor | None = None

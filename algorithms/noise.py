@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import statistics
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -59,9 +60,7 @@ def perturb(out: Tensor, center: Tensor, scale: float, distribution: Distributio
         torch.add(center[low:high], z.mul_(scale), out=out[low:high])
 
 
-def accumulate(
-    out: Tensor, terms: Sequence[tuple[int, float]], distribution: Distribution, start: int = 0
-) -> None:
+def accumulate(out: Tensor, terms: Sequence[tuple[int, float]], distribution: Distribution, start: int = 0) -> None:
     """``out`` ← ``out`` + Σ coefficient · z(key) over ``terms``, (key, coefficient) each, summed in their order."""
     scratch = torch.empty(min(CHUNK, out.numel()), dtype=out.dtype, device=out.device)
     total = torch.empty_like(scratch)
@@ -126,7 +125,9 @@ def _signs(device: torch.device) -> Tensor:
 @functools.cache
 def _quantiles(device: torch.device) -> Tensor:
     """The 65 536 values of a gaussian, sorted."""
-    quantiles = torch.special.ndtri((torch.arange(65_536, dtype=torch.float64) + 0.5) / 65_536)
+    normal = statistics.NormalDist()
+    upper = torch.tensor([normal.inv_cdf((j + 0.5) / 65_536) for j in range(32_768, 65_536)], dtype=torch.float64)
+    quantiles = torch.cat([upper.flip(0).neg(), upper])
     scaled = quantiles / quantiles.square().mean().sqrt()
     # On a grid that is far coarser than what two mathematical libraries differ by.
     table = ((scaled * 2**20).round() / 2**20).float()

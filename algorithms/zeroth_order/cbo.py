@@ -8,9 +8,10 @@ Node m has n = ``particles`` particles x_mk with energies E_mk, their losses on 
 
 D(v) is ‖v‖ (isotropic) or the diagonal of |v| (anisotropic). The model is x_α. With one consensus point for good,
 E‖x - x_α‖² falls by (1 - λ Δt)² + σ² Δt a step if anisotropic; if isotropic, by (1 - λ Δt)² + P σ² Δt.
-Deviations: no drift along the gradient, no schedule of α and σ. Energies in a round are of its batch, drawn by each node.
-Elasticity: a particle belongs to its node. A lost node's weight is missing, and nothing else; a joiner's particles begin
-at x_α + ``spread`` ξ, as all did at the first model.
+Deviations: no drift along the gradient, no schedule of α and σ. Each node's energies are of the round's batch, which is
+its own.
+Elasticity: a particle belongs to its node. A lost node's weight is missing, and nothing else; a joiner's particles
+begin at x_α + ``spread`` ξ, as all did at the first model.
 Cost: 8 bytes from each to each other for E_min, and an exchange of P values of b = 4 bytes: 2·(N-1)·b·P, or N·(N-1)·b·P
 up to 64 KiB. State: n·P values a node.
 Reference: Riedl, Klock, Geldhauser and Fornasier, "Gradient is All You Need?", 2023, arXiv:2306.09778.
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _ENERGY_NBYTES = 8
 """Of a number."""
+
+_NO_WEIGHT = 1e-300
+"""Next to the 1 of the particle with the least energy."""
 
 
 class CBO(Algorithm, name="cbo"):
@@ -75,14 +79,12 @@ class CBO(Algorithm, name="cbo"):
             raise ProgramError("cbo: no particle has a finite energy; lower spread or diffusion")
         weights = weights_of(energies, least, self.alpha)
         total = sum(weights)
-        mean = None
-        if total > 0:
-            # What has no weight may be at infinity, and 0 · ∞ is no number.
-            shares = zip(particles, weights, strict=True)
-            mean = torch.stack([particle * (weight / total) for particle, weight in shares if weight]).sum(dim=0)
-        consensus = (await AllReduce(mean, weight=total or 1.0)).value
+        # What has no weight may be at infinity, and 0 · ∞ is no number.
+        shares = [particle * (weight / total) for particle, weight in zip(particles, weights, strict=True) if weight]
+        mean = torch.stack(shares).sum(dim=0) if shares else torch.zeros_like(node.parameters)
+        consensus = (await AllReduce(mean, weight=total or _NO_WEIGHT)).value
         apart = particles - consensus
-        strength = apart.abs() if self.anisotropic else apart.norm(dim=1, keepdim=True)
+        strength = apart.abs() if self.anisotropic else apart.square().sum(dim=1, keepdim=True).sqrt()
         noise = strength * self._noise(node, "step") * (self.diffusion * math.sqrt(self.dt))
         node.local["particles"] = particles - apart * (self.drift * self.dt) + noise
         node.parameters.copy_(consensus)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class ScalarCode(Part, family="scalar code", catalog="algorithms.zeroth_order.co
 class Log8(ScalarCode, name="log8"):
     """One byte: a sign, and seven bits q for 0 (q = 0) or 2^(−10 + (q−1)/6), from 9.8e-4 to 2048; 0x80 is dropped.
 
-    ``nearest`` is off by at most 5.8 % between the smallest level and the largest; ``stochastic`` chooses one of the two
-    levels next to a value at random, so that its mean is the value. Beyond 2048 a value becomes 2048.
+    ``nearest`` is off by at most 5.8 % between the smallest level and the largest; ``stochastic`` chooses one of the
+    two levels next to a value at random, so that its mean is the value. Beyond 2048 a value becomes 2048.
 
     >>> import torch
     >>> code = Log8()
@@ -61,12 +61,14 @@ class Log8(ScalarCode, name="log8"):
     def encode(self, values: Sequence[float], rng: torch.Generator) -> Tensor:
         thresholds = [0.5] * len(values)
         if self.rounding == "stochastic":
-            thresholds = (1 - torch.rand(len(values), dtype=torch.float64, generator=rng)).tolist()
+            # In (0, 1], so that a level stays what it is.
+            draws = _numbers(torch.rand(len(values), dtype=torch.float64, generator=rng))
+            thresholds = [1 - draw for draw in draws]
         codes = [_log8(value, threshold) for value, threshold in zip(values, thresholds, strict=True)]
         return torch.tensor(codes, dtype=torch.uint8)
 
     def decode(self, codes: Tensor) -> list[float]:
-        return [_DECODED[code] for code in codes.tolist()]
+        return [_DECODED[int(number)] for number in _numbers(codes)]
 
 
 class _Float(ScalarCode):
@@ -81,7 +83,7 @@ class _Float(ScalarCode):
         return torch.tensor(kept, dtype=torch.float64).to(self.dtype).view(torch.uint8)
 
     def decode(self, codes: Tensor) -> list[float]:
-        values: list[float] = codes.contiguous().clone().view(self.dtype).tolist()
+        values = _numbers(codes.contiguous().clone().view(self.dtype))
         if any(math.isinf(value) for value in values):
             raise ProgramError(f"code {self.name}: {values} has an infinite number, which is no code")
         return values
@@ -112,9 +114,13 @@ def _log8(value: float, threshold: float) -> int:
     return below | _SIGN if below and value < 0 else below
 
 
+def _numbers(values: Tensor) -> list[float]:
+    return cast("list[float]", values.tolist())  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+
+
 def _decoded() -> list[float]:
     """The value of each byte. float32, as libraries may differ in the last bit of a power in float64."""
-    sizes: list[float] = torch.tensor(_LEVELS, dtype=torch.float32).tolist()
+    sizes = _numbers(torch.tensor(_LEVELS, dtype=torch.float32))
     return sizes + [math.nan] + [-size for size in sizes[1:]]
 
 

@@ -1,14 +1,15 @@
 """FZooS: gradients of surrogates instead of the function's, which is only queried; corrected by what all know of it.
 
-Client i keeps its queries of f_i, and goes T = ``steps`` steps x_1, …, x_T from the shared x, by Adam (η = ``lr``) along
-the gradient of a Gaussian process' mean μ_i, corrected by a surrogate F̂ of all clients' functions and its own share f̂_i:
+Client i keeps its queries of f_i, and goes T = ``steps`` steps x_1, …, x_T from the shared x, by Adam (η = ``lr``)
+along the gradient of a Gaussian process' mean μ_i, corrected by a surrogate F̂ of all clients' functions and its own
+share f̂_i:
 
     g_t = ∇μ_i(x_t) + (1/t) (∇F̂(x_t) - ∇f̂_i(x_t))
     x ← x - η_s Σ_i w_i (x - x_i)          ν ← Σ_i w_i ν_i          F̂ = νᵀφ,  f̂_i = ν_iᵀφ
 
-After each step it queries the ``queries`` of ``candidates`` points near x_t at which μ_i's gradient is least certain, and
-after the common step (η_s = ``server_lr``) some around the new x, to which it fits ν_i, the weights of D = ``features``
-random Fourier features φ that all clients share.
+After each step it queries the ``queries`` of ``candidates`` points near x_t at which μ_i's gradient is least certain,
+and after the common step (η_s = ``server_lr``) some around the new x, to which it fits ν_i, the weights of D =
+``features`` random Fourier features φ that all clients share.
 Deviations: gradients are analytic, where the authors' code differentiates numerically with a step of 1e-20. The common
 step is always taken; their server keeps the old x if F, which it can evaluate, does not improve. f_i is the loss on one
 batch in each round. Least squares have a ridge of ``noise``.
@@ -88,7 +89,9 @@ class FZooS(Algorithm, name="fzoos"):
     def _known(self, node: Node) -> tuple[Tensor, Tensor]:
         """Queried points, shape (n, P), and their values, shape (n,); float64."""
         if "points" not in node.local:
-            return node.parameters.new_empty((0, node.layout.num_values)).double(), node.parameters.new_empty(0).double()
+            return node.parameters.new_empty((0, node.layout.num_values)).double(), node.parameters.new_empty(
+                0
+            ).double()
         return cast("Tensor", node.local["points"]), cast("Tensor", node.local["values"])
 
     def _near(self, x: Tensor, radius: float, rng: torch.Generator) -> Tensor:
@@ -110,7 +113,7 @@ class FZooS(Algorithm, name="fzoos"):
 
     def _process(self, points: Tensor, values: Tensor, x: Tensor) -> tuple[GaussianProcess, Tensor]:
         """The posterior given what was queried nearest to ``x``, and the gradient of its mean there, shape (P,)."""
-        nearest = (points - x).norm(dim=1).argsort(stable=True)[: self.neighbors]
+        nearest = (points - x).square().sum(dim=1).argsort(stable=True)[: self.neighbors]
         scaled, extent = _scaled(values[nearest])
         process = GaussianProcess(points[nearest], scaled, self.length, self.noise)
         return process, process.gradient(x) * extent

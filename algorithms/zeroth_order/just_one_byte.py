@@ -11,8 +11,8 @@ The sum is in the order of (m, j). θ itself is never perturbed: what is probed 
 thrown away. So all nodes hold the same bits, and the codes of a round are all that is needed to repeat it.
 Deviations: the code is of one byte, where the authors' has nine bits and is rounded but not used; c = √(Σ_m K) is
 theirs, the mean the default here. Seeds come from (run, round, node, sample) instead of clocks; the noise has the same
-bits on a CPU and a GPU. A sample whose loss is not finite is dropped, on all nodes alike, and not counted in c. λ leaves
-biases and norms out.
+bits on a CPU and a GPU. A sample whose loss is not finite is dropped, on all nodes alike, and not counted in c. λ
+leaves biases and norms out.
 Elasticity: θ is shared state. A node that is lost is not in the round's list, and nothing else changes; one that joins
 takes θ from a member, or applies the rounds that it missed from the log, without a forward pass.
 Cost: K bytes from each to each other, N·(N-1)·K in a round whatever P is (``layerwise``: times the layers); the log has

@@ -53,7 +53,8 @@ class SPSA(Algorithm):
         self._step(node, sealed, self.lr)
         dropped = sum(math.isnan(value) for value in estimates)
         if dropped:
-            print(f"round {node.round}: {dropped} of {len(estimates)} estimates were not finite, and are dropped")
+            words = f"{dropped} of {len(estimates)} estimates were not finite, and are dropped"
+            print(f"round {node.round}: {words}")  # noqa: T201 - to the node's log
 
     async def _estimates(self, node: Node) -> list[float]:
         """ĝ of each sample, and of each layer in it if ``layerwise``. The model is as it was, to the last bit."""

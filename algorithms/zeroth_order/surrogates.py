@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -36,12 +36,12 @@ class GaussianProcess:
         rho = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") * (_ROOT5 / length)
         covariance = (1 + rho + rho.square() / 3) * (-rho).exp()
         covariance.diagonal().add_(noise)
-        self._factor = torch.linalg.cholesky(covariance)
+        self._factor = cast("Tensor", torch.linalg.cholesky(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
         self._weights = torch.cholesky_solve(values.unsqueeze(1), self._factor).squeeze(1)
 
     def mean(self, at: Tensor) -> Tensor:
         """μ at one point, shape (d,); a number."""
-        rho = (self._points - at).norm(dim=1) * (_ROOT5 / self._length)
+        rho = _lengths(self._points - at) * (_ROOT5 / self._length)
         return ((1 + rho + rho.square() / 3) * (-rho).exp()) @ self._weights
 
     def gradient(self, at: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class GaussianProcess:
 
     def _slopes(self, apart: Tensor) -> Tensor:
         """∂k(x, x_j) / (x − x_j) for the rows x − x_j of ``apart``, shape (n,)."""
-        rho = apart.norm(dim=1) * (_ROOT5 / self._length)
+        rho = _lengths(apart) * (_ROOT5 / self._length)
         return (1 + rho) * (-rho).exp() * (-5 / (3 * self._length**2))
 
 
@@ -96,9 +96,14 @@ class FourierFeatures:
         features = self(points)
         gram = features @ features.T
         gram.diagonal().add_(noise)
-        return features.T @ torch.linalg.solve(gram, values)
+        solved = cast("Tensor", torch.linalg.solve(gram, values))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+        return features.T @ solved
 
     def gradient(self, weights: Tensor, at: Tensor) -> Tensor:
         """The gradient of νᵀφ at one point, shape (d,); linear in ``weights``, shape (D,)."""
         waves = (self._omega @ at + self._phases).sin()
         return (weights * waves) @ self._omega * -self._scale
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return rows.square().sum(dim=1).sqrt()
