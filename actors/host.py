@@ -299,6 +299,7 @@ class Host(Exchanges):
             loss=loss / len(reports) if reports else None,
             num_samples=num_samples,
             train_seconds=seconds,
+            record=replica.spec.algorithm.sealed(replica),
         )
 
     def _digest(self, replica: Replica) -> str:

@@ -95,6 +95,8 @@ class Returned(NamedTuple):
     """Mean training loss of the round; ``None`` without training."""
     num_samples: int
     train_seconds: float
+    record: bytes | None = None
+    """``Algorithm.sealed``."""
 
 
 @dataclass(frozen=True)

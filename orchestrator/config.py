@@ -157,6 +157,13 @@ class EvaluationConfig(Section):
     """``null``: all held-out data."""
 
 
+class ReplayConfig(Section):
+    """What is kept so that rounds can be replayed, where the algorithm offers it."""
+
+    snapshot_every: NonNegativeInt = 256
+    """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
+
+
 FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "commit"]
 """The begin of a round; the node's first contribution; an exchange's two steps, any of them; the round's end."""
 
@@ -250,6 +257,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    replay: ReplayConfig = ReplayConfig()
     cluster: ClusterConfig = ClusterConfig()
     network: NetworkConfig = NetworkConfig()
     faults: FaultsConfig = FaultsConfig()

@@ -10,12 +10,13 @@ from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
 from orchestrator.runtime import Log, Raised, Seen
+from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from actors.host import Returned
-    from algorithms.api import NodeId
+    from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.records import Observer, Status
     from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
@@ -137,6 +138,17 @@ class Progress:
                 metrics=metrics,
             )
         )
+
+    def seal(self, number: int, view: View, record: bytes | None, nodes: Sequence[NodeId]) -> None:
+        """Keep the record of round ``number``, which is committed; if it is time, also the model, that of ``nodes``."""
+        if record is None:
+            return
+        self.observer.on_sealed(Members(view.number, view.members))
+        self.observer.on_sealed(Sealed(number, record))
+        every = self.config.replay.snapshot_every
+        if every and (number + 1) % every == 0:
+            self.runtime.settle(dict.fromkeys(nodes, number))
+            self.observer.on_snapshot(number, self.fetch(nodes, alike=True))
 
     def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
         """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""

@@ -59,8 +59,8 @@ CASES = (
             "algorithm": {
                 "name": "fzoos",
                 "features": 50,
-                "steps": 3,
-                "candidates": 20,
+                "steps": 2,
+                "candidates": 9,
                 "neighbors": 20,
                 "surrogate_queries": 9,
             }
