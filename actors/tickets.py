@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from actors.buffers import Buffer, Signature, TensorSpec
+    from actors.data import Position
     from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Train
     from algorithms.closing import ClosePolicy
 
@@ -94,6 +95,8 @@ class Returned:
     """Mean training loss of the round; ``None`` without training."""
     num_samples: int
     train_seconds: float
+    position: Position | None = None
+    """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
 
 
 @dataclass(frozen=True)

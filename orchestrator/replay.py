@@ -146,7 +146,7 @@ class ReplayRoom(Mailroom):
         del timeout_s
         return super().receive(node, None, now)
 
-    def _choose(self, node: NodeId, queue: deque[Envelope | Left]) -> Envelope | Left | Timeout | None:
+    def _choose(self, node: NodeId, queue: deque[Envelope | Left | Timeout]) -> Envelope | Left | Timeout | None:
         expected = self._expected[node]
         if not expected:
             return None

@@ -109,7 +109,7 @@ def test_a_run_for_scripts(folder: Path):
     assert answer["rounds"] == 2
     assert answer["algorithm"] == "fedavg"
     assert answer["error"] is None
-    assert answer["nodes"] == {"started": 2, "joined": 0, "lost": 0}
+    assert answer["nodes"] == {"started": 2, "joined": 0, "lost": 0, "drained": 0}
     assert answer["bytes"]["payload"] == 2 * answer["bytes"]["per_round"] > 0
     assert answer["virtual_seconds"] > 0
     assert Path(answer["run_dir"]).parent == folder / "runs"

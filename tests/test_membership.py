@@ -9,7 +9,6 @@ import torch
 
 from algorithms.api import AllReduce, Node
 from orchestrator.errors import RunError
-from orchestrator.membership import Replacements
 from tests.cases import CASES
 from tests.conformance import Case
 from tests.toys import Program, Ran, attempt, simulate
@@ -41,7 +40,7 @@ def test_a_node_that_dies_is_replaced_and_the_round_goes_on(phase: str):
     ran = suffer(fault(2, 1, phase))
     assert len(ran.rounds) == 8
     assert ran.summary is not None
-    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
     assert members(ran)[-1] == (0, 1, 2, 3)
     assert (0, 1, 3) in members(ran)
     (transfer,) = ran.sought("transfer")
@@ -56,7 +55,7 @@ def test_a_node_that_dies_is_replaced_and_the_round_goes_on(phase: str):
 def test_small_exchanges_have_the_same_moments(phase: str):
     ran = suffer(fault(2, 1, phase), task="digits")
     assert ran.summary is not None
-    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
 
 
 def test_a_moment_that_a_round_does_not_have_is_told():
@@ -186,30 +185,3 @@ def test_hooks_run_when_members_change():
     # One node less, and one more: at once, or one after the other.
     assert {one.shared["changes"] for one in ran.replicas.values()} <= {1, 2}
     assert len({one.shared.digest() for one in ran.replicas.values()}) == 1
-
-
-# --- the policy -----------------------------------------------------------------------------------------------------
-
-
-def test_replacements_back_off_and_give_up_on_a_crash_loop():
-    policy = Replacements()
-    delays: list[float] = []
-    now = 100.0
-    while policy.lost(3, now):
-        due = policy.next_due()
-        assert due is not None
-        delays.append(due - now)
-        assert policy.due(due - 1e-6) == () or due == now
-        now = due
-        policy.due(now)
-        assert policy.next_due() is None
-    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0]
-    assert policy.due(1e9) == ()
-
-
-def test_a_commit_forgives():
-    policy = Replacements()
-    for _ in range(20):
-        assert policy.lost(1, 5.0)
-        assert policy.due(5.0) == (1,)
-        policy.committed((0, 1))
