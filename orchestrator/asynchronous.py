@@ -36,6 +36,7 @@ class Asynchronous:
         self._members = Members(progress)
         # What is kept of a node that left is its own; nobody else's comes on top.
         self._members.transfers.replicated = False
+        self._members.transfers.on_begin = self._transfers
         self._faults = Faults(self._config.faults)
         self._view_number = 0
         self._present = set(progress.nodes)
@@ -202,6 +203,10 @@ class Asynchronous:
             case _:
                 _ = self._changed(happening) or self._progress.note(happening) or self._mail.take(happening)
 
+    def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
+        for node in (joiner, donor):
+            self._strike("transfer", node)
+
     def _handed_over(self, handover: Handover) -> None:
         self._working[handover.node] = self._runtime.now
         if isinstance(handover.outcome, Delivery):
@@ -218,9 +223,10 @@ class Asynchronous:
         if isinstance(happening, Kept) and happening.node == SERVER:
             for envelope in self._mail.room.kept(SERVER, happening.number):
                 self._runtime.discard(envelope.sender, envelope.letter)
-        for node in sorted(members.new - self._entered - set(members.transfers.pending)):
+        there = set(self._progress.nodes) | ({SERVER} & self._progress.facts.keys() - self._progress.down)
+        for node in sorted(there - self._entered - set(members.transfers.pending)):
             self._rounds.setdefault(node, 0)
-            if node in members.loaded or not self._needs_state(node):
+            if node not in members.new or node in members.loaded or not self._needs_state(node):
                 self._enter(node)
             elif node == SERVER or not self._config.algorithm.has_server or self._donors():
                 # Else the server is away, and has the only model: its return is waited for.

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from actors.data import Position
     from actors.messages import Reply
-    from actors.tickets import Pinging
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.mailroom import Envelope, Handover
@@ -104,27 +103,6 @@ class Cluster(DataPlane):
             self._ready.append(Unreadable(node, envelope))
 
         self._call(actor, actor.handle.receive.remote(self._epoch, node, letter), done)
-
-    def _ping(self, home: Actor, node: NodeId, ticket: Pinging) -> None:
-        """Ask the processes of all that are pinged; whoever has answered in time is there."""
-        answered: set[NodeId] = set()
-        waiting = {other for other in ticket.nodes if other in self._home and self._home[other].alive}
-        over = False
-
-        def finish() -> None:
-            nonlocal over
-            if not over:
-                over = True
-                self._run_on(home, [(node, frozenset(answered))])
-
-        def answer(actor: Actor, _: object) -> None:
-            answered.update(waiting.intersection(actor.nodes))
-            if len(answered) == len(set(ticket.nodes)):
-                finish()
-
-        for actor, _nodes in self._by_actor(waiting):
-            self._call(actor, actor.handle.ping.remote(), answer)
-        self._after(ticket.timeout_s, self._still(node, finish))
 
     # --- state of nodes that come and go -----------------------------------------------------------------------------
 

@@ -175,9 +175,10 @@ class EvaluationConfig(Section):
     """``null``: all held-out data."""
 
 
-FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit"]
+FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit", "transfer"]
 """The begin of a round; the node's first contribution; an exchange's two steps, any of them; the node's first message
-of the round; the round's end. Rounds of asynchronous runs are each node's own."""
+of the round; the round's end; before the round, when the node gives state to another or is given it. Rounds of
+asynchronous runs are each node's own."""
 
 SERVER_NAME = "server"
 
@@ -328,7 +329,7 @@ class Config(Section):
             if event.phase in ("post", "secure", "deliver") and not self.algorithm.synchronous:
                 raise ValueError(
                     f"faults.events: {self.algorithm.name} is asynchronous, its rounds have no moment {event.phase!r}; "
-                    "they have train, receive and commit"
+                    "they have train, receive, commit and transfer"
                 )
         named += [("network.speeds", node) for node in self.network.speeds]
         which = "max" if self.cluster.nodes.target == "auto" else "target"

@@ -76,9 +76,6 @@ class DataPlane(Processes):
         starts = self._starts[node]
         return lambda: call() if starts == self._starts[node] else None
 
-    def _ping(self, home: Actor, node: NodeId, ticket: Pinging) -> None:
-        raise NotImplementedError
-
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def begin(
@@ -192,6 +189,27 @@ class DataPlane(Processes):
                 self._ready.append(Raised(node, message, traceback))
             case _:
                 assert isinstance(ticket, Stale)
+
+    def _ping(self, home: Actor, node: NodeId, ticket: Pinging) -> None:
+        """Ask the processes of all that are pinged; whoever has answered in time is there."""
+        answered: set[NodeId] = set()
+        waiting = {other for other in ticket.nodes if other in self._home and self._home[other].alive}
+        over = False
+
+        def finish() -> None:
+            nonlocal over
+            if not over:
+                over = True
+                self._run_on(home, [(node, frozenset(answered))])
+
+        def answer(actor: Actor, _: object) -> None:
+            answered.update(waiting.intersection(actor.nodes))
+            if len(answered) == len(set(ticket.nodes)):
+                finish()
+
+        for actor, _nodes in self._by_actor(waiting):
+            self._call(actor, actor.handle.ping.remote(), answer)
+        self._after(ticket.timeout_s, self._still(node, finish))
 
     def _post(self, actor: Actor, posted: Expected) -> None:
         """Have large contributions put into the store; they are announced when they are there."""

@@ -169,7 +169,7 @@ class Mailroom:
         box.log = []
 
     def kept(self, node: NodeId, number: int) -> list[Envelope]:
-        """What ``node`` committed in round ``number`` is kept: the messages until then, which will not be needed again."""
+        """What ``node`` committed in round ``number`` is kept: return the messages until then, needed no more."""
         box = self._boxes[node]
         done = [what for round_, what in box.log if round_ <= number and isinstance(what, Envelope)]
         box.log = [one for one in box.log if one[0] > number]

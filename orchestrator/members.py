@@ -88,8 +88,14 @@ class Members:
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
                 done = self.transfers.take(happening)
-                if done is not None:
-                    self.loaded.add(done)
+                match done:
+                    case (node, True):
+                        # For its program, and everybody else's, nothing has happened.
+                        self.new.discard(node)
+                    case (node, False):
+                        self.loaded.add(node)
+                    case None:
+                        pass
             case Kept(node, kept_number, nbytes):
                 self._kept[node] = kept_number
                 self._progress.ledger.book("recovery", nbytes)

@@ -43,6 +43,8 @@ class Progress:
         self.num_joined = 0
         self.num_drained = 0
         """Left as they were told to."""
+        self.num_healed = 0
+        """Commits at which replicas differed, and some were given what most had."""
         self.may_commit: Callable[[], None] = lambda: None
         """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
@@ -173,6 +175,11 @@ class Progress:
                 self.ledger.book("evaluation", (len(asked) - 1) * (layout.nbytes + layout.buffer_nbytes))
                 return answer
 
+    def _replicas(self) -> str | None:
+        if not self.config.algorithm.replicated or self.committed < 0:
+            return None
+        return f"healed {self.num_healed} times, identical" if self.num_healed else "identical"
+
     def summary(self, status: Status) -> Summary:
         """Where the run stands."""
         rounds = self.committed + 1
@@ -195,6 +202,7 @@ class Progress:
                 "lost": self.num_lost,
                 "drained": self.num_drained,
             },
+            replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,
             virtual_seconds=self.runtime.now if self.runtime.virtual else None,

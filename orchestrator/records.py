@@ -66,6 +66,8 @@ class Summary:
     """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
     nodes: dict[str, int]
     """``started``, ``joined`` (later), ``lost``, and ``drained``: left as they were told to."""
+    replicas: str | None
+    """``identical`` or ``healed``: what comparing their shared state showed; ``None`` if it is not replicated."""
     digest: str | None
     """Of the final model's tensors; ``None`` if there is none."""
     seconds: float

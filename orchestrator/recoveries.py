@@ -28,8 +28,8 @@ class _Recovery:
 class Recoveries:
     """Follows nodes from their loss, or their start, to their first commit; writes one ``recovered`` event for each.
 
-    Its fields, in seconds, ``null`` where there was no such phase: ``detect`` from the fault to its notice, ``replace`` to
-    the new process, ``import`` of code, data and model in it, ``transfer`` of state, ``first_commit`` from there.
+    Its fields, in seconds, ``null`` where there was no such phase: ``detect`` from the fault to its notice, ``replace``
+    to the new process, ``import`` of code, data and model in it, ``transfer`` of state, ``first_commit`` from there.
     """
 
     def __init__(self, progress: Progress) -> None:

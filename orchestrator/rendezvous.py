@@ -485,7 +485,7 @@ class Rendezvous:
         self._out.append(Commit(tuple(sorted(self.active))))
 
     def _healed(self, groups: Iterable[Sequence[NodeId]]) -> bool:
-        """Tell that replicas differ; leave those behind that differ from a majority, if that is wanted and there is one."""
+        """Tell that replicas differ; if it is wanted, and most agree, leave the others behind and go on."""
         largest_first = tuple(tuple(group) for group in sorted(groups, key=len, reverse=True))
         majority = largest_first[0]
         healed = self._heal and 2 * len(majority) > len(self.active) and len(majority) >= self.need

@@ -278,7 +278,7 @@ class Runtime(Protocol):
     def launch(self, nodes: Sequence[NodeId]) -> None:
         """Start nodes, elsewhere if need be; a process that stands by is used if there is one.
 
-        ``Up`` comes for each, or ``NotUp``. A node that is there still, having had ``Notice``, goes on until it is retired.
+        ``Up`` comes for each, or ``NotUp``. One that had ``Notice`` and is there still goes on until it is retired.
         """
         ...
 

@@ -112,6 +112,8 @@ class Simulator:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.initial: tuple[NodeId, ...] = ()
+        """The nodes to begin with, if a log says so."""
         self._spec = config.replica_spec()
         self._now = 0.0
         self._network = Network(config.network)
@@ -148,7 +150,8 @@ class Simulator:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
         torch.set_num_threads(1)
         num_nodes = self._config.num_nodes
-        nodes = [*self._config.initial_nodes, *([SERVER] if self._config.algorithm.has_server else [])]
+        server = [SERVER] if self._config.algorithm.has_server else []
+        nodes = [*(self.initial or self._config.initial_nodes), *server]
         with user_code(0, 0):
             data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
             self._data, self._validation = data, data.validation
@@ -244,6 +247,16 @@ class Simulator:
             self._attempts.setdefault(node, 0)
             self.host.embody(self._coming.pop(node))
             self._present.add(node)
+
+    def embody_again(self, node: NodeId) -> NodeFacts:
+        """Put a new incarnation in the place of ``node`` at once, as a log says."""
+        self.launch([node])
+        if node in self._present:
+            self._stop(node)
+            self._present.discard(node)
+        self._up.add(node)
+        self._embody(node)
+        return NodeFacts(node, "simulated", "cpu", self.host.replicas[node].num_samples)
 
     def kill(self, node: NodeId) -> None:
         self._stop(node)

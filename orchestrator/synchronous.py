@@ -80,6 +80,7 @@ class Synchronous:
         self._mail = Mail(progress, Mailroom(progress.facts, lockstep=True), self._handed_over)
         self._members = Members(progress)
         self._members.transfers.replicated = self._config.algorithm.replicated
+        self._members.transfers.on_begin = self._transfers
         self._view = View(0, ())
         """Of the last committed round."""
         self._epoch = -1
@@ -203,6 +204,10 @@ class Synchronous:
         for event in self._faults.due(number, phase, node):
             self._members.suffer(event, number)
 
+    def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
+        for node in (joiner, donor):
+            self._strike("transfer", self._number, node)
+
     def _handed_over(self, handover: Handover) -> None:
         if isinstance(handover.outcome, Delivery):
             self._strike("receive", self._number, handover.node)
@@ -266,9 +271,8 @@ class Synchronous:
         if isinstance(happening, Died | Retired):
             self._halting.discard(happening.node)
             self._mail.left(happening.node)
-        before = set(progress.nodes)
         if members.take(number, happening):
-            for node in set(progress.nodes) - before:
+            for node in progress.nodes:
                 self._mail.room.join(node)
             return
         match happening:
@@ -301,7 +305,8 @@ class Synchronous:
                     self._strike("deliver", number)
                 case Cancel(node, reason):
                     record("late", round=number, node=node, reason=reason)
-                    self._progress.observer.on_log(node, (f"round {number} was cancelled: {reason}",))
+                    advice = "; raise cluster.round_deadline_s if it is only slow" if "it had not" in reason else ""
+                    self._progress.observer.on_log(node, (f"round {number} was cancelled: {reason}{advice}",))
                     self._mail.room.stop(node)
                     attempt.late.add(node)
                     attempt.disturbed = True
@@ -311,6 +316,7 @@ class Synchronous:
                     attempt.aborted = reason
                 case Diverged(groups, healed):
                     record("diverged", round=number, groups=groups, healed=healed)
+                    self._progress.num_healed += healed
                     if not healed:
                         raise DivergedError(_divergence(number, groups, self._config.on_divergence))
                 case ProgramsDiverge(seq, first, second, message):
@@ -332,8 +338,10 @@ class Synchronous:
         return lacking.difference(members.loaded).intersection(progress.nodes)
 
     def _assemble(self, number: int) -> None:
-        """Wait until those that were cancelled stand still, those that were told to leave have handed over what they hold,
-        those that lack the committed state have it, and there are enough.
+        """Wait until there are enough nodes, and nobody moves any more.
+
+        Those that were cancelled stand still, those that were told to leave have handed over what they hold, and those
+        that lack the committed state have got it.
 
         Raises:
             RunError: there are too few for too long, or nobody has the committed state.

@@ -13,7 +13,7 @@ from orchestrator.errors import RunError
 from orchestrator.runtime import Loaded, NotLoaded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from actors.data import Position
     from algorithms.api import NodeId
@@ -48,6 +48,8 @@ class Transfers:
         self._joiners: dict[NodeId, _Joiner] = {}
         self.donors: Sequence[NodeId] = ()
         """Who has what was committed last."""
+        self.on_begin: Callable[[NodeId, NodeId], None] = lambda _, __: None
+        """Told of each transfer: to whom, and from whom."""
         self.replicated = True
         """What was kept of a node itself is old when others have committed since, and a donor's comes on top."""
 
@@ -76,9 +78,10 @@ class Transfers:
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
         self._progress.runtime.transfer(node, donor, None if joiner.restored else joiner.position)
+        self.on_begin(node, donor)
 
-    def take(self, happening: Happening) -> NodeId | None:
-        """Take what concerns transfers; return the node that has got all now."""
+    def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
+        """Take what concerns transfers; return the node that has got all now, and whether that is all that it ever had."""
         match happening:
             case Loaded(node, source, nbytes) if node in self._joiners:
                 return self._loaded(node, source, nbytes)
@@ -96,7 +99,7 @@ class Transfers:
         self._joiners.pop(node, None)
         self.donors = [donor for donor in self.donors if donor != node]
 
-    def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> NodeId | None:
+    def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> tuple[NodeId, bool] | None:
         joiner, progress = self._joiners[node], self._progress
         seconds = round(progress.runtime.now - joiner.began, 6)
         progress.ledger.book("recovery", nbytes)
@@ -116,4 +119,4 @@ class Transfers:
                 return None
         del self._joiners[node]
         self._recoveries.transferred(node, seconds)
-        return node
+        return node, source == node and joiner.kept == progress.committed
