@@ -1,6 +1,10 @@
 """What a node is made of: its replica, its task and data, and the Ray actor that hosts it."""
 
 import os
+import time
+
+IMPORTED_AT = time.monotonic()
+"""When this process began to import what a node is made of; everything that takes long comes after."""
 
 # Torch reads it when it is imported. A round's results are as large as the model and are allocated anew each time; with
 # pages of 4 KB the kernel takes longer to clear them, one fault each, than the node takes to copy the result.

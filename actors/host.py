@@ -90,7 +90,8 @@ class Host(Exchanges):
         self.current = next(iter(self.replicas))
         """Whose code is running, or ran last: what it prints goes to that node's log."""
         self._logs: dict[NodeId, list[str]] = {}
-        self._letters = itertools.count()
+        # No other incarnation of these nodes, whose letters may still be on their way, has the same names for its own.
+        self._letters = itertools.count(max(replica.incarnation for replica in self.replicas.values()) << 32)
         self.times = Times()
         for replica in self.replicas.values():
             replica.clock = self.times.watched(replica.id, replica.clock)
@@ -300,6 +301,7 @@ class Host(Exchanges):
             num_samples=num_samples,
             train_seconds=seconds,
             record=replica.spec.algorithm.sealed(replica),
+            position=replica.position if replica.position != replica.committed_position else None,
         )
 
     def _digest(self, replica: Replica) -> str:

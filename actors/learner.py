@@ -5,12 +5,16 @@ Half of a replica; the other half (``actors.replica``) is what the node's progra
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from actors import probes
@@ -64,6 +68,13 @@ class ReplicaSpec:
     seed: int
     rounds: int
     skip_nan: bool = False
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for nodes that can take over one another's state: SHA-256 of all of this."""
+        parts = self.algorithm, self.task, self.optimizer, self.batch_size, self.seed, self.rounds, self.skip_nan
+        plain = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in parts]
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
     @property
     def samples_per_step(self) -> int:

@@ -26,7 +26,9 @@ class Setup:
     """All that a process needs to know to host its nodes, as plain data."""
 
     nodes: tuple[NodeId, ...]
+    """None: it stands by, until it is told to ``embody`` some."""
     num_nodes: int
+    """Among whom the data are divided."""
     algorithm: dict[str, Any]
     task: dict[str, Any]
     data: dict[str, Any]
@@ -35,6 +37,10 @@ class Setup:
     rounds: int
     skip_nan: bool
     fetch_timeout_s: float
+    drain_s: float
+    """After SIGTERM the process ends by itself when this time is over, if nobody has ended it by then."""
+    versions: dict[str, str]
+    """Of what must be alike in all processes."""
     incarnation: int = 0
     sys_path: tuple[str, ...] = ()
     """Folders of the driver in which a user's modules may lie; those that exist here are searched too."""
@@ -52,6 +58,10 @@ class Ready:
     baselines: dict[str, float]
     warnings: tuple[str, ...]
     pid: int
+    machine: str = ""
+    """Ray's name for it."""
+    import_s: float = 0.0
+    """From the process's first line of ours until now: imports, data, models."""
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,20 @@ import ray.exceptions
 import torch
 from safetensors.torch import save
 
+from actors import IMPORTED_AT
 from actors.buffers import as_buffer, as_tensor
 from actors.consensus import mean_model
-from actors.data import DataConfig
+from actors.data import DataConfig, Position
 from actors.host import Host, failure
 from actors.messages import Expected, Got, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
 from actors.optimizers import OptimizerConfig
-from actors.replica import ReplicaSpec
+from actors.replica import Replica, ReplicaSpec
 from actors.setup import build_replicas, load_data
 from actors.tasks import Task
 from actors.tickets import Failed, Posted, Stale, Ticket
-from actors.transfer import StateExport, export_state, load_state
-from algorithms.api import Algorithm, Message
+from actors.transfer import export_state, load_state
+from actors.versions import difference
+from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
@@ -62,26 +64,45 @@ class NodeActor:
     """Hosts nodes in one process; see the module's docstring."""
 
     def __init__(self) -> None:
-        self._parked = threading.Event()
+        self._began = IMPORTED_AT
+        self._notice = threading.Event()
+        self._noticed = False
+        self._drain_s = 0.0
+        # Ray runs this in the process's main thread, which alone may set handlers. Ray's own would end it at once.
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         self._epoch = -1
         self._reduced: dict[tuple[int, int], Buffer] = {}
         self._results: dict[int, list[Buffer]] = {}
         self._gathered: dict[int, dict[NodeId, Buffer]] = {}
         self._gone: set[NodeId] = set()
 
+    def _on_sigterm(self, *_: object) -> None:
+        """Notice of the end: the controller is told, and ends this process when it has handed over what it holds."""
+        if self._noticed or not self._drain_s:
+            os._exit(128 + signal.SIGTERM)  # asked twice, or nothing to hand over
+        self._noticed = True
+        self._notice.set()
+        # A controller that is gone, or too slow, must not keep it.
+        timer = threading.Timer(self._drain_s, os._exit, [128 + signal.SIGTERM])
+        timer.daemon = True
+        timer.start()
+
     # --- compute -----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="compute")
     def setup(self, setup: Setup) -> Ready | Failed:
-        """Build the replicas. What a user's task raises comes back as data."""
+        """Get ready, and build the replicas if there are to be any. What a user's task raises comes back as data."""
         # One thread: nodes of one machine share its cores, and the order of additions in a matrix product, hence the
         # bits of the result, depends on the number of threads.
         torch.set_num_threads(1)
+        unlike = difference(setup.versions)
+        if unlike is not None:
+            return Failed(f"{self._place()} cannot take part: {unlike}", None)
         sys.path[:0] = [folder for folder in setup.sys_path if folder not in sys.path and Path(folder).is_dir()]
-        devices, gpus, warnings = _pin_devices(len(setup.nodes))
+        self._setup = setup
         self._fetch_timeout_s = setup.fetch_timeout_s
         try:
-            spec = ReplicaSpec(
+            self._spec = ReplicaSpec(
                 algorithm=Algorithm.model_validate(setup.algorithm),
                 task=Task.model_validate(setup.task),
                 optimizer=OptimizerConfig.model_validate(setup.optimizer),
@@ -90,32 +111,69 @@ class NodeActor:
                 rounds=setup.rounds,
                 skip_nan=setup.skip_nan,
             )
-            data = load_data(spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
-            self._validation = data.validation
-            replicas = build_replicas(setup.nodes, spec, data, devices)
-            for replica in replicas:
-                replica.incarnation = setup.incarnation
-            self._host = Host(replicas)
-            if not spec.algorithm.synchronous:
-                self._host.times.record()
-            self._redirect_output()
-            self._host.init()
-            baselines = spec.task.baselines(setup.num_nodes)
+            self._data = load_data(self._spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
+            if not setup.nodes:
+                self._spec.bench(torch.device("cpu"))  # what a first model imports and compiles is there from now on
         except StarlingError as error:
             return Failed(str(error), None)
         except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
-            return failure(setup.nodes[0], 0, error)
+            return failure(setup.nodes[0] if setup.nodes else 0, 0, error)
+        if setup.nodes:
+            return self._embody(setup.nodes, setup.incarnation)
+        self._drain_s = setup.drain_s
+        return self._ready([], [], (), (), {})
+
+    @ray.method(concurrency_group="compute")
+    def embody(self, nodes: Sequence[NodeId], incarnation: int) -> Ready | Failed:
+        """Build the replicas of ``nodes``, in their initial state, in a process that stands by."""
+        self._began = time.monotonic()  # it was there before it was needed
+        return self._embody(nodes, incarnation)
+
+    def _embody(self, nodes: Sequence[NodeId], incarnation: int) -> Ready | Failed:
+        devices, gpus, warnings = _pin_devices(len(nodes))
+        try:
+            replicas = build_replicas(nodes, self._spec, self._data, devices)
+            for replica in replicas:
+                replica.incarnation = incarnation
+            self._host = Host(replicas)
+            if not self._spec.algorithm.synchronous:
+                self._host.times.record()
+            self._redirect_output()
+            self._host.init()
+            baselines = self._spec.task.baselines(self._setup.num_nodes)
+        except StarlingError as error:
+            return Failed(str(error), None)
+        except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
+            return failure(nodes[0], 0, error)
         gc.freeze()  # what is here now stays; collections need not walk it again
+        self._drain_s = self._setup.drain_s
+        return self._ready(replicas, devices, gpus, warnings, baselines)
+
+    def _ready(
+        self,
+        replicas: Sequence[Replica],
+        devices: Sequence[torch.device],
+        gpus: tuple[str, ...],
+        warnings: tuple[str, ...],
+        baselines: dict[str, float],
+    ) -> Ready:
+        nodes = [replica.id for replica in replicas]
         return Ready(
-            place=f"pid {os.getpid()} on {ray.util.get_node_ip_address()} ({platform.node()})",
-            devices=dict(zip(setup.nodes, map(str, devices), strict=True)),
+            place=self._place(),
+            devices=dict(zip(nodes, map(str, devices), strict=True)),
             gpus=gpus,
             num_samples={replica.id: replica.num_samples for replica in replicas},
-            layout=replicas[0].layout,
+            layout=replicas[0].layout if replicas else Layout((), torch.float32),
             baselines=baselines,
             warnings=warnings,
             pid=os.getpid(),
+            machine=ray.get_runtime_context().get_node_id(),
+            import_s=time.monotonic() - self._began,
         )
+
+    @staticmethod
+    def _place() -> str:
+        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()} ({platform.node()})"
 
     def _redirect_output(self) -> None:
         """Copy what is printed to the log of the node whose code is running."""
@@ -224,7 +282,7 @@ class NodeActor:
         """The metrics, on held-out data, of the mean of a node's model and ``others``."""
         replica = self._host.replicas[node]
         try:
-            return replica.evaluate(self._validation, max_batches, *self._mean(node, others))
+            return replica.evaluate(self._data.validation, max_batches, *self._mean(node, others))
         except Exception as error:  # noqa: BLE001 - a user's metrics
             return failure(node, replica.round, error)
 
@@ -259,16 +317,32 @@ class NodeActor:
         return mean_model(models())
 
     @ray.method(concurrency_group="compute")
-    def export(self, node: NodeId) -> list[Any]:
-        """A node's committed state for a joiner: its size in bytes, then the state as a value of its own."""
-        export = export_state(self._host.replicas[node])
+    def export(self, node: NodeId, everything: bool) -> list[Any]:  # noqa: FBT001 - a remote call's arguments
+        """A node's committed state, for a joiner or all of it: its size in bytes, then the state itself."""
+        export = export_state(self._host.replicas[node], everything=everything)
         return [export.nbytes, export]
 
     @ray.method(concurrency_group="compute")
-    def load(self, node: NodeId, export: StateExport) -> bool:
-        """Take over another node's committed state; local state stays."""
-        load_state(self._host.replicas[node], export, keep_local=True)
-        return True
+    def load(
+        self, node: NodeId, source: NodeId, ref: Sequence[ObjectRef[Any]], position: Position | None
+    ) -> int | Failed | None:
+        """Take over the committed state of ``source``; return its size, or ``None`` if it cannot be had any more."""
+        self._gone.discard(source)
+        fetched = self._fetch(dict.fromkeys([source], ref[0]))
+        if not fetched:
+            return None
+        export: Any = fetched[source]
+        try:
+            load_state(self._host.replicas[node], export, position)
+        except StarlingError as error:
+            return failure(node, self._host.replicas[node].round, error)
+        return export.nbytes
+
+    @ray.method(concurrency_group="exchange")
+    def hold(self, ref: Sequence[ObjectRef[Any]]) -> list[Any]:
+        """Fetch another machine's value, and give it back as one that lies on this machine: whether, and the value."""
+        fetched: dict[int, Any] = self._fetch(dict(enumerate(ref)))
+        return [bool(fetched), fetched.get(0)]
 
     # --- exchange ----------------------------------------------------------------------------------------------------
 
@@ -377,6 +451,11 @@ class NodeActor:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     @ray.method(concurrency_group="control")
+    def preempt(self) -> None:
+        """Give this process notice of its end, as a cloud would."""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @ray.method(concurrency_group="control")
     def ping(self) -> bool:
         """Answer."""
         return True
@@ -389,15 +468,18 @@ class NodeActor:
                 self._host.fences[node].set()
 
     @ray.method(concurrency_group="control")
-    def give_up(self, epoch: int, node: NodeId) -> None:
-        """Let fetches of what ``node`` held fail now instead of at their time limit."""
-        if epoch == self._epoch:
+    def give_up(self, epoch: int | None, node: NodeId) -> None:
+        """Let fetches of what ``node`` held fail now instead of at their time limit; ``None``: of its state."""
+        if epoch is None or epoch == self._epoch:
             self._gone.add(node)
 
     @ray.method(concurrency_group="watch")
-    def watch(self) -> None:
-        """Never return: the call's failure is the notice of death."""
-        self._parked.wait()
+    def watch(self) -> str:
+        """Return when the process has got SIGTERM. Else never: the call's failure is the notice of death."""
+        self._notice.wait()
+        # Told once; the next call is parked for good.
+        self._notice = threading.Event()
+        return "SIGTERM"
 
 
 def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type

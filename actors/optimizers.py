@@ -128,7 +128,8 @@ class OptimizerConfig(BaseModel):
     grad_clip: PositiveFloat | None = None  # greatest norm of the gradient of all parameters together
     accumulate: PositiveInt = 1  # batches per optimizer step
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: by autocast, over fp32 parameters
-    rollback: bool = False
+    rollback: bool = False  # of its state, with a round that is repeated or cancelled; costs a copy at each commit
+    on_join: Literal["fresh", "donor"] = "fresh"  # what a node begins with that takes over another's model
 
     @model_validator(mode="before")
     @classmethod
@@ -145,13 +146,6 @@ class OptimizerConfig(BaseModel):
     def _check_name(cls, name: str) -> str:
         _resolve(name)
         return name
-
-    @field_validator("rollback")
-    @classmethod
-    def _check_rollback(cls, rollback: bool) -> bool:  # noqa: FBT001 - a validator's argument is its field
-        if rollback:
-            raise PydanticCustomError("not_built", "rollback: true is not built yet; set it to false")
-        return rollback
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:

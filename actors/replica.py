@@ -65,6 +65,9 @@ class Replica(Learner):
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
         self._committed_place = self._place()
+        self._committed_optimizer: State = None
+        if spec.optimizer.rollback:
+            self._committed_optimizer = self.optimizer.state()
 
     # --- what the program sees -----------------------------------------------------------------------------------
 
@@ -168,15 +171,19 @@ class Replica(Learner):
         self.shared.commit()
         self.local.commit()
         self._committed_place = self._place()
+        if self.spec.optimizer.rollback:
+            self._committed_optimizer = self.optimizer.state()
         self.committed_round = self.round
         self.staged_round = None
 
     def rollback(self) -> None:
-        """Go back to the last commit. The optimizer's own state is not rolled back."""
+        """Go back to the last commit; the optimizer's own state only with ``optimizer.rollback``."""
         self.shared.rollback()
         self.local.rollback()
         self.slab.restore(self.row)
         self.position, self._step = self._committed_place
+        if self.spec.optimizer.rollback:
+            self.optimizer.load(self._committed_optimizer)
         self.staged_round = None
 
     def _place(self) -> tuple[Position, int]:
@@ -187,13 +194,23 @@ class Replica(Learner):
         return self.slab.committed(self.row)
 
     @property
+    def committed_position(self) -> Position:
+        """Where in its data the node was at the last commit."""
+        return self._committed_place[0]
+
+    @property
     def committed_step(self) -> int:
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
 
-    def catch_up(self, number: int, step: int) -> None:
-        """Commit what was loaded as that of round ``number``; the schedule goes on from ``step`` if that is ahead."""
+    def catch_up(self, number: int, step: int, position: Position | None = None) -> None:
+        """Commit what was loaded as that of round ``number``.
+
+        The schedule goes on from ``step`` if that is ahead, the node's data at ``position`` if that is given.
+        """
         self._step = max(self._step, step)
+        if position is not None:
+            self.position = position
         self.commit()
         self.committed_round = number
 

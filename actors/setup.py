@@ -74,7 +74,8 @@ def build_replicas(
     nobodys = torch.empty(0, dtype=torch.int64)
     replicas: list[Replica] = []
     for place, node in enumerate(nodes):
-        indices = nobodys if node == SERVER else data.parts[node]
+        # Nodes beyond those that the run began with read what others read, each in an order of its own.
+        indices = nobodys if node == SERVER else data.parts[node % len(data.parts)]
         replica = Replica(node, spec, data.train, indices, row=rows[place])
         replica.parts, replica.validation = data.parts, data.validation
         if clock is not None:

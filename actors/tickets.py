@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from actors.buffers import Buffer, Signature, TensorSpec
+    from actors.data import Position
     from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Train
     from algorithms.closing import ClosePolicy
 
@@ -97,6 +98,8 @@ class Returned(NamedTuple):
     train_seconds: float
     record: bytes | None = None
     """``Algorithm.sealed``."""
+    position: Position | None = None
+    """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
 
 
 @dataclass(frozen=True)

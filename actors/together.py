@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from actors import optimizer_state
 from algorithms.api import TrainReport
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from actors.replica import Fence, Replica
     from actors.workbench import Slab, Workbench
-    from algorithms.api import NodeId, Train
+    from algorithms.api import NodeId, State, Train
 
     Request: TypeAlias = tuple[Replica, Train, Fence]
 
@@ -277,6 +278,26 @@ class NodeOptimizer:
     def reset(self) -> None:
         """Forget all: the next step is the first."""
         self._object, self.moments, self.age = None, {}, 0
+
+    def state(self) -> State:
+        """A copy of what it remembers, for ``load``.
+
+        Raises:
+            ProgramError: it remembers something that is no tensor, number or text.
+        """
+        moments = {name: moment.clone() for name, moment in self.moments.items()}
+        kept = None if self._object is None else optimizer_state.packed(self._object)
+        return {"age": self.age, "moments": moments, "object": kept}
+
+    def load(self, state: State) -> None:
+        """Remember what another, or this one at another time, gave as ``state``."""
+        kept = cast("dict[str, Any]", state)
+        self.age = kept["age"]
+        self.moments = {name: moment.clone() for name, moment in kept["moments"].items()}
+        self._object = None
+        if kept["object"] is not None:
+            self._object = self._bench.make_optimizer()
+            optimizer_state.unpack(self._object, kept["object"])
 
 
 Update: TypeAlias = "Callable[[Tensor, Tensor, dict[str, Tensor], int, float], None]"

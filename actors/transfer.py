@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from actors.buffers import as_buffer, as_tensor
+from actors.data import Position
+from actors.learner import NOT_STARTED
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -21,15 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateExport:
-    """A node's committed parameters, buffers, counters and shared state; local state is nobody else's.
+    """A node's committed state: what another may have of it, or all of it for whoever takes its place.
 
     Views of the donor's memory where it is on the CPU: to be sent or loaded before the donor's next commit.
     """
 
     meta: dict[str, Any]
-    """Plain JSON: the round and the step, the tree of the shared state, dtype and shape of every array."""
+    """Plain JSON: round, step and data position, the trees of shared and local state and of the optimizer's, dtype and
+    shape of every array, and what the run is."""
     arrays: list[NDArray[np.uint8]] = field(repr=False)
-    """Raw bytes, contiguous: parameters, buffers, counters, then the shared state's tensors."""
+    """Raw bytes, contiguous: parameters, buffers, counters, then the trees' tensors."""
 
     @property
     def nbytes(self) -> int:
@@ -37,42 +40,65 @@ class StateExport:
         return sum(array.nbytes for array in self.arrays)
 
 
-def export_state(replica: Replica) -> StateExport:
-    """What ``load_state`` needs, also while a round is open."""
+def export_state(replica: Replica, *, everything: bool = False) -> StateExport:
+    """What ``load_state`` needs, also while a round is open.
+
+    Args:
+        replica: the donor.
+        everything: also its local state, its optimizer's and its place in its data, for whoever takes its place; else
+            the optimizer's state only if ``optimizer.on_join`` says that a joiner has the donor's.
+    """
     tensors = replica.committed_tensors()
     leaves = [tensors.parameters, tensors.buffers, *tensors.counters]
-    tree = _pack(replica.shared.committed(), leaves)
-    forms = [{"dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)} for leaf in leaves]
-    progress = {"round": replica.committed_round, "step": replica.committed_step}
-    meta = progress | {"counters": len(tensors.counters), "shared": tree, "tensors": forms}
+    with_optimizer = everything or replica.spec.optimizer.on_join == "donor"
+    meta: dict[str, Any] = {
+        "run": replica.spec.fingerprint,
+        "round": replica.committed_round,
+        "step": replica.committed_step,
+        "counters": len(tensors.counters),
+        "shared": _pack(replica.shared.committed(), leaves),
+        "local": _pack(replica.local.committed(), leaves) if everything else None,
+        "optimizer": _pack(replica.optimizer.state(), leaves) if with_optimizer else None,
+        "position": list(replica.committed_position) if everything else None,
+    }
+    meta["tensors"] = [{"dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)} for leaf in leaves]
     return StateExport(meta, [as_buffer(leaf.detach().cpu().contiguous()) for leaf in leaves])
 
 
-def load_state(replica: Replica, export: StateExport, *, keep_local: bool) -> None:
+def load_state(replica: Replica, export: StateExport, position: Position | None = None) -> None:
     """Make a donor's state the committed state of ``replica``; the shared state has the donor's bits.
 
+    Local state stays as it is, what ``init`` made of it or what was committed, unless the export has it. Of the
+    optimizer's state, if the export has it, only a node that has never committed a round takes a donor's: one that has
+    only been away keeps its own.
+
     Args:
-        replica: the joiner. What it has not committed is dropped; its place in its own data stays.
+        replica: the joiner. What it has not committed is dropped.
         export: the donor's state. Nothing of the joiner aliases it.
-        keep_local: keep the joiner's local state and its optimizer's, as a node does that has only been away; else
-            both are those of a new node.
+        position: where the joiner's data go on, if the export does not say; default: where they were.
 
     Raises:
-        ProgramError: the donor has another model.
+        ProgramError: the donor belongs to another run, or has another model.
     """
-    leaves = [_read(*one) for one in zip(export.meta["tensors"], export.arrays, strict=True)]
+    meta = export.meta
+    leaves = [_read(*one) for one in zip(meta["tensors"], export.arrays, strict=True)]
     own = [replica.tensors.parameters, replica.tensors.buffers, *replica.tensors.counters]
-    if [one.shape for one in own] != [one.shape for one in leaves[: export.meta["counters"] + 2]]:
+    if meta["run"] != replica.spec.fingerprint:
+        raise ProgramError("the donor's state is of a run with another configuration than this node's")
+    if [one.shape for one in own] != [one.shape for one in leaves[: meta["counters"] + 2]]:
         raise ProgramError("the donor's state is of a model with other tensors than this node's")
     replica.rollback()
-    for tensor, value in zip(own, leaves[: export.meta["counters"] + 2], strict=True):
+    for tensor, value in zip(own, leaves[: meta["counters"] + 2], strict=True):
         tensor.copy_(value)
-    shared = _unpack(export.meta["shared"], leaves, replica.device)
-    replica.shared.replace(cast("dict[str, State]", shared))
-    if not keep_local:
-        replica.local.replace({})
-        replica.optimizer.reset()
-    replica.catch_up(export.meta["round"], export.meta["step"])
+    replica.shared.replace(cast("dict[str, State]", _unpack(meta["shared"], leaves, replica.device)))
+    if meta["local"] is not None:
+        replica.local.replace(cast("dict[str, State]", _unpack(meta["local"], leaves, replica.device)))
+    is_new = replica.committed_round == NOT_STARTED
+    if meta["optimizer"] is not None and (is_new or meta["local"] is not None):
+        replica.optimizer.load(_unpack(meta["optimizer"], leaves, replica.device))
+    if meta["position"] is not None:
+        position = Position(*meta["position"])
+    replica.catch_up(meta["round"], meta["step"], position)
 
 
 def _pack(state: State, leaves: list[Tensor]) -> dict[str, Any]:

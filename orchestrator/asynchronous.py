@@ -6,14 +6,18 @@ import math
 from typing import TYPE_CHECKING
 
 from algorithms.api import SERVER, View
-from orchestrator.errors import NodeLostError, RunError
+from orchestrator.errors import RunError
+from orchestrator.faults import Faults
 from orchestrator.mail import Mail
-from orchestrator.runtime import Died, Finished, Halted
+from orchestrator.mailroom import Delivery
+from orchestrator.members import Members
+from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Sleeps
 
 if TYPE_CHECKING:
     from actors.tickets import Returned
     from algorithms.api import NodeId
-    from orchestrator.mailroom import Mailroom
+    from orchestrator.config import FaultPhase
+    from orchestrator.mailroom import Handover, Mailroom
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
 
@@ -28,12 +32,25 @@ class Asynchronous:
         self._progress = progress
         self._runtime = progress.runtime
         self._config = progress.config
-        self._mail = Mail(progress, room)
-        members = progress.nodes
-        self._view = View(0, members, joined=members)
+        self._mail = Mail(progress, room, self._handed_over)
+        self._members = Members(progress)
+        # What is kept of a node that left is its own; nobody else's comes on top.
+        self._members.transfers.replicated = False
+        self._members.transfers.on_begin = self._transfers
+        self._faults = Faults(self._config.faults)
+        self._view_number = 0
+        self._present = set(progress.nodes)
+        """Who is in, but for the server."""
+        self._entered = set(progress.facts)
+        """Who is in."""
         self._rounds = dict.fromkeys(progress.facts, 0)
         """Committed, of each node."""
-        self._seen_view: dict[NodeId, int] = {}
+        self._seen: dict[NodeId, tuple[NodeId, ...]] = {}
+        """The members of the last view of each node."""
+        self._working: dict[NodeId, float] = {}
+        """Since when each node computes, of those that do not wait for a message."""
+        self._halting: set[NodeId] = set()
+        self._too_few_since: float | None = None
         self._num_commits = 0
         """Of nodes that are not the server."""
         self._last = -1
@@ -47,6 +64,8 @@ class Asynchronous:
         """Go on until the configured number of rounds is done, then let everybody stand still."""
         progress = self._progress
         self._mark = self._now()
+        self._members.act()
+        self._strike_late()
         for node in sorted(progress.facts):
             self._begin(node)
         while not self._is_over():
@@ -59,61 +78,241 @@ class Asynchronous:
         algorithm = self._config.algorithm
         if algorithm.has_server:
             return (SERVER,)
-        return (self._last,) if algorithm.result == "last" else self._progress.nodes
+        return (self._last,) if algorithm.result == "last" else tuple(sorted(self._present))
 
     def _is_over(self) -> bool:
-        return self._progress.committed + 1 >= self._config.rounds
+        # A result that is just being restored is waited for.
+        return self._progress.committed + 1 >= self._config.rounds and not self._progress.down.intersection(self.result)
 
-    def _begin(self, node: NodeId) -> None:
+    def _begin(self, node: NodeId, *, joins: bool = False) -> None:
         number = self._rounds[node]
         view = self._view_of(node, number)
-        changed = self._seen_view.get(node) != view.number
+        seen = self._seen.get(node)
+        self._seen[node] = view.members
+        changed = seen != view.members
         if changed:
-            self._seen_view[node] = view.number
-            members, left = view.members, view.left
-            self._progress.record("view", node=node, round=number, number=view.number, members=members, left=left)
+            self._progress.record(
+                "view",
+                node=node,
+                round=number,
+                number=view.number,
+                members=view.members,
+                joined=view.joined,
+                left=view.left,
+            )
         self._mail.room.begin(node, number)
-        self._runtime.begin(0, number, view, number - 1, (node,), repair=changed and number > 0)
+        self._working[node] = self._runtime.now
+        # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
+        repair = changed and seen is not None and number > 0
+        self._runtime.begin(
+            0, number, view, number - 1, (node,), repair=repair, joiners=(node,) if joins and node != SERVER else ()
+        )
+        self._strike("train", node)
 
     def _view_of(self, node: NodeId, number: int) -> View:
-        """The view in which ``node`` does its round ``number``."""
-        del node, number
-        return self._view
+        """The view in which ``node`` does its round ``number``; changes count against the last that it saw."""
+        del number
+        members = tuple(sorted(self._present))
+        seen = self._seen.get(node, members if self._view_number else ())
+        joined = tuple(sorted(set(members).difference(seen)))
+        left = tuple(sorted(set(seen).difference(members)))
+        return View(self._view_number, members, joined, left)
 
     def _step(self) -> None:
-        if self._mail.room.stuck(self._mail.room.nodes):
+        members = self._members
+        if self._mail.room.stuck(self._mail.room.nodes) and not self._is_changing():
             message = "every node waits for a message, and none is on its way: the programs wait for one another"
             raise RunError(message)
         timeout = self._mail.next_timeout()
-        happening = self._runtime.next(math.inf if timeout is None else timeout)
-        if happening is None:
-            self._mail.expire()
-        else:
+        moments = timeout, members.next_due(), members.next_withdrawal(), self._next_late(), self._patience()
+        happening = self._runtime.next(min((moment for moment in moments if moment is not None), default=math.inf))
+        if happening is not None:
             self._note(happening)
+            return
+        if members.act():
+            return
+        self._halt([*members.withdraw(), *self._too_late()])
+        if timeout is not None and timeout <= self._runtime.now:
+            self._mail.expire()
+
+    def _is_changing(self) -> bool:
+        """Whether somebody is on the way who may break a deadlock."""
+        progress = self._progress
+        return bool(self._halting or progress.down or self._members.transfers.pending or self._members.is_retiring)
+
+    # --- who works too long, and who is missing ----------------------------------------------------------------------
+
+    def _next_late(self) -> float | None:
+        if not self._working:
+            return None
+        return min(self._working.values()) + self._config.cluster.round_deadline_s
+
+    def _too_late(self) -> list[NodeId]:
+        """Nodes that have computed for longer than ``round_deadline_s`` without a word."""
+        limit = self._config.cluster.round_deadline_s
+        late = sorted(node for node, since in self._working.items() if since + limit <= self._runtime.now)
+        for node in late:
+            self._progress.record("late", node=node, round=self._rounds[node], reason="it has not been heard of")
+        return late
+
+    def _halt(self, nodes: list[NodeId]) -> None:
+        for node in nodes:
+            self._working.pop(node, None)
+            self._mail.room.stop(node)
+        self._halting.update(nodes)
+        if nodes:
+            self._runtime.halt(nodes)
+
+    def _patience(self) -> float | None:
+        """When the run has been waiting for ``nodes.min`` nodes long enough.
+
+        Raises:
+            RunError: it has.
+        """
+        cluster, there = self._config.cluster, len(self._progress.nodes)
+        if there >= cluster.nodes.min:
+            self._too_few_since = None
+            return None
+        now = self._runtime.now
+        self._too_few_since = now if self._too_few_since is None else self._too_few_since
+        if self._too_few_since + cluster.min_nodes_timeout_s <= now:
+            message = (
+                f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}; waited for "
+                f"{cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
+            )
+            raise RunError(message)
+        return self._too_few_since + cluster.min_nodes_timeout_s
+
+    # --- what happens ------------------------------------------------------------------------------------------------
 
     def _note(self, happening: Happening) -> None:
         match happening:
             case Finished(node, report):
                 self._commit(node, report)
-            case Died(node, reason):
-                self._died(node, reason)
+            case Halted(node):
+                self._halting.discard(node)
+                if node in self._members.leaving:
+                    self._members.retire([node])
+                else:
+                    self._begin(node)  # its own committed state is all that it needs
+            case Sleeps(node, until):
+                self._working[node] = until
+            case Receives(node):
+                self._working.pop(node, None)
+                self._mail.take(happening)
             case _:
-                _ = self._progress.note(happening) or self._mail.take(happening)
+                _ = self._changed(happening) or self._progress.note(happening) or self._mail.take(happening)
+
+    def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
+        for node in (joiner, donor):
+            self._strike("transfer", node)
+
+    def _handed_over(self, handover: Handover) -> None:
+        self._working[handover.node] = self._runtime.now
+        if isinstance(handover.outcome, Delivery):
+            self._strike("receive", handover.node)
+
+    def _changed(self, happening: Happening) -> bool:
+        """Take what concerns members; say whether it was that."""
+        members = self._members
+        if isinstance(happening, Died | Retired):
+            self._gone(happening.node)
+        members.transfers.donors = self._donors()
+        if not members.take(self._progress.committed + 1, happening):
+            return False
+        if isinstance(happening, Kept) and happening.node == SERVER:
+            for envelope in self._mail.room.kept(SERVER, happening.number):
+                self._runtime.discard(envelope.sender, envelope.letter)
+        there = set(self._progress.nodes) | ({SERVER} & self._progress.facts.keys() - self._progress.down)
+        for node in sorted(there - self._entered - set(members.transfers.pending)):
+            self._rounds.setdefault(node, 0)
+            if node not in members.new or node in members.loaded or not self._needs_state(node):
+                self._enter(node)
+            elif node == SERVER or not self._config.algorithm.has_server or self._donors():
+                # Else the server is away, and has the only model: its return is waited for.
+                members.give_state(self._rounds[node], node)
+        return True
+
+    def _donors(self) -> tuple[NodeId, ...]:
+        """Who has a model that has been trained: the server alone, if there is one."""
+        if self._config.algorithm.has_server:
+            return (SERVER,) if SERVER in self._entered else ()
+        return tuple(node for node in sorted(self._present) if self._rounds[node])
+
+    def _needs_state(self, node: NodeId) -> bool:
+        """Whether anything has been committed that a joiner must have."""
+        if node == SERVER or self._config.algorithm.has_server:
+            return self._rounds[SERVER] > 0
+        return any(self._rounds.values())
+
+    def _gone(self, node: NodeId) -> None:
+        self._working.pop(node, None)
+        self._halting.discard(node)
+        self._entered.discard(node)
+        if node == SERVER:
+            # It will be embodied anew; what is sent to it waits.
+            self._mail.room.stop(SERVER)
+            return
+        if node in self._present:
+            self._present.discard(node)
+            self._view_number += 1
+            self._mail.left(node)
+
+    def _enter(self, node: NodeId) -> None:
+        """A node has all that it needs, and begins."""
+        self._entered.add(node)
+        if node == SERVER:
+            self._rounds[SERVER] = self._members.kept_round(SERVER) + 1
+            self._mail.room.again(SERVER)
+        else:
+            self._mail.room.join(node)
+            self._present.add(node)
+            self._view_number += 1
+        self._begin(node, joins=True)
+
+    def _strike(self, phase: FaultPhase, node: NodeId, number: int | None = None) -> None:
+        """Let the scheduled faults of this moment of a node happen; ``number`` is its round, if not the open one."""
+        number = self._rounds[node] if number is None else number
+        for event in self._faults.due(number, phase, node):
+            self._members.suffer(event, number)
+
+    def _strike_late(self) -> None:
+        """Let those join whose time has come, in rounds of the run."""
+        number = self._progress.committed + 1
+        for event in self._faults.late_joins(number):
+            self._members.suffer(event, number)
 
     def _commit(self, node: NodeId, report: Returned) -> None:
-        progress = self._progress
-        progress.record("commit", node=node, round=self._rounds[node])
+        progress, number = self._progress, self._rounds[node]
+        progress.may_commit()
+        progress.record("commit", node=node, round=number)
+        self._members.committed(number, {node: report})
         self._rounds[node] += 1
+        self._working.pop(node, None)
         if node != SERVER:
             self._num_commits += 1
             self._last = node
             self._since.append(report)
             self._contributed.add(node)
+        else:
+            # Should it die, it goes on from here.
+            self._runtime.settle({SERVER: number})
+            self._runtime.keep(SERVER, number)
         by_server = self._config.algorithm.has_server
-        if node == SERVER if by_server else self._num_commits % len(self._view.members) == 0:
+        # A server that died may have to repeat rounds that it had committed, when what is kept is older.
+        if node == SERVER and number > progress.committed if by_server else self._is_turn():
             self._round_done()
-        if not self._is_over():
+        self._strike("commit", node, number)
+        if self._is_over():
+            return
+        if node in self._members.leaving:
+            self._runtime.settle({node: number})
+            self._members.retire([node])
+        else:
             self._begin(node)
+
+    def _is_turn(self) -> bool:
+        return self._num_commits % max(1, len(self._present)) == 0
 
     def _round_done(self) -> None:
         progress = self._progress
@@ -126,29 +325,21 @@ class Asynchronous:
             {node: self._rounds[node] - 1 for node in self.result},
             alike=False,
             contributing=len(self._contributed),
+            in_view=len(self._present),
+            late=0,
             payload_bytes=int(payload),
             transport_bytes=None if self._runtime.transport_nbytes is None else int(transport),
             seconds=clock,
         )
         self._since, self._contributed = [], set()
+        self._strike_late()
 
     def _now(self) -> tuple[float, int, int]:
         return self._runtime.now, self._progress.ledger.payload, self._runtime.transport_nbytes or 0
 
-    def _died(self, node: NodeId, reason: str) -> None:
-        progress = self._progress
-        message = progress.lose(node, reason, self._rounds[node])
-        if node == SERVER:
-            raise NodeLostError(message)
-        left = progress.nodes
-        if len(left) < self._config.need:
-            raise NodeLostError(f"{message}; {len(left)} nodes are left, and {self._config.need} are needed")
-        self._view = View(self._view.number + 1, left, left=(node,))
-        self._mail.left(node)
-
     def _stop(self) -> None:
         """Cancel what still runs; it goes back to its last commit."""
-        waiting = set(self._mail.room.nodes)
+        waiting = set(self._mail.room.nodes).difference(self._progress.down)
         self._runtime.settle({node: self._rounds[node] - 1 for node in waiting})
         self._runtime.halt(sorted(waiting))
         while waiting:
@@ -160,6 +351,8 @@ class Asynchronous:
                 case Died(node, reason):
                     waiting.discard(node)
                     self._progress.lose(node, reason, self._rounds[node])
+                case Retired(node):
+                    waiting.discard(node)
                 case None:
                     pass
                 case _:

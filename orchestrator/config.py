@@ -27,7 +27,7 @@ from actors.data import DataConfig
 from actors.optimizers import OptimizerConfig
 from actors.replica import ReplicaSpec
 from actors.tasks import Task
-from algorithms.api import Algorithm
+from algorithms.api import SERVER, Algorithm, NodeId
 from algorithms.errors import SettingsError
 from algorithms.registry import Part
 from orchestrator import yaml_file
@@ -64,17 +64,31 @@ class NodesConfig(Section):
 
     min: PositiveInt = 1
     """With fewer a round is not finished."""
-    target: PositiveInt = 4
-    """How many are started."""
+    target: PositiveInt | Literal["auto"] = 4
+    """How many there are to be. A run begins with those for which there is room, if they are ``min``; the others, and
+    replacements of lost ones, join when there is room for them. ``auto``: one for each free place, at most ``max``."""
     max: PositiveInt | None = None
     """Upper bound; default: the target."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.min <= self.target <= (self.max or self.target):
+        if self.target == "auto":
+            if self.max is None:
+                raise ValueError("needs max with target: auto; say how many nodes there may be at most")
+            if self.min > self.max:
+                raise ValueError(f"must keep min <= max, got min {self.min} <= max {self.max}")
+        elif not self.min <= self.target <= (self.max or self.target):
             most = "" if self.max is None else f" <= max {self.max}"
             raise ValueError(f"must keep min <= target <= max, got min {self.min} <= target {self.target}{most}")
         return self
+
+    @property
+    def most(self) -> int:
+        """How many there are wanted at most."""
+        if isinstance(self.target, int):
+            return self.target
+        assert self.max is not None
+        return self.max
 
 
 class ClusterConfig(Section):
@@ -99,8 +113,10 @@ class ClusterConfig(Section):
     """How long a node that is told to stop may take before its process is ended."""
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Of the view, at least ``nodes.min``: what a round needs to finish."""
-    warm_spares: Annotated[NonNegativeInt, _off(0)] = 0
-    """Nodes that stand by to replace lost ones."""
+    drain_s: PositiveFloat = 30
+    """How long a node has to leave after SIGTERM, the notice of its end. A machine's own notice says how long."""
+    warm_spares: NonNegativeInt = 0
+    """Processes that stand by, started and with the data at hand, to take the place of lost ones."""
     runtime_env: dict[str, Any] = {}
     """Passed to Ray for every node: ``working_dir``, ``py_modules``, ``pip``, ``env_vars``, …"""
 
@@ -117,7 +133,7 @@ class ClusterConfig(Section):
     @property
     def num_actors(self) -> int:
         """Processes that host the target number of nodes."""
-        return -(-self.nodes.target // self.nodes_per_actor)
+        return -(-self.nodes.most // self.nodes_per_actor)
 
 
 class LinkConfig(Section):
@@ -143,7 +159,9 @@ class NetworkConfig(Section):
     step_ms: NonNegativeFloat = 10
     """One optimizer step of a node of speed 1."""
     start_s: NonNegativeFloat = 5
-    """Until a lost node is there again."""
+    """Until a node that is started, in the place of a lost one say, is there."""
+    adopt_s: NonNegativeFloat = 0.5
+    """The same where a warm spare takes the place."""
     speeds: dict[NonNegativeInt, PositiveFloat] = {}
     """Node → relative speed; 1 if not named."""
 
@@ -164,19 +182,35 @@ class ReplayConfig(Section):
     """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
 
 
-FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "commit"]
-"""The begin of a round; the node's first contribution; an exchange's two steps, any of them; the round's end."""
+FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit", "transfer"]
+"""The begin of a round; the node's first contribution; an exchange's two steps, any of them; the node's first message
+of the round; the round's end; before the round, when the node gives state to another or is given it. Rounds of
+asynchronous runs are each node's own."""
+
+SERVER_NAME = "server"
 
 
 class FaultEvent(Section):
     """Something that happens to a node, once."""
 
-    kind: Literal["kill", "hang"]
-    """Its process ends; or it stands still and answers nothing."""
-    node: NonNegativeInt
+    kind: Literal["kill", "hang", "preempt", "late_join"]
+    """Its process ends; it stands still and answers nothing; it is told to leave, and ends ``cluster.drain_s`` later;
+    or it is not there before this moment."""
+    node: NonNegativeInt | Literal["server"]
     round: NonNegativeInt
     phase: FaultPhase = "train"
     """At which moment of the round."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "late_join" and (self.node == SERVER_NAME or self.phase != "train"):
+            raise ValueError("late_join is of a node, not of the server, and at the begin of a round (phase: train)")
+        return self
+
+    @property
+    def who(self) -> NodeId:
+        """The node's id."""
+        return self.node if isinstance(self.node, int) else SERVER
 
 
 class FaultsConfig(Section):
@@ -187,7 +221,12 @@ class FaultsConfig(Section):
     seed: int = 0
     """Of the random losses."""
     events: tuple[FaultEvent, ...] = ()
-    """Losses at given rounds."""
+    """What happens to nodes at given rounds."""
+
+    @property
+    def late(self) -> tuple[NodeId, ...]:
+        """The nodes that a run begins without."""
+        return tuple(sorted({event.who for event in self.events if event.kind == "late_join"}))
 
 
 class CheckpointConfig(Section):
@@ -250,6 +289,8 @@ class Config(Section):
     """How many are committed before the run is over."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a node's loss is NaN or infinite: end the run, or leave out that node's round."""
+    on_divergence: Literal["stop", "heal"] = "stop"
+    """When the shared state of replicas differs at a commit: end the run, or give the majority's to the others."""
     algorithm: Algorithm
     """What nodes exchange, and when."""
     task: Task
@@ -289,23 +330,54 @@ class Config(Section):
         except SettingsError as error:
             raise ValueError(f"algorithm: {error}") from None
         named = [("network.links", node) for link in self.network.links for node in link.between]
-        named += [("faults.events", event.node) for event in self.faults.events]
-        if self.faults.events and not self.algorithm.synchronous:
-            raise ValueError(
-                f"faults.events: {self.algorithm.name} is asynchronous, and has no rounds to name a moment by"
-            )
+        named += [("faults.events", event.node) for event in self.faults.events if isinstance(event.node, int)]
+        for event in self.faults.events:
+            if event.node == SERVER_NAME and not self.algorithm.has_server:
+                raise ValueError(f"faults.events names the server, and {self.algorithm.name} has none")
+            if event.phase in ("post", "secure", "deliver") and not self.algorithm.synchronous:
+                raise ValueError(
+                    f"faults.events: {self.algorithm.name} is asynchronous, its rounds have no moment {event.phase!r}; "
+                    "they have train, receive, commit and transfer"
+                )
         named += [("network.speeds", node) for node in self.network.speeds]
+        which = "max" if self.cluster.nodes.target == "auto" else "target"
         for key, node in named:
             if node >= self.num_nodes:
                 raise ValueError(
-                    f"{key} names node {node}, but cluster.nodes.target is {self.num_nodes} (0 is the first)"
+                    f"{key} names node {node}, but cluster.nodes.{which} is {self.num_nodes} (0 is the first)"
                 )
+        self._check_late_joins()
         return self
+
+    def _check_late_joins(self) -> None:
+        late = self.faults.late
+        if not late:
+            return
+        per = self.cluster.nodes_per_actor
+        for node in late:
+            together = {*range(node - node % per, min(node - node % per + per, self.num_nodes))}
+            if not together <= set(late):
+                raise ValueError(
+                    f"faults.events: node {node} cannot join late alone, as it shares its process "
+                    f"(cluster.nodes_per_actor is {per}); name all of {sorted(together)}"
+                )
+        first = self.num_nodes - len(late)
+        if first < self.cluster.nodes.min:
+            raise ValueError(
+                f"faults.events: with {len(late)} nodes joining late the run begins with {first}, "
+                f"and cluster.nodes.min is {self.cluster.nodes.min}"
+            )
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that are started."""
-        return self.cluster.nodes.target
+        """Nodes that there are to be; with ``target: auto``, at most."""
+        return self.cluster.nodes.most
+
+    @property
+    def initial_nodes(self) -> tuple[NodeId, ...]:
+        """Those that a run begins with, if there is room for them."""
+        late = self.faults.late
+        return tuple(node for node in range(self.num_nodes) if node not in late)
 
     @property
     def need(self) -> int:

@@ -50,6 +50,7 @@ class Controller:
             virtual=runtime.virtual,
         )
         progress.observer.on_start(started)
+        progress.record("start", nodes=sorted(progress.facts))
         loop = self._loop()
         # Hundreds of thousands of objects are there to stay; each full collection would walk them all again.
         # What a round makes is freed by its reference counts; a thousand nodes of one process make enough of it to

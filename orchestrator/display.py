@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from algorithms.api import SERVER
 from orchestrator.config import MLflowTracking, without_password
+from orchestrator.narration import told
 from orchestrator.records import Observer
 from orchestrator.tracking import store_of, ui_command
 from orchestrator.units import bytes_text, number_text, seconds_text
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 _MAX_LINES = 200
 """Of a run's rounds where there is no terminal; of longer runs every k-th is shown."""
+
+_MAX_EVENTS = 200
+"""Of what happens to nodes; all of it is in the run directory."""
 
 _COMPARED = "loss"
 """The metric that a task's baselines belong to."""
@@ -45,6 +50,7 @@ class Display(Observer):
         self._console = console
         self._started: Started | None = None
         self._sent = 0
+        self._num_told = 0
         self._began = time.monotonic()
         self.summary: Summary | None = None
         """What the run came to, when it is over."""
@@ -61,6 +67,9 @@ class Display(Observer):
         for node in started.nodes:
             for warning in node.warnings:
                 self.note(f"node {node.node}: {warning}")
+        there, wanted = sum(node.node != SERVER for node in started.nodes), len(started.config.initial_nodes)
+        if there < wanted and started.config.cluster.nodes.target != "auto":
+            self.note(f"there is room for {there} of {wanted} nodes; the others join when there is more (ray status)")
         self.begin(started)
 
     def on_round(self, record: RoundRecord) -> None:
@@ -70,6 +79,16 @@ class Display(Observer):
         done = record.round + 1
         # Time of this machine, also for the simulator: it is this that one waits for.
         self.show(self._started, record, (time.monotonic() - self._began) / done * (rounds - done))
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        text = told(event)
+        if text is None or self._started is None:
+            return
+        self._num_told += 1
+        if self._num_told <= _MAX_EVENTS:
+            self._console.print(f"[dim]· {escape(text)}[/]", soft_wrap=True, highlight=False)
+        if self._num_told == _MAX_EVENTS:
+            self.note("what else happens to nodes is in events.jsonl alone")
 
     def on_end(self, summary: Summary) -> None:
         self.summary = summary
@@ -110,7 +129,7 @@ class PlainDisplay(Display):
                 for name, value in record.metrics.items()
             )
             parts.append(f"eval {' '.join(values)}")
-        parts += [_plural(record.nodes, "node"), bytes_text(record.payload_bytes), _duration(started, record)]
+        parts += [_nodes(record), bytes_text(record.payload_bytes), _duration(started, record)]
         if done < rounds:
             parts.append(f"ETA {seconds_text(left_s)}")
         self._console.print("  ".join(parts), soft_wrap=True, highlight=False, markup=False)
@@ -160,7 +179,11 @@ class LiveDisplay(Display):
             label = "validation loss" if name == _COMPARED else name
             age = f"  [dim]after round {self._evaluated}[/]" if self._evaluated <= record.round else ""
             table.add_row(escape(label), f"[bold]{number_text(value)}[/]{_beside(name, started.baselines)}{age}")
-        table.add_row("nodes", f"{record.nodes} of {started.config.num_nodes}")
+        counts = {"committed": record.nodes, "contributing": record.contributing, "in view": record.in_view}
+        counts |= {"alive": record.alive, "late": record.late}
+        table.add_row(
+            "nodes", f"{', '.join(f'{n} {what}' for what, n in counts.items())} of {started.config.num_nodes}"
+        )
         table.add_row("bytes", f"{bytes_text(self._sent)}  [dim]{bytes_text(record.payload_bytes)} in this round[/]")
         table.add_row("round", f"{_duration(started, record)}  [dim]{_phases(record)}[/]")
         return table
@@ -171,6 +194,14 @@ class LiveDisplay(Display):
 
 def _opening(config: Config, place: str) -> str:
     return f"starting {_plural(config.num_nodes, 'node')} {place} …"
+
+
+def _nodes(record: RoundRecord) -> str:
+    """How many nodes have committed a round, and of how many."""
+    if record.nodes == record.in_view == record.alive:
+        return _plural(record.nodes, "node")
+    late = f", {record.late} late" if record.late else ""
+    return f"{record.nodes} of {_plural(record.in_view, 'node')} ({record.alive} alive{late})"
 
 
 def headline(started: Started) -> str:
@@ -194,7 +225,10 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         rows.append((label, f"[bold]{number_text(value)}[/]{_beside(name, summary.baselines)}"))
     payload, per_round = summary.bytes["payload"] or 0, summary.bytes["per_round"] or 0
     rows.append(("bytes", f"{bytes_text(payload)} payload, {bytes_text(per_round)} per round"))
-    rows.append(("nodes", ", ".join(f"{n} {what}" for what, n in summary.nodes.items() if n or what == "started")))
+    changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
+    rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
+    if summary.replicas is not None:
+        rows.append(("replicas", f"{summary.replicas} at every commit"))
     virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"
     rows.append(("time", f"{seconds_text(summary.seconds)}{virtual}"))
     if summary.digest:

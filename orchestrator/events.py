@@ -105,6 +105,13 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Withdrawn:
+    """``node`` cannot be waited for any longer: the time that it was given to leave is over."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
 class Deadline:
     """The time for which stragglers are waited for is over; while the round goes on, it comes again."""
 
@@ -116,7 +123,7 @@ class Elapsed:
     seq: int
 
 
-Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Posts | Returns | Lost | Deadline | Elapsed
+Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Posts | Returns | Lost | Withdrawn | Deadline | Elapsed
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -206,6 +213,8 @@ class Diverged:
     """The shared state of replicated members differs: ``groups`` of equal digests, largest first."""
 
     groups: tuple[tuple[NodeId, ...], ...]
+    healed: bool = False
+    """The first group commits; the others are cancelled, and will be given its state."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,14 @@ class Faults:
         due = [
             event
             for event in self._pending
-            if (event.round, event.phase) == (number, phase) and node in (None, event.node)
+            if (event.round, event.phase) == (number, phase) and node in (None, event.who)
         ]
+        self._pending = [event for event in self._pending if event not in due]
+        return due
+
+    def late_joins(self, number: int) -> list[FaultEvent]:
+        """Who joins late, in round ``number`` of the run."""
+        due = [event for event in self._pending if event.kind == "late_join" and event.round == number]
         self._pending = [event for event in self._pending if event not in due]
         return due
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from algorithms.api import SERVER, Left
 from orchestrator.mailroom import Delivery, Mailroom
-from orchestrator.runtime import Arrived, Receives, Sent
+from orchestrator.runtime import Arrived, Receives, Sent, Unreadable, Vanished
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from algorithms.api import NodeId
     from orchestrator.mailroom import Handover
@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 class Mail:
     """The mailboxes of a run."""
 
-    def __init__(self, progress: Progress, room: Mailroom | None = None) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        room: Mailroom | None = None,
+        on_handover: Callable[[Handover], None] = lambda _: None,
+    ) -> None:
+        """``on_handover`` is told of every node that is handed something."""
         self._progress = progress
+        self._on_handover = on_handover
         self._runtime = progress.runtime
         self.room = room or Mailroom(progress.facts)
 
@@ -36,6 +43,11 @@ class Mail:
                     if node != to:
                         self._progress.ledger.book("server" if SERVER in (node, to) else "peer", nbytes)
                     self._runtime.dispatch(envelope)
+            case Vanished(envelope):
+                self.room.vanished(envelope)
+            case Unreadable(node, envelope, timeout_s):
+                self._progress.record("unreadable", node=node, message=envelope.key)
+                self._hand_over(self.room.receive(node, timeout_s, self._runtime.now))
             case Arrived(envelope):
                 self._hand_over(self.room.arrived(envelope))
             case Receives(node, timeout_s):
@@ -68,3 +80,4 @@ class Mail:
                     what = "timeout"
             self._progress.record("received", node=handover.node, outcome=what)
             self._runtime.hand_over(handover)
+            self._on_handover(handover)

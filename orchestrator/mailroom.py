@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from algorithms.api import Left, Timeout
+from algorithms.api import SERVER, Left, Timeout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,7 +72,11 @@ class _Box:
     """(round, number) of the last message: what is not after it was sent before, in an earlier attempt."""
     heard: dict[NodeId, int] = field(default_factory=dict)
     """Of each other node: its round when it sent what was received from it last."""
-    queue: deque[Envelope | Left] = field(default_factory=deque)
+    queue: deque[Envelope | Left | Timeout] = field(default_factory=deque)
+    log: list[tuple[int, Envelope | Left | Timeout]] = field(default_factory=list)
+    """Of the server: what it was handed, in order, and in which round, since what is kept of it."""
+    unsent: set[tuple[int, int]] = field(default_factory=set)
+    """(round, number) of messages that were sent and never arrived."""
     receiving: bool = False
 
 
@@ -111,9 +115,11 @@ class Mailroom:
         box = self._boxes[sender]
         number = box.num_sent
         box.num_sent += 1
-        if to not in self._boxes or (box.round, number) <= box.sent:
+        name = box.round, number
+        if to not in self._boxes or (name <= box.sent and name not in box.unsent):
             return None
-        box.sent = box.round, number
+        box.sent = max(box.sent, name)
+        box.unsent.discard(name)
         self.num_in_flight += 1
         heard = box.round if self._lockstep else box.heard.get(to, 0)
         return Envelope(sender, box.round, number, to, nbytes, letter, heard, self._attempt)
@@ -124,6 +130,13 @@ class Mailroom:
         if envelope.attempt != self._attempt and self._lockstep:
             return []  # of an attempt that was given up
         return self._put(envelope.to, envelope)
+
+    def vanished(self, envelope: Envelope) -> None:
+        """A message will not arrive: its payload was lost with its sender, who may send it again."""
+        self.num_in_flight -= 1
+        box = self._boxes.get(envelope.sender)
+        if box is not None:
+            box.unsent.add((envelope.round, envelope.number))
 
     def receive(self, node: NodeId, timeout_s: float | None, now: float) -> list[Handover]:
         """``node`` waits for a message."""
@@ -142,17 +155,31 @@ class Mailroom:
         late = sorted(node for node, until in self._until.items() if until <= now)
         for node in late:
             self.stop(node)
+            self._note(node, Timeout())
         return [Handover(node, Timeout()) for node in late]
 
     def join(self, node: NodeId) -> None:
         """``node`` is there, with an empty box; nobody is told."""
         self._boxes.setdefault(node, _Box())
 
+    def again(self, node: NodeId) -> None:
+        """``node`` goes on from what is kept of it: it is handed again what it was handed since, in the same order."""
+        box = self._boxes[node]
+        box.queue.extendleft(what for _, what in reversed(box.log))
+        box.log = []
+
+    def kept(self, node: NodeId, number: int) -> list[Envelope]:
+        """What ``node`` committed in round ``number`` is kept: return the messages until then, needed no more."""
+        box = self._boxes[node]
+        done = [what for round_, what in box.log if round_ <= number and isinstance(what, Envelope)]
+        box.log = [one for one in box.log if one[0] > number]
+        return done
+
     def forget(self, number: int) -> None:
         """Round ``number`` begins again: what was sent in it was never sent."""
         for node, box in self._boxes.items():
             self.stop(node)
-            box.queue = deque(one for one in box.queue if isinstance(one, Left) or one.round < number)
+            box.queue = deque(one for one in box.queue if not isinstance(one, Envelope) or one.round < number)
             if box.sent >= (number, 0):
                 box.sent = number, -1
         self._attempt += 1
@@ -191,12 +218,18 @@ class Mailroom:
         if what is None:
             return []
         self.stop(node)
+        self._note(node, what)
         if not isinstance(what, Envelope):
             return [Handover(node, what)]
         box.heard[what.sender] = what.round
         return [Handover(node, Delivery(what, box.round - what.heard))]
 
-    def _choose(self, node: NodeId, queue: deque[Envelope | Left]) -> Envelope | Left | Timeout | None:
+    def _note(self, node: NodeId, what: Envelope | Left | Timeout) -> None:
+        if node == SERVER:
+            box = self._boxes[node]
+            box.log.append((box.round, what))
+
+    def _choose(self, node: NodeId, queue: deque[Envelope | Left | Timeout]) -> Envelope | Left | Timeout | None:
         """What the node is to receive: what came first."""
         del node
         return queue.popleft() if queue else None

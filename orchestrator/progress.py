@@ -42,6 +42,12 @@ class Progress:
         self.num_started = 0
         self.num_lost = 0
         self.num_joined = 0
+        self.num_drained = 0
+        """Left as they were told to."""
+        self.num_healed = 0
+        """Commits at which replicas differed, and some were given what most had."""
+        self.may_commit: Callable[[], None] = lambda: None
+        """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
         """The runtime's clock when all nodes were up; times in the record count from it."""
         self._run_id = run_id
@@ -65,6 +71,12 @@ class Progress:
         self.num_lost += 1
         self.record("lost", round=number, node=node, reason=reason)
         return f"{self.name(node)} was lost in round {number}: {reason}"
+
+    def leave(self, node: NodeId, number: int, nbytes: int) -> None:
+        """``node`` has left as it was told to, in round ``number``; ``nbytes`` of its state are kept."""
+        self.down.add(node)
+        self.num_drained += 1
+        self.record("left", round=number, node=node, kept_nbytes=nbytes)
 
     def back(self, facts: NodeFacts) -> None:
         """A node is there again, or for the first time."""
@@ -101,6 +113,8 @@ class Progress:
         *,
         alike: bool,
         contributing: int,
+        in_view: int,
+        late: int,
         payload_bytes: int,
         transport_bytes: int | None,
         seconds: float,
@@ -129,6 +143,9 @@ class Progress:
                 num_samples=sum(report.num_samples for report in reports),
                 nodes=len(self.members),
                 contributing=contributing,
+                alive=len(self.nodes),
+                in_view=in_view,
+                late=late,
                 payload_bytes=payload_bytes,
                 transport_bytes=transport_bytes,
                 seconds=seconds,
@@ -170,6 +187,11 @@ class Progress:
                 self.ledger.book("evaluation", (len(asked) - 1) * (layout.nbytes + layout.buffer_nbytes))
                 return answer
 
+    def _replicas(self) -> str | None:
+        if not self.config.algorithm.replicated or self.committed < 0:
+            return None
+        return f"healed {self.num_healed} times, identical" if self.num_healed else "identical"
+
     def summary(self, status: Status) -> Summary:
         """Where the run stands."""
         rounds = self.committed + 1
@@ -186,7 +208,13 @@ class Progress:
                 "per_round": self.ledger.payload / rounds if rounds else 0,
                 "transport": self.runtime.transport_nbytes,
             },
-            nodes={"started": self.num_started, "joined": self.num_joined, "lost": self.num_lost},
+            nodes={
+                "started": self.num_started,
+                "joined": self.num_joined,
+                "lost": self.num_lost,
+                "drained": self.num_drained,
+            },
+            replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,
             virtual_seconds=self.runtime.now if self.runtime.virtual else None,

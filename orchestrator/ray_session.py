@@ -12,13 +12,15 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import _raylet
-from ray._private import ray_constants
+from ray._private import ray_constants, state
 
 from orchestrator.errors import ClusterError
 
@@ -28,6 +30,11 @@ _TOKEN = secrets.token_hex(32)
 _PROBE_TIMEOUT_S = 3
 
 _MAX_BASE_LENGTH = 24
+
+_MACHINES_PERIOD_S = 0.4
+
+_UNLIMITED = 1_000_000
+"""Places for processes that ask for nothing."""
 
 _SYSTEM_CONFIG = {
     # The store frees in batches, by default once a second. A fast round would then write to memory that was never
@@ -68,6 +75,74 @@ class Session:
             _read_authentication_again()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class MachineLostError(Exception):
+    """A machine is gone, and all processes on it."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What Ray knows of the machines of a cluster, by its names for them."""
+
+    dead: frozenset[str]
+    draining: dict[str, float | None]
+    """Those that are to be taken away, and in how many seconds, if that is known."""
+
+
+class MachineWatch:
+    """Asks Ray for its machines, again and again, in a thread of its own: Ray tells nobody by itself.
+
+    Args:
+        report: called in that thread, with every answer.
+    """
+
+    def __init__(self, report: Callable[[Machines], None]) -> None:
+        self._report = report
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="starling-machines", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(_MACHINES_PERIOD_S):
+            # A head that does not answer is told by whatever else is asked of it.
+            with contextlib.suppress(Exception):
+                self._report(machines())
+
+    def stop(self) -> None:
+        """Ask no more. Never raises."""
+        self._over.set()
+        self._thread.join(timeout=_PROBE_TIMEOUT_S)
+
+
+def machines() -> Machines:
+    """What Ray knows now; about a millisecond."""
+    dead = frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
+    # Milliseconds of the wall clock; 0: nobody has said when.
+    deadlines: dict[str, int] = state.state.get_draining_nodes()
+    now = time.time()
+    draining = {name: max(0.0, at / 1000 - now) if at else None for name, at in deadlines.items()}
+    return Machines(dead, draining)
+
+
+def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
+    """How many processes of this size the machines of the cluster have room for, or (``free``) room left for.
+
+    Machines that are being drained count for nothing.
+    """
+    resources: dict[str, dict[str, float]] = (
+        state.state.available_resources_per_node()
+        if free
+        else {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    )
+    leaving = state.state.get_draining_nodes()
+    total = 0
+    for name, there in resources.items():
+        wanted = [(there.get("CPU", 0.0), num_cpus), (there.get("GPU", 0.0), num_gpus)]
+        fits = [int((have + 1e-6) // each) for have, each in wanted if each]
+        if name not in leaving:
+            total += min(fits, default=_UNLIMITED)
+    return total
 
 
 def connect(

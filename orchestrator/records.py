@@ -31,6 +31,12 @@ class RoundRecord:
     """Committed members."""
     contributing: int
     """Members in the closed set of the last exchange."""
+    alive: int
+    """Nodes that are there when the round is committed, those that came too late for it too."""
+    in_view: int
+    """Members with which the round began."""
+    late: int
+    """Members that were cancelled: too slow, or not reached."""
     payload_bytes: int
     transport_bytes: int | None
     seconds: float
@@ -60,7 +66,9 @@ class Summary:
     bytes: dict[str, int | float | None]
     """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
     nodes: dict[str, int]
-    """``started``, ``joined``, ``lost``."""
+    """``started``, ``joined`` (later), ``lost``, and ``drained``: left as they were told to."""
+    replicas: str | None
+    """``identical`` or ``healed``: what comparing their shared state showed; ``None`` if it is not replicated."""
     digest: str | None
     """Of the final model's tensors; ``None`` if there is none."""
     seconds: float

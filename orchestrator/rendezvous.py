@@ -51,10 +51,11 @@ from orchestrator.events import (
     Secure,
     Secured,
     Waits,
+    Withdrawn,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from algorithms.api import NodeId
 
@@ -120,8 +121,19 @@ class Exchange:
 class Rendezvous:
     """One attempt at one round. Decisions come back from ``handle``; after ``over`` there are no more."""
 
-    def __init__(self, members: Sequence[NodeId], need: int, *, replicated: bool = True, began: float = 0.0) -> None:
-        """``began`` is when the attempt did, on the clock of ``handle``."""
+    def __init__(
+        self,
+        members: Sequence[NodeId],
+        need: int,
+        *,
+        replicated: bool = True,
+        heal: bool = False,
+        began: float = 0.0,
+    ) -> None:
+        """``began`` is when the attempt did, on the clock of ``handle``.
+
+        With ``heal`` a majority with one shared state commits, and the others are cancelled.
+        """
         self.view = tuple(sorted(members))
         self.need = need
         self.active = set(self.view)
@@ -131,7 +143,7 @@ class Rendezvous:
         self.over = False
         self.payload_nbytes = 0
         """Logical deliveries between distinct nodes so far."""
-        self._replicated = replicated
+        self._replicated, self._heal = replicated, heal
         self._now = began
         self._last_close = began
         self._out: list[Decision] = []
@@ -158,6 +170,8 @@ class Rendezvous:
                 self._return(first, nodes)
             case Lost(node):
                 self._lost(node)
+            case Withdrawn(node):
+                self._cancel({node} & self.active, "its time to leave is over")
             case Deadline():
                 self._deadline()
             case Elapsed(seq):
@@ -497,11 +511,21 @@ class Rendezvous:
         groups: dict[str, list[NodeId]] = {}
         for node in sorted(self.active):
             groups.setdefault(self.returned[node].digest, []).append(node)
-        if self._replicated and len(groups) > 1:
-            largest_first = sorted(groups.values(), key=len, reverse=True)
-            self._out.append(Diverged(tuple(tuple(group) for group in largest_first)))
-        else:
-            self._out.append(Commit(tuple(sorted(self.active))))
+        if self._replicated and len(groups) > 1 and not self._healed(groups.values()):
+            return
+        self._out.append(Commit(tuple(sorted(self.active))))
+
+    def _healed(self, groups: Iterable[Sequence[NodeId]]) -> bool:
+        """Tell that replicas differ; if it is wanted, and most agree, leave the others behind and go on."""
+        largest_first = tuple(tuple(group) for group in sorted(groups, key=len, reverse=True))
+        majority = largest_first[0]
+        healed = self._heal and 2 * len(majority) > len(self.active) and len(majority) >= self.need
+        self._out.append(Diverged(largest_first, healed))
+        if healed:
+            others = sorted(self.active.difference(majority))
+            self._out.extend(Cancel(node, "its shared state differs from that of most") for node in others)
+            self.active.intersection_update(majority)
+        return healed
 
     def _abort(self, reason: str) -> None:
         if not self.over:

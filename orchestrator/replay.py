@@ -1,7 +1,12 @@
 """Replay: a run's log decides what a simulation would leave to time, so that it ends with the run's own bits.
 
 What a cluster decides by who came first is in ``events.jsonl``: of asynchronous runs, which message each node received
-next and what its programs saw of the clock; of synchronous ones, who was in each exchange, and who was too late.
+next and what its programs saw of the clock; of synchronous ones, who was in each exchange, who was lost or too late,
+who took whose place, and whose state they were given.
+
+Attempts that were given up are not repeated. What they leave behind is the optimizers' memory alone, and with
+``optimizer.rollback: true`` not even that: without it, a replay with attempts given up or nodes cancelled has the run's
+bits if the optimizer has no memory.
 """
 
 from __future__ import annotations
@@ -10,16 +15,18 @@ import json
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from actors.data import Position
 from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
+from orchestrator.config import FaultsConfig
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
 from orchestrator.events import Deadline, Post, Posts
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.rendezvous import Phase
-from orchestrator.runtime import AllFinished, Finished
+from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
@@ -32,6 +39,24 @@ if TYPE_CHECKING:
     from orchestrator.runtime import Happening
     from orchestrator.simulator import Simulator
     from orchestrator.synchronous import Attempt
+
+
+Step: TypeAlias = "tuple[Literal['left', 'up'], NodeId] | tuple[Literal['transfer'], NodeId, NodeId, Position | None]"
+"""What happens to members between two rounds: one leaves, one comes up, one is given another's state (or its own)."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The attempt at a round that was committed."""
+
+    steps: list[Step]
+    """Before it."""
+    view: View
+    joiners: frozenset[NodeId]
+    closed: dict[int, tuple[NodeId, ...]]
+    """Who was in which exchange."""
+    late: frozenset[NodeId]
+    """Members that did not commit it: lost, or cancelled."""
 
 
 @dataclass
@@ -52,10 +77,13 @@ class History:
     views: dict[tuple[NodeId, int], View] = field(default_factory=dict)
     """From which round of a node on it had another view."""
     lost: set[NodeId] = field(default_factory=set)
-    closed: dict[int, dict[int, tuple[NodeId, ...]]] = field(default_factory=dict)
-    """Of each round: who was in which exchange."""
-    late: defaultdict[int, set[NodeId]] = field(default_factory=lambda: defaultdict(set))
-    """Of each round: who was cancelled."""
+    start: tuple[NodeId, ...] = ()
+    """Who was there at the start."""
+    rounds_done: dict[int, Done] = field(default_factory=dict)
+    """What came of each round of a synchronous run."""
+    _steps: list[Step] = field(default_factory=list)
+    """Since the last commit."""
+    _begun: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def read(run_dir: str | Path) -> History:
@@ -81,8 +109,11 @@ class History:
         history = History(path, summary.get("digest"))
         for event in events:
             history._take(event)
-        if history.lost and history.closed:
-            raise ConfigError(f"--replay {path}: that run lost nodes, and replaying a synchronous one is not built yet")
+        if history.lost and not history.rounds_done:
+            raise ConfigError(
+                f"--replay {path}: in that run nodes came and went, and it is asynchronous; "
+                "then only a synchronous one can be replayed"
+            )
         return history
 
     def _take(self, event: dict[str, Any]) -> None:
@@ -93,19 +124,40 @@ class History:
             case "seen":
                 self.seen[node] += event["values"]
             case "view":
-                members, left = tuple(event["members"]), tuple(event["left"])
-                self.views[node, event["round"]] = View(event["number"], members, left=left)
+                self.views[node, event["round"]] = _view(event, event["members"])
+            case "start":
+                self.start = tuple(event["nodes"])
             case "lost":
                 self.lost.add(node)
-            case "late":
-                self.late[event["round"]].add(node)
+            case "left" | "up":
+                self.lost.add(node)
+                self._steps.append((event["event"], node))
+            case "transfer":
+                position = event["position"]
+                given = None if position is None else Position(*position)
+                self._steps.append(("transfer", node, event["donor"], given))
+            case "begin":
+                # Who comes up, or leaves, while a round is going on does so before the next.
+                self._begun = event | {"num_steps": len(self._steps)}
             case "commit" if "closed" in event:
-                self.closed[event["round"]] = {int(seq): tuple(nodes) for seq, nodes in event["closed"].items()}
+                begun, steps = self._begun, self._steps
+                self._steps = steps[begun["num_steps"] :]
+                self.rounds_done[event["round"]] = Done(
+                    steps=steps[: begun["num_steps"]],
+                    view=_view(begun, begun["view"]),
+                    joiners=frozenset(begun["joiners"]),
+                    closed={int(seq): tuple(nodes) for seq, nodes in event["closed"].items()},
+                    late=frozenset(begun["view"]).difference(event["committed"]),
+                )
             case "commit":
                 self.rounds[node] += 1
                 self.last = self.last if node == SERVER else node
             case _:
                 pass
+
+
+def _view(event: dict[str, Any], members: list[NodeId]) -> View:
+    return View(event["number"], tuple(members), joined=tuple(event["joined"]), left=tuple(event["left"]))
 
 
 def _outcome(logged: Any) -> tuple[int, int, int] | Left | Timeout:  # noqa: ANN401 - from JSON
@@ -123,13 +175,16 @@ class ReplayController(Controller):
     def __init__(
         self, config: Config, runtime: Simulator, observer: Observer, history: History, *, run_id: str, run_dir: str
     ) -> None:
-        super().__init__(config, runtime, observer, run_id=run_id, run_dir=run_dir)
+        # What happened is in the log: nothing else is to happen.
+        calm = config.model_copy(update={"faults": FaultsConfig()})
+        super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir)
+        runtime.initial = tuple(node for node in history.start if node != SERVER)
         self._simulator = runtime
         self._history = history
 
     def _loop(self) -> Synchronous | Asynchronous:
         if self._progress.config.algorithm.synchronous:
-            return SynchronousReplay(self._progress, self._history)
+            return SynchronousReplay(self._progress, self._history, self._simulator)
         self._simulator.host.times.replay(self._history.seen)
         return AsynchronousReplay(self._progress, self._history)
 
@@ -146,7 +201,7 @@ class ReplayRoom(Mailroom):
         del timeout_s
         return super().receive(node, None, now)
 
-    def _choose(self, node: NodeId, queue: deque[Envelope | Left]) -> Envelope | Left | Timeout | None:
+    def _choose(self, node: NodeId, queue: deque[Envelope | Left | Timeout]) -> Envelope | Left | Timeout | None:
         expected = self._expected[node]
         if not expected:
             return None
@@ -182,8 +237,9 @@ class AsynchronousReplay(Asynchronous):
         return all(self._rounds[node] >= count for node, count in self._history.rounds.items())
 
     def _view_of(self, node: NodeId, number: int) -> View:
-        self._views[node] = self._history.views.get((node, number), self._views.get(node, self._view))
-        return self._views[node]
+        known = self._history.views.get((node, number)) or self._views.get(node) or super()._view_of(node, number)
+        self._views[node] = known
+        return known
 
     def _commit(self, node: NodeId, report: Returned) -> None:
         if self._rounds[node] < self._history.rounds[node]:
@@ -199,31 +255,71 @@ class AsynchronousReplay(Asynchronous):
 
 
 class SynchronousReplay(Synchronous):
-    """Who was too late is so again: what it would contribute is held back until the others have posted."""
+    """Who was too late, or lost, is so again: what it would contribute is held back until the others have posted."""
 
-    def __init__(self, progress: Progress, history: History) -> None:
+    def __init__(self, progress: Progress, history: History, simulator: Simulator) -> None:
         super().__init__(progress)
         self._history = history
+        self._simulator = simulator
+
+    def _done(self, number: int) -> Done:
+        done = self._history.rounds_done.get(number)
+        if done is None:
+            raise RunError(f"--replay {self._history.path}: its log has no round {number}")
+        return done
+
+    def _assemble(self, number: int) -> None:
+        """Let happen what happened between the last round and this one."""
+        done = self._done(number)
+        while (happening := self._runtime.next(self._runtime.now)) is not None:
+            self._between(number, happening)
+        self._settle()
+        for step in done.steps:
+            match step:
+                case ("left", node):
+                    self._simulator.retire([node])
+                    self._mail.left(node)
+                case ("up", node):
+                    self._progress.back(self._simulator.embody_again(node))
+                    self._members.new.add(node)
+                    self._mail.left(node)
+                    self._mail.room.join(node)
+                case ("transfer", node, donor, position) if node != donor:
+                    self._runtime.transfer(node, donor, position)
+                case ("transfer", node, _, _):
+                    self._runtime.restore(node)
+                case _:
+                    raise AssertionError(step)
+        # The clock may stand still meanwhile: what has been given is there already.
+        while self._runtime.next(self._runtime.now) is not None:
+            pass
+        self._members.loaded = set(done.joiners)
+
+    def _next_view(self) -> View:
+        return self._done(self._number).view
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
-        late = self._history.late[attempt.number]
-        closed = self._history.closed.get(attempt.number, {})
+        done = self._done(attempt.number)
         match happening:
             case Posts(first, wants):
                 allowed = {
-                    node: one for node, one in wants.items() if node not in late or node in closed.get(first.seq, ())
+                    node: one
+                    for node, one in wants.items()
+                    if node not in done.late or node in done.closed.get(first.seq, ())
                 }
                 return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
-            case AllFinished(reports) if late & reports.keys():
-                punctual = {node: report for node, report in reports.items() if node not in late}
+            case AllFinished(reports) if done.late & reports.keys():
+                punctual = {node: report for node, report in reports.items() if node not in done.late}
                 return super()._note(attempt, AllFinished(punctual)) if punctual else None
-            case Post(node, seq) if node in late and node not in closed.get(seq, ()):
+            case Post(node, seq) if node in done.late and node not in done.closed.get(seq, ()):
                 return None
-            case Finished(node) if node in late:
+            case Finished(node) if node in done.late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.
                 return happening._replace(close=None)
+            case Loaded() | NotLoaded() | Retired() | Up():
+                return None  # done before the round
             case _:
                 return super()._note(attempt, happening)
 
@@ -231,13 +327,12 @@ class SynchronousReplay(Synchronous):
         return Deadline() if self._only_late_are_missing(attempt) else super()._next(attempt)
 
     def _only_late_are_missing(self, attempt: Attempt) -> bool:
-        rendezvous, late = attempt.rendezvous, self._history.late[attempt.number]
-        if not late & rendezvous.active:
+        rendezvous, done = attempt.rendezvous, self._done(attempt.number)
+        late = done.late & rendezvous.active
+        if not late:
             return False
         punctual = rendezvous.active - late
-        closed = self._history.closed.get(attempt.number, {})
         for seq, exchange in rendezvous.exchanges.items():
             if exchange.phase is Phase.OPEN and exchange.waiting:
-                expected = punctual | (late & rendezvous.active & set(closed.get(seq, ())))
-                return expected <= exchange.posts.keys()
+                return punctual | (late & set(done.closed.get(seq, ()))) <= exchange.posts.keys()
         return punctual <= rendezvous.returned.keys()

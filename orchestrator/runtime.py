@@ -10,6 +10,7 @@ from orchestrator.events import Event
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from actors.data import Position
     from actors.host import Returned
     from algorithms.api import Layout, NodeId, View
     from orchestrator.events import Decision
@@ -51,6 +52,76 @@ class Up:
     """A node that was launched is there, in the initial state."""
 
     facts: NodeFacts
+    import_s: float = 0.0
+    """Of the time since it was launched: what its process took once it ran, for imports, data and model."""
+
+
+@dataclass(frozen=True)
+class NotUp:
+    """A node that was launched did not come up."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A node is told to leave, by SIGTERM or by its machine's end being announced."""
+
+    node: NodeId
+    deadline: float
+    """When it will be gone, on the runtime's clock."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A node that was told to ``retire`` is gone; what it had committed is kept for who takes its place."""
+
+    node: NodeId
+    nbytes: int
+    """Of what is kept."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """All that a node committed in a round is kept, should it die."""
+
+    node: NodeId
+    number: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A node has taken over committed state."""
+
+    node: NodeId
+    source: NodeId
+    """Whose: a donor's, or its own, kept from before."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class NotLoaded:
+    """State could not be had: whoever held it is gone."""
+
+    node: NodeId
+    source: NodeId
+
+
+@dataclass(frozen=True)
+class Room:
+    """There is room for so many processes more."""
+
+    places: int
+
+
+@dataclass(frozen=True)
+class SpareLost:
+    """A process that stood by, or was being started to stand by, is gone."""
+
+    reason: str
 
 
 class Finished(NamedTuple):
@@ -92,6 +163,30 @@ class Arrived:
 
 
 @dataclass(frozen=True)
+class Vanished:
+    """A message will not arrive: its payload was lost with its sender."""
+
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What a node was handed is nowhere to be had any more; it waits for something else, still for ``timeout_s``."""
+
+    node: NodeId
+    envelope: Envelope
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Sleeps:
+    """A node's program lets time pass until then, on the runtime's clock."""
+
+    node: NodeId
+    until: float
+
+
+@dataclass(frozen=True)
 class Receives:
     """A node's program waits for a message."""
 
@@ -116,7 +211,29 @@ class Log:
 
 
 Happening: TypeAlias = (
-    Event | Raised | Died | Up | Finished | AllFinished | Halted | Sent | Arrived | Receives | Seen | Log
+    Event
+    | Raised
+    | Died
+    | Up
+    | NotUp
+    | Notice
+    | Retired
+    | Kept
+    | Loaded
+    | NotLoaded
+    | Room
+    | SpareLost
+    | Finished
+    | AllFinished
+    | Halted
+    | Sent
+    | Arrived
+    | Vanished
+    | Unreadable
+    | Receives
+    | Sleeps
+    | Seen
+    | Log
 )
 """What a runtime reports: an event for the rendezvous, or something that only the controller understands."""
 
@@ -149,8 +266,15 @@ class Runtime(Protocol):
         """Bytes that really moved between processes so far; ``None`` where nothing does."""
         ...
 
+    @property
+    def num_spares(self) -> int:
+        """Processes that stand by, or are being started for that."""
+        ...
+
     def start(self) -> list[NodeFacts]:
-        """Bring all nodes up with their initial state.
+        """Bring nodes up with their initial state: those for which there is room, at least ``cluster.nodes.min``.
+
+        ``Up`` comes later for the others.
 
         Raises:
             StarlingError: they cannot be brought up.
@@ -158,7 +282,18 @@ class Runtime(Protocol):
         ...
 
     def launch(self, nodes: Sequence[NodeId]) -> None:
-        """Start lost nodes again, elsewhere if need be; ``Up`` comes for each, or ``Died``."""
+        """Start nodes, elsewhere if need be; a process that stands by is used if there is one.
+
+        ``Up`` comes for each, or ``NotUp``. One that had ``Notice`` and is there still goes on until it is retired.
+        """
+        ...
+
+    def stand_by(self, count: int) -> None:
+        """Start so many processes that can take the place of lost ones; ``SpareLost`` comes for those that die."""
+        ...
+
+    def retire(self, nodes: Sequence[NodeId]) -> None:
+        """Let nodes that stand still leave; ``Retired`` comes for each, or ``Died``."""
         ...
 
     def kill(self, node: NodeId) -> None:
@@ -167,6 +302,10 @@ class Runtime(Protocol):
 
     def hang(self, node: NodeId) -> None:
         """Let a node's process stand still and answer nothing, as a fault would."""
+        ...
+
+    def preempt(self, node: NodeId) -> None:
+        """Give a node notice, and end its process when ``cluster.drain_s`` is over, as a cloud would."""
         ...
 
     def begin(
@@ -200,7 +339,7 @@ class Runtime(Protocol):
         ...
 
     def hand_over(self, handover: Handover) -> None:
-        """Let a node that ``Receives`` run on."""
+        """Let a node that ``Receives`` run on. A payload for the server is kept until it is told to ``discard`` it."""
         ...
 
     def halt(self, nodes: Sequence[NodeId]) -> None:
@@ -211,12 +350,26 @@ class Runtime(Protocol):
         """Apply the commits up to the given round of each node; ``begin`` does so too."""
         ...
 
-    def transfer(self, joiner: NodeId, donor: NodeId) -> int:
-        """Give ``joiner`` the parameters and shared state of ``donor``; return the bytes. Its local state stays.
+    def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
+        """Give ``joiner`` the committed parameters and shared state of ``donor``; its data go on at ``position``.
 
-        Raises:
-            NodeGoneError: one of them died meanwhile, which ``Died`` tells too.
+        Its local state stays. ``Loaded`` comes, or ``NotLoaded``, or ``Died`` for the joiner.
         """
+        ...
+
+    def keep(self, node: NodeId, number: int) -> None:
+        """Keep what ``node`` committed in round ``number``, where it outlives the node's machine; ``Kept`` comes then.
+
+        What was kept before is kept until then.
+        """
+        ...
+
+    def release(self, node: NodeId) -> None:
+        """What was kept of ``node`` is not needed any more."""
+        ...
+
+    def restore(self, node: NodeId) -> bool:
+        """Give ``node`` all that was kept of it; say whether there is anything. Otherwise as ``transfer``."""
         ...
 
     def next(self, until: float) -> Happening | None:

@@ -11,7 +11,7 @@ import contextlib
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import save
@@ -34,7 +34,7 @@ from actors.tickets import (
     Ticket,
     Waiting,
 )
-from actors.transfer import export_state, load_state
+from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
@@ -48,10 +48,16 @@ from orchestrator.runtime import (
     Finished,
     Halted,
     Happening,
+    Kept,
+    Loaded,
     NodeFacts,
+    Notice,
+    NotLoaded,
     Raised,
     Receives,
+    Retired,
     Sent,
+    Sleeps,
     Up,
 )
 
@@ -59,6 +65,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
+    from actors.data import Position
+    from actors.replica import Replica
     from actors.tickets import Compute
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
@@ -69,7 +77,14 @@ _FORWARD_FRACTION = 1 / 3
 """Of a step's time: a forward pass alone. A backward pass takes about twice as long."""
 
 
-_Item: TypeAlias = "tuple[NodeId, int, Happening | None, int, object, int | None]"
+class _End(NamedTuple):
+    """A process is ended: it has not stopped in time, or (with its ``incarnation``) was given notice of this."""
+
+    node: NodeId
+    incarnation: int | None
+
+
+_Item: TypeAlias = "tuple[NodeId, int, Happening | _End | None, int, object, int | None]"
 """What is to happen at a moment, in the order of (node, arrival).
 
 The third is ``None`` where a program runs on, in the node's given attempt (what was meant for an earlier one is
@@ -98,6 +113,8 @@ class Simulator:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.initial: tuple[NodeId, ...] = ()
+        """The nodes to begin with, if a log says so."""
         self._spec = config.replica_spec()
         self._now = 0.0
         self._network = Network(config.network)
@@ -112,8 +129,20 @@ class Simulator:
         self._letters: dict[int, Sending] = {}
         self._large: dict[int, Buffer] = {}
         self._attempts: dict[NodeId, int] = {}
+        self._present: set[NodeId] = set()
+        """Whose replicas are in the host, and alive."""
         self._hung: set[NodeId] = set()
         self._incarnations: dict[NodeId, int] = {}
+        self._coming: dict[NodeId, Replica] = {}
+        """Of nodes that are being started."""
+        self._up: set[NodeId] = set()
+        """Of those, who is ready, and takes the place when the one before is gone."""
+        self._spares: list[float] = []
+        """From when on each stands by."""
+        self._kept: dict[NodeId, StateExport] = {}
+        """Of nodes that have left."""
+        self._loading: dict[NodeId, NodeId] = {}
+        """Who is being given state, and whose."""
         self._threads = torch.get_num_threads()
         self._is_synchronous = config.algorithm.synchronous
 
@@ -125,7 +154,8 @@ class Simulator:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
         torch.set_num_threads(1)
         num_nodes = self._config.num_nodes
-        nodes = [*range(num_nodes), SERVER] if self._config.algorithm.has_server else list(range(num_nodes))
+        server = [SERVER] if self._config.algorithm.has_server else []
+        nodes = [*(self.initial or self._config.initial_nodes), *server]
         with user_code(0, 0):
             data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
             self._data, self._validation = data, data.validation
@@ -136,6 +166,7 @@ class Simulator:
             self.host.alone = True
             self.host.init()
         self._attempts = dict.fromkeys(nodes, 0)
+        self._present = set(nodes)
         self.layout = replicas[0].layout
         return [NodeFacts(one.id, "simulated", "cpu", one.num_samples) for one in replicas]
 
@@ -154,7 +185,9 @@ class Simulator:
     ) -> None:
         del epoch
         self._exchanges = {}
-        self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners)
+        nodes = [node for node in nodes if node in self._present and node not in self._hung]
+        if nodes:
+            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners)
         for node in nodes:
             self._attempts[node] += 1
             self._resume_at(self._now, node)
@@ -179,43 +212,119 @@ class Simulator:
     def halt(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
             if node in self._hung:
-                grace = self._config.cluster.cancel_grace_s
-                reason = f"it did not stop within {grace:g} s (cluster.cancel_grace_s)"
-                self._at(self._now + grace, node, Died(node, reason))
+                self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
                 continue
             self.host.cancel([node])
             self._attempts[node] += 1
             self._ready.append(Halted(node))
 
+    def settle(self, committed: Mapping[NodeId, int]) -> None:
+        self.host.settle(committed)
+
+    # --- nodes that come and go --------------------------------------------------------------------------------------
+
+    @property
+    def num_spares(self) -> int:
+        return len(self._spares)
+
+    def stand_by(self, count: int) -> None:
+        self._spares += [self._now + self._config.network.start_s] * count
+
+    def launch(self, nodes: Sequence[NodeId]) -> None:
+        network = self._config.network
+        for node in nodes:
+            ready = next((at for at in sorted(self._spares) if at <= self._now), None)
+            if ready is not None:
+                self._spares.remove(ready)
+            self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
+            (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
+            replica.incarnation = self._incarnations[node]
+            self._coming[node] = replica
+            facts = NodeFacts(node, "simulated", "cpu", replica.num_samples)
+            seconds = network.start_s if ready is None else network.adopt_s
+            self._at(self._now + seconds, node, Up(facts))
+
+    def _embody(self, node: NodeId) -> None:
+        """Put a node that is ready in the place of the one before, if that is gone."""
+        if node in self._up and node not in self._present:
+            self._up.discard(node)
+            self._attempts.setdefault(node, 0)
+            self.host.embody(self._coming.pop(node))
+            self._present.add(node)
+
+    def embody_again(self, node: NodeId) -> NodeFacts:
+        """Put a new incarnation in the place of ``node`` at once, as a log says."""
+        self.launch([node])
+        if node in self._present:
+            self._stop(node)
+            self._present.discard(node)
+        self._up.add(node)
+        self._embody(node)
+        return NodeFacts(node, "simulated", "cpu", self.host.replicas[node].num_samples)
+
     def kill(self, node: NodeId) -> None:
         self._stop(node)
-        self._at(self._now, node, Died(node, "its process died (faults.events)"))
+        self._died(node, "its process died (faults.events)")
 
     def hang(self, node: NodeId) -> None:
         self._stop(node)
         self._hung.add(node)
 
+    def preempt(self, node: NodeId) -> None:
+        deadline = self._now + self._config.cluster.drain_s
+        self._at(self._now, node, Notice(node, deadline, "it was preempted (faults.events)"))
+        self._at(deadline, node, _End(node, self._incarnations.get(node, 0)))
+
+    def retire(self, nodes: Sequence[NodeId]) -> None:
+        for node in nodes:
+            self._kept[node] = export_state(self.host.replicas[node], everything=True)
+            self._stop(node)
+            self._leave(node)
+            self._at(self._now, node, Retired(node, self._kept[node].nbytes))
+
     def _stop(self, node: NodeId) -> None:
         self.host.drop(node)
         self._attempts[node] += 1
 
-    def launch(self, nodes: Sequence[NodeId]) -> None:
-        for node in nodes:
-            self._hung.discard(node)
-            self._incarnations[node] = self._incarnations.get(node, 0) + 1
-            (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
-            replica.incarnation = self._incarnations[node]
-            self.host.embody(replica)
-            facts = NodeFacts(node, "simulated", "cpu", replica.num_samples)
-            self._at(self._now + self._config.network.start_s, node, Up(facts))
+    def _died(self, node: NodeId, reason: str) -> None:
+        if node == SERVER:
+            self._kept[node] = export_state(self.host.replicas[node], everything=True)
+        self._leave(node)
+        self._at(self._now, node, Died(node, reason))
 
-    def settle(self, committed: Mapping[NodeId, int]) -> None:
-        self.host.settle(committed)
+    def _leave(self, node: NodeId) -> None:
+        self._present.discard(node)
+        self._hung.discard(node)
+        self._loading.pop(node, None)
+        for joiner in [joiner for joiner, source in self._loading.items() if source == node]:
+            del self._loading[joiner]
+            self._at(self._now, joiner, NotLoaded(joiner, node))
+        self._embody(node)
 
-    def transfer(self, joiner: NodeId, donor: NodeId) -> int:
-        export = export_state(self.host.replicas[donor])
-        load_state(self.host.replicas[joiner], export, keep_local=True)
-        return export.nbytes
+    def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
+        self._load(joiner, donor, donor, export_state(self.host.replicas[donor]), position)
+
+    def keep(self, node: NodeId, number: int) -> None:
+        # What a replica has committed is still there when its node has died: nothing need be copied before.
+        self._ready.append(Kept(node, number, self.layout.nbytes))
+
+    def release(self, node: NodeId) -> None:
+        self._kept.pop(node, None)
+
+    def restore(self, node: NodeId) -> bool:
+        export = self._kept.get(node)
+        if export is not None:
+            holder = min(self._present - {node}, default=node)
+            self._load(node, node, holder, export, None)
+        return export is not None
+
+    def _load(
+        self, node: NodeId, source: NodeId, holder: NodeId, export: StateExport, position: Position | None
+    ) -> None:
+        load_state(self.host.replicas[node], export, position)
+        self._loading[node] = source
+        when = self._network.arrivals(self._now, [Cast({holder: export.nbytes}, [node])]).get(node, self._now)
+        self._at(when, node, Loaded(node, source, export.nbytes))
 
     # --- exchanges ---------------------------------------------------------------------------------------------------
 
@@ -310,15 +419,17 @@ class Simulator:
         result: object = outcome
         if isinstance(outcome, Delivery):
             envelope = outcome.envelope
-            sending = self._letters.pop(envelope.letter)
-            data = self.host.outbox.pop(envelope.letter) if sending.inline is None else sending.inline
+            sending = self._letters[envelope.letter]
+            data = self.host.outbox[envelope.letter] if sending.inline is None else sending.inline
+            if handover.node != SERVER:  # which may have to be handed it again
+                self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
             result = Message(envelope.sender, payload, outcome.staleness)
         self._resume_at(self._now, handover.node, result)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, node: NodeId, what: Happening) -> None:
+    def _at(self, when: float, node: NodeId, what: _End | Happening) -> None:
         self._arrival += 1
         self._moment(when).append((node, self._arrival, what, 0, None, None))
 
@@ -345,11 +456,33 @@ class Simulator:
             attempts = self._attempts
             for node, _, what, attempt, result, seq in sorted(self._queue.pop(self._now)):
                 if what is not None:
-                    self._ready.append(what)
+                    self._happens(what)
                 elif attempt == attempts[node]:
                     resumes.append((node, result, seq))
             self._run(resumes)
         return self._ready.popleft()
+
+    def _happens(self, what: _End | Happening) -> None:
+        match what:
+            case _End(node, None):
+                if node in self._hung:
+                    grace = self._config.cluster.cancel_grace_s
+                    self._died(node, f"it did not stop within {grace:g} s (cluster.cancel_grace_s)")
+            case _End(node, incarnation):
+                if node in self._present and self.host.replicas[node].incarnation == incarnation:
+                    self._stop(node)
+                    self._died(node, "its time to leave was over")
+            case Loaded(node, source) if self._loading.get(node) != source:
+                pass  # one of them is gone
+            case Loaded(node):
+                del self._loading[node]
+                self._ready.append(what)
+            case Up(facts):
+                self._up.add(facts.node)
+                self._embody(facts.node)
+                self._ready.append(what)
+            case _:
+                self._ready.append(what)
 
     def _run(self, resumes: Sequence[_Resume]) -> None:
         """Run programs that become runnable at one moment; what they compute goes to the handler together."""
@@ -428,6 +561,7 @@ class Simulator:
             case Receiving(timeout_s):
                 self._ready.append(Receives(node, timeout_s))
             case Sleeping(seconds):
+                self._ready.append(Sleeps(node, self._now + seconds))
                 self._resume_at(self._now + seconds, node)
             case Pinging():
                 self._ping(node, ticket)
@@ -438,7 +572,7 @@ class Simulator:
 
     def _ping(self, node: NodeId, ticket: Pinging) -> None:
         """There and back again: those answer that are there, and near enough."""
-        there = {other: 2 * self._network.latency_s(node, other) for other in ticket.nodes if other in self._attempts}
+        there = {other: 2 * self._network.latency_s(node, other) for other in ticket.nodes if other in self._present}
         answers = {other: seconds for other, seconds in there.items() if seconds <= ticket.timeout_s}
         complete = len(answers) == len(set(ticket.nodes))
         seconds = max(answers.values(), default=0.0) if complete else ticket.timeout_s

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from algorithms.api import View
-from orchestrator.errors import DivergedError, NodeGoneError, ProgramsDivergeError, RunError
+from orchestrator.errors import DivergedError, ProgramsDivergeError, RunError
 from orchestrator.events import (
     Abort,
     AskAgain,
@@ -27,19 +27,23 @@ from orchestrator.events import (
     Secure,
     Secured,
     Waits,
+    Withdrawn,
 )
 from orchestrator.faults import Faults
 from orchestrator.mail import Mail
-from orchestrator.mailroom import Mailroom
-from orchestrator.membership import Replacements
+from orchestrator.mailroom import Delivery, Mailroom
+from orchestrator.members import Members
 from orchestrator.rendezvous import Rendezvous
-from orchestrator.runtime import AllFinished, Died, Finished, Halted, Up
+from orchestrator.runtime import AllFinished, Died, Finished, Halted, Retired
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import FaultPhase
     from orchestrator.events import Decision, Event
+    from orchestrator.mailroom import Handover
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
 
@@ -75,21 +79,23 @@ class Synchronous:
         self._progress = progress
         self._runtime = progress.runtime
         self._config = progress.config
-        self._mail = Mail(progress, Mailroom(progress.facts, lockstep=True))
+        self._mail = Mail(progress, Mailroom(progress.facts, lockstep=True), self._handed_over)
+        self._members = Members(progress)
+        self._members.transfers.replicated = self._config.algorithm.replicated
+        self._members.transfers.on_begin = self._transfers
         self._view = View(0, ())
         """Of the last committed round."""
         self._epoch = -1
         self._late: set[NodeId] = set()
-        """Cancelled in the last committed round, which they have missed."""
-        self._new: set[NodeId] = set()
-        """Started since, with nothing but the initial state."""
+        """Cancelled in the last committed round, which they have missed, and not given its state since."""
         self._halting: set[NodeId] = set()
         """Cancelled, and not standing still yet."""
-        self._replacements = Replacements()
         self._faults = Faults(self._config.faults)
+        self._number = 0
 
     def run(self) -> None:
         """Do all rounds; one that cannot be finished begins again with whoever is there."""
+        self._members.act()
         for number in range(self._config.rounds):
             tries = 1
             while (attempt := self._attempt(number)).aborted is not None:
@@ -107,28 +113,46 @@ class Synchronous:
         return tuple(node for node in self._progress.members if self._is_sound(node))
 
     def _is_sound(self, node: NodeId) -> bool:
-        """Whether a node holds what was committed last."""
-        return node not in self._progress.down and node not in self._new and node not in self._late
+        """Whether a node holds what was committed last, having been there."""
+        return node not in self._progress.down and node not in self._members.new and node not in self._late
 
     # --- one round ---------------------------------------------------------------------------------------------------
 
     def _attempt(self, number: int) -> Attempt:
         progress = self._progress
         self._epoch += 1
-        self._wait_for_nodes(number)
-        joiners = self._transfer_state(number)
+        self._number = number
+        self._assemble(number)
         view = self._next_view()
+        joiners = tuple(node for node in view.members if node in self._members.loaded)
         need = self._config.need_of(len(view.members))
         now = self._runtime.now
-        rendezvous = Rendezvous(view.members, need, replicated=self._config.algorithm.replicated, began=now)
+        rendezvous = Rendezvous(
+            view.members,
+            need,
+            replicated=self._config.algorithm.replicated,
+            heal=self._config.on_divergence == "heal",
+            began=now,
+        )
         attempt = Attempt(number, rendezvous, now, now + self._config.cluster.round_deadline_s)
         transport, booked = self._runtime.transport_nbytes, progress.ledger.payload
-        progress.record("begin", round=number, epoch=self._epoch, view=view.members, need=need)
+        repair = view.changed and progress.committed >= 0
+        progress.record(
+            "begin",
+            round=number,
+            epoch=self._epoch,
+            view=view.members,
+            need=need,
+            number=view.number,
+            joined=view.joined,
+            left=view.left,
+            joiners=joiners,
+            repair=repair,
+        )
         for node in view.members:
             self._mail.room.begin(node, number)
-        repair = view.changed and progress.committed >= 0
         self._runtime.begin(self._epoch, number, view, progress.committed, view.members, repair=repair, joiners=joiners)
-        self._strike("train", attempt)
+        self._strike("train", number)
         try:
             while not rendezvous.over:
                 event = self._next(attempt)
@@ -139,10 +163,10 @@ class Synchronous:
         if attempt.aborted is not None:
             self._abandon(attempt)
             return attempt
-        self._view, self._late, self._new = view, attempt.late, self._new.difference(progress.members)
-        self._replacements.committed(progress.members)
+        self._view, self._late = view, attempt.late - progress.down
         contributors = attempt.closed[max(attempt.closed)] if attempt.closed else ()
         progress.record("commit", round=number, closed=attempt.closed, committed=progress.members)
+        self._members.committed(number, {node: attempt.reports[node] for node in progress.members})
         progress.seal(number, view, attempt.reports[progress.members[0]].record, self.result)
         moved = self._runtime.transport_nbytes
         progress.round_done(
@@ -150,21 +174,24 @@ class Synchronous:
             dict.fromkeys(self.result, number),
             alike=self._config.algorithm.replicated,
             contributing=len(contributors),
+            in_view=len(view.members),
+            late=len(attempt.late),
             payload_bytes=progress.ledger.payload - booked,
             transport_bytes=None if moved is None else moved - (transport or 0),
             seconds=self._runtime.now - attempt.began,
         )
-        self._strike("commit", attempt)
+        self._strike("commit", number)
         for event in self._faults.missed(number):
             line = f"faults.events: round {number} has no moment {event.phase!r}; nothing happened to this node"
-            progress.observer.on_log(event.node, (line,))
+            progress.observer.on_log(event.who, (line,))
         return attempt
 
     def _next_view(self) -> View:
-        """All nodes that are alive; a change counts against the last committed round."""
-        progress = self._progress
-        members, last = progress.nodes, self._view
-        joined = tuple(sorted(set(members).difference(progress.members) | (self._new & set(members))))
+        """All nodes that have what was committed last; a change counts against the last committed round."""
+        progress, last = self._progress, self._view
+        lacking = self._lacking()
+        members = tuple(node for node in progress.nodes if node not in lacking)
+        joined = tuple(sorted(set(members).difference(progress.members) | (self._members.new & set(members))))
         left = tuple(sorted(set(last.members).difference(members)))
         return View(last.number + bool(last.members and (joined or left)), members, joined, left)
 
@@ -175,12 +202,18 @@ class Synchronous:
         self._halting.update(survivors)
         self._runtime.halt(survivors)
 
-    def _strike(self, phase: FaultPhase, attempt: Attempt, node: NodeId | None = None) -> None:
+    def _strike(self, phase: FaultPhase, number: int, node: NodeId | None = None) -> None:
         """Let the scheduled faults of this moment happen."""
-        for event in self._faults.due(attempt.number, phase, node):
-            self._progress.record("fault", round=attempt.number, kind=event.kind, node=event.node, phase=phase)
-            if event.node not in self._progress.down:
-                (self._runtime.kill if event.kind == "kill" else self._runtime.hang)(event.node)
+        for event in self._faults.due(number, phase, node):
+            self._members.suffer(event, number)
+
+    def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
+        for node in (joiner, donor):
+            self._strike("transfer", self._number, node)
+
+    def _handed_over(self, handover: Handover) -> None:
+        if isinstance(handover.outcome, Delivery):
+            self._strike("receive", self._number, handover.node)
 
     def _next(self, attempt: Attempt) -> Event | None:
         """Wait for what happens next; return what is for the rendezvous."""
@@ -189,28 +222,31 @@ class Synchronous:
             names = ", ".join(map(str, sorted(active)))
             message = f"round {attempt.number}: nodes {names} all wait for messages, and none is on its way"
             raise RunError(message)
-        until = attempt.deadline
-        timeout = self._mail.next_timeout()
-        if timeout is not None:
-            until = min(until, timeout)
-        elapsed = min(attempt.again) if attempt.again else None
-        if elapsed is not None:
-            until = min(until, elapsed[0])
-        due = self._replacements.next_due()
-        if due is not None:
-            until = min(until, due)
+        timeout, elapsed = self._mail.next_timeout(), min(attempt.again, default=None)
+        moments = [
+            timeout,
+            None if elapsed is None else elapsed[0],
+            self._members.next_due(),
+            self._members.next_withdrawal() if self._members.leaving else None,
+        ]
+        until = min(moment for moment in (attempt.deadline, *moments) if moment is not None)
         happening = self._runtime.next(until)
         if happening is not None:
             return self._note(attempt, happening)
-        if self._launch():
+        if self._members.act():
             return None
-        if timeout is not None and timeout <= self._runtime.now:
+        for node in self._members.withdraw():
+            return Withdrawn(node)
+        now = self._runtime.now
+        if timeout is not None and timeout <= now:
             self._mail.expire()
             return None
-        if elapsed is not None and elapsed[0] <= self._runtime.now:
+        if elapsed is not None and elapsed[0] <= now:
             attempt.again.remove(elapsed)
             return Elapsed(elapsed[1])
-        attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
+        if attempt.deadline > now:
+            return None
+        attempt.deadline = now + self._config.cluster.round_deadline_s
         return Deadline()
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
@@ -223,17 +259,17 @@ class Synchronous:
             case Posts():
                 if self._faults.is_pending:
                     for node in happening.wants:
-                        self._strike("post", attempt, node)
+                        self._strike("post", attempt.number, node)
                 return happening
             case Finished(node, report):
                 attempt.reports[node] = report
                 return Return(node, report.num_collectives, report.digest)
-            case Died(node, reason):
-                self._lost(attempt.number, node, reason)
+            case Died(node) | Retired(node):
+                self._between(attempt.number, happening)
                 attempt.disturbed = True
                 return Lost(node)
             case Post(node):
-                self._strike("post", attempt, node)
+                self._strike("post", attempt.number, node)
                 return happening
             case Waits() | Secured() | Delivered():
                 return happening
@@ -243,35 +279,20 @@ class Synchronous:
 
     def _between(self, number: int, happening: Happening) -> None:
         """Take what may happen at any time."""
+        progress, members = self._progress, self._members
+        if isinstance(happening, Died | Retired):
+            self._halting.discard(happening.node)
+            self._mail.left(happening.node)
+        if members.take(number, happening):
+            for node in progress.nodes:
+                self._mail.room.join(node)
+            return
         match happening:
             case Halted(node):
                 self._halting.discard(node)
-            case Up(facts):
-                self._progress.back(facts)
-                self._mail.room.join(facts.node)
-                self._new.add(facts.node)
-            case Died(node, reason):
-                self._lost(number, node, reason)
+                members.stands_still(node)
             case _:
-                _ = self._progress.note(happening) or self._mail.take(happening)
-
-    def _lost(self, number: int, node: NodeId, reason: str) -> None:
-        """A node is gone: it is started again."""
-        message = self._progress.lose(node, reason, number)
-        self._halting.discard(node)
-        self._new.discard(node)
-        self._mail.left(node)
-        again = self._replacements.lost(node, self._runtime.now)
-        advice = "it is started again" if again else "it has died too often to be started again"
-        self._progress.observer.on_log(node, (f"{message}; {advice}",))
-        self._launch()
-
-    def _launch(self) -> bool:
-        """Start the nodes that are to be started again now; say whether there were any."""
-        due = self._replacements.due(self._runtime.now)
-        if due:
-            self._runtime.launch(due)
-        return bool(due)
+                _ = progress.note(happening) or self._mail.take(happening)
 
     def _act(self, attempt: Attempt, decisions: list[Decision]) -> None:
         self._runtime.perform(decisions)
@@ -281,22 +302,23 @@ class Synchronous:
                 case Close(seq, closed, inline):
                     attempt.closed[seq] = closed
                     if inline:  # both of its steps at once
-                        self._strike("secure", attempt)
-                        self._strike("deliver", attempt)
+                        self._strike("secure", number)
+                        self._strike("deliver", number)
                     attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
                 case AskAgain(seq, after_s):
                     attempt.again = [one for one in attempt.again if one[1] != seq]
                     attempt.again.append((self._runtime.now + after_s, seq))
                 case Commit(members):
+                    self._progress.may_commit()
                     self._progress.committed, self._progress.members = number, members
                 case Secure():
-                    self._strike("secure", attempt)
+                    self._strike("secure", number)
                 case Deliver():
-                    self._strike("deliver", attempt)
+                    self._strike("deliver", number)
                 case Cancel(node, reason):
                     record("late", round=number, node=node, reason=reason)
-                    advice = "raise cluster.round_deadline_s if it is only slow"
-                    self._progress.observer.on_log(node, (f"round {number} was cancelled: {reason}; {advice}",))
+                    advice = "; raise cluster.round_deadline_s if it is only slow" if "it had not" in reason else ""
+                    self._progress.observer.on_log(node, (f"round {number} was cancelled: {reason}{advice}",))
                     self._mail.room.stop(node)
                     attempt.late.add(node)
                     attempt.disturbed = True
@@ -304,11 +326,11 @@ class Synchronous:
                 case Abort(reason):
                     record("abort", round=number, epoch=self._epoch, reason=reason)
                     attempt.aborted = reason
-                case Diverged(groups):
-                    record("diverged", round=number, groups=groups)
-                    shown = " against ".join(f"nodes {', '.join(map(str, group))}" for group in groups)
-                    message = f"round {number}: the shared state of replicas differs: {shown}"
-                    raise DivergedError(message)
+                case Diverged(groups, healed):
+                    record("diverged", round=number, groups=groups, healed=healed)
+                    self._progress.num_healed += healed
+                    if not healed:
+                        raise DivergedError(_divergence(number, groups, self._config.on_divergence))
                 case ProgramsDiverge(seq, first, second, message):
                     text = (
                         f"round {number}, exchange {seq}: nodes {first} and {second} await different things: {message}"
@@ -319,11 +341,22 @@ class Synchronous:
 
     # --- between rounds ----------------------------------------------------------------------------------------------
 
-    def _wait_for_nodes(self, number: int) -> None:
-        """Wait until those that were cancelled stand still, and until there are enough.
+    def _lacking(self) -> set[NodeId]:
+        """Nodes that have not got what was committed last."""
+        progress, members = self._progress, self._members
+        if progress.committed < 0:
+            return set()  # all are in the initial state, which is the same everywhere
+        lacking = members.new | (self._late if self._config.algorithm.replicated else set())
+        return lacking.difference(members.loaded).intersection(progress.nodes)
+
+    def _assemble(self, number: int) -> None:
+        """Wait until there are enough nodes, and nobody moves any more.
+
+        Those that were cancelled stand still, those that were told to leave have handed over what they hold, and those
+        that lack the committed state have got it.
 
         Raises:
-            RunError: there are too few for too long.
+            RunError: there are too few for too long, or nobody has the committed state.
         """
         cluster = self._config.cluster
         deadline = self._runtime.now + cluster.min_nodes_timeout_s
@@ -334,51 +367,51 @@ class Synchronous:
                 self._between(number, happening)
                 until = self._runtime.now
                 continue
-            self._launch()
-            there = len(self._progress.nodes)
-            if not self._halting and there >= cluster.nodes.min:
+            self._members.act()
+            if not self._halting and self._is_assembled(number):
                 return
             if self._runtime.now >= deadline:
-                message = (
-                    f"round {number}: {there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}; "
-                    f"waited for {cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
-                )
-                raise RunError(message)
-            # Bounded also for those that are halting: a runtime ends who does not stand still within its grace period.
-            until = min(deadline, self._replacements.next_due() or deadline)
+                raise RunError(self._still_waiting(number))
+            # Bounded also for those that halt, retire or load: a runtime ends who takes too long.
+            until = min(deadline, self._members.next_due() or deadline)
 
-    def _transfer_state(self, number: int) -> tuple[NodeId, ...]:
-        """Give what was committed last to those that have not got it; return who was given it.
+    def _is_assembled(self, number: int) -> bool:
+        """Have done what is still to be done before a round; say whether that is nothing."""
+        progress, members = self._progress, self._members
+        leaving = [node for node in members.leaving if node not in progress.down]
+        if leaving:
+            self._settle()
+            members.retire(leaving)
+        if members.is_retiring or len(progress.nodes) < self._config.cluster.nodes.min:
+            return False
+        members.transfers.donors = self.result
+        lacking = sorted(self._lacking().difference(members.transfers.pending))
+        if lacking:
+            self._settle()
+            for node in lacking:
+                members.give_state(number, node)
+        return not members.transfers.pending
 
-        Only a node of the last committed round can be a donor: one that is new can never overwrite the model.
-        """
-        progress = self._progress
-        if progress.committed < 0:
-            return ()  # all are in the initial state, which is the same everywhere
-        needy = self._new | (self._late if self._config.algorithm.replicated else set())
-        needy &= set(progress.nodes)
-        if needy:
-            self._runtime.settle(dict.fromkeys(self.result, progress.committed))
-        for place, node in enumerate(sorted(needy)):
-            self._receive_state(number, node, place)
-        return tuple(sorted(needy & set(progress.nodes)))
+    def _settle(self) -> None:
+        """Let the last commit be applied by all that have it."""
+        sound = [node for node in self._progress.members if self._is_sound(node)]
+        self._runtime.settle(dict.fromkeys(sound, self._progress.committed))
 
-    def _receive_state(self, number: int, node: NodeId, place: int) -> None:
-        progress = self._progress
-        while node not in progress.down:
-            donors = self.result
-            if not donors:
-                message = f"round {number}: no node is left that has the model of round {progress.committed}"
-                raise RunError(message)
-            donor = donors[place % len(donors)]
-            began = self._runtime.now
-            try:
-                nbytes = self._runtime.transfer(node, donor)
-            except NodeGoneError:
-                while (happening := self._runtime.next(self._runtime.now)) is not None:
-                    self._between(number, happening)
-                continue
-            progress.ledger.book("recovery", nbytes)
-            seconds = round(self._runtime.now - began, 6)
-            progress.record("transfer", round=number, node=node, donor=donor, nbytes=nbytes, seconds=seconds)
-            return
+    def _still_waiting(self, number: int) -> str:
+        cluster, there = self._config.cluster, len(self._progress.nodes)
+        if there < cluster.nodes.min:
+            what = f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}"
+        else:
+            slow = self._halting | set(self._members.transfers.pending) | self._members.leaving.keys()
+            what = f"nodes {', '.join(map(str, sorted(slow)))} do not become ready"
+        return f"round {number}: {what}; waited for {cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
+
+
+def _divergence(number: int, groups: Sequence[Sequence[NodeId]], mode: str) -> str:
+    shown = " against ".join(f"nodes {', '.join(map(str, group))}" for group in groups)
+    advice = (
+        "on_divergence: heal would go on with what most have"
+        if mode == "stop"
+        else "no majority of them agrees, so none can be healed"
+    )
+    return f"round {number}: the shared state of replicas differs: {shown}; {advice}"

@@ -29,8 +29,8 @@ tracking: none
 """
 
 KEYS = [
-    *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes", "digest", "seconds"),
-    *("virtual_seconds", "baselines", "error"),
+    *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
+    *("replicas", "digest", "seconds", "virtual_seconds", "baselines", "error"),
 ]
 
 
@@ -109,7 +109,7 @@ def test_a_run_for_scripts(folder: Path):
     assert answer["rounds"] == 2
     assert answer["algorithm"] == "fedavg"
     assert answer["error"] is None
-    assert answer["nodes"] == {"started": 2, "joined": 0, "lost": 0}
+    assert answer["nodes"] == {"started": 2, "joined": 0, "lost": 0, "drained": 0}
     assert answer["bytes"]["payload"] == 2 * answer["bytes"]["per_round"] > 0
     assert answer["virtual_seconds"] > 0
     assert Path(answer["run_dir"]).parent == folder / "runs"
@@ -158,7 +158,10 @@ def test_a_task_beside_the_configuration(folder: Path):
             ["task={name: text_lm, corpus: /no/such}"],
             "task.corpus: /no/such does not exist here; name a file or a folder",
         ),
-        (["cluster.warm_spares=1"], "--set cluster.warm_spares=1: cluster.warm_spares is not built yet; leave it at 0"),
+        (
+            ["faults.rate_per_hour=1"],
+            "--set faults.rate_per_hour=1: faults.rate_per_hour is not built yet; leave it at 0",
+        ),
         (
             ["tracking={name: mlflow, uri: nowhere}"],
             "--set tracking={name: mlflow, uri: nowhere}: tracking.uri must be",

@@ -119,11 +119,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "tracking.uri must have a host, as in http://localhost:5000",
     ),
     # features that are not built yet
-    ({"cluster": {"warm_spares": 1}}, "cluster.warm_spares is not built yet; leave it at 0, got 1"),
     ({"faults": {"rate_per_hour": 0.1}}, "faults.rate_per_hour is not built yet; leave it at 0, got 0.1"),
     (
         {"faults": {"events": [{"kind": "explode", "node": 1, "round": 2}]}},
-        "faults.events.0.kind should be 'kill' or 'hang', got 'explode'",
+        "faults.events.0.kind should be 'kill', 'hang', 'preempt' or 'late_join', got 'explode'",
     ),
     (
         {"faults": {"events": [{"kind": "kill", "node": 40, "round": 2}]}},
@@ -131,7 +130,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"checkpoint": {"every_rounds": 1}}, "checkpoint.every_rounds is not built yet; leave it at 0, got 1"),
     ({"checkpoint": {"uri": "s3://x"}}, "checkpoint.uri is not built yet; leave it at null, got 's3://x'"),
-    ({"optimizer": {"rollback": True}}, "optimizer.rollback: true is not built yet; set it to false"),
 ]
 
 
@@ -157,10 +155,8 @@ def test_required_keys_name_what_there_is(key):
 @pytest.mark.parametrize(
     "section",
     [
-        {"cluster": {"warm_spares": 0}},
         {"faults": {"rate_per_hour": 0, "events": [], "seed": 3}},
         {"checkpoint": {"uri": None, "every_rounds": 0, "keep": 3}},
-        {"optimizer": {"rollback": False}},
     ],
 )
 def test_off_values_are_accepted(section):

@@ -87,7 +87,6 @@ def test_a_bare_name_is_enough():
         ({"momentum": math.nan}, "momentum must be a finite number, a text, or a list of them, not nan"),
         ({"nesterov": True}, "sgd: Nesterov momentum requires a momentum and zero dampening"),
         ({"name": "adam", "betas": [0.9]}, "adam: "),
-        ({"rollback": True}, "rollback: true is not built yet; set it to false"),
         ({"lr": 0}, "Input should be greater than 0"),
         ({"schedule": {"name": "cosine", "warmup_steps": 9, "total_steps": 9}}, "cosine needs more steps in total (9)"),
         ({"schedule": {"name": "linear", "warm_up": 9}}, "Extra inputs are not permitted"),

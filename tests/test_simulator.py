@@ -419,8 +419,8 @@ def test_state_that_differs_is_never_a_silent_drift(early: bool):
     ran = attempt(algorithm={"name": "test_unequal", "early": early}, nodes=4, rounds=3)
     assert isinstance(ran.error, DivergedError)
     number = 0 if early else 1
-    expected = f"round {number}: the shared state of replicas differs: nodes 0, 1, 3 against nodes 2"
-    assert str(ran.error) == expected
+    expected = f"round {number}: the shared state of replicas differs: nodes 0, 1, 3 against nodes 2; "
+    assert str(ran.error) == f"{expected}on_divergence: heal would go on with what most have"
     assert ran.sought("diverged")[0]["groups"] == ((0, 1, 3), (2,))
 
 

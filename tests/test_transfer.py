@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.data import Position
 from actors.replica import Replica
 from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import Train
@@ -43,8 +44,13 @@ def donor(**keys: Any) -> Replica:
     return one
 
 
-def joiner(**keys: Any) -> Replica:
+def joiner(*, fresh: bool = False, **keys: Any) -> Replica:
+    """A node that has been away, or one that is new."""
     one = replica(1, num_nodes=2, **keys)
+    if fresh:
+        one.local["own"] = torch.ones(2)
+        one.commit()
+        return one
     one.shared["old"] = 1
     one.local["own"] = torch.ones(2)
     begin(one, 1, MEMBERS)
@@ -56,6 +62,16 @@ def joiner(**keys: Any) -> Replica:
     return one
 
 
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 def sent(export: StateExport) -> StateExport:
     """As it comes out of an object store: other memory, which is read-only."""
     arrays = [array.copy() for array in export.arrays]
@@ -64,36 +80,69 @@ def sent(export: StateExport) -> StateExport:
     return StateExport(json.loads(json.dumps(export.meta)), arrays)
 
 
-@pytest.mark.parametrize("keep_local", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("model", ["mlp", "batch_norm"])
-def test_a_joiner_has_the_donors_bits(model: Any, keep_local: bool):
-    one, other = donor(task=Toy(model=model), name="adam"), joiner(task=Toy(model=model), name="adam")
+def test_a_joiner_has_the_donors_bits(model: Any, fresh: bool):
+    one, other = donor(task=Toy(model=model), name="adam"), joiner(fresh=fresh, task=Toy(model=model), name="adam")
     export = export_state(one)
-    load_state(other, sent(export), keep_local=keep_local)
+    load_state(other, sent(export))
     for _ in range(2):
         assert torch.equal(other.parameters, one.parameters)
         assert torch.equal(other.buffers, one.buffers)
         assert other.shared.digest() == one.shared.digest()
         assert other.model_digest() == one.model_digest()
-        assert dict(other.local).keys() == ({"own"} if keep_local else set())
+        assert dict(other.local).keys() == {"own"}
         assert other.committed_round == 6
         other.rollback()  # changes nothing: it is committed
     assert other.staged_round is None
 
 
-@pytest.mark.parametrize("keep_local", [False, True])
-def test_the_optimizer(keep_local: bool):
-    one, other = donor(name="adam"), joiner(name="adam")
-    moments = {name: moment.clone() for name, moment in other.optimizer.moments.items()}
-    load_state(other, export_state(one), keep_local=keep_local)
-    assert other.optimizer.age == (2 if keep_local else 0)
-    assert other.optimizer.moments.keys() == (moments.keys() if keep_local else set())
-    assert all(torch.equal(moment, moments[name]) for name, moment in other.optimizer.moments.items())
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("on_join", ["fresh", "donor"])
+@pytest.mark.parametrize("name", ["adam", "adafactor", "adopt"])
+def test_the_optimizer(fresh: bool, on_join: Any, name: str):
+    one, other = donor(name=name, on_join=on_join), joiner(fresh=fresh, name=name, on_join=on_join)
+    expected = (one if fresh and on_join == "donor" else other).optimizer.state()
+    load_state(other, sent(export_state(one)))
+    assert same(other.optimizer.state(), expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adafactor", "adopt", "prodigy"])
+def test_a_successor_goes_on_as_the_node_would_have(name: str):
+    options = {"momentum": 0.9} if name == "sgd" else {}
+    one, other = donor(name=name, **options), replica(0, num_nodes=2, name=name, **options)
+    load_state(other, sent(export_state(one, everything=True)))
+    assert dict(other.local) == {"mine": 1}
+    assert other.position == one.position
+    for node in (one, other):
+        begin(node, 7, MEMBERS)
+        node.train(Train(steps=3), NO_FENCE)
+        node.commit()
+    assert torch.equal(other.parameters, one.parameters)
+    assert same(other.optimizer.state(), one.optimizer.state())
+
+
+@pytest.mark.parametrize("name", ["adam", "adopt"])
+def test_a_rolled_back_optimizer_repeats_its_steps(name: str):
+    one = donor(name=name, rollback=True)
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=2), NO_FENCE)
+    expected = one.parameters.clone()
+    one.rollback()
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=2), NO_FENCE)
+    assert torch.equal(one.parameters, expected)
+
+
+def test_where_a_lost_node_was_in_its_data_its_replacement_goes_on():
+    other = joiner()
+    load_state(other, export_state(donor()), position=Position(2, 4))
+    assert other.position == (2, 4)
 
 
 def test_nothing_is_shared_with_the_donor():
     one, other = donor(), joiner()
-    load_state(other, export_state(one), keep_local=False)
+    load_state(other, export_state(one))
     before, shared = other.parameters.clone(), other.shared.digest()
     begin(one, 7, MEMBERS)
     one.train(Train(steps=1), NO_FENCE)
@@ -115,7 +164,7 @@ def test_an_open_round_stays_at_home():
     one.shared["model"] = torch.zeros(1)
     one.stage()
     other = joiner(task=Toy(model="batch_norm"))
-    load_state(other, export_state(one), keep_local=False)
+    load_state(other, export_state(one))
     assert other.model_digest() == digest
     assert other.shared.digest() == shared
 
@@ -125,19 +174,19 @@ def test_the_schedule_goes_on_where_the_run_is():
     one, other = donor(schedule=schedule), joiner(schedule=schedule)
     other.rollback()
     assert other.rate() != one.rate()
-    load_state(other, export_state(one), keep_local=False)
+    load_state(other, export_state(one))
     assert other.rate() == one.rate()
     ahead = joiner(schedule=schedule)
     ahead.train(Train(steps=5), NO_FENCE)
     ahead.commit()
     rate = ahead.rate()
-    load_state(ahead, export_state(one), keep_local=True)
+    load_state(ahead, export_state(one))
     assert ahead.rate() == rate
 
 
 def test_its_place_in_its_own_data_stays():
     one, other = donor(), joiner()
-    load_state(other, export_state(one), keep_local=True)
+    load_state(other, export_state(one))
     assert other.position == (0, 8)  # the one committed step's
 
 
@@ -151,9 +200,17 @@ def test_size():
     assert export.arrays[0].ctypes.data == one.committed_tensors().parameters.data_ptr()
 
 
+def test_a_state_of_another_run():
+    with pytest.raises(ProgramError, match=r"the donor's state is of a run with another configuration"):
+        load_state(joiner(task=Toy(model="linear")), export_state(donor()))
+
+
 def test_a_state_of_another_model():
+    export = export_state(donor())
+    other = joiner(task=Toy(model="linear"))
+    export.meta["run"] = other.spec.fingerprint
     with pytest.raises(ProgramError, match=r"the donor's state is of a model with other tensors"):
-        load_state(joiner(task=Toy(model="linear")), export_state(donor()), keep_local=False)
+        load_state(other, export)
 
 
 # --- the committed model --------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_a_killed_node_is_replaced_and_all_end_alike(phase: str, config: Make, t
     settings = config(FEDAVG, "rounds=5", "cluster.nodes.min=4", *LARGE, faults(kill))
     summary = run(settings, run_dir=tmp_path / "run")
     assert summary.rounds == 5
-    assert summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+    assert summary.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
     # Digests are compared at every commit: had the newcomer other bits, the run would have ended there.
     assert events(tmp_path / "run", "commit")[-1]["committed"] == [0, 1, 2, 3]
     assert [one["node"] for one in events(tmp_path / "run", "transfer")] == [2]

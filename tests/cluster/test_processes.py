@@ -51,7 +51,7 @@ def test_a_finished_run_leaves_nothing(tmp_path, processes: Processes):
     assert program.returncode == 0, err
     summary = json.loads(out.splitlines()[-1])
     assert summary["status"] == "finished"
-    assert summary["nodes"] == {"started": 2, "joined": 0, "lost": 0}
+    assert summary["nodes"] == {"started": 2, "joined": 0, "lost": 0, "drained": 0}
     assert processes.wait_until_gone() == []
     assert processes.temporary_files() == []
 

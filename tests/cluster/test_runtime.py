@@ -98,7 +98,7 @@ def test_a_node_that_kills_itself_is_named_and_nothing_is_left(config: Make, tmp
         {"name": f"{HERE}:Dying", "victim": 2}, "rounds=3", "cluster.nodes.min=4", "cluster.nodes_per_actor=1"
     )
     summary = run(settings, run_dir=tmp_path / "run", observers=[watcher])
-    assert summary.nodes == {"started": 4, "joined": 1, "lost": 1}
+    assert summary.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
     message = r"node 2 \(pid \d+ on .*\) was lost in round 1: its process died .*; it is started again"
     assert any(re.match(message, line) for line in watcher.lines[2])
     assert actors_alive() == 0

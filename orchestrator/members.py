@@ -1,0 +1,255 @@
+"""The nodes of a run as they come and go: what happens to them is taken here, and what the pool decides is done.
+
+Both loops over rounds use it. They say when a node may leave and when another may be given state, as they know when
+programs stand still.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from algorithms.api import SERVER
+from orchestrator.membership import Launch, Pool, StandBy
+from orchestrator.recoveries import Recoveries
+from orchestrator.runtime import Died, Kept, Loaded, Notice, NotLoaded, NotUp, Retired, Room, SpareLost, Up
+from orchestrator.transfers import Transfers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from actors.data import Position
+    from actors.tickets import Returned
+    from algorithms.api import NodeId
+    from orchestrator.config import FaultEvent
+    from orchestrator.progress import Progress
+    from orchestrator.runtime import Happening
+
+_WITHDRAW_FRACTION = 0.2
+"""Of the time that a node is given to leave: kept for handing over what it holds."""
+
+
+class Members:
+    """Who is there."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._runtime = progress.runtime
+        config = progress.config
+        nodes = config.cluster.nodes
+        auto = nodes.target == "auto"
+        # Those for which there was no room come when there is.
+        begun = set(progress.facts) if auto else set(progress.facts) | set(config.initial_nodes)
+        self._pool = Pool(
+            begun,
+            most=config.num_nodes,
+            auto=auto,
+            per_process=config.cluster.nodes_per_actor,
+            warm_spares=config.cluster.warm_spares,
+        )
+        self._pool.starting(begun - set(progress.facts))
+        self.recoveries = Recoveries(progress)
+        self.transfers = Transfers(progress, self.recoveries)
+        self.new: set[NodeId] = set()
+        """Have not committed a round yet: they began with nothing but the initial state."""
+        self.loaded: set[NodeId] = set()
+        """Were given the committed state, and have not committed a round since."""
+        self.leaving: dict[NodeId, float] = {}
+        """Told to leave, and by when it has to be handing over what it holds."""
+        self._withdrawn: set[NodeId] = set()
+        self._retiring: set[NodeId] = set()
+        self._successors: dict[NodeId, Up] = {}
+        """There already, for nodes that are leaving."""
+        self._kept: dict[NodeId, int] = {}
+        """The round of what was kept of nodes that have left."""
+        self._positions: dict[NodeId, Position] = {}
+        """Where in its data each node was when it last committed a round."""
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+
+    def take(self, number: int, happening: Happening) -> bool:
+        """Take what concerns members, in round ``number``; say whether it was that.
+
+        Raises:
+            RunError: a node is to be given state, and nobody has it any more.
+        """
+        match happening:
+            case Up(facts):
+                if facts.node in self._progress.facts and facts.node not in self._progress.down:
+                    self._successors[facts.node] = happening
+                else:
+                    self._come(happening)
+            case NotUp(node, reason):
+                self._not_up(number, node, reason)
+            case Died(node, reason):
+                self._lost(number, node, reason)
+            case Notice(node, deadline, reason):
+                self._noticed(number, node, deadline, reason)
+            case Retired(node, nbytes):
+                self._left(number, node, nbytes)
+            case Loaded() | NotLoaded():
+                done = self.transfers.take(happening)
+                match done:
+                    case (node, True):
+                        # For its program, and everybody else's, nothing has happened.
+                        self.new.discard(node)
+                    case (node, False):
+                        self.loaded.add(node)
+                    case None:
+                        pass
+            case Kept(node, kept_number, nbytes):
+                self._kept[node] = kept_number
+                self._progress.ledger.book("recovery", nbytes)
+            case Room(places):
+                self._pool.room(places)
+            case SpareLost(reason):
+                again = self._pool.spare_lost(self._runtime.now)
+                advice = "another is started" if again else "too many have died, and no other is started"
+                self._progress.record("spare_lost", round=number, reason=reason, advice=advice)
+            case _:
+                return False
+        self.act()
+        return True
+
+    def _come(self, up: Up) -> None:
+        node = up.facts.node
+        self._pool.up(node)
+        self._progress.back(up.facts)
+        self.recoveries.up(node, up.import_s)
+        self.new.add(node)
+
+    def _not_up(self, number: int, node: NodeId, reason: str) -> None:
+        again = self._pool.failed(node, self._runtime.now)
+        advice = "it is started again" if again else "it has failed too often to be started again"
+        self._progress.record("not_up", round=number, node=node, reason=reason)
+        self._say(node, f"{'the server' if node == SERVER else f'node {node}'} did not come up: {reason}; {advice}")
+
+    def _lost(self, number: int, node: NodeId, reason: str) -> None:
+        message = self._progress.lose(node, reason, number)
+        again = self._pool.lost(node, self._runtime.now)
+        advice = "it is started again" if again else "it has died too often to be started again"
+        self._gone(node)
+        self.recoveries.lost(node)
+        self._say(node, f"{message}; {advice}")
+        self._succeed(node)
+
+    def _noticed(self, number: int, node: NodeId, deadline: float, reason: str) -> None:
+        if node in self.leaving or node in self._progress.down:
+            return
+        now = self._runtime.now
+        self.leaving[node] = deadline - _WITHDRAW_FRACTION * max(0.0, deadline - now)
+        self._progress.record("notice", round=number, node=node, reason=reason, left_s=round(deadline - now, 3))
+        self._say(node, f"{self._progress.name(node)} is to leave within {deadline - now:.3g} s: {reason}")
+        self._pool.leaves(node, now)
+
+    def _left(self, number: int, node: NodeId, nbytes: int) -> None:
+        self._progress.leave(node, number, nbytes)
+        self._gone(node)
+        self._kept[node] = self._progress.committed
+        self._say(node, f"{self._progress.name(node)} has left in round {number}, as it was told to")
+        self._succeed(node)
+
+    def _gone(self, node: NodeId) -> None:
+        self.leaving.pop(node, None)
+        self._retiring.discard(node)
+        self._withdrawn.discard(node)
+        self.new.discard(node)
+        self.loaded.discard(node)
+        self.transfers.gone(node)
+
+    def _succeed(self, node: NodeId) -> None:
+        """Let who was started for a leaving node take its place."""
+        up = self._successors.pop(node, None)
+        if up is not None:
+            self._come(up)
+
+    def _say(self, node: NodeId, text: str) -> None:
+        self._progress.observer.on_log(node, (text,))
+
+    # --- what is done ------------------------------------------------------------------------------------------------
+
+    def act(self) -> bool:
+        """Do what the pool decides; say whether there was anything."""
+        decisions = self._pool.decide(self._runtime.now, self._runtime.num_spares)
+        for decision in decisions:
+            match decision:
+                case Launch(nodes):
+                    self.recoveries.launched(nodes)
+                    self._progress.record("launch", nodes=nodes)
+                    self._runtime.launch(nodes)
+                case StandBy(count):
+                    self._runtime.stand_by(count)
+        return bool(decisions)
+
+    def next_due(self) -> float | None:
+        """When ``act`` is to be called again, if nothing happens before."""
+        return self._pool.next_due()
+
+    def suffer(self, event: FaultEvent, number: int) -> None:
+        """Let a scheduled fault happen, in round ``number``."""
+        node = event.who
+        self._progress.record("fault", round=number, kind=event.kind, node=node, phase=event.phase)
+        if event.kind == "late_join":
+            self._pool.want(node, self._runtime.now)
+            self.act()
+        elif node in self._progress.facts and node not in self._progress.down:
+            self.recoveries.struck(node)
+            match event.kind:
+                case "kill":
+                    self._runtime.kill(node)
+                case "hang":
+                    self._runtime.hang(node)
+                case "preempt":
+                    self._runtime.preempt(node)
+
+    def committed(self, number: int, reports: Mapping[NodeId, Returned]) -> None:
+        """The nodes of ``reports`` have committed round ``number``."""
+        self._pool.committed(reports)
+        self.recoveries.committed(number, reports)
+        self._positions |= {node: report.position for node, report in reports.items() if report.position is not None}
+        self.new.difference_update(reports)
+        self.loaded.clear()  # who has got state and has not committed since lacks a round
+        for node in [node for node in reports if node in self._kept and node != SERVER]:
+            del self._kept[node]
+            self._runtime.release(node)
+
+    def withdraw(self) -> list[NodeId]:
+        """Nodes that have to leave now, in mid-round; the first one, and each is named once."""
+        now = self._runtime.now
+        due = [node for node, until in self.leaving.items() if until <= now and node not in self._withdrawn][:1]
+        self._withdrawn.update(due)
+        return due
+
+    def next_withdrawal(self) -> float | None:
+        """When ``withdraw`` has one to name."""
+        return min((until for node, until in self.leaving.items() if node not in self._withdrawn), default=None)
+
+    def stands_still(self, node: NodeId) -> None:
+        """A node that was cancelled stands still; if it had to leave, it does so now."""
+        if node in self._withdrawn:
+            self.retire([node])
+
+    def retire(self, nodes: Iterable[NodeId]) -> None:
+        """Let nodes leave that stand still, and are committed as far as they will be."""
+        due = [node for node in nodes if node not in self._retiring]
+        if due:
+            self._retiring.update(due)
+            self._runtime.retire(due)
+
+    def kept_round(self, node: NodeId) -> int:
+        """The round of what is kept of ``node``; -1: nothing is."""
+        return self._kept.get(node, -1)
+
+    @property
+    def is_retiring(self) -> bool:
+        """Whether somebody is handing over what it holds."""
+        return bool(self._retiring)
+
+    def give_state(self, number: int, node: NodeId) -> None:
+        """Begin to give ``node`` what was committed last.
+
+        Raises:
+            RunError: nobody has it.
+        """
+        is_new = node in self.new
+        position = self._positions.get(node) if is_new else None
+        self.transfers.begin(number, node, position, self._kept.get(node) if is_new else None)

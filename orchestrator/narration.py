@@ -1,0 +1,51 @@
+"""What is said of nodes that come and go: a line for each event of the controller's record that people care about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from algorithms.api import SERVER
+from orchestrator.units import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PHASES = ("detect", "replace", "import", "transfer", "first_commit")
+
+
+def told(event: Mapping[str, Any]) -> str | None:
+    """An event in words; ``None`` for those that happen in every round.
+
+    >>> told({"event": "lost", "round": 4, "node": 2, "reason": "its process died"})
+    'round 5: node 2 lost: its process died'
+    >>> told({"event": "commit", "round": 4})
+    """
+    who = "the server" if event.get("node") == SERVER else f"node {event.get('node')}"
+    when = f"round {event['round'] + 1}: " if "round" in event else ""
+    match event["event"]:
+        case "lost":
+            return f"{when}{who} lost: {event['reason']}"
+        case "notice":
+            return f"{when}{who} is to leave within {seconds_text(event['left_s'])}: {event['reason']}"
+        case "left":
+            return f"{when}{who} left as it was told to, {bytes_text(event['kept_nbytes'])} of its state are kept"
+        case "late":
+            return f"{when}{who} left behind: {event['reason']}"
+        case "up":
+            return f"{who} up: {event['place']}"
+        case "not_up":
+            return f"{who} did not come up: {event['reason']}"
+        case "spare_lost":
+            return f"a warm spare was lost: {event['reason']}; {event['advice']}"
+        case "abort":
+            return f"{when}begins again: {event['reason']}"
+        case "diverged" if event["healed"]:
+            others = ", ".join(str(node) for group in event["groups"][1:] for node in group)
+            return f"{when}the shared state of nodes {others} differs from that of most, which they will be given"
+        case "recovered":
+            phases = ((phase, event["seconds"][phase]) for phase in _PHASES)
+            parts = (f"{phase.replace('_', ' ')} {value:.2f} s" for phase, value in phases if value is not None)
+            total = seconds_text(event["total_s"])
+            return f"{when}{who} has committed, {total} after its loss or start ({', '.join(parts)})"
+        case _:
+            return None

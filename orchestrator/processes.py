@@ -1,0 +1,471 @@
+"""The processes of a run on Ray: started, watched, replaced, and ended. Base of ``cluster.Cluster``.
+
+Every call's completion arrives in one queue and is handled in the controller's thread, so nothing here needs a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import queue
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import ray
+import ray.exceptions
+
+from actors.messages import Ready, Setup
+from actors.node_actor import remote_class
+from actors.tickets import Failed
+from actors.versions import versions
+from algorithms.api import SERVER
+from orchestrator import ray_session
+from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
+from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from ray import ObjectRef
+
+    from algorithms.api import NodeId
+    from orchestrator.config import Config
+    from orchestrator.ray_session import Machines
+
+_POLL_S = 1.0
+"""Longest wait for a single happening: keeps Ctrl-C and progress lively."""
+
+_FETCH_TIMEOUT_S = 60.0
+"""A contribution that cannot be fetched in this time is missing."""
+
+_STOP_TIMEOUT_S = 10.0
+
+_FIRST_WAVE = 8
+"""Processes that are started before any others."""
+
+
+@dataclass
+class Actor:
+    """One process and the nodes in it."""
+
+    index: int
+    nodes: tuple[NodeId, ...]
+    """None while it stands by."""
+    handle: Any
+    launched: float
+    incarnation: int = 0
+    """Of its nodes: how often they had been embodied before."""
+    ready: Ready | None = None
+    alive: bool = True
+    leaving: bool = False
+    """It has had notice of its end."""
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it stands by, or is being started for that."""
+        return self.alive and not self.nodes
+
+
+Handler: TypeAlias = "Callable[[Actor, Any], None]"
+
+
+class Processes:
+    """The actors of a run; see ``runtime.Runtime`` for what their nodes are asked."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._session: ray_session.Session | None = None
+        self._machines: ray_session.MachineWatch | None = None
+        self._actors: list[Actor] = []
+        self._home: dict[NodeId, Actor] = {}
+        """The process in which each node is, or was last."""
+        self._successors: dict[NodeId, Actor] = {}
+        """Ready, for nodes that are there still."""
+        self._embodied: Counter[NodeId] = Counter()
+        self._begun = False
+        """``start`` has returned."""
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._ready: deque[Happening] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer = itertools.count()
+        self._halting: set[NodeId] = set()
+        self._retiring: set[NodeId] = set()
+
+    @property
+    def now(self) -> float:
+        return time.monotonic()
+
+    # --- start and end -----------------------------------------------------------------------------------------------
+
+    def start(self) -> list[NodeFacts]:
+        config, cluster = self._config, self._config.cluster
+        per_process = cluster.nodes_per_actor
+        # Our own Ray has room for spares, and for one more process, in which a node goes on whose own is to end.
+        extra = (cluster.warm_spares + 1) * per_process + config.algorithm.has_server
+        self._session = ray_session.connect(
+            cluster.address,
+            num_cpus=cluster.num_cpus * (config.num_nodes + extra),
+            runtime_env=cluster.runtime_env or None,
+        )
+        nodes = self._nodes_with_room()
+        places = self._places(nodes)
+        self._data_parts = config.num_nodes if cluster.nodes.target != "auto" else len(nodes)
+        room = self._room_for(places)
+        # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
+        for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
+            for members in wave:
+                self._launch(members)
+            self._wait_until_ready(room)
+        if config.algorithm.has_server:
+            self._launch((SERVER,))
+            self._wait_until_ready(room + 1)
+        self._begun = True
+        up = [actor for actor in self._actors if actor.alive and actor.ready is not None]
+        first = self._facts_of(up[0])
+        self.layout, self.baselines = first.layout, first.baselines
+        self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
+        return [self._node_facts(node) for actor in up for node in actor.nodes]
+
+    def _nodes_with_room(self) -> list[NodeId]:
+        """The nodes that the run begins with."""
+        nodes, config = [*self._config.initial_nodes], self._config
+        if config.cluster.nodes.target != "auto":
+            return nodes
+        per_process = config.cluster.nodes_per_actor
+        free = ray_session.places(*self._each(per_process), free=True) * per_process
+        return nodes[: max(free, config.cluster.nodes.min)]
+
+    def _places(self, nodes: Iterable[NodeId]) -> list[tuple[NodeId, ...]]:
+        """Nodes by process: the same ones are together, whenever they are started."""
+        together: defaultdict[int, list[NodeId]] = defaultdict(list)
+        for node in nodes:
+            together[node // self._config.cluster.nodes_per_actor if node != SERVER else SERVER].append(node)
+        return [tuple(members) for members in together.values()]
+
+    def _each(self, num_nodes: int) -> tuple[float, float]:
+        """CPUs and GPUs of a process."""
+        return self._config.cluster.num_cpus * num_nodes, self._config.cluster.num_gpus * num_nodes
+
+    def _room_for(self, places: Sequence[tuple[NodeId, ...]]) -> int:
+        """How many of the processes find a place; the others begin when there is one.
+
+        Raises:
+            ClusterError: those that do are fewer than ``nodes.min``. An endless wait for a place would say less.
+        """
+        cluster = self._config.cluster
+        there = min(ray_session.places(*self._each(len(places[0]))), len(places))
+        if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
+            return there
+        available = ray.cluster_resources()
+        for resource, each in (("GPU", cluster.num_gpus), ("CPU", cluster.num_cpus)):
+            if each * max(cluster.nodes.min, 1) > available.get(resource, 0.0) + 1e-6:
+                break
+        message = (
+            f"cluster: {max(cluster.nodes.min, 1)} nodes ask for {each:g} {resource} each, "
+            f"the cluster has {available.get(resource, 0.0):g} (ray status); "
+            f"lower cluster.nodes.min or cluster.num_{resource.lower()}s, or add machines"
+        )
+        raise ClusterError(message)
+
+    def _wait_until_ready(self, room: int) -> None:
+        """Wait for all processes that were started, or for ``room`` of them if there is no room for more.
+
+        Raises:
+            StarlingError: they do not come up.
+        """
+        deadline = self.now + self._config.cluster.start_timeout_s
+        logs: list[Log] = []
+        wanted = min(room, len(self._actors))
+        while sum(actor.ready is not None for actor in self._actors) < wanted:
+            happening = self.next(deadline)
+            match happening:
+                case Log():
+                    logs.append(happening)
+                case Raised(_, message, traceback):
+                    raise NodeFailedError(message, traceback)
+                case NotUp(node, reason):
+                    message = f"node {node} was lost while it started: {reason}"
+                    raise NodeLostError(message)
+                case _ if self.now >= deadline:
+                    waiting = [actor for actor in self._actors if actor.ready is None]
+                    names = ", ".join(str(node) for actor in waiting for node in actor.nodes)
+                    message = (
+                        f"cluster: nodes {names} did not come up within {self._config.cluster.start_timeout_s:g} s; "
+                        "is there room for them (ray status)? raise cluster.start_timeout_s if they are only slow"
+                    )
+                    raise ClusterError(message)
+                case _:
+                    pass
+        self._ready.extendleft(reversed(logs))  # for the run's log, once there is somebody to take it
+
+    def close(self) -> None:
+        if self._machines is not None:
+            self._machines.stop()
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor.handle, no_restart=True)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        # The parked calls tell when the processes are really gone; on a Ray of our own, its end takes them along.
+        shared = self._session is not None and not self._session.is_local
+        while shared and any(actor.alive for actor in self._actors) and time.monotonic() < deadline:
+            with contextlib.suppress(Exception):  # a late answer may be an error, which matters no more
+                self.next(min(deadline, time.monotonic() + _POLL_S))
+        self._actors = []
+        if self._session is not None:
+            with contextlib.suppress(Exception):
+                self._session.close()
+            self._session = None
+
+    # --- nodes that come ---------------------------------------------------------------------------------------------
+
+    @property
+    def num_spares(self) -> int:
+        return sum(actor.is_spare for actor in self._actors)
+
+    def stand_by(self, count: int) -> None:
+        for _ in range(count):
+            self._launch(())
+
+    def launch(self, nodes: Sequence[NodeId]) -> None:
+        for members in self._places(nodes):
+            if any(actor.alive and actor.ready is None and actor.nodes == members for actor in self._actors):
+                continue  # another node of that process has asked for it
+            spare = next((actor for actor in self._actors if actor.is_spare and actor.ready is not None), None)
+            if spare is None or SERVER in members:
+                self._launch(members)
+                continue
+            spare.nodes, spare.ready, spare.launched = members, None, self.now
+            spare.incarnation = self._count_embodiment(members)
+            self._call(spare, spare.handle.embody.remote(members, spare.incarnation), self._on_setup)
+
+    def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
+        self._embodied.update(nodes)
+        return max((self._embodied[node] for node in nodes), default=1) - 1
+
+    def _launch(self, nodes: tuple[NodeId, ...]) -> None:
+        """Start a process for ``nodes``, or one that stands by."""
+        cluster = self._config.cluster
+        num_cpus, num_gpus = self._each(len(nodes) or cluster.nodes_per_actor)
+        options = {
+            # A coordinator adds up what others send: it needs no GPU.
+            "num_gpus": 0 if SERVER in nodes else num_gpus,
+            "num_cpus": num_cpus,
+            "max_restarts": 0,  # Ray would start it again without its state
+            "scheduling_strategy": "SPREAD",
+        }
+        handle = remote_class().options(**options).remote()
+        actor = Actor(len(self._actors), nodes, handle, self.now, self._count_embodiment(nodes))
+        self._actors.append(actor)
+        for node in nodes:
+            self._home.setdefault(node, actor)
+        # Parked at once: a process that dies while it starts is noticed like any other.
+        self._call(actor, handle.watch.remote(), self._on_watch)
+        # It may have to wait for a place; once it has one, it must not take for ever.
+        self._call(actor, handle.ping.remote(), self._on_place)
+        self._call(actor, handle.setup.remote(self._setup(actor)), self._on_setup)
+
+    def _setup(self, actor: Actor) -> Setup:
+        config = self._config.dump()
+        return Setup(
+            nodes=actor.nodes,
+            num_nodes=self._data_parts,
+            algorithm=config["algorithm"],
+            task=config["task"],
+            data=config["data"],
+            optimizer=config["optimizer"],
+            seed=self._config.seed,
+            rounds=self._config.rounds,
+            skip_nan=self._config.on_nan == "skip",
+            fetch_timeout_s=_FETCH_TIMEOUT_S,
+            drain_s=self._config.cluster.drain_s,
+            versions=versions(),
+            incarnation=actor.incarnation,
+            sys_path=tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else (),
+        )
+
+    def _on_place(self, actor: Actor, _: object) -> None:
+        timeout = self._config.cluster.start_timeout_s
+
+        def check() -> None:
+            if actor.alive and actor.ready is None:
+                self._lost(actor, TimeoutError(f"it did not come up within {timeout:g} s (cluster.start_timeout_s)"))
+
+        self._after(timeout, check)
+
+    def _on_setup(self, actor: Actor, result: Ready | Failed) -> None:
+        if isinstance(result, Failed):
+            if self._begun:
+                self._lost(actor, RuntimeError(result.message))
+                return
+            if result.traceback is None:
+                raise DataError(result.message)
+            self._ready.append(Raised(actor.nodes[0] if actor.nodes else 0, result.message, result.traceback))
+            return
+        actor.ready = result
+        for node in actor.nodes:
+            if self._home[node].alive and self._home[node] is not actor:
+                self._successors[node] = actor
+            else:
+                self._home[node] = actor
+            if self._begun:
+                self._ready.append(Up(self._facts(actor, node), result.import_s))
+            where = f"{result.place}, {result.devices[node]}, {result.num_samples[node]} samples"
+            who = "server" if node == SERVER else f"node {node}"
+            self._ready.append(Log(node, (f"{who}: {where}", *result.warnings)))
+
+    @staticmethod
+    def _facts_of(actor: Actor) -> Ready:
+        assert actor.ready is not None
+        return actor.ready
+
+    def _node_facts(self, node: NodeId) -> NodeFacts:
+        return self._facts(self._home[node], node)
+
+    def _facts(self, actor: Actor, node: NodeId) -> NodeFacts:
+        ready = self._facts_of(actor)
+        return NodeFacts(node, ready.place, ready.devices[node], ready.num_samples[node], ready.gpus, ready.warnings)
+
+    # --- nodes that go -----------------------------------------------------------------------------------------------
+
+    def _on_watch(self, actor: Actor, _: str) -> None:
+        """The parked call only returns when the process got SIGTERM."""
+        self._call(actor, actor.handle.watch.remote(), self._on_watch)
+        self._notice(actor, self.now + self._config.cluster.drain_s, "its process got SIGTERM")
+
+    def _notice(self, actor: Actor, deadline: float, reason: str) -> None:
+        if not actor.alive or actor.leaving:
+            return
+        actor.leaving = True
+        if actor.is_spare:
+            self._lost(actor, RuntimeError(reason))
+        self._ready.extend(Notice(node, deadline, reason) for node in actor.nodes if self._home[node] is actor)
+
+    def _on_machines(self, machines: Machines) -> None:
+        """What Ray says of machines, which it asks every few hundred milliseconds."""
+        for actor in self._actors:
+            if not actor.alive or actor.ready is None:
+                continue
+            machine = actor.ready.machine
+            if machine in machines.dead:
+                self._lost(actor, ray_session.MachineLostError("its machine is gone"))
+            elif machine in machines.draining:
+                left_s = machines.draining[machine]
+                drain_s = self._config.cluster.drain_s if left_s is None else left_s
+                self._notice(actor, self.now + drain_s, "its machine is to be taken away (drain)")
+        if self._config.cluster.nodes.target == "auto":
+            each = self._each(self._config.cluster.nodes_per_actor)
+            self._ready.append(Room(ray_session.places(*each, free=True)))
+
+    def kill(self, node: NodeId) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(self._home[node].handle, no_restart=True)
+
+    def hang(self, node: NodeId) -> None:
+        self._home[node].handle.hang.remote()
+
+    def preempt(self, node: NodeId) -> None:
+        self._home[node].handle.preempt.remote()
+
+    def _lost(self, actor: Actor, error: BaseException) -> None:
+        """A call failed: the process is dead, or suspect because our own methods never raise. Then it is killed."""
+        spare, was_up = actor.is_spare, actor.ready is not None
+        actor.alive = False
+        reason = reason_of(error)
+        if not isinstance(error, ray.exceptions.ActorDiedError):
+            with contextlib.suppress(Exception):
+                ray.kill(actor.handle, no_restart=True)
+        if spare:
+            self._ready.append(SpareLost(reason))
+            return
+        output = self._session.worker_output(actor.ready.pid) if self._session and actor.ready else []
+        for node in actor.nodes:
+            if output:
+                self._ready.append(Log(node, tuple(output)))
+            if self._home[node] is actor and was_up:
+                if node not in self._retiring:
+                    self._on_gone(node)
+                self._ready.append(Died(node, reason))
+            else:
+                self._successors.pop(node, None)
+                self._ready.append(NotUp(node, reason))
+            self._succeed(node)
+
+    def _on_gone(self, node: NodeId) -> None:
+        """A node is gone, and was not expected to be."""
+
+    def _succeed(self, node: NodeId) -> None:
+        """Let who was started for a leaving node take its place."""
+        successor = self._successors.pop(node, None)
+        if successor is not None:
+            self._home[node] = successor
+
+    # --- calls -------------------------------------------------------------------------------------------------------
+
+    def _call(
+        self, actor: Actor, ref: ObjectRef[Any], handler: Handler, on_error: Callable[[], None] | None = None
+    ) -> None:
+        """Handle a call's (small) result in the controller's thread, when it is there."""
+
+        def done(future: Future[Any]) -> None:
+            self._queue.put(lambda: self._on_done(actor, future, handler, on_error))
+
+        future: Future[Any] = ref.future()
+        future.add_done_callback(done)
+
+    def _on_done(
+        self, actor: Actor, future: Future[Any], handler: Handler, on_error: Callable[[], None] | None
+    ) -> None:
+        error = future.exception()
+        if error is None:
+            handler(actor, future.result())
+            return
+        if actor.alive:
+            self._lost(actor, error)
+        if on_error is not None:
+            on_error()
+
+    def next(self, until: float) -> Happening | None:
+        while True:
+            while self._timers and self._timers[0][0] <= self.now:
+                heapq.heappop(self._timers)[2]()
+            if self._ready:
+                return self._ready.popleft()
+            wait = min(until - self.now, _POLL_S)
+            if self._timers:
+                wait = min(wait, self._timers[0][0] - self.now)
+            try:
+                self._queue.get(timeout=max(wait, 0.0))()
+            except queue.Empty:
+                if self.now >= until:
+                    return None
+
+    def _after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Do something later, in the controller's thread."""
+        heapq.heappush(self._timers, (self.now + seconds, next(self._timer), call))
+
+    def _by_actor(self, nodes: Iterable[NodeId]) -> list[tuple[Actor, list[NodeId]]]:
+        """Messages to one process travel as one call with a list of its nodes."""
+        grouped: defaultdict[int, list[NodeId]] = defaultdict(list)
+        for node in nodes:
+            grouped[self._home[node].index].append(node)
+        return [(self._actors[index], members) for index, members in grouped.items()]
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a call failed, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, ray_session.MachineLostError | TimeoutError) or type(error) is RuntimeError:
+        return lines[0]
+    if not isinstance(error, ray.exceptions.ActorDiedError):
+        return f"{type(error).__name__}: {lines[-1]}"
+    if "creation task" in lines[0]:
+        advice = "is this version of Starling installed there, and what cluster.runtime_env names?"
+        return f"its process could not begin ({lines[-1]}); {advice}"
+    if getattr(error, "preempted", False):
+        return "its machine was preempted"
+    return "its process died (killed, out of memory or crashed)"

@@ -1,0 +1,122 @@
+"""State for those that have not got what was committed last: from what was kept of them, and from donors.
+
+Only a node of the last committed round can be a donor: one that is new can never overwrite the model. Several joiners
+are spread over several donors. A donor that dies meanwhile is followed by another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import RunError
+from orchestrator.runtime import Loaded, NotLoaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from actors.data import Position
+    from algorithms.api import NodeId
+    from orchestrator.progress import Progress
+    from orchestrator.recoveries import Recoveries
+    from orchestrator.runtime import Happening
+
+
+@dataclass
+class _Joiner:
+    """A node on its way to the committed state."""
+
+    number: int
+    """The round that it is to join."""
+    began: float
+    place: int
+    position: Position | None
+    refused: set[NodeId] = field(default_factory=set)
+    """Donors that could not give."""
+    kept: int | None = None
+    """The round of what was kept of itself."""
+    restored: bool = False
+    """It has that now."""
+
+
+class Transfers:
+    """The transfers that are under way."""
+
+    def __init__(self, progress: Progress, recoveries: Recoveries) -> None:
+        self._progress = progress
+        self._recoveries = recoveries
+        self._joiners: dict[NodeId, _Joiner] = {}
+        self.donors: Sequence[NodeId] = ()
+        """Who has what was committed last."""
+        self.on_begin: Callable[[NodeId, NodeId], None] = lambda _, __: None
+        """Told of each transfer: to whom, and from whom."""
+        self.replicated = True
+        """What was kept of a node itself is old when others have committed since, and a donor's comes on top."""
+
+    @property
+    def pending(self) -> tuple[NodeId, ...]:
+        """Who is being given state, sorted."""
+        return tuple(sorted(self._joiners))
+
+    def begin(self, number: int, node: NodeId, position: Position | None, kept: int | None) -> None:
+        """Give ``node`` the committed state, that of its own from round ``kept`` first; its data go on at ``position``.
+
+        Raises:
+            RunError: nobody has it.
+        """
+        joiner = _Joiner(number, self._progress.runtime.now, len(self._joiners), position, kept=kept)
+        self._joiners[node] = joiner
+        if kept is None or not self._progress.runtime.restore(node):
+            self._ask_donor(node, joiner)
+
+    def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
+        donors = [donor for donor in self.donors if donor != node and donor not in joiner.refused]
+        if not donors:
+            del self._joiners[node]
+            message = f"round {joiner.number}: no node is left that has the model of round {self._progress.committed}"
+            raise RunError(message)
+        donor = donors[joiner.place % len(donors)]
+        # Kept state says itself where the node's data go on.
+        self._progress.runtime.transfer(node, donor, None if joiner.restored else joiner.position)
+        self.on_begin(node, donor)
+
+    def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
+        """Take what concerns transfers; return the node that has got all now, and whether that is all that it ever had."""
+        match happening:
+            case Loaded(node, source, nbytes) if node in self._joiners:
+                return self._loaded(node, source, nbytes)
+            case NotLoaded(node, source) if node in self._joiners:
+                joiner = self._joiners[node]
+                if source != node:
+                    joiner.refused.add(source)
+                self._ask_donor(node, joiner)
+            case _:
+                pass
+        return None
+
+    def gone(self, node: NodeId) -> None:
+        """``node`` is gone: it needs nothing, and gives nothing."""
+        self._joiners.pop(node, None)
+        self.donors = [donor for donor in self.donors if donor != node]
+
+    def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> tuple[NodeId, bool] | None:
+        joiner, progress = self._joiners[node], self._progress
+        seconds = round(progress.runtime.now - joiner.began, 6)
+        progress.ledger.book("recovery", nbytes)
+        progress.record(
+            "transfer",
+            round=joiner.number,
+            node=node,
+            donor=source,
+            nbytes=nbytes,
+            seconds=seconds,
+            position=joiner.position,
+        )
+        if source == node:
+            joiner.restored = True
+            if self.replicated and joiner.kept != progress.committed:
+                self._ask_donor(node, joiner)
+                return None
+        del self._joiners[node]
+        self._recoveries.transferred(node, seconds)
+        return node, source == node and joiner.kept == progress.committed
