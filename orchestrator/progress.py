@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.transcript import Transcript
 from algorithms.api import SERVER
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
@@ -39,6 +40,10 @@ class Progress:
         """Who committed it."""
         self.down: set[NodeId] = set()
         """Lost, and not there again."""
+        self._records: list[bytes] = []
+        """Of the sealed rounds since the last snapshot, or all."""
+        self._base: bytes | None = None
+        """The model then, as safetensors."""
         self.num_started = 0
         self.num_lost = 0
         self.num_joined = 0
@@ -162,10 +167,19 @@ class Progress:
             return
         self.observer.on_sealed(Members(view.number, view.members))
         self.observer.on_sealed(Sealed(number, record))
+        self._records.append(record)
         every = self.config.replay.snapshot_every
         if every and (number + 1) % every == 0:
             self.runtime.settle(dict.fromkeys(nodes, number))
-            self.observer.on_snapshot(number, self.fetch(nodes, alike=True))
+            model = self.fetch(nodes, alike=True)
+            self.observer.on_snapshot(number, model)
+            self._base, self._records = bytes(model.safetensors), []
+
+    def transcript(self) -> tuple[Transcript, bytes | None] | None:
+        """How a node catches up by itself, where the algorithm offers it: rounds, and the model before them."""
+        if self._base is None and not self._records:
+            return None
+        return Transcript(self.committed + 1 - len(self._records), tuple(self._records)), self._base
 
     def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
         """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from actors.setup import build_replicas, load_data
-from algorithms.api import Algorithm, View
+from actors.transcript import apply, load_model
+from algorithms.api import Algorithm
+from algorithms.errors import ProgramError
 from orchestrator import sealed_log
 from orchestrator.config import load
 from orchestrator.errors import ConfigError, DivergedError
-from orchestrator.sealed_log import End, Members, Sealed, Snapshot
+from orchestrator.sealed_log import End, Sealed, Snapshot
 
 if TYPE_CHECKING:
     from actors.replica import Replica
@@ -128,29 +130,21 @@ def _snapshot(path: Path, entries: list[Entry], since: int | None, replica: Repl
     chosen = known[-1]
     file = path / sealed_log.snapshot_name(chosen.round)
     try:
-        tensors = load_file(file)
-        for entry in replica.layout.entries:
-            replica.parameters[entry.start : entry.stop].copy_(tensors[entry.name].reshape(-1))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        load_model(replica, file.read_bytes())
+    except (OSError, SafetensorError, ProgramError) as error:
         raise ConfigError(f"{file}: cannot be read as a snapshot of this run ({error})") from None
-    replica.commit()
     _check(replica, chosen.digest, f"{file}")
     return chosen.round
 
 
 def _apply(path: Path, entries: list[Entry], place: int | None, replica: Replica) -> tuple[int, int]:
     """Apply the rounds after ``place``; return how many digests were compared, and how many rounds applied."""
-    view, checked, replayed = View(0, ()), 0 if place is None else 1, 0
-    algorithm, begun = replica.spec.algorithm, -1 if place is None else place
+    checked, replayed = 0 if place is None else 1, 0
+    begun = -1 if place is None else place
     for entry in entries:
         match entry:
-            case Members(number, members):
-                view = View(number, members)
             case Sealed(number, record) if number > begun:
-                replica.begin(number, view, frozenset(view.members))
-                algorithm.replay(replica, record)
-                replica.stage()
-                replica.commit()
+                apply(replica, number, record)
                 replayed += 1
             case Snapshot(number, digest) if number > begun:
                 _check(replica, digest, f"{path}: round {number}")

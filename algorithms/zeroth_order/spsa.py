@@ -128,6 +128,7 @@ class SPSA(Algorithm):
             terms = [(key, -scale * value) for key, value in counted if value]
             accumulate(parameters[start:stop], terms, self.distribution, start)
         node.shared["codes"] = {str(member): codes for member, codes in sealed.items()}
+        node.shared.pop("parameters", None)  # of an earlier round, which a joiner need not have done
         if self._verifies(node):
             node.shared["parameters"] = hashlib.sha256(parameters.cpu().numpy().tobytes()).hexdigest()
 
