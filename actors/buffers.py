@@ -26,7 +26,7 @@ from algorithms.api import PART_BYTES, AllGather, AllReduce, NeighborAllGather
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -285,7 +285,35 @@ def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) 
     return members[""] if len(specs) == 1 and not specs[0].name else members
 
 
-def copies(payloads: Mapping[Any, Payload]) -> tuple[dict[Any, Payload], dict[str, Tensor]]:
+class Rows(Mapping[Any, "Payload"]):
+    """Payloads of one form, by whose they are: rows of one tensor for each name, made when they are asked for."""
+
+    def __init__(self, owners: Iterable[Any], stacked: Mapping[str, Tensor], *, bare: bool) -> None:
+        self._places = {owner: row for row, owner in enumerate(owners)}
+        self._stacked = stacked
+        self._bare = bare
+        self._made: dict[Any, Payload] = {}
+
+    def __getitem__(self, owner: Any) -> Payload:  # noqa: ANN401 - a node, say
+        payload = self._made.get(owner)
+        if payload is None:
+            row = self._places[owner]
+            # As data: rows of one tensor would share a version counter, by which writing in place is found out.
+            values = {name: tensor[row].data for name, tensor in self._stacked.items()}
+            payload = self._made[owner] = values[""] if self._bare else values
+        return payload
+
+    def __contains__(self, owner: object) -> bool:
+        return owner in self._places
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def copies(payloads: Mapping[Any, Payload]) -> tuple[Mapping[Any, Payload], dict[str, Tensor]]:
     """Copies of payloads.
 
     If all have the same tensors by the same names, and nothing else, they are rows of one tensor for each name, and
@@ -295,23 +323,17 @@ def copies(payloads: Mapping[Any, Payload]) -> tuple[dict[Any, Payload], dict[st
     if isinstance(first, Tensor):
         stacked = _stacked(list(payloads.values()))
         if stacked is not None:
-            return dict(zip(payloads, _rows(stacked), strict=True)), {"": stacked}
+            return Rows(payloads, {"": stacked}, bare=True), {"": stacked}
     elif isinstance(first, Mapping) and first:
         by_name: dict[str, Tensor] = {}
         for name in sorted(first):
             stacked = _stacked([one.get(name) if isinstance(one, Mapping) else None for one in payloads.values()])
             if stacked is not None:
                 by_name[name] = stacked
-        if len(by_name) == len(first) and all(len(cast("Any", one)) == len(first) for one in payloads.values()):
-            rows = zip(*(_rows(stacked) for stacked in by_name.values()), strict=True)
-            made = (dict(zip(by_name, values, strict=True)) for values in rows)
-            return dict(zip(payloads, made, strict=True)), by_name
+        lengths = {len(one) for one in payloads.values() if isinstance(one, Mapping)}
+        if len(by_name) == len(first) and lengths == {len(first)}:
+            return Rows(payloads, by_name, bare=False), by_name
     return {key: _copied(payload) for key, payload in payloads.items()}, {}
-
-
-def _rows(stacked: Tensor) -> list[Tensor]:
-    """As data: rows of one tensor would share a version counter, by which writing in place is found out."""
-    return [row.data for row in stacked.unbind()]
 
 
 def _stacked(values: Sequence[object]) -> Tensor | None:
@@ -343,8 +365,10 @@ def described(payload: Payload) -> tuple[tuple[TensorSpec, ...], int]:
         key: Any = payload.dtype, payload.shape
     elif isinstance(payload, Mapping):
         key = tuple(
-            (name, value.dtype, value.shape) if isinstance(value, Tensor) else (name, type(value))
-            for name, value in payload.items()
+            [
+                (name, value.dtype, value.shape) if isinstance(value, Tensor) else (name, type(value))
+                for name, value in payload.items()
+            ]
         )
     else:
         key = type(payload)

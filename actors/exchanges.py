@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -18,7 +19,7 @@ from algorithms.closing import Quorum
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from actors.buffers import Buffer
     from actors.host import Program
@@ -34,7 +35,7 @@ _HERE = np.empty(0, dtype=np.uint8)
 """Stands for a small contribution that need not travel."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Exchange:
     """A node's side of one collective operation."""
 
@@ -42,7 +43,7 @@ class Exchange:
     """Its settings; of an AllReduce without the tensors, which are as large as the model."""
     signature: Signature
     cuts: Cuts | None = None
-    parts: list[Buffer] = field(default_factory=list)
+    parts: Sequence[Buffer] = ()
     payload: Payload | None = None
     """Of a gather."""
     open: bool = False
@@ -77,6 +78,27 @@ def _copy(value: Any, device: torch.device) -> Any:  # noqa: ANN401 - a payload
     if isinstance(value, dict):
         return {name: _copy(one, device) for name, one in cast("dict[str, Any]", value).items()}
     return value
+
+
+class Received(Mapping["NodeId", "Payload"]):
+    """The payloads of those of some senders that are in; looked up when they are asked for, as most never are."""
+
+    __slots__ = ("_all", "_senders")
+
+    def __init__(self, everybody: Mapping[NodeId, Payload], senders: tuple[NodeId, ...]) -> None:
+        self._all = everybody
+        self._senders = senders
+
+    def __getitem__(self, node: NodeId) -> Payload:
+        if node not in self._senders:
+            raise KeyError(node)
+        return self._all[node]
+
+    def __iter__(self) -> Iterator[NodeId]:
+        return (sender for sender in self._senders if sender in self._all)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass
@@ -142,6 +164,8 @@ class Exchanges:
         self._known: _Neighborhoods | None = None
         """The last ones: most graphs stay."""
         self._forms: dict[tuple[object, ...], _Form] = {}
+        self._last_form: _Form | None = None
+        """If the last operation was a neighbour gather: in a gossip round a thousand come one after the other."""
         self._concluded: dict[int, _Concluded] = {}
 
     def forget(self) -> None:
@@ -165,7 +189,7 @@ class Exchanges:
         wants = None
         if isinstance(operation, NeighborAllGather):
             wants = self._neighborhoods(node, seq, operation.topology).of(node)
-        payload = cast("Payload | None", operation.tensors if isinstance(operation, AllReduce) else operation.payload)
+        payload: Any = operation.tensors if isinstance(operation, AllReduce) else operation.payload
         waits, close = not started, None if type(operation.close) is Quorum else operation.close
         if payload is None or replica.skipping:
             if isinstance(operation, AllReduce):
@@ -208,9 +232,14 @@ class Exchanges:
 
     def _form(self, operation: Collective) -> _Form:
         """What does not change from round to round of an operation, and is alike for all nodes of the process."""
+        last = self._last_form
+        if last is not None and isinstance(operation, NeighborAllGather):
+            parts = last.parts
+            if parts[0] is operation.topology and parts[1] is operation.close:
+                return last
         match operation:
             case AllReduce(tensors, _, aggregator, codec, result_codec, close):
-                parts: tuple[object, ...] = aggregator, codec, result_codec, close
+                parts = aggregator, codec, result_codec, close
                 specs = None if tensors is None else buffers.described(tensors)[0]
             case AllGather(_, close):
                 parts, specs = (close,), None
@@ -226,6 +255,7 @@ class Exchanges:
             nothing = {"tensors": None} if isinstance(operation, AllReduce) else {"payload": None}
             settings = replace(operation, **nothing)
             known = self._forms[key] = _Form(parts, buffers.signature_of(operation), settings)
+        self._last_form = known if isinstance(operation, NeighborAllGather) else None
         return known
 
     def _neighborhoods(self, node: NodeId, seq: int, topology: Topology) -> _Neighborhoods:
@@ -251,7 +281,7 @@ class Exchanges:
             self._cuts_of[parts, specs, num_members] = known
         return known
 
-    def parts(self, node: NodeId, seq: int) -> list[Buffer]:
+    def parts(self, node: NodeId, seq: int) -> Sequence[Buffer]:
         """A node's encoded contribution to exchange ``seq``, one buffer per part."""
         exchange = self.programs[node].exchanges[seq]
         if exchange.payload is not None and not exchange.parts:
@@ -360,7 +390,8 @@ class Exchanges:
         """The exchange is closed, its result delivered to all: nobody asks for contributions to it again."""
         for program in self.programs.values():
             if len(program.exchanges) > seq:
-                program.exchanges[seq].parts, program.exchanges[seq].payload = [], None
+                exchange = program.exchanges[seq]
+                exchange.parts, exchange.payload = (), None
 
     def is_concluded(self, seq: int) -> bool:
         """Whether the result is there for ``take``."""
@@ -375,9 +406,7 @@ class Exchanges:
             del self._concluded[seq]
         if concluded.weights is None:
             return concluded.result if alone else Shared(concluded.result)
-        payloads = concluded.result
-        senders = self._mixings[seq].ordered(node)
-        received = {sender: payloads[sender] for sender in senders if sender in payloads}
+        received = Received(concluded.result, self._mixings[seq].ordered(node))
         mixed = None if concluded.mixtures is None else concluded.mixtures.of(node, received)
         return Inbox(received, concluded.weights[node], mixed)
 

@@ -62,7 +62,11 @@ if TYPE_CHECKING:
     from algorithms.api import NodeId, State, View
 
 
-@dataclass
+_COMPUTE = frozenset({Train, Batch, Gradient, Loss, Evaluate})
+_COLLECTIVE = frozenset({AllReduce, AllGather, NeighborAllGather})
+
+
+@dataclass(slots=True)
 class Program:
     """One round of one node."""
 
@@ -150,7 +154,9 @@ class Host(Exchanges):
         members = frozenset(cohort)
         for node in nodes:
             replica = self.replicas[node]
-            self.fences[node].clear()
+            fence = self.fences[node]
+            if fence.is_set():
+                fence.clear()
             replica.begin(number, view, members)
             if node == SERVER:
                 coroutine = algorithm.server(replica)
@@ -169,8 +175,10 @@ class Host(Exchanges):
     @staticmethod
     def _alias(replicas: Sequence[Replica]) -> None:
         """Keep one copy of the replicated state of nodes that agree, as digests show of those that commit."""
+        if not replicas or not replicas[0].spec.algorithm.replicated:
+            return
         for replica in replicas[1:]:
-            if replica.spec.algorithm.replicated and replica.device == replicas[0].device:
+            if replica.device == replicas[0].device:
                 replica.shared.adopt(replicas[0].shared)
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
@@ -186,12 +194,18 @@ class Host(Exchanges):
         elif program.handle is not None:
             result, program.handle = program.handle, None
         try:
-            operation = program.coroutine.send(result)
-        except StopIteration:
-            return self._guard(node, self._finish, node)
+            try:
+                operation = program.coroutine.send(result)
+            except StopIteration:
+                return self._finish(node)
+            kind = type(operation)
+            if kind in _COMPUTE:
+                return Computing(cast("Compute", operation))
+            if kind in _COLLECTIVE:
+                return self._collective(node, operation, started=False)
+            return self._accept(node, operation)
         except Exception as error:  # noqa: BLE001 - whatever a user's program raises is data here
             return failure(node, self.replicas[node].round, error)
-        return self._guard(node, self._accept, node, operation)
 
     def drive(self, items: Sequence[tuple[NodeId, object]]) -> list[tuple[NodeId, Ticket]]:
         """Run programs, computing on the way, until each is at an exchange or at its end."""
@@ -209,18 +223,9 @@ class Host(Exchanges):
             items = [(node, result) for node, result in done if not isinstance(result, Failed | Stale)]
         return tickets
 
-    def _guard(self, node: NodeId, function: Any, *arguments: Any) -> Ticket:  # noqa: ANN401 - one of two methods
-        try:
-            return function(*arguments)
-        except Exception as error:  # noqa: BLE001 - as above: a payload of the wrong kind, say
-            return failure(node, self.replicas[node].round, error)
-
     def _accept(self, node: NodeId, operation: object) -> Ticket:
+        """Take an operation that neither computes nor is collective."""
         match operation:
-            case Train() | Batch() | Gradient() | Loss() | Evaluate():
-                return Computing(operation)
-            case AllReduce() | AllGather() | NeighborAllGather():
-                return self._collective(node, operation, started=False)
             case Start(operation=AllReduce() | AllGather() | NeighborAllGather() as inner):
                 return self._collective(node, inner, started=True)
             case Start(operation=inner):
@@ -338,7 +343,9 @@ class Host(Exchanges):
             ]
             fenced = [(replica, operation, self.fences[replica.id]) for replica, operation in batch]
             for place, outcome in zip(trains, together.train_together(fenced, self._turn), strict=True):
-                results[place] = self._outcome(requests[place][0], outcome)
+                node = requests[place][0]
+                is_done = isinstance(outcome, TrainReport)
+                results[place] = self.times.timed(node, outcome) if is_done else self._outcome(node, outcome)
         for place, (node, operation) in enumerate(requests):
             if not isinstance(operation, Train):
                 self.current = node
@@ -372,8 +379,6 @@ class Host(Exchanges):
             return Stale()
         if isinstance(outcome, Exception):
             return failure(node, self.replicas[node].round, outcome)
-        if isinstance(outcome, TrainReport):
-            return self.times.timed(node, outcome)
         return outcome
 
 

@@ -62,23 +62,30 @@ class Mixtures:
 
         For others, ``None``: to be worked out there.
         """
+        remaining = self._own[node]
 
         def mix(payloads: object, own: torch.Tensor, name: str | None) -> torch.Tensor | None:
             if payloads is not received:
                 return None
+            key = name or ""
             # Once: a second result must not share memory with the first.
-            contributed = self._own[node].pop(name or "", None)
+            contributed = remaining.pop(key, None)
             if contributed is None or contributed[0] is not own or contributed[1] != own._version:  # noqa: SLF001
                 return None
-            values = self._stacked.get(name or "")
-            if values is None or values.dtype not in _DTYPES:
-                return None
-            if (name or "") not in self._mixed:
-                # As data: rows of one tensor would share a version counter, by which writing in place is found out.
-                self._mixed[name or ""] = [row.data for row in self._rows.mix(values).unbind()]
-            return self._mixed[name or ""][self._rows.places[node]]
+            mixed = self._mixed.get(key)
+            if mixed is None:
+                mixed = self._mixed[key] = self._work_out(key)
+            return mixed[self._rows.places[node]] if mixed else None
 
         return mix
+
+    def _work_out(self, key: str) -> list[torch.Tensor]:
+        """All nodes' mixtures of the tensors named ``key``; empty if they cannot be worked out at once."""
+        values = self._stacked.get(key)
+        if values is None or values.dtype not in _DTYPES:
+            return []
+        # As data: rows of one tensor would share a version counter, by which writing in place is found out.
+        return [row.data for row in self._rows.mix(values).unbind()]
 
 
 def _members(payload: Payload) -> dict[str, tuple[torch.Tensor, int]]:

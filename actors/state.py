@@ -102,6 +102,8 @@ class StagedState(MutableMapping[str, "State"]):
 
     def commit(self) -> None:
         """Make the staged layer current."""
+        if not self._staged and not self._removed:
+            return
         self._committed.update(self._staged)
         for key in self._removed:
             self._committed.pop(key, None)

@@ -1,9 +1,12 @@
-"""Tickets: what a node's program did last, told to whoever drives it."""
+"""Tickets: what a node's program did last, told to whoever drives it.
+
+Those of every round are named tuples: a thousand nodes make thousands in each, at a fifth of a frozen dataclass's cost.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from actors.buffers import Buffer, Signature, TensorSpec
@@ -15,8 +18,7 @@ Compute: TypeAlias = "Train | Batch | Gradient | Loss | Evaluate"
 """Operations that a node carries out by itself."""
 
 
-@dataclass(frozen=True)
-class Posted:
+class Posted(NamedTuple):
     """The program awaits a collective operation, or has started one, and contributes to it (or only receives)."""
 
     seq: int
@@ -85,8 +87,7 @@ class Pinging:
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class Returned:
+class Returned(NamedTuple):
     """The program is done; its state is staged."""
 
     digest: str
@@ -108,8 +109,7 @@ class Failed:
     """``None`` if the message says all there is to say."""
 
 
-@dataclass(frozen=True)
-class Computing:
+class Computing(NamedTuple):
     """The program awaits compute; never leaves the host's process."""
 
     operation: Compute

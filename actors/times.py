@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,8 +44,10 @@ class Times:
 
     def timed(self, node: NodeId, report: TrainReport) -> TrainReport:
         """The report with the seconds that ``node``'s program is to see."""
+        if self._foreseen is None and self._recorded is None:
+            return report
         seconds = self._seen(node, report.seconds)
-        return report if seconds == report.seconds else replace(report, seconds=seconds)
+        return report if seconds == report.seconds else report._replace(seconds=seconds)
 
     def _seen(self, node: NodeId, value: float) -> float:
         if self._foreseen is not None:

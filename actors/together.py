@@ -227,7 +227,8 @@ class _Rows:
                     replica.parameters.copy_(self.values[row])
         for row, replica in enumerate(self._replicas):
             if good[row]:
-                replica.trained(steps, {name: moment[row] for name, moment in self._moments.items()})
+                moments = {name: moment[row] for name, moment in self._moments.items()} if self._moments else {}
+                replica.trained(steps, moments)
 
 
 def _clip(gradients: Tensor, max_norm: float) -> Tensor:

@@ -372,6 +372,8 @@ class Slab:
         self._committed_parameters[start:stop] = self._parameters[start:stop]
         if self._layout.num_buffer_values:
             self._committed_buffers[start:stop] = self._buffers[start:stop]
+        if not self._committed_counters[start]:
+            return
         for row in range(start, stop):
             for committed, counter in zip(self._committed_counters[row], self.current[row].counters, strict=True):
                 committed.copy_(counter)

@@ -29,7 +29,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -151,8 +151,7 @@ class Operation(Generic[T]):
         return (yield self)
 
 
-@dataclass(frozen=True)
-class TrainReport:
+class TrainReport(NamedTuple):
     """What a ``Train`` did."""
 
     loss: float
@@ -175,8 +174,8 @@ class Train(Operation[TrainReport]):
 
     def __post_init__(self) -> None:
         """Refuse anything but exactly one positive amount of work."""
-        amounts = [amount for amount in (self.steps, self.epochs) if amount is not None]
-        if len(amounts) != 1 or amounts[0] < 1:
+        amount = self.epochs if self.steps is None else self.steps
+        if amount is None or amount < 1 or (self.steps is not None and self.epochs is not None):
             message = f"Train takes either steps or epochs, at least 1; got steps={self.steps}, epochs={self.epochs}"
             raise ValueError(message)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from actors.buffers import Signature
     from algorithms.api import NodeId
     from algorithms.closing import ClosePolicy
@@ -13,8 +15,7 @@ if TYPE_CHECKING:
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Post:
+class Post(NamedTuple):
     """``node`` announces its contribution to exchange ``seq``; large ones are in the store by now."""
 
     node: NodeId
@@ -65,14 +66,35 @@ class Delivered:
     missing: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True)
-class Return:
+class Return(NamedTuple):
     """``node``'s program is done and its state staged."""
 
     node: NodeId
     num_collectives: int
     digest: str = ""
     """Of the shared state; empty if it is not replicated."""
+
+
+class Posts(NamedTuple):
+    """Posts of several nodes at one moment, one after the other, that differ in nothing but the node and its wants.
+
+    Their close policy is the usual one: no other word could close the exchange before the last of them.
+    """
+
+    first: Post
+    wants: dict[NodeId, frozenset[NodeId] | None]
+    """Of each of them, in order."""
+
+    def each(self) -> Iterator[Post]:
+        """The posts one by one."""
+        return (self.first._replace(node=node, wants=wants) for node, wants in self.wants.items())
+
+
+class Returns(NamedTuple):
+    """Returns of several nodes at one moment, one after the other, that differ in nothing but the node."""
+
+    first: Return
+    nodes: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,7 @@ class Elapsed:
     seq: int
 
 
-Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Lost | Withdrawn | Deadline | Elapsed
+Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Posts | Returns | Lost | Withdrawn | Deadline | Elapsed
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------

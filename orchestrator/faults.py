@@ -15,6 +15,11 @@ class Faults:
     def __init__(self, config: FaultsConfig) -> None:
         self._pending = list(config.events)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether any are to come."""
+        return bool(self._pending)
+
     def due(self, number: int, phase: FaultPhase, node: NodeId | None = None) -> list[FaultEvent]:
         """The events of this moment: of ``node`` alone, if the moment is one node's."""
         if not self._pending:

@@ -44,8 +44,10 @@ from orchestrator.events import (
     GiveUp,
     Lost,
     Post,
+    Posts,
     ProgramsDiverge,
     Return,
+    Returns,
     Secure,
     Secured,
     Waits,
@@ -85,7 +87,9 @@ class Exchange:
     """How long that took, from the round's begin or the last close before it."""
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
-    """While open: of active members only."""
+    """While open: of active members only. Members that post alike have one between them."""
+    wants: dict[NodeId, frozenset[NodeId] | None] = field(default_factory=dict)
+    """``Post.wants`` of those that have posted."""
     waiting: set[NodeId] = field(default_factory=set)
     closed: tuple[NodeId, ...] = ()
     """The target while securing; who is in, afterwards."""
@@ -110,7 +114,7 @@ class Exchange:
 
     def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
         """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
-        wants = self.posts[by].wants
+        wants = self.wants[by]
         return self.closed if wants is None else tuple(node for node in self.closed if node in wants or node == by)
 
 
@@ -151,15 +155,19 @@ class Rendezvous:
         self._now = now
         match event:
             case Post():
-                self._post(event)
+                self._post((event,))
+            case Posts():
+                self._posts(event)
             case Waits(node, seq):
                 self._waits(node, seq)
             case Secured():
                 self._secured(event)
             case Delivered():
                 self._delivered(event)
-            case Return():
-                self._return(event)
+            case Return(node):
+                self._return(event, (node,))
+            case Returns(first, nodes):
+                self._return(first, nodes)
             case Lost(node):
                 self._lost(node)
             case Withdrawn(node):
@@ -175,12 +183,33 @@ class Rendezvous:
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def _post(self, post: Post) -> None:
-        if post.node not in self.active:
+    def _post(self, posts: Sequence[Post]) -> None:
+        """Take contributions to one exchange, announced at one moment."""
+        active = [post for post in posts if post.node in self.active]
+        for post in active:
+            self._admit(post)
+            if self.over:
+                return
+        if active:
+            self._try_close(self.exchanges[active[0].seq])
+
+    def _posts(self, posts: Posts) -> None:
+        """The same of posts that are alike."""
+        first, wants = posts
+        if self.returned or first.seq in self.exchanges or not self.active.issuperset(wants):
+            self._post(tuple(posts.each()))
             return
-        done = next((one for one in self.returned.values() if one.num_collectives <= post.seq), None)
+        self._admit(first)
+        exchange = self.exchanges[first.seq]
+        exchange.posts, exchange.wants = dict.fromkeys(wants, first), dict(wants)
+        if first.waits:
+            exchange.waiting.update(wants)
+        self._try_close(exchange)
+
+    def _admit(self, post: Post) -> None:
+        done = next((node for node, one in self.returned.items() if one.num_collectives <= post.seq), None)
         if done is not None:
-            self._fail_programs(post.seq, done.node, post.node, f"the end of the program; {post.signature}")
+            self._fail_programs(post.seq, done, post.node, f"the end of the program; {post.signature}")
             return
         exchange = self.exchanges.get(post.seq)
         if exchange is None:
@@ -195,9 +224,9 @@ class Rendezvous:
         if post.signature is not first.signature and not self._agrees(exchange, first, post):
             return
         exchange.posts[post.node] = post
+        exchange.wants[post.node] = post.wants
         if post.waits:
             exchange.waiting.add(post.node)
-        self._try_close(exchange)
 
     def _agrees(self, exchange: Exchange, first: Post, post: Post) -> bool:
         """Compare with what is there, all of which agrees already."""
@@ -254,15 +283,17 @@ class Rendezvous:
             self.payload_nbytes += sum(sizes[part] for part, by in exchange.makers.items() if by != event.node)
         self._try_finish(exchange)
 
-    def _return(self, event: Return) -> None:
-        if event.node not in self.active:
+    def _return(self, event: Return, nodes: tuple[NodeId, ...]) -> None:
+        """Take what ``nodes`` say alike at the end of their programs."""
+        active = [node for node in nodes if node in self.active]
+        if not active:
             return
         ahead = (exchange for exchange in self.exchanges.values() if exchange.seq >= event.num_collectives)
         other = next((post for exchange in ahead for post in exchange.posts.values()), None)
         if other is not None:
-            self._fail_programs(other.seq, event.node, other.node, f"the end of the program; {other.signature}")
+            self._fail_programs(other.seq, active[0], other.node, f"the end of the program; {other.signature}")
             return
-        self.returned[event.node] = event
+        self.returned.update(dict.fromkeys(active, event))
 
     def _lost(self, node: NodeId) -> None:
         if node not in self.view:
@@ -360,9 +391,9 @@ class Rendezvous:
     def _inline_nbytes(self, exchange: Exchange) -> int:
         """What the contributions to a small exchange are, over all that they go to."""
         sizes = {node: sum(exchange.posts[node].part_nbytes) for node in exchange.closed}
-        if not any(post.wants is not None for post in exchange.posts.values()):
+        if not any(exchange.wants[by] is not None for by in self.active):
             return sum(sizes.values()) * (len(self.active) - 1)
-        return sum(sizes.get(node, 0) for by in self.active for node in exchange.posts[by].wants or () if node != by)
+        return sum([sizes.get(node, 0) for by in self.active for node in exchange.wants[by] or () if node != by])
 
     def _enough(self, exchange: Exchange, *, past_deadline: bool) -> bool:
         """Whether those that have not posted are to be left behind: the deadline's row, or the policy's word."""

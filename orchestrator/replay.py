@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -23,10 +23,10 @@ from orchestrator.asynchronous import Asynchronous
 from orchestrator.config import FaultsConfig
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
-from orchestrator.events import Deadline, Post
+from orchestrator.events import Deadline, Post, Posts
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.rendezvous import Phase
-from orchestrator.runtime import Finished, Loaded, NotLoaded, Retired, Up
+from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
@@ -300,14 +300,23 @@ class SynchronousReplay(Synchronous):
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         done = self._done(attempt.number)
+        late, closed = done.late, done.closed
         match happening:
-            case Post(node, seq) if node in done.late and node not in done.closed.get(seq, ()):
+            case Posts(first, wants):
+                allowed = {
+                    node: one for node, one in wants.items() if node not in late or node in closed.get(first.seq, ())
+                }
+                return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
+            case AllFinished(reports) if late & reports.keys():
+                punctual = {node: report for node, report in reports.items() if node not in late}
+                return super()._note(attempt, AllFinished(punctual)) if punctual else None
+            case Post(node, seq) if node in late and node not in closed.get(seq, ()):
                 return None
-            case Finished(node) if node in done.late:
+            case Finished(node) if node in late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.
-                return replace(happening, close=None)
+                return happening._replace(close=None)
             case Loaded() | NotLoaded() | Retired() | Up():
                 return None  # done before the round
             case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.events import Event
 
@@ -124,12 +124,17 @@ class SpareLost:
     reason: str
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """A node's program is done."""
 
     node: NodeId
     report: Returned
+
+
+class AllFinished(NamedTuple):
+    """Several nodes' programs of a synchronous round are done at one moment, one after the other."""
+
+    reports: dict[NodeId, Returned]
 
 
 @dataclass(frozen=True)
@@ -219,6 +224,7 @@ Happening: TypeAlias = (
     | Room
     | SpareLost
     | Finished
+    | AllFinished
     | Halted
     | Sent
     | Arrived

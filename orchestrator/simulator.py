@@ -11,7 +11,7 @@ import contextlib
 import heapq
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from safetensors.torch import save
@@ -37,10 +37,11 @@ from actors.tickets import (
 from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
-from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Secure, Secured, Waits
+from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
 from orchestrator.network import Cast, Network
 from orchestrator.runtime import (
+    AllFinished,
     Arrived,
     Died,
     FinalModel,
@@ -83,15 +84,15 @@ class _End(NamedTuple):
     incarnation: int | None
 
 
-class _Resume(NamedTuple):
-    """A program runs on: with the result of an operation, or from its beginning."""
+_Item: TypeAlias = "tuple[NodeId, int, _End | Happening | None, int, object, int | None]"
+"""What is to happen at a moment, in the order of (node, arrival).
 
-    node: NodeId
-    attempt: int
-    """Of the node; what was meant for an earlier one is dropped."""
-    result: object = None
-    seq: int | None = None
-    """The exchange whose result it gets instead."""
+The third is ``None`` where a program runs on, in the node's given attempt (what was meant for an earlier one is
+dropped), with the given result or that of the exchange of the given number.
+"""
+
+_Resume: TypeAlias = "tuple[NodeId, object, int | None]"
+"""A program runs on: its node, and the result or the exchange as above."""
 
 
 @dataclass
@@ -119,8 +120,10 @@ class Simulator:
         self._network = Network(config.network)
         self._times: list[float] = []
         """A heap of the moments at which something is to happen."""
-        self._queue: dict[float, list[tuple[NodeId, int, _Resume | _End | Happening]]] = {}
+        self._queue: dict[float, list[_Item]] = {}
         self._arrival = 0
+        self._step_ms = config.network.step_ms
+        self._speeds = config.network.speeds
         self._ready: deque[Happening] = deque()
         self._exchanges: dict[int, _Exchange] = {}
         self._letters: dict[int, Sending] = {}
@@ -141,6 +144,7 @@ class Simulator:
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
         self._threads = torch.get_num_threads()
+        self._is_synchronous = config.algorithm.synchronous
 
     @property
     def now(self) -> float:
@@ -358,14 +362,15 @@ class Simulator:
         """Work out the result now, before anybody runs on: contributions may share memory with parameters."""
         seq = decision.seq
         exchange = self._exchanges[seq]
-        posted = {node: exchange.posted[node] for node in decision.closed}
         first = decision.closed[0]
-        specs = {node: one.specs for node, one in posted.items() if one.specs is not None}
         if decision.inline and not self._network.is_instant:
             exchange.arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
-        if posted[first].signature.operation != "AllReduce":
+        if exchange.posted[first].signature.operation != "AllReduce":
             self.host.conclude_here(decision.closed, seq)
-        elif decision.inline:
+            self.host.release(seq)
+            return
+        posted = {node: exchange.posted[node] for node in decision.closed}
+        if decision.inline:
             inline = [
                 Contributed(node, one.weight, one.specs, one.inline)
                 for node, one in posted.items()
@@ -375,13 +380,15 @@ class Simulator:
         else:
             weights = {node: one.weight for node, one in posted.items()}
             parts = [exchange.reduced.pop(part) for part in sorted(exchange.reduced)]
-            self.host.conclude_reduce(first, seq, specs[first], weights, parts)
+            specs = posted[first].specs
+            assert specs is not None
+            self.host.conclude_reduce(first, seq, specs, weights, parts)
         self.host.release(seq)
 
     def _advance(self, decision: Advance) -> None:
-        arrivals = self._exchanges[decision.seq].arrivals
+        now, arrivals = self._now, self._exchanges[decision.seq].arrivals
         for node in decision.nodes:
-            self._resume_at(max(self._now, arrivals.get(node, self._now)), node, seq=decision.seq)
+            self._resume_at(max(now, arrivals.get(node, now)) if arrivals else now, node, None, decision.seq)
 
     def _inline_phase(self, decision: Close) -> list[Cast]:
         posted = self._exchanges[decision.seq].posted
@@ -422,17 +429,21 @@ class Simulator:
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, node: NodeId, what: _Resume | _End | Happening) -> None:
-        """Events are ordered by (virtual time, node, arrival): the same in every run."""
+    def _at(self, when: float, node: NodeId, what: _End | Happening) -> None:
         self._arrival += 1
+        self._moment(when).append((node, self._arrival, what, 0, None, None))
+
+    def _resume_at(self, when: float, node: NodeId, result: object = None, seq: int | None = None) -> None:
+        self._arrival += 1
+        self._moment(when).append((node, self._arrival, None, self._attempts[node], result, seq))
+
+    def _moment(self, when: float) -> list[_Item]:
+        """Events are ordered by (virtual time, node, arrival): the same in every run."""
         moment = self._queue.get(when)
         if moment is None:
             moment = self._queue[when] = []
             heapq.heappush(self._times, when)
-        moment.append((node, self._arrival, what))
-
-    def _resume_at(self, when: float, node: NodeId, result: object = None, *, seq: int | None = None) -> None:
-        self._at(when, node, _Resume(node, self._attempts[node], result, seq))
+        return moment
 
     def next(self, until: float) -> Happening | None:
         while not self._ready:
@@ -442,11 +453,12 @@ class Simulator:
                 return None
             self._now = heapq.heappop(self._times)
             resumes: list[_Resume] = []
-            for _, _, what in sorted(self._queue.pop(self._now)):
-                if not isinstance(what, _Resume):
+            attempts = self._attempts
+            for node, _, what, attempt, result, seq in sorted(self._queue.pop(self._now)):
+                if what is not None:
                     self._happens(what)
-                elif what.attempt == self._attempts[what.node]:
-                    resumes.append(what)
+                elif attempt == attempts[node]:
+                    resumes.append((node, result, seq))
             self._run(resumes)
         return self._ready.popleft()
 
@@ -474,42 +486,70 @@ class Simulator:
 
     def _run(self, resumes: Sequence[_Resume]) -> None:
         """Run programs that become runnable at one moment; what they compute goes to the handler together."""
+        host = self.host
         computing: list[tuple[NodeId, Compute]] = []
-        for one in resumes:
-            result = one.result if one.seq is None else self.host.take(one.node, one.seq)
-            ticket = self.host.resume(one.node, result)
+        tickets: list[tuple[NodeId, Ticket]] = []
+        for node, result, seq in resumes:
+            ticket = host.resume(node, result if seq is None else host.take(node, seq))
             if isinstance(ticket, Computing):
-                computing.append((one.node, ticket.operation))
+                computing.append((node, ticket.operation))
             else:
-                self._take(one.node, ticket)
-        for (node, operation), result in zip(computing, self.host.compute(computing), strict=True):
-            if isinstance(result, Failed | Stale):
+                tickets.append((node, ticket))
+        self._take_all(tickets)
+        is_replay = host.times.is_replay
+        for (node, operation), result in zip(computing, host.compute(computing), strict=True):
+            if isinstance(result, TrainReport):
+                seconds = result.num_steps * self._step_ms / 1000 / self._speeds.get(node, 1.0)
+                self._resume_at(self._now + seconds, node, result if is_replay else virtual(result, seconds))
+            elif isinstance(result, Failed | Stale):
                 self._take(node, result)
-                continue
-            seconds = self._seconds(node, operation, result)
-            timed = isinstance(result, TrainReport) and not self.host.times.is_replay
-            self._resume_at(self._now + seconds, node, virtual(result, seconds) if timed else result)
+            else:
+                self._resume_at(self._now + self._seconds(node, operation), node, result)
 
-    def _seconds(self, node: NodeId, operation: Compute, result: object) -> float:
-        """How long an operation takes on the virtual clock."""
-        speed = self._config.network.speeds.get(node, 1.0)
+    def _seconds(self, node: NodeId, operation: Compute) -> float:
+        """How long an operation other than ``Train`` takes on the virtual clock."""
         steps = 0.0
-        if isinstance(result, TrainReport):
-            steps = result.num_steps
-        elif isinstance(operation, Gradient):
+        if isinstance(operation, Gradient):
             steps = 1.0
         elif isinstance(operation, Loss | Evaluate):
             steps = _FORWARD_FRACTION
-        return steps * self._config.network.step_ms / 1000 / speed
+        return steps * self._step_ms / 1000 / self._speeds.get(node, 1.0)
+
+    def _take_all(self, tickets: Sequence[tuple[NodeId, Ticket]]) -> None:
+        """Take what programs say; where many say alike, one after the other, the controller is told once."""
+        posts: tuple[Posted, Posts] | None = None
+        reports: AllFinished | None = None
+        for node, ticket in tickets:
+            if isinstance(ticket, Posted) and self._is_synchronous and ticket.close is None:
+                self._keep(node, ticket)
+                if posts is None or not _alike(ticket, posts[0]):
+                    posts = ticket, Posts(post_event(node, ticket), {})
+                    self._ready.append(posts[1])
+                posts[1].wants[node] = ticket.wants
+                reports = None
+            elif isinstance(ticket, Returned) and self._is_synchronous:
+                if reports is None or not _alike_ends(ticket, next(iter(reports.reports.values()))):
+                    reports = AllFinished({})
+                    self._ready.append(reports)
+                reports.reports[node] = ticket
+                posts = None
+            else:
+                self._take(node, ticket)
+                posts, reports = None, None
+
+    def _keep(self, node: NodeId, ticket: Posted) -> None:
+        exchange = self._exchanges.get(ticket.seq)
+        if exchange is None:
+            exchange = self._exchanges[ticket.seq] = _Exchange()
+        exchange.posted[node] = ticket
+        if not ticket.waits:
+            self._resume_at(self._now, node)
 
     def _take(self, node: NodeId, ticket: Ticket) -> None:
         match ticket:
             case Posted():
-                exchange = self._exchanges.setdefault(ticket.seq, _Exchange())
-                exchange.posted[node] = ticket
+                self._keep(node, ticket)
                 self._ready.append(post_event(node, ticket))
-                if not ticket.waits:
-                    self._resume_at(self._now, node)
             case Waiting(seq):
                 self._ready.append(Waits(node, seq))
             case Returned():
@@ -569,6 +609,24 @@ def user_code(node: NodeId, number: int) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever a user's task raises
         failed = failure(node, number, error)
         raise NodeFailedError(failed.message, failed.traceback) from None
+
+
+def _alike(one: Posted, other: Posted) -> bool:
+    """Whether two announcements differ in nothing that the rendezvous is told but ``wants``."""
+    return (
+        one.seq == other.seq
+        and one.signature is other.signature
+        and one.part_nbytes == other.part_nbytes
+        and one.result_nbytes == other.result_nbytes
+        and one.weight == other.weight
+        and one.waits is other.waits
+        and (one.specs is None) is (other.specs is None)
+        and (one.inline is None) is (other.inline is None)
+    )
+
+
+def _alike_ends(one: Returned, other: Returned) -> bool:
+    return one.num_collectives == other.num_collectives and one.digest == other.digest
 
 
 def post_event(node: NodeId, ticket: Posted) -> Post:

@@ -20,8 +20,10 @@ from orchestrator.events import (
     Elapsed,
     Lost,
     Post,
+    Posts,
     ProgramsDiverge,
     Return,
+    Returns,
     Secure,
     Secured,
     Waits,
@@ -32,7 +34,7 @@ from orchestrator.mail import Mail
 from orchestrator.mailroom import Delivery, Mailroom
 from orchestrator.members import Members
 from orchestrator.rendezvous import Rendezvous
-from orchestrator.runtime import Died, Finished, Halted, Retired
+from orchestrator.runtime import AllFinished, Died, Finished, Halted, Retired
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -249,6 +251,15 @@ class Synchronous:
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         """Keep what is for the controller; return what is for the rendezvous."""
         match happening:
+            case AllFinished(reports):
+                attempt.reports.update(reports)
+                node, report = next(iter(reports.items()))
+                return Returns(Return(node, report.num_collectives, report.digest), tuple(reports))
+            case Posts():
+                if self._faults.is_pending:
+                    for node in happening.wants:
+                        self._strike("post", attempt.number, node)
+                return happening
             case Finished(node, report):
                 attempt.reports[node] = report
                 return Return(node, report.num_collectives, report.digest)

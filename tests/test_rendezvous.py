@@ -23,8 +23,10 @@ from orchestrator.events import (
     GiveUp,
     Lost,
     Post,
+    Posts,
     ProgramsDiverge,
     Return,
+    Returns,
     Secure,
     Secured,
     Waits,
@@ -778,3 +780,72 @@ def test_bytes_to_the_dead_are_booked_while_they_live():
     meeting.tell(Lost(2))
     meeting.deliver(deliver, 0, 1)
     assert meeting.nbytes == before + 800
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+def neighbor(node: int, *wants: int) -> Post:
+    gather = Signature("NeighborAllGather", "ring", None)
+    return Post(node, 0, gather, part_nbytes=(8,), inline=True, wants=frozenset(wants))
+
+
+RING = [neighbor(0, 1, 2), neighbor(1, 0, 2), neighbor(2, 0, 1)]
+
+
+def together(posts: list[Post]) -> Posts:
+    return Posts(posts[0], {post.node: post.wants for post in posts})
+
+
+@pytest.mark.parametrize("before", [[], [Lost(2)], [neighbor(1, 0, 2)], [Waits(0, 0)]], ids=str)
+@pytest.mark.parametrize("gathers", [True, False])
+def test_posts_told_at_once_are_the_same_as_one_after_the_other(before: list[Event], *, gathers: bool):
+    posts = RING if gathers else [inline(node) for node in range(3)]
+    before = [event for event in before if gathers or not isinstance(event, Post)]
+    alone, at_once = Meeting(3), Meeting(3)
+    for meeting, told in ((alone, posts), (at_once, [together(posts)])):
+        meeting.tell(*before, *told)
+    assert at_once.decisions == alone.decisions
+    assert any(isinstance(decision, Close) for decision in alone.decisions)
+    assert at_once.nbytes == alone.nbytes
+    assert at_once.machine.exchanges[0].wants == alone.machine.exchanges[0].wants
+    assert at_once.machine.exchanges[0].posts.keys() == alone.machine.exchanges[0].posts.keys()
+
+
+def test_a_node_lost_after_posts_at_once_leaves_the_exchange():
+    meeting = Meeting(4)
+    assert meeting.tell(together(RING)) == []
+    assert meeting.tell(Lost(1)) == []
+    assert meeting.tell(neighbor(3, 0, 1)) == [Advance(0, (0, 2, 3), (0, 2, 3), inline=True)]
+    assert meeting.nbytes == 8 * (1 + 1 + 1)  # 0 from 2, 2 from 0, 3 from 0; nobody wants 3
+
+
+def test_posts_at_once_that_differ_from_what_is_there_name_both():
+    meeting = Meeting(4)
+    meeting.tell(inline(3))
+    (diverge,) = meeting.tell(together(RING))
+    assert isinstance(diverge, ProgramsDiverge)
+    assert (diverge.first, diverge.second) == (3, 0)
+
+
+def test_returns_told_at_once_commit():
+    meeting = Meeting(3)
+    meeting.tell(*(inline(node) for node in range(3)))
+    assert meeting.tell(Returns(Return(0, 1, "d"), (0, 1))) == []
+    assert meeting.tell(Return(2, 1, "d")) == [Commit((0, 1, 2))]
+
+
+def test_returns_told_at_once_are_of_active_members_only():
+    meeting = Meeting(4)
+    meeting.tell(Lost(1))
+    assert meeting.tell(Returns(Return(0, 0), (0, 1, 2))) == []
+    assert meeting.machine.returned.keys() == {0, 2}
+    assert meeting.tell(Return(3, 0)) == [Commit((0, 2, 3))]
+
+
+def test_returns_told_at_once_while_another_waits_name_both():
+    meeting = Meeting(3)
+    meeting.tell(inline(2))
+    (diverge,) = meeting.tell(Returns(Return(0, 0), (0, 1)))
+    assert isinstance(diverge, ProgramsDiverge)
+    assert (diverge.first, diverge.second) == (0, 2)

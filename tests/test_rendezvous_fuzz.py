@@ -426,12 +426,12 @@ def test_programs_that_differ_are_found_out(kind: str):
         for node in range(size):
             posts = [plan.post(node, seq) for seq, plan in enumerate(plans)]
             if node == odd and kind == "more":
-                posts.append(replace(posts[0], seq=len(posts)))
+                posts.append(posts[0]._replace(seq=len(posts)))
             elif node == odd and kind == "less":
                 posts.pop()
             elif node == odd:
                 place = rng.randrange(len(posts))
-                posts[place] = replace(posts[place], signature=Signature("AllReduce", "another", None))
+                posts[place] = posts[place]._replace(signature=Signature("AllReduce", "another", None))
             programs.append(deque([*posts, Return(node, len(posts), "d")]))
         (end,) = [one for one in _drive(programs, rng) if isinstance(one, Abort | Commit | ProgramsDiverge)]
         if isinstance(end, ProgramsDiverge):

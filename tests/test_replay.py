@@ -121,6 +121,22 @@ def test_an_asynchronous_run_that_lost_nodes_is_refused(tmp_path: Path):
         replay(tmp_path / "run", run_dir=tmp_path / "again")
 
 
+def test_who_was_late_is_late_again(tmp_path: Path):
+    slow = {"step_ms": 1000, "speeds": {2: 0.1}}
+    cluster = {"nodes": {"target": 4}, "round_deadline_s": 5}
+    once = simulate(config("Computing", algorithm="fedavg", network=slow, cluster=cluster), run_dir=tmp_path / "run")
+    path = tmp_path / "run/config.yaml"
+    path.write_text(path.read_text().replace("2: 0.1\n", "1: 0.1\n"))  # whoever is slow now
+    assert {one["node"] for one in logged(tmp_path / "run", "late")} == {2}
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
+    assert {one["node"] for one in logged(tmp_path / "again", "late")} == {2}
+
+
+def logged(run_dir: Path, what: str) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == what]
+
+
 def test_only_the_directory_of_a_finished_run_is_taken(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing/config.yaml: cannot be read"):
         replay(tmp_path / "nothing")
