@@ -208,7 +208,7 @@ class Members:
         self._positions |= {node: report.position for node, report in reports.items() if report.position is not None}
         self.new.difference_update(reports)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
-        for node in [node for node in reports if node in self._kept and node != SERVER]:
+        for node in [node for node in self._kept if node in reports and node != SERVER]:
             del self._kept[node]
             self._runtime.release(node)
 

@@ -116,7 +116,7 @@ class Pool:
 
     def committed(self, nodes: Iterable[NodeId]) -> None:
         """``nodes`` have committed a round: what was before is forgiven."""
-        for node in nodes:
+        for node in nodes if self._crashes else ():
             known = self._crashes.get(node)
             if known is not None and known.due is None:
                 del self._crashes[node]

@@ -55,6 +55,9 @@ class Progress:
         """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
         """The runtime's clock when all nodes were up; times in the record count from it."""
+        self._nodes: tuple[NodeId, ...] = ()
+        self._counted = (0, 0, 0)
+        """Of what ``_nodes`` was made."""
         self._run_id = run_id
         self._run_dir = run_dir
         self._metrics: dict[str, float] = {}
@@ -64,7 +67,11 @@ class Progress:
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """Those that train and are alive, sorted."""
-        return tuple(sorted(node for node in self.facts if node != SERVER and node not in self.down))
+        counts = len(self.facts), len(self.down), self.num_lost + self.num_joined + self.num_drained
+        if counts != self._counted:
+            self._counted = counts
+            self._nodes = tuple(sorted(node for node in self.facts if node != SERVER and node not in self.down))
+        return self._nodes
 
     def name(self, node: NodeId) -> str:
         """A node, for people."""

@@ -62,6 +62,8 @@ class Recoveries:
 
     def committed(self, number: int, nodes: Iterable[NodeId]) -> None:
         """``nodes`` have committed a round."""
+        if not self._open:
+            return
         now = self._progress.runtime.now
         for node in [node for node in nodes if node in self._open and self._open[node].up is not None]:
             one = self._open.pop(node)

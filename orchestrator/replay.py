@@ -300,20 +300,19 @@ class SynchronousReplay(Synchronous):
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         done = self._done(attempt.number)
+        late, closed = done.late, done.closed
         match happening:
             case Posts(first, wants):
                 allowed = {
-                    node: one
-                    for node, one in wants.items()
-                    if node not in done.late or node in done.closed.get(first.seq, ())
+                    node: one for node, one in wants.items() if node not in late or node in closed.get(first.seq, ())
                 }
                 return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
-            case AllFinished(reports) if done.late & reports.keys():
-                punctual = {node: report for node, report in reports.items() if node not in done.late}
+            case AllFinished(reports) if late & reports.keys():
+                punctual = {node: report for node, report in reports.items() if node not in late}
                 return super()._note(attempt, AllFinished(punctual)) if punctual else None
-            case Post(node, seq) if node in done.late and node not in done.closed.get(seq, ()):
+            case Post(node, seq) if node in late and node not in closed.get(seq, ()):
                 return None
-            case Finished(node) if node in done.late:
+            case Finished(node) if node in late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.

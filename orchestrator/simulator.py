@@ -86,7 +86,7 @@ class _End(NamedTuple):
     incarnation: int | None
 
 
-_Item: TypeAlias = "tuple[NodeId, int, Happening | _End | None, int, object, int | None]"
+_Item: TypeAlias = "tuple[NodeId, int, _End | Happening | None, int, object, int | None]"
 """What is to happen at a moment, in the order of (node, arrival).
 
 The third is ``None`` where a program runs on, in the node's given attempt (what was meant for an earlier one is

@@ -87,7 +87,7 @@ class Transfers:
         self.on_begin(node, donor)
 
     def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
-        """Take what concerns transfers; return the node that has got all now, and whether that is all that it ever had."""
+        """Take what concerns transfers; return who has got all now, and whether that is all that it ever had."""
         match happening:
             case Loaded(node, source, nbytes) if node in self._joiners:
                 return self._loaded(node, source, nbytes)

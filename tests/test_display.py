@@ -110,7 +110,7 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     path = tmp_path / ("a-long-name-" * 8)
     path.mkdir()
     (path / "curves.png").touch()
-    end = summary(run_dir=str(path), nodes={"started": 4, "joined": 0, "lost": 1})
+    end = summary(run_dir=str(path), nodes={"started": 4, "joined": 0, "lost": 1, "drained": 0})
     print_summary(output, end, configuration(tracking="mlflow"))
     rows = {line[:17].strip(): line[17:] for line in file.getvalue().splitlines()}
     assert rows["status"] == "finished after 4 rounds"

@@ -94,7 +94,7 @@ LOSSES = [
 @pytest.mark.parametrize("case", [case for case in CASES if case.algorithm.synchronous], ids=lambda case: case.name)
 def test_a_synchronous_run_that_lost_nodes_is_repeated_to_the_same_digest(case: Case, tmp_path: Path):
     cluster = {"nodes": {"target": 5}, "round_deadline_s": 2, "cancel_grace_s": 0.1, "drain_s": 5}
-    # Without it the inner optimizer would remember steps of attempts that were given up, which a replay does not repeat.
+    # Else the inner optimizer would remember steps of attempts that were given up, which a replay does not repeat.
     rollback = {"optimizer": case.config.get("optimizer", {}) | {"rollback": True}}
     keys = {
         "faults": {"events": LOSSES},

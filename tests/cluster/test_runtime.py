@@ -141,5 +141,5 @@ def test_each_node_is_pinned_to_a_gpu_of_its_own(config: Make, tmp_path):
 def test_more_gpus_than_there_are_is_said_before_anything_waits(config: Make, tmp_path):
     message = r"4 nodes ask for 1 GPU each, the cluster has 2 \(ray status\); lower"
     with pytest.raises(ClusterError, match=message) as error:
-        run(config("fedavg", "cluster.num_gpus=1"), run_dir=tmp_path / "run")
+        run(config("fedavg", "cluster.num_gpus=1", "cluster.nodes.min=4"), run_dir=tmp_path / "run")
     assert exit_code(error.value) == 2
