@@ -16,7 +16,7 @@ leaves biases and norms out.
 Elasticity: θ is shared state. A node that is lost is not in the round's list, and nothing else changes; one that joins
 takes θ from a member, or applies the rounds that it missed from the log, without a forward pass.
 Cost: K bytes from each to each other, N·(N-1)·K in a round whatever P is (``layerwise``: times the layers); the log has
-18 bytes a round and 4 + K for each node, and 32 more every ``verify_every`` rounds. State: P values, and the committed
+31 bytes a round and 4 + K for each node, and 32 more every ``verify_every`` rounds. State: P values, and the committed
 copy; no gradient, no moments. 2·K forward passes (``one_sided``: K + 1), and N·K noise vectors to apply.
 Reference: Zelikman et al., "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language Model
 Finetuning Using Shared Randomness", 2023, arXiv:2306.10015.

@@ -11,7 +11,7 @@ Deviations: θ is not perturbed in place, as adding ε z, taking 2 ε z away and
 That takes the committed copy of θ in memory, which the runtime has in any case. ĝ is rounded to float32. λ leaves
 biases and norms out, as the authors' code does.
 Elasticity: as ``just_one_byte``.
-Cost: 4·K·N·(N-1) bytes a round, none on one node; the log has 18 bytes a round and 4 + 4·K for each node. State: P
+Cost: 4·K·N·(N-1) bytes a round, none on one node; the log has 31 bytes a round and 4 + 4·K for each node. State: P
 values, and the committed copy; no gradient, no moments.
 Reference: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333.
 """

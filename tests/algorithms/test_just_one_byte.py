@@ -259,6 +259,31 @@ def test_mezo_is_one_node_with_four_bytes():
     assert MeZO().expected_bytes(mezo.replicas[0].layout, 1) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ({"name": "digits", "model": {"name": "mlp", "width": 32}}, {"lr": 0.1, "rounds": 300}),
+        (
+            {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
+            {"lr": 0.05, "rounds": 60, "evaluation": {"every_rounds": 0, "max_batches": 4}},
+        ),
+    ],
+    ids=["digits", "text_lm"],
+)
+def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(task: Any, keys: dict[str, Any]):
+    """At equal function evaluations: 4 · 4 directions a round, of the same size of batch."""
+    losses: list[float] = []
+    start = spsa(1, name="mezo", task=task, **keys | {"rounds": 1, "lr": 1e-12}).summary
+    for nodes, name in ((1, "mezo"), (4, "just_one_byte")):
+        ran = spsa(nodes, name=name, task=task, samples=16 // nodes, data={"batch_size": 32}, **keys)
+        assert ran.summary is not None
+        losses.append(ran.summary.metrics["loss"])
+    assert start is not None
+    assert losses[0] < 0.9 * start.metrics["loss"]
+    assert losses[1] < losses[0] + 0.1 * (start.metrics["loss"] - losses[0])
+
+
 # --- bytes and memory -----------------------------------------------------------------------------------------------
 
 
