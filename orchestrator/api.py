@@ -150,19 +150,24 @@ def _drive(
     """Run to the end, whatever that is; leave nothing behind but the run directory."""
     from orchestrator.config import MLflowTracking
     from orchestrator.controller import Controller
+    from orchestrator.lease import Lease
     from orchestrator.records import Observers
     from orchestrator.run_directory import RunDirectory
 
     runtime = make(config)
     directory = RunDirectory(config, run_dir)
-    trackers: list[Observer] = []
-    if isinstance(config.tracking, MLflowTracking):
-        from orchestrator.tracking import MLflowTracker
+    with contextlib.ExitStack() as stack:
+        lease = Lease(directory.path)
+        stack.callback(lease.release)
+        trackers: list[Observer] = []
+        if isinstance(config.tracking, MLflowTracking):
+            from orchestrator.tracking import MLflowTracker
 
-        trackers.append(MLflowTracker(config.tracking, directory.path))
-    everyone = Observers([directory, *trackers, *observers])
-    controller = (drive or Controller)(config, runtime, everyone, run_id=directory.run_id, run_dir=str(directory.path))
-    with _kept_handlers():
+            trackers.append(MLflowTracker(config.tracking, directory.path))
+        everyone = Observers([directory, *trackers, *observers])
+        names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
+        controller = (drive or Controller)(config, runtime, everyone, **names, may_commit=lease.check)
+        stack.enter_context(_kept_handlers())
         try:
             summary = controller.run()
         except BaseException as error:
@@ -171,6 +176,7 @@ def _drive(
             with _undisturbed():
                 summary = controller.summary("interrupted" if interrupted else "failed")
                 runtime.close()
+                lease.release()
             with _undisturbed():  # once more: Ray's core takes the handler of SIGTERM away when it shuts down
                 _end_badly(everyone, summary)
             if isinstance(error, SystemExit):
@@ -178,6 +184,7 @@ def _drive(
             raise
         with _undisturbed():
             runtime.close()
+            lease.release()
         with _undisturbed():
             everyone.on_end(summary)
     return summary

@@ -15,6 +15,8 @@ from orchestrator.records import Started
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from orchestrator.config import Config
     from orchestrator.records import Observer, Status, Summary
     from orchestrator.runtime import Runtime
@@ -23,8 +25,19 @@ if TYPE_CHECKING:
 class Controller:
     """Drives one run on one runtime to its end."""
 
-    def __init__(self, config: Config, runtime: Runtime, observer: Observer, *, run_id: str, run_dir: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        observer: Observer,
+        *,
+        run_id: str,
+        run_dir: str,
+        may_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``may_commit`` raises if another controller decides by now; it is asked before each commit."""
         self._progress = Progress(config, runtime, observer, run_id=run_id, run_dir=run_dir)
+        self._progress.may_commit = may_commit
         self._run_id = run_id
         self._run_dir = run_dir
 

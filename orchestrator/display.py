@@ -68,7 +68,7 @@ class Display(Observer):
             for warning in node.warnings:
                 self.note(f"node {node.node}: {warning}")
         there, wanted = sum(node.node != SERVER for node in started.nodes), len(started.config.initial_nodes)
-        if there < wanted and started.config.cluster.nodes.target != "auto":
+        if there < wanted and not started.virtual and started.config.cluster.nodes.target != "auto":
             self.note(f"there is room for {there} of {wanted} nodes; the others join when there is more (ray status)")
         self.begin(started)
 

@@ -2,13 +2,15 @@
 
     StarlingError                    one line: what is wrong, where, what would be right
     ├── ConfigError             2    a file, key or value that cannot be used
-    │   └── RunDirectoryError   2    the run directory is taken
+    │   ├── RunDirectoryError   2    the run directory is taken
+    │   └── LeaseError          2    another controller drives the run
     ├── SettingsError           2    (algorithms.errors) hyper-parameters that cannot work together
     ├── DataError               2    (algorithms.errors) the data cannot be read or divided
     ├── ClusterError            2    no cluster at that address, or too small for what is asked
     ├── RunError                3    the run began, and failed
     │   ├── NodeLostError       3    a node's process or machine died
     │   ├── NodeGoneError       3    one died while it was asked for what another can give
+    │   ├── LeaseLostError      3    another controller has taken the run over
     │   ├── DivergedError       3    replicas that must be identical are not
     │   ├── ProgramsDivergeError 3   two nodes await different operations at the same place
     │   └── NodeFailedError     3    a user's task or algorithm raised; carries its traceback
@@ -28,6 +30,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "LeaseError",
+    "LeaseLostError",
     "NodeFailedError",
     "NodeGoneError",
     "NodeLostError",
@@ -53,6 +57,10 @@ class RunDirectoryError(ConfigError):
     """The run directory holds a run already."""
 
 
+class LeaseError(ConfigError):
+    """Another controller drives the run."""
+
+
 class ClusterError(StarlingError):
     """There is no cluster at the address, or it is too small for what is asked."""
 
@@ -71,6 +79,10 @@ class NodeGoneError(NodeLostError):
     def __init__(self, node: int, message: str) -> None:
         super().__init__(message)
         self.node = node
+
+
+class LeaseLostError(RunError):
+    """Another controller has taken the run over."""
 
 
 class DivergedError(RunError):

@@ -30,6 +30,8 @@ from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retir
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import Config
@@ -173,11 +175,19 @@ class ReplayController(Controller):
     """Drives a simulation as a log says."""
 
     def __init__(
-        self, config: Config, runtime: Simulator, observer: Observer, history: History, *, run_id: str, run_dir: str
+        self,
+        config: Config,
+        runtime: Simulator,
+        observer: Observer,
+        history: History,
+        *,
+        run_id: str,
+        run_dir: str,
+        may_commit: Callable[[], None],
     ) -> None:
         # What happened is in the log: nothing else is to happen.
         calm = config.model_copy(update={"faults": FaultsConfig()})
-        super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir)
+        super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
         runtime.initial = tuple(node for node in history.start if node != SERVER)
         self._simulator = runtime
         self._history = history

@@ -9,6 +9,7 @@
     model.safetensors   the final model
     summary.json        what `--json` prints
     curves.png          losses over rounds and bytes
+    lease.json          who drives the run, while it goes on
 
 It is claimed before the nodes start, and a run that never began leaves none.
 """
@@ -26,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
+from algorithms.api import SERVER
 from orchestrator import sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
@@ -83,7 +85,7 @@ class RunDirectory(Observer):
 
     def on_log(self, node: int, lines: Sequence[str]) -> None:
         # Opened each time: a run may have more nodes than a process may have open files.
-        path = self.path / "logs" / f"node-{node:03}.log"
+        path = self.path / "logs" / ("server.log" if node == SERVER else f"node-{node:03}.log")
         try:
             path.parent.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:

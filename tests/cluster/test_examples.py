@@ -48,6 +48,19 @@ def test_the_asynchronous_example_is_replayed_to_its_digest(tmp_path, processes:
 
 
 @pytest.mark.slow
-def test_the_demo_learns_more_than_the_frequencies_of_bytes(tmp_path, processes: Processes):
+def test_the_demo_loses_a_node_and_learns_more_than_the_frequencies_of_bytes(tmp_path, processes: Processes):
     summary = finish(processes, tmp_path, "run", str(ROOT / "examples/demo.yaml"))
     assert summary["metrics"]["loss"] < 0.8 * summary["baselines"]["unigram_entropy"]
+    assert summary["nodes"] == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
+    assert summary["replicas"] == "identical"
+
+
+@pytest.mark.slow
+def test_nodes_come_and_go_and_the_log_repeats_it(tmp_path, processes: Processes):
+    real = finish(processes, tmp_path, "run", str(ROOT / "examples/elastic.yaml"), "--run-dir", "runs/real")
+    assert real["nodes"]["started"] == 3
+    assert real["nodes"]["lost"] == real["nodes"]["drained"] == 1
+    assert real["nodes"]["joined"] >= 1
+    assert real["replicas"] == "identical"
+    again = finish(processes, tmp_path, "simulate", "--replay", "runs/real", "--run-dir", "runs/again")
+    assert again["digest"] == real["digest"]

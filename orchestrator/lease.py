@@ -1,0 +1,146 @@
+"""The lease: of all controllers that may think that a run is theirs, one decides.
+
+It is a file in the run directory. Whoever made it last holds it, and looks before each commit whether that is still so:
+a controller that was taken for dead (stopped, cut off, on a machine that hung) and comes back commits nothing. Taking
+it over is possible when its holder is dead: its process is gone or, on another machine, has not renewed it for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import LeaseError, LeaseLostError
+
+_NAME = "lease.json"
+_RENEW_S = 5.0
+_EXPIRED_S = 30.0
+"""Not renewed for so long, a holder on another machine is taken for dead."""
+
+
+class Lease:
+    """Held from here until ``release``.
+
+    Args:
+        run_dir: of the run.
+
+    Raises:
+        LeaseError: another controller holds it and is alive, or the file cannot be written.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / _NAME
+        before = _read(self._path)
+        if before is not None and _is_alive(before):
+            raise LeaseError(
+                f"run directory {run_dir}: the controller with pid {before['pid']} on {before['host']} "
+                "drives this run; wait until it has ended, or end it"
+            )
+        self._facts = {
+            "owner": secrets.token_hex(8),
+            "token": (0 if before is None else before["token"]) + 1,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started": _started(os.getpid()),
+        }
+        self._lock = threading.Lock()
+        self._inode = -1
+        try:
+            self._write(first=before is None)
+        except FileExistsError:
+            raise LeaseError(
+                f"run directory {run_dir}: another controller has just begun to drive this run; "
+                f"if there is none, remove {_NAME} there"
+            ) from None
+        except OSError as error:
+            raise LeaseError(f"{self._path} cannot be written: {error.strerror}") from None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="starling-lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def token(self) -> int:
+        """Grows with each holder."""
+        return self._facts["token"]
+
+    def check(self) -> None:
+        """Look whether the lease is still held; a few microseconds.
+
+        Raises:
+            LeaseLostError: another controller has taken it over.
+        """
+        with self._lock:
+            if not self._is_ours():
+                raise LeaseLostError(
+                    f"{self._path}: another controller has taken this run over, taking this one for dead; "
+                    "this one commits nothing more"
+                )
+
+    def release(self) -> None:
+        """Hold it no longer. Never raises."""
+        self._over.set()
+        self._thread.join(timeout=_RENEW_S)
+        with self._lock, contextlib.suppress(OSError):
+            if self._is_ours():
+                self._path.unlink()
+
+    def _renew(self) -> None:
+        while not self._over.wait(_RENEW_S):
+            with self._lock, contextlib.suppress(OSError):
+                if not self._is_ours():
+                    return
+                self._write()
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def _write(self, *, first: bool = False) -> None:
+        """Put a new file in the place of what is there; its inode names us."""
+        partial = self._path.with_name(f".{_NAME}.{self._facts['owner']}")
+        try:
+            with partial.open("x", encoding="utf-8") as file:
+                json.dump(self._facts | {"renewed": time.time()}, file)
+                inode = os.fstat(file.fileno()).st_ino
+            if first:
+                os.link(partial, self._path)  # of two that begin at the same time one fails
+            else:
+                partial.replace(self._path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._inode = inode
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return facts if {"token", "host", "pid", "started", "renewed"} <= facts.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _is_alive(facts: dict[str, Any]) -> bool:
+    """Whether the holder of a lease still drives its run."""
+    if facts["host"] != platform.node():
+        return time.time() - facts["renewed"] < _EXPIRED_S
+    # A number may be another process's by now.
+    return facts["started"] is not None and facts["started"] == _started(facts["pid"])
+
+
+def _started(pid: int) -> float | None:
+    """When a process of this machine began, in clock ticks since the machine did; ``None`` if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    state, *rest = text.rpartition(")")[2].split()
+    return None if state in "ZX" else float(rest[18])
