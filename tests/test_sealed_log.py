@@ -200,7 +200,9 @@ def test_another_configuration_gives_other_digests(run_dir: Path, tmp_path: Path
     ):
         rebuild(path)
     config.write_text(text.replace("seed: 0\n", "seed: 7\n", 1).replace("verify_every: 3", "verify_every: 0"))
-    with pytest.raises(ProgramError, match=r"the record of round 2 has 68 bytes, not those of 3 nodes"):
+    with pytest.raises(
+        ProgramError, match=r"round 2 cannot be replayed: its record has 68 bytes, and not those of codes of 2 bytes"
+    ):
         rebuild(path)
     config.write_text(text.replace("seed: 0\n", "seed: 7\n", 1))
     (path / "snapshots/round-000003.safetensors").write_bytes((path / "model.safetensors").read_bytes())
@@ -234,3 +236,25 @@ def test_a_log_that_was_cut_off_serves_up_to_there(run_dir: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"--to 8 is the last that is whole"):
         rebuild(path)
     assert rebuild(path, 8).digest == rebuild(run_dir, 8).digest
+
+
+def test_the_command_line(run_dir: Path, tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from orchestrator.cli import app
+
+    def replay(*arguments: str) -> tuple[int, dict[str, Any]]:
+        result = CliRunner().invoke(app, ["replay", *arguments, "--json"])
+        return result.exit_code, json.loads(result.stdout.splitlines()[-1])
+
+    code, answer = replay(str(run_dir), "--to", "4", "--since", "4", "--save", str(tmp_path / "saved"))
+    assert (code, answer["round"], answer["since"], answer["replayed"], answer["error"]) == (0, 4, 3, 1, None)
+    assert answer["digest"] == rebuild(run_dir, 4).digest
+    assert (tmp_path / "saved").exists()
+    code, answer = replay(str(run_dir), "--to", "77")
+    assert (code, answer["status"]) == (2, "failed")
+    assert answer["error"].endswith("rounds.log: there is no round 77; the last one is 9")
+    path = copied(run_dir, tmp_path)
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 7\n", 1))
+    assert replay(str(path))[0] == 3

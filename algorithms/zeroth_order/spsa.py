@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -14,6 +13,7 @@ from algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, Node
 from algorithms.errors import ProgramError
 from algorithms.noise import Distribution, accumulate, perturb
 from algorithms.seeds import derive_seed
+from algorithms.zeroth_order import records
 from algorithms.zeroth_order.codes import Log8, ScalarCode
 
 if TYPE_CHECKING:
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from algorithms.rules import DataBatch
-
-_HEADER = struct.Struct("<ddH")
-"""Of a record: learning rate, ε, and the number of contributors."""
-_ID = struct.Struct("<i")
 
 
 class SPSA(Algorithm):
@@ -142,26 +138,19 @@ class SPSA(Algorithm):
 
     def sealed(self, node: Node) -> bytes:
         codes = cast("Mapping[str, Tensor]", node.shared["codes"])
-        pieces = [_HEADER.pack(self.lr, self.eps, len(codes))]
-        pieces += [_ID.pack(int(member)) + one.cpu().numpy().tobytes() for member, one in codes.items()]
-        if self._verifies(node):
-            pieces.append(bytes.fromhex(cast("str", node.shared["parameters"])))
-        return b"".join(pieces)
+        digest = cast("str", node.shared.get("parameters", ""))
+        return records.pack(self.lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
 
     def replay(self, node: Node, record: bytes) -> None:
-        lr, _, count = _HEADER.unpack_from(record)
         size = self.samples * len(self._spans(node.layout)) * self.code.nbytes
-        end = _HEADER.size + count * (_ID.size + size)
-        digest = record[end:]
-        if len(record) < end or len(digest) != 32 * self._verifies(node):
-            raise ProgramError(f"the record of round {node.round} has {len(record)} bytes, not those of {count} nodes")
-        sealed: dict[NodeId, Tensor] = {}
-        for place in range(_HEADER.size, end, _ID.size + size):
-            codes = bytearray(record[place + _ID.size : place + _ID.size + size])
-            sealed[_ID.unpack_from(record, place)[0]] = torch.frombuffer(codes, dtype=torch.uint8)
-        self._step(node, sealed, lr)
-        if digest and node.shared["parameters"] != digest.hex():
-            message = f"it gives parameters with digest {node.shared['parameters']}, the run had {digest.hex()}"
+        found = records.unpack(record, size, with_digest=self._verifies(node))
+        if found is None:
+            what = f"{len(record)} bytes, and not those of codes of {size} bytes"
+            raise ProgramError(f"round {node.round} cannot be replayed: its record has {what}")
+        self._step(node, found.codes, found.lr)
+        digest = node.shared.get("parameters", "")
+        if digest != found.digest:
+            message = f"it gives parameters with digest {digest}, the run had {found.digest}"
             raise ProgramError(f"round {node.round} cannot be replayed: {message}")
 
     def _verifies(self, node: Node) -> bool:
