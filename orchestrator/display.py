@@ -225,6 +225,11 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         rows.append((label, f"[bold]{number_text(value)}[/]{_beside(name, summary.baselines)}"))
     payload, per_round = summary.bytes["payload"] or 0, summary.bytes["per_round"] or 0
     rows.append(("bytes", f"{bytes_text(payload)} payload, {bytes_text(per_round)} per round"))
+    transport, recovery = summary.bytes["transport"], summary.bytes["recovery"]
+    if transport is not None:
+        rows.append(("transport", f"{bytes_text(transport)} between processes"))
+    if recovery:
+        rows.append(("recovery", f"{bytes_text(recovery)} for nodes that had missed something"))
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
     if summary.replicas is not None:

@@ -117,6 +117,8 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     assert rows["validation loss"] == "0.4375  (chance 2.303)"
     assert rows["accuracy"] == "0.5"
     assert rows["bytes"] == "32.0 kB payload, 8.00 kB per round"
+    assert rows["transport"] == "36.0 kB between processes"
+    assert "recovery" not in rows
     assert rows["nodes"] == "4 started, lost 1"
     assert rows["replicas"] == "identical at every commit"
     assert rows["time"] == "7.0 s"

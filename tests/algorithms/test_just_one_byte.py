@@ -289,8 +289,8 @@ def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(task: Any, keys: dict
 
 @pytest.mark.parametrize(("code", "nbytes"), [("log8", 1), ("fp16", 2), ("fp32", 4)])
 def test_payload_is_the_samples_alone_whatever_the_model(code: str, nbytes: int):
-    """Z9: P = 2410 and 30 730, and by formula 10⁸."""
-    for width in (32, 409):
+    """Z9: P = 10⁴ and 10⁶, and by formula 10⁸."""
+    for width in (133, 13_333):
         task = {"name": "digits", "model": {"name": "mlp", "width": width}}
         ran = spsa(3, task=task, rounds=1, samples=5, code=code)
         assert ran.rounds[0].payload_bytes == 3 * 2 * 5 * nbytes
