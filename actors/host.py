@@ -47,6 +47,7 @@ from algorithms.api import (
     Send,
     Sleep,
     Start,
+    Step,
     Train,
     TrainReport,
     Wait,
@@ -113,7 +114,7 @@ class Host(Exchanges):
         """Put a new replica in the place of one that is gone, in its initial state."""
         self.replicas[replica.id] = replica
         self.fences[replica.id] = threading.Event()
-        self.programs.pop(replica.id, None)
+        # The old program stays until the next round: what it contributed may be in an exchange that is not closed yet.
         replica.clock = self.times.watched(replica.id, replica.clock)
         replica.spec.algorithm.init(replica)
         replica.commit()
@@ -216,7 +217,7 @@ class Host(Exchanges):
 
     def _accept(self, node: NodeId, operation: object) -> Ticket:
         match operation:
-            case Train() | Batch() | Gradient() | Loss() | Evaluate():
+            case Train() | Batch() | Gradient() | Step() | Loss() | Evaluate():
                 return Computing(operation)
             case AllReduce() | AllGather() | NeighborAllGather():
                 return self._collective(node, operation, started=False)
@@ -358,6 +359,8 @@ class Host(Exchanges):
                 return replica.batch(operation)
             case Gradient():
                 return replica.gradient(operation)
+            case Step():
+                return replica.step(operation)
             case Loss():
                 return replica.loss(operation)
             case Evaluate():

@@ -17,6 +17,12 @@ CASES = (
     Case(DIGITS | {"algorithm": {"name": "fedprox", "mu": 0.1}, "rounds": 16}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "scaffold"}, "rounds": 12}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "diloco", "inner_steps": 10}, "rounds": 12}, reaches=0.25),
+    Case(
+        DIGITS
+        | {"algorithm": {"name": "streaming_diloco", "inner_steps": 20, "fragments": 2, "pattern": "size"}}
+        | {"rounds": 24},
+        reaches=0.25,
+    ),
     Case(DIGITS | {"algorithm": {"name": "dsgd", "steps": 10}, "rounds": 20}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "gradient_tracking", "steps": 10}, "rounds": 20}, reaches=0.25),
     Case(

@@ -102,7 +102,8 @@ def sends_what_it_says(case: Case) -> None:
             ran = case.run(task=task, rounds=rounds, cluster={"nodes": {"target": nodes}})
             sent = [record.payload_bytes for record in ran.rounds]
             if synchronous:
-                assert sent == [ran.expected_bytes] * rounds
+                planned = [ran.planned_bytes(number) for number in range(rounds)]
+                assert sent == planned
             else:
                 assert math.isclose(sum(sent), rounds * ran.expected_bytes, rel_tol=case.bytes_within)
 
