@@ -495,7 +495,7 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
         """Payload bytes of one round over all nodes, without losses; of an asynchronous one, as ``rounds`` counts."""
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
-        """The same of round ``number`` of ``num_rounds``, where they differ; ``expected_bytes`` is then a typical one."""
+        """Those of round ``number`` of ``num_rounds``, where they differ, and ``expected_bytes`` a typical one."""
         del number, num_rounds
         return self.expected_bytes(layout, num_nodes)
 

@@ -23,6 +23,9 @@ CASES = (
         | {"rounds": 24},
         reaches=0.25,
     ),
+    Case(DIGITS | {"algorithm": {"name": "eager_diloco", "inner_steps": 10}, "rounds": 16}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "local_sgd"}, "rounds": 16}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "ddp", "inner_steps": 10}, "rounds": 18}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "dsgd", "steps": 10}, "rounds": 20}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "gradient_tracking", "steps": 10}, "rounds": 20}, reaches=0.25),
     Case(

@@ -30,6 +30,11 @@ class Codec(Part, family="codec", catalog="algorithms.codecs"):
         """Whether what it leaves out is lost for good unless it is sent later, by error feedback."""
         return False
 
+    @property
+    def is_contraction(self) -> bool:
+        """Whether what it leaves out is less than what there was, so that it may be added the next time."""
+        return True
+
     def at(self, round_number: int) -> Self:
         """The codec of a round, the same on all members; another one each time where a codec draws random numbers."""
         del round_number

@@ -37,6 +37,10 @@ class QSGD(Codec, name="qsgd"):
         return self.block_size
 
     @property
+    def is_contraction(self) -> bool:
+        return False
+
+    @property
     def levels(self) -> int:
         """The number of levels above zero, s."""
         return 2 ** (self.bits - 1) - 1

@@ -138,6 +138,10 @@ class RandomK(_Sparse, name="random_k"):
     def needs_feedback(self) -> bool:
         return not self.unbiased
 
+    @property
+    def is_contraction(self) -> bool:
+        return not self.unbiased
+
     def at(self, round_number: int) -> Self:
         return self.model_copy(update={"seed": derive_seed("random_k", self.seed, round_number)})
 

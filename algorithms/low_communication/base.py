@@ -60,6 +60,10 @@ def refuse_lossy(codec: Codec, result_codec: Codec, *, feedback: bool) -> None:
     if codec.needs_feedback and not feedback:
         cure = "set error_feedback: true, or take fp4, int8, bf16 or identity"
         raise ValueError(f"codec: what {codec.name} leaves out would never be sent; {cure}")
+    if feedback and not codec.is_contraction:
+        raise ValueError(
+            f"error_feedback: the errors of {codec.name} cancel, and would grow if fed back; set it to false"
+        )
     if result_codec.needs_feedback:
         why = "nobody keeps what it leaves out of a result"
         raise ValueError(f"result_codec: {result_codec.name} needs error feedback, and {why}; take fp4, int8 or bf16")
