@@ -24,6 +24,13 @@ CASES = (
         reaches=0.25,
     ),
     Case(DIGITS | {"algorithm": {"name": "eager_diloco", "inner_steps": 10}, "rounds": 16}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "edit", "inner_steps": 10, "warmup_steps": 10}, "rounds": 14}, reaches=0.25),
+    Case(
+        DIGITS
+        | {"algorithm": {"name": "a_edit", "interval_s": 0.1, "min_total_steps": 4, "max_steps": 20}}
+        | {"rounds": 14},
+        reaches=0.25,
+    ),
     Case(DIGITS | {"algorithm": {"name": "local_sgd"}, "rounds": 16}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "ddp", "inner_steps": 10}, "rounds": 18}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "dsgd", "steps": 10}, "rounds": 20}, reaches=0.25),

@@ -43,7 +43,6 @@ class Synchronous(LowCommunication):
         return self
 
     def init(self, node: Node) -> None:
-        node.shared["model"] = node.parameters.clone()
         if self.compressor is not None:
             self.compressor.init(node)
 
@@ -62,7 +61,6 @@ class Synchronous(LowCommunication):
             fresh = fresh or len(mean.members) < len(node.view.members)
             await Step(mean.value, report, fresh=fresh)
             fresh = False
-        node.shared["model"] = node.parameters.clone()
 
     def step_bytes(self, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one step over all nodes."""
@@ -76,8 +74,13 @@ class DDP(Synchronous, name="ddp"):
 
     inner_steps: PositiveInt = 1  # steps in a round, each with an exchange
 
+    def init(self, node: Node) -> None:
+        super().init(node)
+        node.shared["model"] = node.parameters.clone()
+
     async def round(self, node: Node) -> None:
         await self.steps_together(node, self.inner_steps)
+        node.shared["model"] = node.parameters.clone()
         await average_buffers(node)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

@@ -27,38 +27,22 @@ arXiv:2501.18512, Algorithm 2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Self, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Self, TypeAlias
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor
 
 from algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
 from algorithms.codecs import FP4, BFloat16, Codec
+from algorithms.low_communication import fragments as parts
 from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
-from algorithms.low_communication.fragments import (
-    Pattern,
-    fragments_of,
-    gather,
-    scatter,
-    size_of,
-    to_device,
-    to_host,
-)
+from algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
 from algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
-    from algorithms.api import State
-    from algorithms.outer import OuterState
+    from torch import Tensor
 
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-
-
-class Fragment(TypedDict):
-    """What all nodes know of a fragment."""
-
-    anchor: Tensor
-    outer: OuterState
 
 
 class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
@@ -94,49 +78,42 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
         """The fragments that are exchanged in round ``number``."""
         return (number % self.fragments,) if self.staggered else tuple(range(self.fragments))
 
+    def ranges(self, layout: Layout) -> tuple[parts.Ranges, ...]:
+        """Where the fragments are."""
+        return parts.fragments_of(layout, self.fragments, self.pattern)
+
     def init(self, node: Node) -> None:
-        anchors = [to_host(gather(node.parameters, ranges)) for ranges in self._ranges(node.layout)]
-        node.shared["fragments"] = [{"anchor": one, "outer": self.outer.init(one)} for one in anchors]
+        parts.begin(node, self.ranges(node.layout), self.outer)
 
     async def join(self, node: Node) -> None:
         node.parameters.copy_(self.model(node))
 
     async def round(self, node: Node) -> None:
-        ranges, due = self._ranges(node.layout), self.due(node.round)
-        known = [*cast("list[Fragment]", node.shared["fragments"])]
+        ranges, due, known = self.ranges(node.layout), self.due(node.round), parts.known(node)
         codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         await Train(steps=self.steps - self.overlap_steps)
         handles: list[Handle[Reduced[Tensor]]] = []
         for p in due:
-            gradient = known[p]["anchor"].cpu() - to_host(gather(node.parameters, ranges[p]))
+            gradient = known[p]["anchor"] - to_host(gather(node.parameters, ranges[p]))
             sent = self.compensated(node, gradient, str(p)) if node.participates else None
             handles.append(await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1])))
         if self.overlap_steps:
             await Train(steps=self.overlap_steps)
         for p, handle in zip(due, handles, strict=True):
             mean = await Wait(handle)
-            step, outer = self.outer.update(to_host(mean.value), known[p]["outer"])
-            anchor = known[p]["anchor"].cpu() + step
-            known[p] = {"anchor": anchor, "outer": outer}
+            known[p] = parts.stepped(known[p], to_host(mean.value), self.outer)
             local = gather(node.parameters, ranges[p])
-            scatter(torch.lerp(to_device(anchor, local.device), local, self.merge_alpha), node.parameters, ranges[p])
-        node.shared["fragments"] = cast("State", known)
+            anchor = to_device(known[p]["anchor"], local.device)
+            scatter(torch.lerp(anchor, local, self.merge_alpha), node.parameters, ranges[p])
+        parts.keep(node, known)
         await average_buffers(node)
 
     def model(self, node: Node) -> Tensor:
-        model = torch.empty_like(node.parameters)
-        for one, ranges in zip(
-            cast("list[Fragment]", node.shared["fragments"]), self._ranges(node.layout), strict=True
-        ):
-            scatter(one["anchor"], model, ranges)
-        return model
-
-    def _ranges(self, layout: Layout) -> tuple[tuple[tuple[int, int], ...], ...]:
-        return fragments_of(layout, self.fragments, self.pattern)
+        return parts.anchors_in_place(node, self.ranges(node.layout))
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
-        ranges = self._ranges(layout)
-        exchanged = sum(self.exchange_bytes(size_of(ranges[p]), layout, num_nodes) for p in self.due(number))
+        ranges = self.ranges(layout)
+        exchanged = sum(self.exchange_bytes(parts.size_of(ranges[p]), layout, num_nodes) for p in self.due(number))
         return exchanged + buffer_bytes(layout, num_nodes)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
