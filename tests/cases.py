@@ -35,6 +35,7 @@ CASES = (
     Case(DIGITS | {"algorithm": {"name": "ddp", "inner_steps": 10}, "rounds": 18}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "dsgd", "steps": 10}, "rounds": 20}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "gradient_tracking", "steps": 10}, "rounds": 20}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "single_merge", "steps": 10, "neighbors": 0.5}, "rounds": 20}, reaches=0.25),
     Case(
         DIGITS | {"algorithm": {"name": "fedbuff", "buffer_size": 4, "steps": 10}, "rounds": 24},
         reaches=0.25,
