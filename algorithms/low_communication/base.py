@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, cast
 from pydantic import PositiveInt, model_validator
 
 from algorithms.api import Algorithm, AllReduce, all_reduce_bytes
-from algorithms.codecs import Codec, Identity
+from algorithms.codecs import Codec, Identity, refuse_lossy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,24 +49,6 @@ class LowCommunication(Algorithm):
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size
         return self.inner_steps
-
-
-def refuse_lossy(codec: Codec, result_codec: Codec, *, feedback: bool) -> None:
-    """Refuse codecs with which something would never arrive.
-
-    Raises:
-        ValueError: says which would do.
-    """
-    if codec.needs_feedback and not feedback:
-        cure = "set error_feedback: true, or take fp4, int8, bf16 or identity"
-        raise ValueError(f"codec: what {codec.name} leaves out would never be sent; {cure}")
-    if feedback and not codec.is_contraction:
-        raise ValueError(
-            f"error_feedback: the errors of {codec.name} cancel, and would grow if fed back; set it to false"
-        )
-    if result_codec.needs_feedback:
-        why = "nobody keeps what it leaves out of a result"
-        raise ValueError(f"result_codec: {result_codec.name} needs error feedback, and {why}; take fp4, int8 or bf16")
 
 
 async def average_buffers(node: Node) -> None:
