@@ -49,5 +49,5 @@ def test_the_asynchronous_example_is_replayed_to_its_digest(tmp_path, processes:
 
 @pytest.mark.slow
 def test_the_demo_learns_more_than_the_frequencies_of_bytes(tmp_path, processes: Processes):
-    summary = finish(processes, tmp_path, "run", str(ROOT / "examples/demo.yaml"))
+    summary = finish(processes, tmp_path, "run", str(ROOT / "examples/streaming_diloco.yaml"))
     assert summary["metrics"]["loss"] < 0.8 * summary["baselines"]["unigram_entropy"]
