@@ -117,10 +117,11 @@ def measure(name: str) -> Measured:
 
 HEAD = f"""# Methods that communicate little
 
-Written by `python benchmarks/low_communication.py`, in the simulator: a transformer of 438 thousand parameters on Python's
-standard library, {NODES} nodes, {PERIOD * PERIODS} steps of each ({PERIOD * PERIODS * NODES * 16 * 64 / 1e6:.1f} million
-bytes of text in all), {STEP_MS} ms a step, AdamW with the same learning rate for all. Streaming exchanges two fragments
-with an overlap of two steps; a single merge mixes with a fifth of a neighbour in a round of {PERIOD // 2} steps.
+Written by `python benchmarks/low_communication.py`, in the simulator: a transformer of 438 thousand parameters on
+Python's standard library, {NODES} nodes, {PERIOD * PERIODS} steps of each
+({PERIOD * PERIODS * NODES * 16 * 64 / 1e6:.1f} million bytes of text in all), {STEP_MS} ms a step, AdamW with the same
+learning rate for all. Streaming exchanges two fragments with an overlap of two steps; a single merge mixes with a fifth
+of a neighbour in a round of {PERIOD // 2} steps.
 
 | method | validation loss | against data-parallel | sent | {" | ".join(f"{mbit} Mbit/s" for mbit in MBITS)} |
 |---|---:|---:|---:|{"---:|" * len(MBITS)}

@@ -224,6 +224,8 @@ class Workload:
         """The least bandwidth in Gbit/s with which ``target`` is reached; ``None``: latency alone costs more."""
         if self.utilization(method, _MOST) < target:
             return None
+        if self.utilization(method, _LEAST) >= target:
+            return 0.0  # alone, nobody waits for anybody
         low, high = math.log(_LEAST), math.log(_MOST)
         while high - low > 1e-4:
             middle = (low + high) / 2

@@ -9,6 +9,7 @@ import torch
 
 from actors.replica import Replica
 from actors.setup import load_data
+from algorithms.api import Algorithm
 from orchestrator.api import refuse_simulated_network
 from orchestrator.errors import ConfigError
 from orchestrator.simulator import user_code
@@ -68,7 +69,10 @@ def make_plan(config: Config) -> Plan:
     steps = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
     layout = replica.layout
     rounds = config.rounds
-    total = sum(config.algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds))
+    if type(config.algorithm).round_bytes is Algorithm.round_bytes:
+        total = rounds * config.algorithm.expected_bytes(layout, num_nodes)
+    else:
+        total = sum(config.algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds))
     every = config.evaluation.every_rounds
     return Plan(
         name=config.name,

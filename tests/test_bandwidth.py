@@ -134,6 +134,17 @@ def test_the_simulator_agrees(method: str):
         assert simulated(raw, work.methods[method], needed, rounds=6) == pytest.approx(target, rel=0.02)
 
 
+def test_overlap_hides_an_exchange_that_costs_a_third_of_the_time():
+    """At the link at which 30 % of the time is waiting, less than 5 % is when a fragment may take three steps."""
+    algorithm = RUN["algorithm"] | {"overlap_steps": 3}
+    raw = RUN | {"algorithm": algorithm, "network": {"step_ms": 20, "latency_ms": 0.5}}
+    work = Workload.of(parse(raw))
+    link = work.needed("streaming", 0.7)
+    assert link is not None
+    assert simulated(raw, work.methods["streaming"], link, rounds=6) == pytest.approx(0.7, rel=0.02)
+    assert simulated(raw, work.methods["streaming_overlap"], link, rounds=6) > 0.95
+
+
 def test_buffers_are_counted():
     raw = RUN | {"task": {"name": "digits", "model": {"name": "cnn"}}, "network": {"step_ms": 20, "latency_ms": 1}}
     work = Workload.of(parse(raw))
@@ -146,6 +157,8 @@ def test_latency_may_be_too_much():
     work = Workload.of(parse(RUN | {"network": {"step_ms": 1, "latency_ms": 2}}))
     assert work.needed("data_parallel", 0.5) is None
     assert work.needed("streaming_overlap", 0.5) is not None
+    alone = Workload.of(parse(RUN | {"cluster": {"nodes": {"target": 1}}, "network": {"step_ms": 1}}))
+    assert alone.table() == dict.fromkeys(METHODS, [0.0] * 5)
 
 
 def test_what_it_takes_from_the_algorithm():

@@ -29,6 +29,8 @@ arXiv:2507.06542; defaults are those of its code.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
@@ -77,10 +79,8 @@ class SingleMerge(Algorithm, name="single_merge"):
         most = num_nodes - 1
         if self.merge and number == num_rounds - 1:
             return most
-        before = math.fsum(min(self.budget(one, num_rounds), most) for one in range(number))
-        now = before + min(self.budget(number, num_rounds), most)
-        # Sums of fractions: five times 0.2 is meant to be one.
-        return math.floor(now + 1e-9) - math.floor(before + 1e-9)
+        spent = _spent(self, most, num_rounds)  # pyright: ignore[reportArgumentType] - frozen models are hashable
+        return spent[number + 1] - spent[number]
 
     async def round(self, node: Node) -> None:
         await Train(steps=self.steps)
@@ -108,3 +108,11 @@ class SingleMerge(Algorithm, name="single_merge"):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return self.steps
+
+
+@functools.lru_cache(maxsize=8)
+def _spent(algorithm: SingleMerge, most: int, num_rounds: int) -> tuple[int, ...]:
+    """Whole neighbours before each round, and before the one after the last."""
+    budgets = (min(algorithm.budget(number, num_rounds), most) for number in range(num_rounds))
+    # Sums of fractions: five times 0.2 is meant to be one.
+    return tuple(math.floor(total + 1e-9) for total in itertools.accumulate(budgets, initial=0.0))
