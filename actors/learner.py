@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
-    from algorithms.api import Algorithm, Gradient, Loss, NodeId, Train
+    from algorithms.api import Algorithm, Gradient, Loss, NodeId, Step, Train
     from algorithms.rules import GradientFunction, Rule
 
 NOT_STARTED = -1
@@ -322,6 +322,31 @@ class Learner:
             self._give_up_round(f"{what} in a Gradient")
             return GradientReport(torch.zeros_like(self.parameters), math.nan, 0)
         return GradientReport(gradient.clone(), value, batch.num_samples)
+
+    def step(self, operation: Step) -> TrainReport:
+        """Carry out ``Step``.
+
+        Raises:
+            NonFiniteLossError: the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
+            ProgramError: the gradient has the wrong shape.
+        """
+        gradient, bench, clip = operation.gradient, self.bench, self.spec.optimizer.grad_clip
+        if gradient.shape != self.parameters.shape:
+            shapes = f"{list(self.parameters.shape)}, not {list(gradient.shape)}"
+            raise ProgramError(f"Step takes a gradient of shape {shapes}")
+        bench.attach(self.tensors)
+        if operation.fresh:
+            self.optimizer.reset()
+        bench.set_gradient(gradient)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(bench.trained, clip)
+        rate = self.rate()
+        self.optimizer.step(self.parameters, rate)
+        self._step += 1
+        if not _is_finite(self.parameters):
+            self._give_up_round(f"parameters are not finite after a Step (lr {rate:.3g})")
+            return TrainReport(math.nan, 0, 0, 0.0)
+        return TrainReport(operation.report.loss, operation.report.num_samples, 0, 0.0)
 
     def _gradient_at(self, parameters: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
         bench = self.bench

@@ -55,6 +55,7 @@ class Replica(Learner):
     ) -> None:
         super().__init__(node, spec, samples, indices, row or (Slab(spec.bench(device or torch.device("cpu"))), 0))
         self.incarnation = 0
+        self.num_rounds = spec.rounds
         self.view = View(0, ())
         self.participates = True
         self.clock: Callable[[], float] = time.monotonic
@@ -217,7 +218,7 @@ class _Committed:
         tensors = replica.committed_tensors()
         self.id, self.incarnation = replica.id, replica.incarnation
         self.round, self.view, self.participates = replica.committed_round, replica.view, replica.participates
-        self.num_samples, self.layout = replica.num_samples, replica.layout
+        self.num_samples, self.layout, self.num_rounds = replica.num_samples, replica.layout, replica.num_rounds
         self.parameters, self.buffers = tensors.parameters, tensors.buffers
         self.shared: dict[str, State] = replica.shared.committed()
         self.local: dict[str, State] = replica.local.committed()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from benchmarks import all_reduce, memory, overlap, round_overhead, simulator
+from benchmarks import all_reduce, codecs, memory, overlap, round_overhead, simulator, streaming
 from benchmarks.harness import Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -45,7 +45,7 @@ def line(row: Row) -> str:
 
 def main() -> None:
     rows: list[Row] = []
-    for module in (simulator, round_overhead, all_reduce, overlap, memory):
+    for module in (simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)

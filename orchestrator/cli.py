@@ -208,6 +208,32 @@ def topologies(
     _answer(act, as_json=as_json)
 
 
+@app.command(epilog=_EXIT_CODES)
+def bandwidth(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=_CONFIG_HELP, show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="1b|10b|100b", help="Instead of CONFIG: a model of the published table; by default 1b."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the bandwidth that methods need for 50, 80, 90, 95 and 99 % compute utilization."""
+    if config is not None and model is not None:
+        raise typer.BadParameter("takes a CONFIG, or --model instead")
+    if config is None and overrides:
+        raise typer.BadParameter("--set needs a CONFIG")
+
+    def act(console: Console) -> dict[str, Any]:
+        from orchestrator import bandwidth_page as page
+
+        if config is None:
+            return page.print_preset(console, (model or "1b").lower())
+        return page.print_workload(console, _load(config, overrides))
+
+    _answer(act, as_json=as_json)
+
+
 def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:
     views: list[Display] = []
 
