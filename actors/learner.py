@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.data import EpochSampler, Position
+from actors.data import Position
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned, seeded
 from algorithms.api import SERVER, Batch, GradientReport, TrainReport
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from actors.data import Draws, Indices, Sampler
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
     from algorithms.api import Algorithm, Gradient, Loss, NodeId, Train
@@ -77,13 +78,19 @@ class ReplicaSpec:
 class Learner:
     """What a node computes with; the arguments are those of ``Replica``."""
 
-    parts: Sequence[Tensor] | None = None
+    parts: Sequence[Indices] | None = None
     """The indices of every node's samples, if the process knows them."""
     validation: Samples | None = None
     """The held-out data."""
 
     def __init__(
-        self, node: NodeId, spec: ReplicaSpec, samples: Samples, indices: Tensor, row: tuple[Slab, int]
+        self,
+        node: NodeId,
+        spec: ReplicaSpec,
+        samples: Samples,
+        indices: Indices,
+        row: tuple[Slab, int],
+        sampler: Sampler,
     ) -> None:
         self.id = node
         self.spec = spec
@@ -98,7 +105,9 @@ class Learner:
         """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
         self.optimizer = NodeOptimizer(self.bench)
         self.samples = samples
-        self._sampler = None if node == SERVER else EpochSampler(indices, spec.seed, node)
+        # Samples that come in blocks say how many of those they keep at hand.
+        window = getattr(samples, "window", 1)
+        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, window)
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -238,7 +247,7 @@ class Learner:
         """The samples of one step, by index."""
         return self._own_data("Train").draw(self.spec.samples_per_step)
 
-    def _own_data(self, operation: str) -> EpochSampler:
+    def _own_data(self, operation: str) -> Draws:
         if self._sampler is None:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._sampler

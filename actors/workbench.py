@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors import optimizers
 from actors.tasks import Task
 from actors.together import update_of
-from algorithms.errors import ProgramError
+from algorithms.errors import ProgramError, SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.seeds import derive_seed
 
@@ -36,8 +36,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 _ALIGNMENT = 64
 """Bytes, as torch allocates on the CPU."""
-
-_MIN_EVALUATION_BATCH = 256
 
 _MAX_KEPT_VIEWS = 16
 """To make views anew takes longer than to attach them; each is some 400 bytes, for every node."""
@@ -301,8 +299,8 @@ class Workbench:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, samples: Samples, batch_size: int, max_batches: int | None) -> dict[str, float]:
-        """The task's metrics of whoever is attached, in batches of at least 256 samples."""
-        size = max(batch_size, _MIN_EVALUATION_BATCH)
+        """The task's metrics of whoever is attached, in batches of the size that the task chooses."""
+        size = self.task.evaluation_batch_size(batch_size)
         self.mode(training=False)
         sums: dict[str, float] = {}
         seen = 0
@@ -311,10 +309,21 @@ class Workbench:
                 if max_batches is not None and number >= max_batches:
                     break
                 indices = torch.arange(start, min(start + size, len(samples)))
-                for name, value in self.task.metrics(self.module, self.to_device(samples.batch(indices))).items():
+                for name, value in self._metrics(self.to_device(samples.batch(indices))).items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
                 seen += len(indices)
         return self.task.summary({name: value / seen for name, value in sums.items()})
+
+    def _metrics(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        task = self.task
+        values = task.metrics(self.module, batch)
+        if task.extra_metrics:
+            predicted = task.predictions(self.module, batch)
+            if predicted is None:
+                what = f"the task {task.name} gives no predictions to work them out from"
+                raise SettingsError(f"task.extra_metrics: {what}; leave it empty, or override Task.predictions")
+            values = values | {metric.label: metric.of(*predicted) for metric in task.extra_metrics}
+        return values
 
     def named_buffers(self, tensors: ModelTensors, buffers: Tensor | None = None) -> dict[str, Tensor]:
         """A node's buffers by name, the floating-point ones those of ``buffers``, shape (B,), if given."""

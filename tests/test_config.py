@@ -82,7 +82,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "optimizer.name: no optimizer is called 'adamm' in torch.optim or pytorch_optimizer (did you mean",
     ),
     ({"tracking": "wandb"}, "tracking: no tracking is called 'wandb' (there are: mlflow, none)"),
-    ({"data": {"partition": "dirichlet"}}, "data.partition: no partition is called 'dirichlet'"),
+    ({"data": {"partition": "dirichlett"}}, "data.partition: no partition is called 'dirichlett' (did you mean dirichlet?)"),
     # types
     ({"rounds": "ten"}, "rounds should be a valid integer, got 'ten'"),
     ({"rounds": 1.5}, "rounds should be a valid integer, got 1.5"),
@@ -93,7 +93,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "algorithm.outer.lr should be a number, got true",
     ),
     ({"cluster": {"nodes": 4}}, "cluster.nodes must be a section of keys (min, target, max), not 4"),
-    ({"data": None}, "data must be a section of keys (source, partition, batch_size), not nothing"),
+    ({"data": None}, "data must be a section of keys (source, partition, sampler, batch_size), not nothing"),
     ({"algorithm": ["fedavg"]}, "algorithm must be a name, or a section with a name (there are: diloco, "),
     ({"network": {"speeds": {"first": 2}}}, "network.speeds.first should be a valid integer, got 'first'"),
     # ranges

@@ -1,7 +1,20 @@
 """Data: which samples a node owns, and in which order it draws them."""
 
 from actors.data.config import DataConfig
+from actors.data.indices import Indices, Ranges
 from actors.data.partition import Iid, Partition, assign
-from actors.data.samplers import EpochSampler, Position
+from actors.data.samplers import Draws, Epoch, EpochSampler, Position, Sampler
 
-__all__ = ["DataConfig", "EpochSampler", "Iid", "Partition", "Position", "assign"]
+__all__ = [
+    "DataConfig",
+    "Draws",
+    "Epoch",
+    "EpochSampler",
+    "Iid",
+    "Indices",
+    "Partition",
+    "Position",
+    "Ranges",
+    "Sampler",
+    "assign",
+]

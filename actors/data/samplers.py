@@ -1,12 +1,26 @@
-"""Samplers: in which order a node draws its samples."""
+"""Samplers: which of its samples a node draws, and in which order.
+
+A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is a
+``Draws``: a pure function of (run seed, node, position), so that the position, two numbers, is all that has to be kept
+to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same samples again.
+
+One of one's own needs a class and a method::
+
+    class Twice(Sampler):
+        def order(self, num_samples, epoch, rng):
+            return torch.randperm(num_samples // 2, generator=rng).repeat(2)  # the first half, twice
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from algorithms.errors import DataError
+from actors.data.indices import Indices, Ranges
+from algorithms.errors import DataError, ProgramError
+from algorithms.registry import Part
 from algorithms.seeds import generator
 
 if TYPE_CHECKING:
@@ -16,31 +30,35 @@ if TYPE_CHECKING:
 
 
 class Position(NamedTuple):
-    """How far a node has read: ``offset`` samples of epoch ``epoch``."""
+    """How far a node has read: ``offset`` samples of epoch ``epoch``; of Poisson batches, ``offset`` batches."""
 
     epoch: int = 0
     offset: int = 0
 
 
-class EpochSampler:
-    """Draws without replacement: each sample once per epoch, in an order of that epoch's own.
+class Draws(ABC):
+    """A node's draws from its samples.
 
-    The order is a pure function of (seed, node, epoch), so the position is the whole state: a round that is rolled
-    back sets it to what it was and draws the same samples again.
+    Args:
+        indices: of the node's samples, int64, shape (n,), n at least 1.
+        seed: of the run.
+        node: whose they are.
+
+    Raises:
+        DataError: there are no samples.
     """
 
-    def __init__(self, indices: Tensor, seed: int, node: int) -> None:
+    def __init__(self, indices: Indices, seed: int, node: int) -> None:
         if len(indices) == 0:
             raise DataError(f"data: node {node} has no samples to draw from")
         self._indices = indices
         self._seed = seed
         self._node = node
         self._position = Position()
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
 
     @property
-    def indices(self) -> Tensor:
-        """The node's samples, int64, shape (n,)."""
+    def indices(self) -> Indices:
+        """The node's samples."""
         return self._indices
 
     @property
@@ -52,26 +70,184 @@ class EpochSampler:
     def position(self, position: Position) -> None:
         if position.epoch < 0 or not 0 <= position.offset < len(self._indices):
             raise ValueError(f"{position} is not a position in epochs of {len(self._indices)} samples")
-        self._position = position
+        self._position = Position(*position)
 
     def next(self, batch_size: int) -> Tensor:
-        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        """The samples of the next batch."""
         return torch.from_numpy(self.draw(batch_size))
 
+    @abstractmethod
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The same as an array, for those who draw for many nodes and put the arrays together; not to be written to."""
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches that one epoch gives, the last and smaller one included."""
+        return -(-len(self._indices) // batch_size)
+
+
+class Sampler(Part, family="sampler", catalog="actors.data"):
+    """Says what an epoch of a node draws."""
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """The places, among the node's ``num_samples`` samples, that an epoch draws, in that order.
+
+        Args:
+            num_samples: that the node owns, n.
+            epoch: counted from 0.
+            rng: a pure function of (run seed, node, epoch).
+
+        Returns:
+            int64, shape (n,), values in [0, n): an epoch has as many draws as there are samples.
+        """
+        raise NotImplementedError
+
+    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
+        """A node's draws from the begin; ``window`` is of samples that come in blocks (see ``BlockDraws``)."""
+        del window
+        return EpochSampler(indices, seed, node, self)
+
+
+class Epoch(Sampler, name="epoch"):
+    """Without replacement: each sample once per epoch, in an order of that epoch's own.
+
+    Of samples that come in blocks (Parquet row groups), blocks are drawn in random order and samples are mixed within a
+    few of them, so that a node never holds more than those.
+    """
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """A permutation."""
+        del epoch
+        return torch.randperm(num_samples, generator=rng)
+
+    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
+        if isinstance(indices, Ranges):
+            return BlockDraws(indices, seed, node, window)
+        return EpochSampler(indices, seed, node, self)
+
+
+class WithReplacement(Sampler, name="replacement"):
+    """With replacement: every draw is any of the samples, each as likely; an epoch is as many draws as samples."""
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """Uniform draws."""
+        del epoch
+        return torch.randint(num_samples, (num_samples,), generator=rng)
+
+
+class Poisson(Sampler, name="poisson"):
+    """Each sample is in a batch with probability q = batch size / n, independently: what DP accountants assume.
+
+    Batches differ in size and may be empty: such a step has no gradient. Reference: Abadi et al., "Deep Learning with
+    Differential Privacy", CCS 2016; amplification by it, Mironov et al., "Rényi Differential Privacy of the Sampled
+    Gaussian Mechanism", 2019, arXiv:1908.10530.
+    """
+
+    @staticmethod
+    def rate(num_samples: int, batch_size: int) -> float:
+        """q.
+
+        >>> Poisson.rate(1000, 50)
+        0.05
+        """
+        return min(1.0, batch_size / num_samples)
+
+    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
+        del window
+        return PoissonDraws(indices, seed, node)
+
+
+class EpochSampler(Draws):
+    """Draws in the order that a sampler gives each epoch, by default each sample once."""
+
+    def __init__(self, indices: Indices, seed: int, node: int, sampler: Sampler | None = None) -> None:
+        super().__init__(indices, seed, node)
+        self._sampler = Epoch() if sampler is None else sampler
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
         epoch, start = self._position
         order = self._epoch(epoch)
         stop = start + batch_size
         self._position = Position(epoch, stop) if stop < len(order) else Position(epoch + 1)
         return order[start:stop]
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches that one epoch gives, the last and smaller one included."""
-        return -(-len(self._indices) // batch_size)
-
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(len(self._indices), generator=generator("epoch", self._seed, self._node, epoch))
-            self._order = epoch, self._indices.numpy()[order.numpy()]
+            size = len(self._indices)
+            places = self._sampler.order(size, epoch, generator("epoch", self._seed, self._node, epoch))
+            if type(self._sampler) is not Epoch:
+                self._check(places)
+            indices = self._indices
+            chosen = indices[places].numpy() if isinstance(indices, Ranges) else indices.numpy()[places.numpy()]
+            self._order = epoch, chosen
         return self._order[1]
+
+    def _check(self, places: Tensor) -> None:
+        size = len(self._indices)
+        good = places.dtype == torch.int64 and places.shape == (size,)
+        if not good or not 0 <= int(places.min()) <= int(places.max()) < size:
+            raise ProgramError(
+                f"the sampler {self._sampler.name} must give {size} places of shape [{size}], int64 in [0, {size}); it "
+                f"gives {places.dtype} of shape {list(places.shape)}"
+            )
+
+
+class PoissonDraws(Draws):
+    """Each sample with probability q, independently of all others and of all other batches."""
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """A batch of about ``batch_size`` samples in ascending places."""
+        epoch, step = self._position
+        last = step + 1 >= self.steps_per_epoch(batch_size)
+        self._position = Position(epoch + 1) if last else Position(epoch, step + 1)
+        size = len(self._indices)
+        rng = generator("poisson", self._seed, self._node, epoch, step)
+        # float64: among 2²⁴ values of a float32 a small q would be rounded.
+        chosen = torch.rand(size, generator=rng, dtype=torch.float64) < Poisson.rate(size, batch_size)
+        return self._indices[chosen.nonzero().flatten()].numpy()
+
+
+class BlockDraws(Draws):
+    """Each sample once per epoch, block by block: ``window`` blocks at a time are mixed with one another.
+
+    Blocks come in an order of that epoch's own. Memory is that of the samples of one window, whatever the epoch's size.
+    """
+
+    def __init__(self, indices: Ranges, seed: int, node: int, window: int) -> None:
+        super().__init__(indices, seed, node)
+        self._runs = indices.runs()
+        self._window = window
+        self._plan: tuple[int, list[list[tuple[int, int]]]] | None = None  # an epoch, and its windows
+        self._order: tuple[int, int, Tensor] | None = None  # an epoch, a window, and the samples in its order
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        epoch, start = self._position
+        windows = self._windows(epoch)
+        pieces: list[Tensor] = []
+        begin, wanted = 0, batch_size
+        for number, window in enumerate(windows):
+            end = begin + sum(last - first for first, last in window)
+            if wanted and start < end:
+                order = self._mixed(epoch, number, window)
+                pieces.append(order[start - begin : start - begin + wanted])
+                start += len(pieces[-1])
+                wanted -= len(pieces[-1])
+            begin = end
+        self._position = Position(epoch, start) if start < begin else Position(epoch + 1)
+        return torch.cat(pieces).numpy()
+
+    def _windows(self, epoch: int) -> list[list[tuple[int, int]]]:
+        if self._plan is None or self._plan[0] != epoch:
+            order = torch.randperm(len(self._runs), generator=generator("blocks", self._seed, self._node, epoch))
+            runs = [self._runs[place] for place in order.tolist()]
+            self._plan = epoch, [runs[first : first + self._window] for first in range(0, len(runs), self._window)]
+        return self._plan[1]
+
+    def _mixed(self, epoch: int, number: int, window: list[tuple[int, int]]) -> Tensor:
+        if self._order is None or self._order[:2] != (epoch, number):
+            members = torch.cat([torch.arange(*run) for run in window])
+            rng = generator("window", self._seed, self._node, epoch, number)
+            self._order = epoch, number, members[torch.randperm(len(members), generator=rng)]
+        return self._order[2]
