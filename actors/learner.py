@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from actors.data import Position
+from actors.data import Position, blocks_of
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned, seeded
 from algorithms.api import SERVER, Batch, GradientReport, TrainReport
@@ -105,9 +105,8 @@ class Learner:
         """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
         self.optimizer = NodeOptimizer(self.bench)
         self.samples = samples
-        # Samples that come in blocks say how many of those they keep at hand.
-        window = getattr(samples, "window", 1)
-        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, window)
+        self._present: Callable[[Tensor], Tensor] | None = getattr(samples, "present", None)
+        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -197,7 +196,7 @@ class Learner:
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward() -> tuple[Tensor, int]:
-            indices = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
+            indices = self._readable(own.next(size) if chosen is None else self._places(rule, chosen.next(size)))
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -245,7 +244,8 @@ class Learner:
 
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
-        return self._own_data("Train").draw(self.spec.samples_per_step)
+        drawn = self._own_data("Train").draw(self.spec.samples_per_step)
+        return drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
 
     def _own_data(self, operation: str) -> Draws:
         if self._sampler is None:
@@ -296,7 +296,12 @@ class Learner:
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
+        indices = self._readable(indices)
         return DataBatch(self.load(indices), len(indices))
+
+    def _readable(self, indices: Tensor) -> Tensor:
+        """Those whose samples can be read: a task may leave out what it cannot."""
+        return indices if self._present is None else self._present(indices)
 
     def _choose(self, source: tuple[str | int, ...], population: int, size: int) -> Tensor:
         """At most ``size`` places at random, the same on all nodes: a pure function of (seed, round, source, count)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors import optimizers
 from actors.tasks import Task
 from actors.together import update_of
-from algorithms.errors import ProgramError, SettingsError
+from algorithms.errors import DataError, ProgramError, SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.seeds import derive_seed
 
@@ -301,6 +301,7 @@ class Workbench:
     def evaluate(self, samples: Samples, batch_size: int, max_batches: int | None) -> dict[str, float]:
         """The task's metrics of whoever is attached, in batches of the size that the task chooses."""
         size = self.task.evaluation_batch_size(batch_size)
+        present = getattr(samples, "present", None)
         self.mode(training=False)
         sums: dict[str, float] = {}
         seen = 0
@@ -309,9 +310,14 @@ class Workbench:
                 if max_batches is not None and number >= max_batches:
                     break
                 indices = torch.arange(start, min(start + size, len(samples)))
+                indices = indices if present is None else present(indices)
+                if not len(indices):
+                    continue
                 for name, value in self._metrics(self.to_device(samples.batch(indices))).items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
                 seen += len(indices)
+        if not seen:
+            raise DataError("there are no held-out samples that can be read")
         return self.task.summary({name: value / seen for name, value in sums.items()})
 
     def _metrics(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:

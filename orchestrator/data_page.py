@@ -9,6 +9,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from actors.data.row_groups import UNREADABLE
 from actors.setup import load_data
 from actors.tasks.base import Samples
 from orchestrator.errors import ConfigError
@@ -114,7 +115,9 @@ def _partition(config: Config, train: Samples) -> str:
     partition = config.data.partition
     fields = {field: getattr(partition, field) for field in type(partition).model_fields}
     default = {field: info.default for field, info in type(partition).model_fields.items()}
-    texts = [f"{field}: {value}" for field, value in fields.items() if field != "min_samples" or value != default[field]]
+    texts = [
+        f"{field}: {value}" for field, value in fields.items() if field != "min_samples" or value != default[field]
+    ]
     return f"{partition.name} ({', '.join(texts)})" if texts else partition.name
 
 
@@ -125,12 +128,13 @@ def _labels(train: Samples) -> tuple[torch.Tensor | None, list[str]]:
         return None, []
     values, numbers = labels.unique(return_inverse=True)
     known: Sequence[str] | None = getattr(train, "class_names", None)
-    return numbers, [known[value] if known else str(value) for value in values.tolist()]
+    names = dict(enumerate(known or ()))
+    if hasattr(train, "present"):
+        names[UNREADABLE] = "unreadable"
+    return numbers, [names.get(value, str(value)) for value in values.tolist()]
 
 
-def _counted(
-    labels: torch.Tensor, parts: Sequence[Indices], source: str, num_labels: int
-) -> Sequence[torch.Tensor]:
+def _counted(labels: torch.Tensor, parts: Sequence[Indices], source: str, num_labels: int) -> Sequence[torch.Tensor]:
     if source == "federated":  # labels are in the order of the nodes
         pieces = labels.split([len(part) for part in parts])
     else:

@@ -82,7 +82,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "optimizer.name: no optimizer is called 'adamm' in torch.optim or pytorch_optimizer (did you mean",
     ),
     ({"tracking": "wandb"}, "tracking: no tracking is called 'wandb' (there are: mlflow, none)"),
-    ({"data": {"partition": "dirichlett"}}, "data.partition: no partition is called 'dirichlett' (did you mean dirichlet?)"),
+    (
+        {"data": {"partition": "dirichlett"}},
+        "data.partition: no partition is called 'dirichlett' (did you mean dirichlet?)",
+    ),
     # types
     ({"rounds": "ten"}, "rounds should be a valid integer, got 'ten'"),
     ({"rounds": 1.5}, "rounds should be a valid integer, got 1.5"),

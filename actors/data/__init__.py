@@ -3,9 +3,10 @@
 from actors.data.config import DataConfig
 from actors.data.indices import Indices, Ranges
 from actors.data.partition import Iid, Partition, assign
-from actors.data.samplers import Draws, Epoch, EpochSampler, Position, Sampler
+from actors.data.samplers import Blocks, Draws, Epoch, EpochSampler, Position, Sampler, blocks_of
 
 __all__ = [
+    "Blocks",
     "DataConfig",
     "Draws",
     "Epoch",
@@ -17,4 +18,5 @@ __all__ = [
     "Ranges",
     "Sampler",
     "assign",
+    "blocks_of",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -11,6 +11,8 @@ from actors.data.indices import Indices, Ranges
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from actors.tasks.base import Samples, Task
@@ -36,9 +38,33 @@ class Federated:
         self.parts = _Parts(self, num_nodes)
 
     @property
+    def runs(self) -> Ranges | None:
+        """Of the nodes that were opened: their blocks, if samples come in blocks."""
+        pairs = [pair for node in sorted(self._opened) for pair in self._runs(node)]
+        return Ranges(pairs) if pairs else None
+
+    @property
     def window(self) -> int:
-        """Of samples that come in blocks; see ``BlockDraws``."""
+        """How many blocks are kept in memory."""
         return max((getattr(samples, "window", 1) for samples in self._opened.values()), default=1)
+
+    @property
+    def present(self) -> Callable[[Tensor], Tensor] | None:
+        """Leaves out what cannot be read, if samples do so."""
+        return self._present if any(hasattr(samples, "present") for samples in self._opened.values()) else None
+
+    def _present(self, indices: Tensor) -> Tensor:
+        kept = torch.ones(len(indices), dtype=torch.bool)
+        for node in (indices // _STRIDE).unique().tolist():
+            here = (indices // _STRIDE == node).nonzero().flatten()
+            own: Any = self.of(node)
+            if hasattr(own, "present"):
+                kept[here] = torch.isin(indices[here] % _STRIDE, own.present(indices[here] % _STRIDE))
+        return indices[kept]
+
+    def _runs(self, node: int) -> list[tuple[int, int]]:
+        runs: Ranges | None = getattr(self.of(node), "runs", None)
+        return [] if runs is None else [(node * _STRIDE + first, node * _STRIDE + last) for first, last in runs.runs()]
 
     @property
     def labels(self) -> Tensor | None:
@@ -69,12 +95,8 @@ class Federated:
 
     def indices(self, node: int) -> Indices:
         """The numbers of a node's samples."""
-        samples, start = self.of(node), node * _STRIDE
-        blocks: Ranges | None = getattr(samples, "blocks", None)
-        runs = blocks.runs() if blocks is not None else None
-        if runs is not None:
-            return Ranges((start + first, start + last) for first, last in runs)
-        return start + torch.arange(len(samples))
+        runs = self._runs(node)
+        return Ranges(runs) if runs else node * _STRIDE + torch.arange(len(self.of(node)))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """The samples at ``indices``, of one node or of several."""

@@ -14,6 +14,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
@@ -53,7 +54,7 @@ class Iid(Partition, name="iid"):
     def split(self, samples: Samples, num_nodes: int, seed: int) -> Sequence[Indices]:
         """Cut a permutation that depends on ``seed`` alone; the first parts are the larger ones."""
         rng = generator("partition", "iid", seed)
-        blocks = blocks_of(samples)
+        blocks = whole_blocks(samples)
         if blocks is not None:
             return _deal(blocks, torch.full((num_nodes,), 1 / num_nodes, dtype=torch.float64), rng)
         if len(samples) < num_nodes:
@@ -76,7 +77,7 @@ class Quantity(Partition, name="quantity"):
         """Cut a permutation in the proportions that are drawn."""
         rng = generator("partition", "quantity", seed)
         shares = dirichlet(self.alpha, num_nodes, rng)
-        blocks = blocks_of(samples)
+        blocks = whole_blocks(samples)
         if blocks is not None:
             return _deal(blocks, shares, rng)
         return cut(torch.randperm(len(samples), generator=rng), shares)
@@ -259,7 +260,9 @@ def labels_of(samples: Samples, partition: str) -> Tensor:
     """
     labels = getattr(samples, "labels", None)
     if labels is None:
-        raise DataError(f"data.partition: {partition} goes by labels, and these samples have none; take iid or quantity")
+        raise DataError(
+            f"data.partition: {partition} goes by labels, and these samples have none; take iid or quantity"
+        )
     return labels
 
 
@@ -276,10 +279,10 @@ def column_of(samples: Samples, column: str) -> Tensor:
         known = sorted(getattr(samples, "columns", ()))
         there = f"there are: {', '.join(known)}" if known else "these samples have none"
         raise DataError(f"data.partition.column: there is no column {column!r} ({there})")
-    return torch.as_tensor(values).unique(return_inverse=True)[1]
+    return torch.from_numpy(np.unique(np.asarray(values), return_inverse=True)[1])
 
 
-def blocks_of(samples: Samples) -> Ranges | None:
+def whole_blocks(samples: Samples) -> Ranges | None:
     """The blocks of samples that come in blocks, in their order."""
     return getattr(samples, "blocks", None)
 
@@ -300,7 +303,7 @@ _GRID = 2**40
 
 
 def _log_gamma_variate(alpha: float, rng: torch.Generator) -> float:
-    """log of a draw from Γ(α), which is Γ(α + 1) · U^(1/α).
+    """Log of a draw from Γ(α), which is Γ(α + 1) · U^(1/α).
 
     Γ(α + 1) by Marsaglia and Tsang, "A Simple Method for Generating Gamma Variables", 2000.
     """

@@ -13,12 +13,14 @@ One of one's own needs a class and a method::
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from actors.data.indices import Indices, Ranges
+from actors.data.indices import Indices, Ranges, concrete
 from algorithms.errors import DataError, ProgramError
 from algorithms.registry import Part
 from algorithms.seeds import generator
@@ -28,12 +30,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from actors.tasks.base import Samples
+
 
 class Position(NamedTuple):
     """How far a node has read: ``offset`` samples of epoch ``epoch``; of Poisson batches, ``offset`` batches."""
 
     epoch: int = 0
     offset: int = 0
+
+
+class Blocks(NamedTuple):
+    """How samples come in blocks that are read as a whole."""
+
+    runs: Ranges
+    """The blocks, ascending."""
+    window: int
+    """How many of them are kept in memory."""
 
 
 class Draws(ABC):
@@ -101,9 +114,9 @@ class Sampler(Part, family="sampler", catalog="actors.data"):
         """
         raise NotImplementedError
 
-    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
-        """A node's draws from the begin; ``window`` is of samples that come in blocks (see ``BlockDraws``)."""
-        del window
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        """A node's draws, from the begin; ``blocks`` of samples that come in blocks."""
+        del blocks
         return EpochSampler(indices, seed, node, self)
 
 
@@ -119,9 +132,9 @@ class Epoch(Sampler, name="epoch"):
         del epoch
         return torch.randperm(num_samples, generator=rng)
 
-    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
-        if isinstance(indices, Ranges):
-            return BlockDraws(indices, seed, node, window)
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        if blocks is not None and len(indices):
+            return BlockDraws(indices, seed, node, blocks)
         return EpochSampler(indices, seed, node, self)
 
 
@@ -144,15 +157,15 @@ class Poisson(Sampler, name="poisson"):
 
     @staticmethod
     def rate(num_samples: int, batch_size: int) -> float:
-        """q.
+        """Q.
 
         >>> Poisson.rate(1000, 50)
         0.05
         """
         return min(1.0, batch_size / num_samples)
 
-    def begin(self, indices: Indices, seed: int, node: int, window: int = 1) -> Draws:
-        del window
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        del blocks
         return PoissonDraws(indices, seed, node)
 
 
@@ -209,45 +222,60 @@ class PoissonDraws(Draws):
 
 
 class BlockDraws(Draws):
-    """Each sample once per epoch, block by block: ``window`` blocks at a time are mixed with one another.
+    """Each sample once per epoch, block by block: a window of a few blocks at a time, mixed with one another.
 
-    Blocks come in an order of that epoch's own. Memory is that of the samples of one window, whatever the epoch's size.
+    Blocks come in an order of that epoch's own. What is kept is the samples of one window, whatever the epoch's size.
     """
 
-    def __init__(self, indices: Ranges, seed: int, node: int, window: int) -> None:
+    def __init__(self, indices: Indices, seed: int, node: int, blocks: Blocks) -> None:
         super().__init__(indices, seed, node)
-        self._runs = indices.runs()
-        self._window = window
-        self._plan: tuple[int, list[list[tuple[int, int]]]] | None = None  # an epoch, and its windows
+        self._window = blocks.window
+        self._members = _by_block(indices, blocks.runs)
+        self._plan: tuple[int, list[int], list[int]] | None = None  # an epoch, its order of blocks, where windows end
         self._order: tuple[int, int, Tensor] | None = None  # an epoch, a window, and the samples in its order
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
         epoch, start = self._position
-        windows = self._windows(epoch)
+        order, ends = self._planned(epoch)
+        window = bisect.bisect_right(ends, start)
         pieces: list[Tensor] = []
-        begin, wanted = 0, batch_size
-        for number, window in enumerate(windows):
-            end = begin + sum(last - first for first, last in window)
-            if wanted and start < end:
-                order = self._mixed(epoch, number, window)
-                pieces.append(order[start - begin : start - begin + wanted])
-                start += len(pieces[-1])
-                wanted -= len(pieces[-1])
-            begin = end
-        self._position = Position(epoch, start) if start < begin else Position(epoch + 1)
+        while batch_size and window < len(ends):
+            begin = ends[window - 1] if window else 0
+            pieces.append(self._mixed(epoch, window, order)[start - begin :][:batch_size])
+            start += len(pieces[-1])
+            batch_size -= len(pieces[-1])
+            window += 1
+        self._position = Position(epoch, start) if start < ends[-1] else Position(epoch + 1)
         return torch.cat(pieces).numpy()
 
-    def _windows(self, epoch: int) -> list[list[tuple[int, int]]]:
+    def _planned(self, epoch: int) -> tuple[list[int], list[int]]:
         if self._plan is None or self._plan[0] != epoch:
-            order = torch.randperm(len(self._runs), generator=generator("blocks", self._seed, self._node, epoch))
-            runs = [self._runs[place] for place in order.tolist()]
-            self._plan = epoch, [runs[first : first + self._window] for first in range(0, len(runs), self._window)]
-        return self._plan[1]
+            rng = generator("blocks", self._seed, self._node, epoch)
+            order: list[int] = torch.randperm(len(self._members), generator=rng).tolist()
+            ends = list(itertools.accumulate(len(self._members[block]) for block in order))
+            self._plan = epoch, order, [*ends[self._window - 1 : -1 : self._window], ends[-1]]
+        return self._plan[1], self._plan[2]
 
-    def _mixed(self, epoch: int, number: int, window: list[tuple[int, int]]) -> Tensor:
-        if self._order is None or self._order[:2] != (epoch, number):
-            members = torch.cat([torch.arange(*run) for run in window])
-            rng = generator("window", self._seed, self._node, epoch, number)
-            self._order = epoch, number, members[torch.randperm(len(members), generator=rng)]
+    def _mixed(self, epoch: int, window: int, order: list[int]) -> Tensor:
+        if self._order is None or self._order[:2] != (epoch, window):
+            blocks = order[window * self._window : (window + 1) * self._window]
+            members = torch.cat([concrete(self._members[block]) for block in blocks])
+            rng = generator("window", self._seed, self._node, epoch, window)
+            self._order = epoch, window, members[torch.randperm(len(members), generator=rng)]
         return self._order[2]
+
+
+def blocks_of(samples: Samples) -> Blocks | None:
+    """The blocks of samples that come in blocks."""
+    runs: Ranges | None = getattr(samples, "runs", None)
+    return None if runs is None else Blocks(runs, getattr(samples, "window", 1))
+
+
+def _by_block(indices: Indices, runs: Ranges) -> list[Indices]:
+    """A node's samples block by block, without those that have none."""
+    if isinstance(indices, Ranges):
+        return [Ranges([run]) for run in indices.runs()]
+    ordered = indices.sort().values
+    bounds = torch.searchsorted(ordered, runs.stops[:-1])
+    return [piece for piece in ordered.tensor_split(bounds) if len(piece)]
