@@ -155,6 +155,8 @@ class EvaluationConfig(Section):
     """0: only after the last round."""
     max_batches: PositiveInt | None = None
     """``null``: all held-out data."""
+    per_node: bool = False
+    """Evaluate each node's own model too, where nodes' models differ."""
 
 
 FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "commit"]
@@ -286,6 +288,8 @@ class Config(Section):
             raise ValueError(
                 f"faults.events: {self.algorithm.name} is asynchronous, and has no rounds to name a moment by"
             )
+        if self.evaluation.per_node and not self.algorithm.synchronous:
+            raise ValueError(f"evaluation.per_node: {self.algorithm.name} is asynchronous; its nodes are never all at rest")
         named += [("network.speeds", node) for node in self.network.speeds]
         for key, node in named:
             if node >= self.num_nodes:

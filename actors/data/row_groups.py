@@ -358,3 +358,44 @@ def _is_listed(column: pa.ChunkedArray) -> bool:
 
     kind = column.type
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def checked_classes(table: pa.Table, label: str, place: str, classes: int) -> Tensor:
+    """A column of classes, int64, shape (r,).
+
+    Raises:
+        DataError: one is not among the classes, or the column holds something else.
+    """
+    labels = numbers_of(table.column(label), label, place, np.dtype(np.int64))
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        what = f"column {label} has the class {wrong}, and classes are 0 to {classes - 1}"
+        raise DataError(f"{place}: {what}; raise task.classes, or number the classes from 0")
+    return torch.from_numpy(labels.copy())
+
+
+@functools.lru_cache(maxsize=8)
+def num_classes(key: str, path: str, label: str) -> int:
+    """The largest label, plus one: from the files' footers, or else by reading that column.
+
+    Raises:
+        DataError: the label is no column of whole numbers.
+    """
+    import pyarrow.types as types
+
+    schema, groups = open_row_groups(key, path)
+    kind = require_column("task.label", schema, label).type
+    if not types.is_integer(kind) and not types.is_boolean(kind):
+        raise DataError(f"task.label: column {label} is {kind}; classes must be whole numbers, from 0")
+    return 1 + max(_greatest(group, label) for group in groups)
+
+
+def _greatest(group: RowGroup, label: str) -> int:
+    (info,) = group.fragment.row_groups
+    known: dict[str, Any] = (info.statistics or {}).get(label) or {}
+    if known.get("max") is not None:
+        return int(known["max"])
+    return int(numbers_of(group.checked([label]).column(label), label, group.place, np.dtype(np.int64)).max())

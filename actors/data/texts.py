@@ -130,19 +130,18 @@ def load_corpus(
     """
     encode, vocabulary = encoding.load()
     dtype = np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
-    all_files = list(_columns(corpus, column) if column is not None else _plain(corpus))
-    together = len(all_files) < _HOLD_OUT_EVERY
     train, held_out = _Writer(dtype), _Writer(dtype)
-    room = max_bytes
-    for number, pieces in enumerate(all_files):
+    room, num_files = max_bytes, 0
+    for pieces in _columns(corpus, column) if column is not None else _plain(corpus):
         if room == 0:
             break
-        writer = held_out if not together and number % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1 else train
+        num_files += 1
+        writer = train if num_files % _HOLD_OUT_EVERY else held_out
         for piece in _limited(pieces(room), room):
             room -= len(piece)
             writer.add(piece, encode)
         writer.end_file(encode)
-    if not together:
+    if num_files >= _HOLD_OUT_EVERY:
         return train.done(), held_out.done(), vocabulary
     text = train.done()
     cut = len(text.tokens) - len(text.tokens) // _HOLD_OUT_EVERY

@@ -14,7 +14,7 @@ row groups if those are more, and two row groups while it reads one, whatever th
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -172,12 +172,7 @@ class _Decoder:
             return torch.from_numpy(
                 numbers_of(table.column(self._label), self._label, place, np.dtype(np.float32)).copy()
             )
-        labels = numbers_of(table.column(self._label), self._label, place, np.dtype(np.int64))
-        if len(labels) and not 0 <= labels.min() <= labels.max() < self._classes:
-            wrong = labels.min() if labels.min() < 0 else labels.max()
-            what = f"column {self._label} has the class {wrong}, and classes are 0 to {self._classes - 1}"
-            raise DataError(f"{place}: {what}; raise task.classes, or number the classes from 0")
-        return torch.from_numpy(labels.copy())
+        return row_groups.checked_classes(table, self._label, place, self._classes)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -243,7 +238,7 @@ def _num_classes(path: str, label: str, classes: int | None) -> int | None:
     """
     from pyarrow import types
 
-    schema, groups = open_row_groups("task.path", path)
+    schema = open_row_groups("task.path", path)[0]
     kind = row_groups.require_column("task.label", schema, label).type
     if types.is_floating(kind):
         if classes is not None:
@@ -254,13 +249,4 @@ def _num_classes(path: str, label: str, classes: int | None) -> int | None:
         raise DataError(f"task.label: {what}")
     if classes is not None:
         return classes
-    return 1 + max(_greatest(group, label) for group in groups)
-
-
-def _greatest(group: RowGroup, label: str) -> int:
-    """The largest label of a row group, from the file's footer if it is there."""
-    (info,) = group.fragment.row_groups
-    known: dict[str, Any] = (info.statistics or {}).get(label) or {}
-    if "max" in known and known["max"] is not None:
-        return int(known["max"])
-    return int(numbers_of(group.read([label]).column(label), label, group.place, np.dtype(np.int64)).max())
+    return row_groups.num_classes("task.path", path, label)
