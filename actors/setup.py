@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ class RunData:
     validation: Samples
     parts: Sequence[Indices]
     """Indices into ``train`` for each node."""
-    sampler: Sampler = Epoch()
+    sampler: Sampler = field(default_factory=Epoch)
     """In which order a node draws its own."""
 
 
@@ -44,12 +44,12 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
         DataError: it cannot be read, or not be divided among ``num_nodes`` nodes.
     """
     federated = Federated(task, num_nodes) if data.source == "federated" else None
-    train = federated or task.train_samples(num_nodes)
+    train = task.train_samples(num_nodes) if federated is None else federated
     validation = task.validation_samples(num_nodes)
     if not len(validation):
         message = f"task {task.name}: there are no held-out samples to evaluate on"
         raise DataError(message)
-    parts = federated.parts if federated else assign(train, data.partition, num_nodes, seed)
+    parts = assign(train, data.partition, num_nodes, seed) if federated is None else federated.parts
     return RunData(train, validation, parts, data.sampler)
 
 

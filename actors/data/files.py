@@ -130,7 +130,12 @@ def unreachable(key: str, path: str, error: BaseException) -> str:
         hint = (
             f"; the process needs credentials: {_CREDENTIALS[scheme]} (cluster.runtime_env.env_vars reaches all nodes)"
         )
-    return f"{key}: {shown(path)} cannot be read: {lines[0][:300]}{hint}"
+    return f"{key}: {shown(path)} cannot be read: {printable(lines[0][:300])}{hint}"
+
+
+def printable(text: str) -> str:
+    """A text without control characters, which damaged files bring into error messages."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _translated(pattern: str) -> str:

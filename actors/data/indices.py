@@ -19,7 +19,7 @@ class Ranges:
 
     def __init__(self, runs: Iterable[tuple[int, int]]) -> None:
         pairs = torch.tensor([(start, stop) for start, stop in runs], dtype=torch.int64).view(-1, 2)
-        self.starts, self.stops = pairs.unbind(1)
+        self.starts, self.stops = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
         sizes = self.stops - self.starts
         if len(sizes) and int(sizes.min()) < 1:
             raise ValueError("a run of indices cannot be empty")

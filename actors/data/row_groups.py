@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("starling")
 
 
+class UnreadableError(DataError):
+    """What lies in a file is not what it should be; a task may leave it out."""
+
+
 @dataclass(frozen=True)
 class RowGroup:
     """One of a file; its rows, or some of them."""
@@ -63,7 +67,7 @@ class RowGroup:
         """The same.
 
         Raises:
-            DataError: they cannot be read; names the file and the row group.
+            UnreadableError: they cannot be read; names the file and the row group.
         """
         import pyarrow as pa
 
@@ -71,9 +75,9 @@ class RowGroup:
             table = self.read(columns)
         except (OSError, pa.ArrowException) as error:
             reason = str(error).strip().partition("\n")[0][:200]
-            raise DataError(f"{self.place} cannot be read: {reason}") from None
+            raise UnreadableError(f"{self.place} cannot be read: {files.printable(reason)}") from None
         if table.num_rows != len(self):
-            raise DataError(f"{self.place} has {table.num_rows} rows instead of {len(self)}")
+            raise UnreadableError(f"{self.place} has {table.num_rows} rows instead of {len(self)}")
         return table
 
 
@@ -176,12 +180,12 @@ class RowGroupSamples:
         mixed: how many row groups an epoch mixes with one another; that many are always kept.
         whole: whether row groups are dealt to nodes as a whole.
         skip_bad: leave out a row group that cannot be read, with a warning, instead of stopping.
-        class_names: what the classes are called.
+        option: the field of the task that says so.
     """
 
     owners = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a record of options, most of which stand at their defaults
         self,
         groups: Sequence[RowGroup],
         decode: Decoder,
@@ -192,17 +196,17 @@ class RowGroupSamples:
         mixed: int = 4,
         whole: bool = True,
         skip_bad: bool = False,
-        class_names: Sequence[str] | None = None,
+        option: str = "on_bad_row_group",
     ) -> None:
         self._groups = list(groups)
         self._decode = decode
         self._label, self._label_columns = label, label_columns
         self._memory = memory_mb * 1_000_000
         self._skip_bad = skip_bad
+        self._advice = f"task.{option}: skip leaves such row groups out"
         self._ends = np.cumsum([len(group) for group in groups])
         self._cache: OrderedDict[int, tuple[Tensor, ...]] = OrderedDict()
         self._bad: set[int] = set()
-        self._class_names = class_names
         self.window = mixed
         self.runs = Ranges(
             zip((self._ends - [len(group) for group in groups]).tolist(), self._ends.tolist(), strict=True)
@@ -217,11 +221,6 @@ class RowGroupSamples:
         return self.runs if self.whole else None
 
     @property
-    def class_names(self) -> Sequence[str] | None:
-        """What the classes are called."""
-        return self._class_names
-
-    @property
     def labels(self) -> Tensor | None:
         """The class of each sample; reads that column of all row groups, one at a time."""
         if self._label is None:
@@ -231,9 +230,9 @@ class RowGroupSamples:
     def _labels_in(self, group: RowGroup, label: Callable[[pa.Table, str], Tensor]) -> Tensor:
         try:
             return label(group.checked(self._label_columns), group.place)
-        except DataError:
+        except UnreadableError as error:
             if not self._skip_bad:
-                raise
+                raise DataError(f"{error}; {self._advice}") from None
             return torch.full((len(group),), UNREADABLE)
 
     @property
@@ -305,9 +304,9 @@ class RowGroupSamples:
         group = self._groups[number]
         try:
             tensors = self._decode(group.checked(self._decode.columns), group.place)
-        except DataError as error:
+        except UnreadableError as error:
             if not self._skip_bad:
-                raise DataError(f"{error}; task.on_bad_row_group: skip leaves such row groups out") from None
+                raise DataError(f"{error}; {self._advice}") from None
             _LOG.warning("%s; left out", error)
             self._bad.add(number)
             if len(self._bad) == len(self._groups):

@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from actors.data import files, row_groups
-from actors.data.row_groups import RowGroupSamples, open_row_groups
+from actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
 from actors.models import CNN, Model
 from actors.tasks import supervised
 from actors.tasks.base import Samples, Task
@@ -51,7 +51,7 @@ class Images(Task, name="images"):
     channels: Literal[1, 3] = 3  # grey or red, green and blue
     model: Model = CNN()
     memory_mb: PositiveInt = 256  # of decoded images that a process keeps, in 10⁶ bytes; a byte per value
-    on_bad_image: Literal["stop", "skip"] = "stop"  # if one cannot be read: end the run, or leave it out
+    on_bad_image: Literal["stop", "skip"] = "stop"  # end the run, or leave it out (of Parquet, with its row group)
 
     def train_samples(self, num_nodes: int) -> Samples:
         """The images that are not held out."""
@@ -136,6 +136,7 @@ class Images(Task, name="images"):
             memory_mb=self.memory_mb,
             whole=whole,
             skip_bad=self.on_bad_image == "skip",
+            option="on_bad_image",
         )
 
 
@@ -171,7 +172,10 @@ class Folder:
         task = self._task
         images = torch.empty(len(indices), task.channels, task.size, task.size, dtype=torch.uint8)
         for row, place in enumerate(indices.tolist()):
-            images[row] = self._image(place)
+            try:
+                images[row] = self._image(place)
+            except UnreadableError as error:
+                raise DataError(f"{error}; task.on_bad_image: skip leaves such images out") from None
         return images, self.labels[indices]
 
     def present(self, indices: Tensor) -> Tensor:
@@ -185,7 +189,7 @@ class Folder:
             return False
         try:
             self._image(place)
-        except DataError as error:
+        except UnreadableError as error:
             _LOG.warning("%s; left out", error)
             self._bad.add(place)
             return False
@@ -200,7 +204,7 @@ class Folder:
             with self._listing.filesystem.open_input_stream(path) as stream:
                 data = stream.read()
         except OSError as error:
-            raise DataError(files.unreachable("task.path", path, error)) from None
+            raise UnreadableError(files.unreachable("task.path", path, error)) from None
         image = _decoded(data, path, self._task.size, self._task.channels)
         self._cache[place] = image
         if len(self._cache) * image.numel() > self._task.memory_mb * 1_000_000:
@@ -234,11 +238,11 @@ def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise DataError(f"{place}: an image of {image.width}×{image.height} is too large")
+                raise UnreadableError(f"{place}: an image of {image.width}×{image.height} is too large")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).strip().partition("\n")[0].partition(": <")[0][:120]
-        raise DataError(f"{place} cannot be read as an image: {reason}; task.on_bad_image: skip leaves such out") from None
+        raise UnreadableError(f"{place} cannot be read as an image: {files.printable(reason)}") from None
     return torch.from_numpy(pixels.reshape(size, size, channels).copy()).permute(2, 0, 1)
 
 
