@@ -338,6 +338,9 @@ class Config(Section):
             data["cluster"]["runtime_env"]["env_vars"] = dict.fromkeys(cast("dict[str, str]", variables), "***")
         if isinstance(self.tracking, MLflowTracking) and self.tracking.uri:
             data["tracking"]["uri"] = without_password(self.tracking.uri)
+        for name, value in data["task"].items():
+            if isinstance(value, str):
+                data["task"][name] = without_password(value)
         return data
 
     def flat(self) -> dict[str, str]:

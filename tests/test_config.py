@@ -321,11 +321,18 @@ def test_a_config_is_frozen():
         config.rounds = 3  # type: ignore[misc]
 
 
+def test_keys_in_the_task_s_addresses_are_not_public():
+    config = parse(SMALL | {"task": {"name": "digits", "init_from": "s3://AKIA:secret@bucket/run"}})
+    assert config.public()["task"]["init_from"] == "s3://AKIA:***@bucket/run"
+    assert config.dump()["task"]["init_from"] == "s3://AKIA:secret@bucket/run"
+
+
 def test_every_key_is_documented():
     text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
     keys = parse(SMALL | {"tracking": "mlflow"}).flat()
     for key in (key for key in keys if not key.startswith(("algorithm.", "task."))):
-        known = key.removesuffix(".name") if key in ("data.partition.name", "tracking.name") else key
+        parts = ("data.partition.name", "data.sampler.name", "tracking.name")
+        known = key.removesuffix(".name") if key in parts else key
         assert f"| `{known}` |" in text, key
 
 
