@@ -6,7 +6,8 @@ One of one's own derives from ``Model``::
         width: PositiveInt = 4096
 
         def build(self, shape, outputs):
-            return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), self.width), nn.ReLU(), nn.Linear(self.width, outputs))
+            hidden = nn.Linear(math.prod(shape), self.width)
+            return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(self.width, outputs))
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class CNN(Model, name="cnn"):
             raise SettingsError(f"task.model: cnn takes images, and the inputs have the shape {list(shape)}; take mlp")
         if min(shape[1:]) < 2**self.stages:
             raise SettingsError(
-                f"task.model.stages: {self.stages} stages halve images of {shape[1]}×{shape[2]} below one pixel; lower it"
+                f"task.model.stages: {self.stages} stages halve images of {shape[1]}×{shape[2]} below one pixel; "
+                "lower it"
             )
         layers: list[nn.Module] = []
         channels, width = shape[0], self.width

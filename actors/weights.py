@@ -37,7 +37,9 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
         local = Path(path).expanduser()
         if local.is_dir():
             if not (local / _NAME).is_file():
-                raise DataError(f"{key}: {local} has no {_NAME}; name a finished run's directory, or a safetensors file")
+                raise DataError(
+                    f"{key}: {local} has no {_NAME}; name a finished run's directory, or a safetensors file"
+                )
             local /= _NAME
         if not local.is_file():
             raise DataError(f"{key}: {local} does not exist here; name a safetensors file, or a run's directory")
@@ -62,7 +64,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], key: str, path: 
         if names:
             others = f" and {len(names) - 1} more" if len(names) > 1 else ""
             not_ours = "" if names is missing else ", which the model has not"
-            raise DataError(f"{key}: {path} {what} {names[0]}{others}{not_ours}; it is of another model than task.model")
+            raise DataError(
+                f"{key}: {path} {what} {names[0]}{others}{not_ours}; it is of another model than task.model"
+            )
     for name, target in (trainable | buffers).items():
         value = tensors.get(name)
         if value is None:

@@ -501,7 +501,9 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
         if importlib.util.find_spec("triton") is None:
             raise SettingsError(f"optimizer.compile: on a GPU it takes Triton, and there is none here; {where}")
     elif not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise SettingsError(f"optimizer.compile: on a CPU it takes a C++ compiler (g++, clang++ or CXX), and there is none; {where}")
+        raise SettingsError(
+            f"optimizer.compile: on a CPU it takes a C++ compiler (g++, clang++ or CXX), and there is none; {where}"
+        )
     forward = module.forward
 
     # Not module.compile(): dynamo passes over modules that torch itself defines, a Sequential for one.

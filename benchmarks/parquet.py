@@ -1,8 +1,8 @@
 """Memory of nodes that train on 1 GB of Parquet, against the same run on a small file: what is promised is 300 MB more.
 
-Two runs of FedAvg on four nodes, the same model and batches; they differ in the file alone: 4 000 000 rows of 64 float32
-features in 245 row groups of 16 384, and 8 192 rows. Sampled are the nodes' own memory (RssAnon) and all that is resident
-(VmRSS), at their peak. The base is what a node of the small run has at its peak.
+Two runs of DiLoCo on four nodes, the same model and batches; they differ in the file alone: 4 000 000 rows of 64
+float32 features in 245 row groups of 16 384, and 8 192 rows. Sampled are the nodes' own memory (RssAnon) and all that
+is resident (VmRSS), at their peak. The base is what a node of the small run has at its peak.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write examples/models/tiny: a small Llama and its tokenizer, for examples/finetune_hf.yaml.
 
-It is made here, and taught a little Python for half a minute, so that the example needs no download. A real model is named
-in its place: a folder, or a name on the hub. Needs the extra: pip install 'starling[hf]'.
+It is made here, and taught a little Python for half a minute, so that the example needs no download. A real model is
+named in its place: a folder, or a name on the hub. Needs the extra: pip install '.[hf]'.
 
     python examples/finetune_model.py
 """

@@ -1,6 +1,6 @@
 """Write examples/data/digits.parquet: scikit-learn's handwritten digits as a table, for examples/parquet.yaml.
 
-    python examples/parquet_data.py
+python examples/parquet_data.py
 """
 
 from pathlib import Path

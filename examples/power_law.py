@@ -1,7 +1,7 @@
 """A sampler of one's own: rehearsal with a power law, for data that come in the order of their age.
 
-In epoch e a node has met its samples up to ``new`` · (e + 1), the oldest first. It draws sample of age a (0: the newest)
-with a probability in proportion to
+In epoch e a node has met its samples up to ``new`` · (e + 1), the oldest first. It draws the sample of age a (0: the
+newest) with a probability in proportion to
 
     (1 + a)^(−``exponent``)
 

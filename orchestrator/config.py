@@ -289,7 +289,9 @@ class Config(Section):
                 f"faults.events: {self.algorithm.name} is asynchronous, and has no rounds to name a moment by"
             )
         if self.evaluation.per_node and not self.algorithm.synchronous:
-            raise ValueError(f"evaluation.per_node: {self.algorithm.name} is asynchronous; its nodes are never all at rest")
+            raise ValueError(
+                f"evaluation.per_node: {self.algorithm.name} is asynchronous; its nodes are never all at rest"
+            )
         named += [("network.speeds", node) for node in self.network.speeds]
         for key, node in named:
             if node >= self.num_nodes:

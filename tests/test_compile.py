@@ -26,7 +26,9 @@ BASE: dict[str, Any] = {
 
 def test_without_a_compiler_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workbench.shutil, "which", lambda _: None)
-    message = r"optimizer.compile: on a CPU it takes a C\+\+ compiler .*, and there is none; set optimizer.compile: false"
+    message = (
+        r"optimizer.compile: on a CPU it takes a C\+\+ compiler .*, and there is none; set optimizer.compile: false"
+    )
     with pytest.raises(SettingsError, match=message):
         simulate(BASE, run_dir=tmp_path / "run")
 

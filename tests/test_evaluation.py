@@ -116,7 +116,9 @@ def test_replicas_are_evaluated_once(tmp_path: Path):
 
 
 def test_nodes_that_are_never_at_rest_are_refused():
-    with pytest.raises(ConfigError, match="evaluation.per_node: fedbuff is asynchronous; its nodes are never all at rest"):
+    with pytest.raises(
+        ConfigError, match="evaluation.per_node: fedbuff is asynchronous; its nodes are never all at rest"
+    ):
         parse(BASE | {"algorithm": "fedbuff", "evaluation": {"per_node": True}})
 
 

@@ -45,7 +45,7 @@ def test_it_learns_digits(tmp_path: Path, name: str, written: dict[str, list[str
 
 def test_old_samples_are_rehearsed_ever_more_rarely(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    from power_law import PowerLawRehearsal  # noqa: PLC0415 - found beside the example
+    from power_law import PowerLawRehearsal
 
     sampler = PowerLawRehearsal(new=10, exponent=1.0)
     counts = torch.zeros(40)

@@ -102,7 +102,9 @@ def test_what_is_wrong_is_said_in_a_line(finished: Path, tmp_path: Path):
 
 def test_a_model_of_another_size_is_refused(finished: Path, tmp_path: Path):
     raw = BASE | {"task": {"name": "digits", "model": {"name": "cnn", "width": 8}, "init_from": str(finished)}}
-    message = r"first.convolution.weight is \[4, 1, 3, 3\] in .* and \[8, 1, 3, 3\] in the model .another vocabulary, or"
+    message = (
+        r"first.convolution.weight is \[4, 1, 3, 3\] in .* and \[8, 1, 3, 3\] in the model .another vocabulary, or"
+    )
     with pytest.raises(DataError, match=message):
         simulate(raw, run_dir=tmp_path / "run")
 

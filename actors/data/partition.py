@@ -49,7 +49,7 @@ class Partition(Part, family="partition", catalog="actors.data"):
 
 
 class Iid(Partition, name="iid"):
-    """A random permutation, cut into parts whose sizes differ by at most one; of blocks, parts as even as they allow."""
+    """A random permutation, cut into parts whose sizes differ by at most one; of blocks, as even as they allow."""
 
     def split(self, samples: Samples, num_nodes: int, seed: int) -> Sequence[Indices]:
         """Cut a permutation that depends on ``seed`` alone; the first parts are the larger ones."""
@@ -233,8 +233,8 @@ def _filled(parts: Sequence[Indices], least: int, seed: int) -> list[Indices]:
     if any(isinstance(part, Ranges) for part in parts):
         node = next(node for node, part in enumerate(parts) if len(part) < least)
         raise DataError(
-            f"data.partition.min_samples: node {node} has {len(parts[node])} samples in whole row groups; lower it, write "
-            "smaller row groups, or set task.whole_row_groups: false"
+            f"data.partition.min_samples: node {node} has {len(parts[node])} samples in whole row groups; lower it, "
+            "write smaller row groups, or set task.whole_row_groups: false"
         )
     rng = generator("partition", "fill", seed)
     filled = [_shuffled(concrete(part), rng) for part in parts]
@@ -249,7 +249,7 @@ def _filled(parts: Sequence[Indices], least: int, seed: int) -> list[Indices]:
     return list(filled)
 
 
-# --- parts of partitions ------------------------------------------------------------------------------------------------
+# --- parts of partitions --------------------------------------------------------------------------------------------
 
 
 def labels_of(samples: Samples, partition: str) -> Tensor:

@@ -383,7 +383,7 @@ def num_classes(key: str, path: str, label: str) -> int:
     Raises:
         DataError: the label is no column of whole numbers.
     """
-    import pyarrow.types as types
+    from pyarrow import types
 
     schema, groups = open_row_groups(key, path)
     kind = require_column("task.label", schema, label).type

@@ -1,8 +1,8 @@
 """Samplers: which of its samples a node draws, and in which order.
 
-A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is a
-``Draws``: a pure function of (run seed, node, position), so that the position, two numbers, is all that has to be kept
-to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same samples again.
+A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is
+a ``Draws``: a pure function of (run seed, node, position), so that the position, two numbers, is all that has to be
+kept to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same again.
 
 One of one's own needs a class and a method::
 

@@ -68,7 +68,7 @@ class TokenizerFile:
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise DataError("task.tokenizer needs the package tokenizers: pip install 'starling[hf]'") from None
+            raise DataError("task.tokenizer needs the package tokenizers: pip install '.[hf]'") from None
         place = Path(self.path).expanduser()
         file = place / "tokenizer.json" if place.is_dir() else place
         if not file.is_file():
@@ -114,9 +114,7 @@ class Windows:
 
 
 @functools.lru_cache(maxsize=4)
-def load_corpus(
-    corpus: str | None, column: str | None, max_bytes: int, encoding: Encoding
-) -> tuple[Text, Text, int]:
+def load_corpus(corpus: str | None, column: str | None, max_bytes: int, encoding: Encoding) -> tuple[Text, Text, int]:
     """Training text, held-out text, and the size of the vocabulary; read once per process.
 
     Args:
@@ -193,7 +191,7 @@ def _read(corpus: str, listing: files.Listing, path: str, room: int) -> Iterator
 
 def _columns(corpus: str | None, column: str) -> Iterator[Callable[[int], Iterator[bytes]]]:
     """What gives each Parquet file's texts, a line end after each."""
-    import pyarrow.types as types
+    from pyarrow import types
 
     if corpus is None:
         raise DataError("task.corpus: name the Parquet files whose column task.column is")

@@ -3,11 +3,11 @@
 The texts are those of ``text_lm``: files, a folder, a pattern, a URI, or a column of Parquet files; every tenth file is
 held out, of fewer than ten the last tenth. A sample is a window of ``context`` + 1 tokens of the model's tokenizer.
 
-Only what is trained is exchanged and saved: with ``lora``, the adapters. When the run is over, its directory has, besides
-``model.safetensors``, a folder ``export`` that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer`` load; adapters
-are merged in it, and lie by themselves in ``export/adapter``.
+Only what is trained is exchanged and saved: with ``lora``, the adapters. When the run is over, its directory has,
+besides ``model.safetensors``, a folder ``export`` that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``
+load; adapters are merged in it, and lie by themselves in ``export/adapter``.
 
-Needs the optional extra: ``pip install 'starling[hf]'``. Every process loads the model; a ``model`` that is a folder must be
+Needs the optional extra: ``pip install '.[hf]'``. Every process loads the model; a ``model`` that is a folder must be
 where the nodes are.
 """
 

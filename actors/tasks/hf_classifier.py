@@ -4,10 +4,11 @@ The data are Parquet files with a column of texts and one of classes, whole numb
 held out as in the task ``parquet``. A text is cut to ``context`` tokens of the model's tokenizer, and padded to them.
 
 Only what is trained is exchanged and saved: with ``lora``, the adapters and the classifying head. When the run is over,
-its directory has, besides ``model.safetensors``, a folder ``export`` that ``AutoModelForSequenceClassification.from_pretrained``
-and ``AutoTokenizer`` load; adapters are merged in it, and lie by themselves in ``export/adapter``.
+its directory has, besides ``model.safetensors``, a folder ``export`` that ``from_pretrained`` of
+``AutoModelForSequenceClassification`` and of ``AutoTokenizer`` loads; adapters are merged in it, and lie by themselves
+in ``export/adapter``.
 
-Needs the optional extra: ``pip install 'starling[hf]'``. Every process loads the model; a ``model`` that is a folder must be
+Needs the optional extra: ``pip install '.[hf]'``. Every process loads the model; a ``model`` that is a folder must be
 where the nodes are.
 """
 
@@ -106,7 +107,7 @@ class HFClassifier(Task, name="hf_classifier"):
         return tokenizer
 
     def _samples(self, key: str, path: str, groups: list[RowGroup], *, whole: bool) -> RowGroupSamples:
-        import pyarrow.types as types
+        from pyarrow import types
 
         schema = open_row_groups(key, path)[0]
         kind = row_groups.require_column("task.text", schema, self.text).type

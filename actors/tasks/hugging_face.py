@@ -1,7 +1,7 @@
 """What the tasks on Hugging Face models have in common: loading, LoRA, tokenizers, and the form that they are saved in.
 
-Needs the optional extra: ``pip install 'starling[hf]'``. A model is a folder, or a name on the hub, which is then in
-the cache of Hugging Face, or is fetched. Everything is imported when a task is used: ``starling tasks`` needs none of it.
+Needs the optional extra: ``pip install '.[hf]'``. A model is a folder, or a name on the hub, which is then in the cache
+of Hugging Face, or is fetched. Everything is imported when a task is used: ``starling tasks`` needs none of it.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _adapted(module: Any, kind: Kind, lora: LoRA) -> nn.Module:  # noqa: ANN401 
         import peft
         from transformers.pytorch_utils import Conv1D
     except ImportError:
-        raise SettingsError("task.lora needs the package peft: pip install 'starling[hf]'") from None
+        raise SettingsError("task.lora needs the package peft: pip install '.[hf]'") from None
     transposed = any(isinstance(layer, Conv1D) for layer in module.modules())  # GPT-2's layers keep Wᵀ
     config = peft.LoraConfig(
         r=lora.rank,
@@ -187,7 +187,7 @@ def _loading(key: str, name: str) -> Iterator[Any]:
     try:
         import transformers
     except ImportError:
-        raise DataError("this task needs the package transformers: pip install 'starling[hf]'") from None
+        raise DataError("this task needs the package transformers: pip install '.[hf]'") from None
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise DataError(f"{key}: the folder {name} does not exist here")

@@ -239,7 +239,9 @@ def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise UnreadableError(f"{place}: an image of {image.width}×{image.height} is too large")
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR))
+            pixels = np.asarray(
+                image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+            )
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).strip().partition("\n")[0].partition(": <")[0][:120]
         raise UnreadableError(f"{place} cannot be read as an image: {files.printable(reason)}") from None
@@ -247,7 +249,7 @@ def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:
 
 
 def _is_encoded(kind: pa.DataType) -> bool:
-    import pyarrow.types as types
+    from pyarrow import types
 
     if types.is_struct(kind):
         index = kind.get_field_index("bytes")  # pyright: ignore[reportAttributeAccessIssue] - of structs

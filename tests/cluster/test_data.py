@@ -49,7 +49,9 @@ def lora(tmp_path: Path) -> dict[str, object]:
     )
     with _quiet():
         transformers.BertModel(config).save_pretrained(tmp_path / "model")
-        transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained(tmp_path / "model")
+        transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained(
+            tmp_path / "model"
+        )
     pq.write_table(pa.table({"text": texts, "label": [0, 1, 2] * 20}), tmp_path / "texts.parquet", row_group_size=5)
     paths = {"model": str(tmp_path / "model"), "path": str(tmp_path / "texts.parquet")}
     return {"name": "hf_classifier", "context": 8, "lora": {"rank": 2}, **paths}

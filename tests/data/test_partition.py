@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,9 @@ def test_nodes_that_have_enough_and_give_nothing_keep_their_samples():
 
 
 def test_a_least_that_cannot_be_is_refused():
-    with pytest.raises(DataError, match=r"min_samples: 4 nodes with 20 samples each need 80, and there are 60; lower it"):
+    with pytest.raises(
+        DataError, match=r"min_samples: 4 nodes with 20 samples each need 80, and there are 60; lower it"
+    ):
         assign(labelled([0] * 60), Iid(min_samples=20), 4, 0)
 
 
@@ -208,7 +211,7 @@ def test_feature_skew_divides_space_into_regions():
     parts = assign(samples, Feature(), 4, 0)
     ranges = sorted((samples.tensors[0][part].min().item(), samples.tensors[0][part].max().item()) for part in parts)
     # Values are rounded to 1/1024, so regions may meet in one step.
-    assert all(low[1] <= high[0] + 1 / 512 for low, high in zip(ranges, ranges[1:], strict=False))
+    assert all(low[1] <= high[0] + 1 / 512 for low, high in itertools.pairwise(ranges))
     assert [len(part) for part in parts] == [250] * 4
     mixed = assign(samples, Feature(strength=0.0), 4, 0)
     assert all(abs(samples.tensors[0][part].mean().item() - 0.5) < 0.06 for part in mixed)
@@ -271,11 +274,21 @@ CASES = [
         labelled([0] * 8),
         Dirichlet(alpha=1e-6),
         4,
-        "data.partition: dirichlet leaves node . of 4 without samples; raise data.partition.alpha, set data.partition.min",
+        "data.partition: dirichlet leaves node . of 4 without samples; raise data.partition.alpha, set ",
     ),
     (labelled([0, 1]), Shards(), 4, "data.partition: shards leaves node . of 4 without samples; lower data.partition."),
-    (Blocked([5, 5]), Iid(), 3, "data: 2 row groups cannot be divided among 3 nodes: node 2 gets none; ask for at most"),
-    (Blocked([2, 9]), Iid(min_samples=4), 2, "min_samples: node 0 has 2 samples in whole row groups; lower it, write sm"),
+    (
+        Blocked([5, 5]),
+        Iid(),
+        3,
+        "data: 2 row groups cannot be divided among 3 nodes: node 2 gets none; ask for at most",
+    ),
+    (
+        Blocked([2, 9]),
+        Iid(min_samples=4),
+        2,
+        "min_samples: node 0 has 2 samples in whole row groups; lower it, write sm",
+    ),
 ]
 
 

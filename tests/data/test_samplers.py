@@ -202,7 +202,9 @@ def test_a_sampler_of_ones_own():
 
 def test_a_sampler_that_draws_what_is_not_there_is_refused():
     draws = Newest(wrong=True).begin(torch.arange(5), 0, 0)
-    with pytest.raises(ProgramError, match=r"test_samplers:Newest must give 5 places of shape \[5\], int64 in \[0, 5\); it"):
+    with pytest.raises(
+        ProgramError, match=r"test_samplers:Newest must give 5 places of shape \[5\], int64 in \[0, 5\); it"
+    ):
         draws.next(3)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face models: tiny random ones, made here; trained whole and through LoRA, and loaded again by ``from_pretrained``."""
+"""Hugging Face models: tiny random ones, made here; trained whole and through LoRA, loaded by ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.train_from_iterator(SENTENCES * 20, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>")
     ends = {"bos_token_id": 1, "eos_token_id": 1}
-    llama = transformers.LlamaConfig(**SIZES, **ends, intermediate_size=32, num_key_value_heads=2, max_position_embeddings=64)
+    llama = transformers.LlamaConfig(
+        **SIZES, **ends, intermediate_size=32, num_key_value_heads=2, max_position_embeddings=64
+    )
     gpt2 = transformers.GPT2Config(**ends, n_embd=16, n_layer=2, n_head=2, n_positions=64, vocab_size=320)
     bert = transformers.BertConfig(**SIZES, intermediate_size=32, max_position_embeddings=64, pad_token_id=1)
     with torch.random.fork_rng(), hugging_face._quiet():
@@ -82,7 +84,9 @@ def train(task: HFCausalLM | HFClassifier, run_dir: Path, lr: float, rounds: int
     return simulate(raw, run_dir=run_dir)
 
 
-@pytest.mark.parametrize(("model", "lora"), [("llama", None), ("gpt2", {"rank": 4, "dropout": 0.1}), ("llama", {"rank": 2})])
+@pytest.mark.parametrize(
+    ("model", "lora"), [("llama", None), ("gpt2", {"rank": 4, "dropout": 0.1}), ("llama", {"rank": 2})]
+)
 def test_a_causal_model_is_trained_and_exported(folder: Path, tmp_path: Path, model: str, lora: dict[str, Any] | None):
     task = causal(folder, model, lora=lora)
     before = Workbench(task, parse({"algorithm": "fedavg", "task": "digits"}).optimizer, 0, torch.device("cpu"))
@@ -106,7 +110,9 @@ def test_a_causal_model_is_trained_and_exported(folder: Path, tmp_path: Path, mo
     assert all("lora_A" in name or "lora_B" in name for name in names)
     assert summary.bytes["payload"] < 2 * 2 * 8 * 2 * before.layout.num_values
     with hugging_face._quiet():
-        adapted = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder / model), export / "adapter")
+        adapted = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(folder / model), export / "adapter"
+        )
     with torch.no_grad():
         assert torch.allclose(adapted(input_ids=tokens).logits, ours(input_ids=tokens).logits, atol=1e-5)
 
@@ -164,7 +170,9 @@ def test_every_node_begins_alike(folder: Path):
 
 
 def test_rotary_frequencies_are_not_averaged(folder: Path):
-    bench = Workbench(causal(folder), parse({"algorithm": "fedavg", "task": "digits"}).optimizer, 0, torch.device("cpu"))
+    bench = Workbench(
+        causal(folder), parse({"algorithm": "fedavg", "task": "digits"}).optimizer, 0, torch.device("cpu")
+    )
     assert bench.layout.num_buffer_values == 0
 
 
@@ -179,15 +187,45 @@ def test_pooled_rows_are_divided_by_label(folder: Path):
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("causal", {"model": "/no/such/model"}, DataError, "task.model: the folder /no/such/model does not exist here"),
     ("causal", {"model": "{root}"}, DataError, "task.model: .* cannot be loaded: "),
-    ("causal", {"tokenizer": "{large}"}, DataError, "task.tokenizer: the tokenizer .*/large has 326 tokens, and the model's"),
+    (
+        "causal",
+        {"tokenizer": "{large}"},
+        DataError,
+        "task.tokenizer: the tokenizer .*/large has 326 tokens, and the model's",
+    ),
     ("classifier", {"tokenizer": "{large}"}, DataError, "vocabulary 320; take the one that the model was trained with"),
-    ("causal", {"context": 65}, SettingsError, "task.context: 65 tokens are more than the 64 positions of .*; lower it"),
-    ("causal", {"context": 64, "corpus": "{short}"}, DataError, "has . tokens of training text, less than one sample of 65"),
-    ("causal", {"lora": {"targets": ["nothing"]}}, SettingsError, "task.lora.targets: Target modules .*nothing.* not found"),
+    (
+        "causal",
+        {"context": 65},
+        SettingsError,
+        "task.context: 65 tokens are more than the 64 positions of .*; lower it",
+    ),
+    (
+        "causal",
+        {"context": 64, "corpus": "{short}"},
+        DataError,
+        "has . tokens of training text, less than one sample of 65",
+    ),
+    (
+        "causal",
+        {"lora": {"targets": ["nothing"]}},
+        SettingsError,
+        "task.lora.targets: Target modules .*nothing.* not found",
+    ),
     ("classifier", {"text": "txt"}, DataError, r"task.text: there is no column 'txt' \(did you mean text\?\)"),
     ("classifier", {"text": "label"}, DataError, r"task.text: column label is int64; it must hold texts \(string\)"),
-    ("classifier", {"label": "text"}, DataError, "task.label: column text is string; classes must be whole numbers, from 0"),
-    ("classifier", {"classes": 2}, DataError, "row group .: column label has the class 2, and classes are 0 to 1; raise"),
+    (
+        "classifier",
+        {"label": "text"},
+        DataError,
+        "task.label: column text is string; classes must be whole numbers, from 0",
+    ),
+    (
+        "classifier",
+        {"classes": 2},
+        DataError,
+        "row group .: column label has the class 2, and classes are 0 to 1; raise",
+    ),
 ]
 
 
@@ -219,7 +257,7 @@ def test_without_the_extra_one_is_told(folder: Path, monkeypatch: pytest.MonkeyP
 
     hugging_face.load_config.cache_clear()
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(DataError, match=r"this task needs the package transformers: pip install 'starling\[hf\]'"):
+    with pytest.raises(DataError, match=r"this task needs the package transformers: pip install '.\[hf\]'"):
         causal(folder).build()
 
 

@@ -70,7 +70,9 @@ def test_a_folder_per_class(folder: Path):
 
 
 def test_by_the_folder_that_they_lie_in(folder: Path):
-    data = load_data(small(folder), DataConfig.model_validate({"partition": {"name": "column", "column": "folder"}}), 6, 0)
+    data = load_data(
+        small(folder), DataConfig.model_validate({"partition": {"name": "column", "column": "folder"}}), 6, 0
+    )
     assert sorted(len(part) for part in data.parts) == [9, 9, 9, 9, 9, 9]
     for part in data.parts:
         assert len(data.train.batch(concrete(part))[1].unique()) == 1
@@ -85,7 +87,9 @@ def test_a_parquet_column(table: Path):
     assert [image.float().mean(dim=(1, 2)).tolist() for image in images] == [list(one) for one in COLORS.values()]
     plain = table.parent / "plain.parquet"
     pq.write_table(pa.table({"image": [encoded(COLORS["red"])] * 30, "label": [0] * 30}), plain)
-    assert small(plain).train_samples(1).batch(torch.arange(1))[0].float().mean(dim=(2, 3)).tolist() == [[250.0, 0.0, 0.0]]
+    assert small(plain).train_samples(1).batch(torch.arange(1))[0].float().mean(dim=(2, 3)).tolist() == [
+        [250.0, 0.0, 0.0]
+    ]
 
 
 @pytest.mark.parametrize("kind", ["folder", "table"])
@@ -114,7 +118,9 @@ def test_what_cannot_be_read_is_named_or_left_out(tmp_path: Path, caplog: pytest
         (tmp_path / "a").mkdir(exist_ok=True)
         (tmp_path / "a" / f"{number:02}.png").write_bytes(encoded((9, 9, 9)) if number != 5 else b"no image")
     train = small(tmp_path).train_samples(1)
-    with pytest.raises(DataError, match=r"a/05.png cannot be read as an image: .*; task.on_bad_image: skip leaves such"):
+    with pytest.raises(
+        DataError, match=r"a/05.png cannot be read as an image: .*; task.on_bad_image: skip leaves such"
+    ):
         train.batch(torch.arange(10))
     skipping: Any = small(tmp_path, on_bad_image="skip").train_samples(1)
     with caplog.at_level(logging.WARNING, logger="starling"):
@@ -129,7 +135,9 @@ def test_a_bad_image_in_parquet_names_its_row(tmp_path: Path):
     images = [encoded((1, 1, 1))] * 20
     images[12] = b"\x00\x01"
     pq.write_table(pa.table({"image": images, "label": [0] * 20}), path, row_group_size=10)
-    with pytest.raises(DataError, match=r"t.parquet, row group 1, row 2 cannot be read as an image: .*on_bad_image: skip"):
+    with pytest.raises(
+        DataError, match=r"t.parquet, row group 1, row 2 cannot be read as an image: .*on_bad_image: skip"
+    ):
         small(path).train_samples(1).batch(torch.arange(15))
     skipping: Any = small(path, on_bad_image="skip").train_samples(1)
     assert skipping.present(torch.arange(18)).tolist() == list(range(9))
@@ -146,12 +154,18 @@ def test_errors(folder: Path, table: Path, tmp_path: Path):
     for task, message in (
         (small(tmp_path / "nowhere"), "task.path: .*/nowhere does not exist here"),
         (small(tmp_path / "mixed"), "task.path: .*/loose.png lies in no class's folder; images must be in .*/<class>/"),
-        (small(folder, validation=str(other.parent)), "task.validation: .*/other has the class purple, which .* has not"),
+        (
+            small(folder, validation=str(other.parent)),
+            "task.validation: .*/other has the class purple, which .* has not",
+        ),
         (small(numbers), "task.image: column image is int64; it must hold encoded images: binary, or a struct with"),
         (small(table, image="picture"), "task.image: there is no column 'picture'"),
         (small(table, label="class"), "task.label: there is no column 'class'"),
         (small(table, classes=2), "column label has the class 2, and classes are 0 to 1"),
-        (small(folder, model={"name": "cnn", "stages": 4}), "task.model.stages: 4 stages halve images of 8×8 below one"),
+        (
+            small(folder, model={"name": "cnn", "stages": 4}),
+            "task.model.stages: 4 stages halve images of 8×8 below one",
+        ),
     ):
         with pytest.raises(Exception, match=message) as caught:
             _ = task.validation_samples(1), task.train_samples(1).batch(torch.arange(3)), task.build()

@@ -1,4 +1,4 @@
-"""Parquet: rows come out as they went in, a few row groups at a time; and what is wrong with a file is said in a line."""
+"""Parquet: rows come out as they went in, a few row groups at a time; what is wrong with a file is said in a line."""
 
 from __future__ import annotations
 
@@ -174,7 +174,9 @@ def test_row_groups_are_dealt_whole_and_read_once_per_epoch(file: Path):
 
 def test_memory_is_bounded_whatever_the_size(tmp_path: Path):
     # Row groups of 2000 rows of 100 values are 0.8 MB each; 1 MB is kept, but never less than the two that are mixed.
-    table = pa.table({f"x{one}": np.zeros(40_000, np.float32) for one in range(100)} | {"y": np.zeros(40_000, np.int64)})
+    table = pa.table(
+        {f"x{one}": np.zeros(40_000, np.float32) for one in range(100)} | {"y": np.zeros(40_000, np.int64)}
+    )
     path = write(tmp_path / "wide.parquet", group=2000, table=table)
     data = load_data(task(path, features=None, memory_mb=1, mix_row_groups=2), DataConfig(), 1, 0)
     train = data.train
@@ -201,7 +203,9 @@ def test_a_node_that_does_not_own_a_row_group_does_not_read_it(file: Path, monke
     own = assign(train, Iid(), 4, 0)[1]
     read: list[str] = []
     checked = RowGroup.checked
-    monkeypatch.setattr(RowGroup, "checked", lambda group, columns: (read.append(group.number), checked(group, columns))[1])
+    monkeypatch.setattr(
+        RowGroup, "checked", lambda group, columns: (read.append(group.number), checked(group, columns))[1]
+    )
     train.batch(concrete(own))
     numbers = [number for number in range(24) if number % 10 != 9]
     assert sorted(read) == [numbers[group] for group in sorted({int(index) // 10 for index in concrete(own)})]
@@ -284,16 +288,31 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"label": "z"}, "task.label: there is no column 'z'"),
     ({"label": "word"}, "task.label: column word is string; a label must be whole numbers .* or floats"),
     ({"features": ["aa"]}, r"task.features: there is no column 'aa' \(did you mean a\?\)"),
-    ({"features": ["a", "word"]}, "task.features: column word is string; features must be numbers, or lists of numbers"),
+    (
+        {"features": ["a", "word"]},
+        "task.features: column word is string; features must be numbers, or lists of numbers",
+    ),
     ({"features": ["a", "y"]}, "task.features: y is the label; a model that is given it has nothing to learn"),
     ({"features": []}, "task.features: name at least one column"),
-    ({"classes": 2}, r"table.parquet, row group .: column y has the class 2, and classes are 0 to 1; raise task.classes"),
+    (
+        {"classes": 2},
+        r"table.parquet, row group .: column y has the class 2, and classes are 0 to 1; raise task.classes",
+    ),
     ({"label": "r", "classes": 2}, "task.classes: column r is double; classes must be whole numbers"),
-    ({"path": "{negative}"}, "row group .: column y has the class -1, and classes are 0 to 1; .* number the classes from 0"),
+    (
+        {"path": "{negative}"},
+        "row group .: column y has the class -1, and classes are 0 to 1; .* number the classes from 0",
+    ),
     ({"path": "{nulls}"}, "nulls.parquet, row group 0: column a has 1 nulls; fill them, or leave those rows out"),
-    ({"path": "{ragged}", "features": ["v"]}, "the lists of column v have different lengths; features must have one shape"),
+    (
+        {"path": "{ragged}", "features": ["v"]},
+        "the lists of column v have different lengths; features must have one shape",
+    ),
     ({"path": "{broken}"}, "broken.parquet, row group 3 cannot be read: .*; task.on_bad_row_group: skip leaves such"),
-    ({"validation": "{other}"}, "task.validation: column a of .*/other.parquet is string, and float in .*/table.parquet"),
+    (
+        {"validation": "{other}"},
+        "task.validation: column a of .*/other.parquet is string, and float in .*/table.parquet",
+    ),
     ({"model": "cnn"}, r"task.model: cnn takes images, and the inputs have the shape \[2\]; take mlp"),
 ]
 
@@ -309,7 +328,9 @@ def test_what_is_wrong_is_said_in_a_line(file: Path, tmp_path: Path, fields: dic
     write(tmp_path / "ragged.parquet", v=[[1.0], [1.0, 2.0]] * (ROWS // 2))
     write(tmp_path / "other.parquet", a=["x"] * ROWS)
     broken(tmp_path / "broken.parquet")
-    places = {name: str(tmp_path / f"{name}.parquet") for name in ("text", "negative", "nulls", "ragged", "broken", "other")}
+    places = {
+        name: str(tmp_path / f"{name}.parquet") for name in ("text", "negative", "nulls", "ragged", "broken", "other")
+    }
     places |= {"folder": str(tmp_path), "empty": str(tmp_path / "empty"), "mixed": str(tmp_path / "mixed")}
     filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in fields.items()}
     one = task(filled.pop("path", file), **filled)
@@ -324,7 +345,9 @@ def test_what_is_wrong_is_said_in_a_line(file: Path, tmp_path: Path, fields: dic
 
 
 def test_too_few_row_groups_for_the_nodes_say_which_node(file: Path):
-    with pytest.raises(DataError, match="22 row groups cannot be divided among 30 nodes: node 22 gets none; ask for at"):
+    with pytest.raises(
+        DataError, match="22 row groups cannot be divided among 30 nodes: node 22 gets none; ask for at"
+    ):
         load_data(task(file, whole_row_groups=True), DataConfig(), 30, 0)
     assert len(load_data(task(file), DataConfig(), 30, 0).parts) == 30  # by rows, where there are too few row groups
 
@@ -381,7 +404,7 @@ class _Refuses(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = refuse
+    do_GET = do_HEAD = refuse  # noqa: N815 - the names that the base class calls
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -403,7 +426,9 @@ def test_s3_without_credentials(s3: str, monkeypatch: pytest.MonkeyPatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     uri = f"s3://bucket/table.parquet?region=us-east-1&scheme=http&endpoint_override={s3}"
-    with pytest.raises(DataError, match=r"cannot be read: .*ACCESS_DENIED.*; the process needs credentials: AWS_") as caught:
+    with pytest.raises(
+        DataError, match=r"cannot be read: .*ACCESS_DENIED.*; the process needs credentials: AWS_"
+    ) as caught:
         task(uri).train_samples(1)
     assert "\n" not in str(caught.value)
 

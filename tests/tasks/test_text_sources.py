@@ -97,7 +97,9 @@ def test_tokens(tmp_path: Path, tokenizer: Path):
     assert set(one.baselines(1)) == {"unigram_entropy"}
     assert one.evaluation_batch_size(4) == 4
     folder = small(tmp_path / "a.txt", tokenizer=str(tokenizer.parent))
-    assert torch.equal(folder.train_samples(1).batch(torch.arange(3))[0], one.train_samples(1).batch(torch.arange(3))[0])
+    assert torch.equal(
+        folder.train_samples(1).batch(torch.arange(3))[0], one.train_samples(1).batch(torch.arange(3))[0]
+    )
 
 
 def test_a_long_text_is_tokenized_in_pieces(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,7 +127,9 @@ def test_a_large_text_lies_in_a_file_without_a_name(tmp_path: Path, monkeypatch:
 def test_a_vocabulary_may_be_larger_and_not_smaller(tmp_path: Path, tokenizer: Path):
     (tmp_path / "a.txt").write_text("the quick brown fox\n" * 40)
     assert small(tmp_path, tokenizer=str(tokenizer), vocabulary=320).build()(torch.tensor([[0]])).shape == (1, 1, 320)
-    with pytest.raises(DataError, match=r"task.vocabulary: the model knows 100 tokens, and .*tokenizer.json has 280; raise"):
+    with pytest.raises(
+        DataError, match=r"task.vocabulary: the model knows 100 tokens, and .*tokenizer.json has 280; raise"
+    ):
         small(tmp_path, tokenizer=str(tokenizer), vocabulary=100).build()
 
 
