@@ -65,6 +65,47 @@ def shown(path: str) -> str:
     return re.sub(r"^([^:/]+://[^:@/]*):[^@]*@", r"\1:***@", path)
 
 
+_NODE = "{node}"
+"""Stands for a node's number in a path of ``data.source: federated``."""
+
+
+def is_per_node(path: str | None) -> bool:
+    """Whether a path is another one on each node."""
+    return path is not None and _NODE in path
+
+
+def of_node(path: str, node: int) -> str:
+    """The path of one node.
+
+    >>> of_node("/data/site-{node}.parquet", 3)
+    '/data/site-3.parquet'
+    """
+    return path.replace(_NODE, str(node))
+
+
+def refuse_per_node(key: str, path: str | None) -> None:
+    """Refuse to take a path that is another one on each node for that of all.
+
+    Raises:
+        DataError: it is.
+    """
+    if is_per_node(path):
+        raise DataError(f"{key}: {path} has {_NODE} in it: each node has data of its own; set data.source: federated")
+
+
+def require_common(key: str, path: str | None) -> str:
+    """The path of what all nodes can read.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path is None or is_per_node(path):
+        raise DataError(
+            f"{key}: name data that all nodes can read; with {_NODE} in the path of the others none are common"
+        )
+    return path
+
+
 def is_uri(path: str) -> bool:
     """Whether a path names a file system of its own."""
     return "://" in path

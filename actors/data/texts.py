@@ -114,7 +114,15 @@ class Windows:
 
 
 @functools.lru_cache(maxsize=4)
-def load_corpus(corpus: str | None, column: str | None, max_bytes: int, encoding: Encoding) -> tuple[Text, Text, int]:
+def load_corpus(
+    corpus: str | None,
+    column: str | None,
+    max_bytes: int,
+    encoding: Encoding,
+    *,
+    split: bool = True,
+    key: str = "task.corpus",
+) -> tuple[Text, Text, int]:
     """Training text, held-out text, and the size of the vocabulary; read once per process.
 
     Args:
@@ -122,6 +130,8 @@ def load_corpus(corpus: str | None, column: str | None, max_bytes: int, encoding
         column: of texts, if the files are Parquet.
         max_bytes: that are read at most, both parts together.
         encoding: how they become numbers.
+        split: hold out a tenth; else the held-out text is empty.
+        key: of the configuration that names the corpus, for errors.
 
     Raises:
         DataError: it cannot be read.
@@ -130,21 +140,76 @@ def load_corpus(corpus: str | None, column: str | None, max_bytes: int, encoding
     dtype = np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
     train, held_out = _Writer(dtype), _Writer(dtype)
     room, num_files = max_bytes, 0
-    for pieces in _columns(corpus, column) if column is not None else _plain(corpus):
+    for pieces in _columns(key, corpus, column) if column is not None else _plain(key, corpus):
         if room == 0:
             break
         num_files += 1
-        writer = train if num_files % _HOLD_OUT_EVERY else held_out
+        writer = train if not split or num_files % _HOLD_OUT_EVERY else held_out
         for piece in _limited(pieces(room), room):
             room -= len(piece)
             writer.add(piece, encode)
         writer.end_file(encode)
-    if num_files >= _HOLD_OUT_EVERY:
+    if not split or num_files >= _HOLD_OUT_EVERY:
         return train.done(), held_out.done(), vocabulary
     text = train.done()
     cut = len(text.tokens) - len(text.tokens) // _HOLD_OUT_EVERY
     first = Text(text.tokens[:cut], np.minimum(text.ends, cut))
     return first, Text(text.tokens[cut:], np.maximum(text.ends - cut, 0)), vocabulary
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the texts of a task come from: its fields of these names."""
+
+    corpus: str | None
+    column: str | None
+    validation: str | None
+    max_bytes: int
+    encoding: Encoding
+    length: int
+    """Of a window."""
+
+    def train(self) -> Windows:
+        """The texts that are not held out."""
+        files.refuse_per_node("task.corpus", self.corpus)
+        return self._windows(self.texts()[0], self.corpus, "training", "task.corpus")
+
+    def of_node(self, node: int) -> Windows | None:
+        """The texts of one node; ``None`` if all have the same."""
+        if self.corpus is None or not files.is_per_node(self.corpus):
+            return None
+        corpus = files.of_node(self.corpus, node)
+        text = load_corpus(corpus, self.column, self.max_bytes, self.encoding, split=False)[0]
+        return self._windows(text, corpus, "training", "task.corpus")
+
+    def held_out(self) -> Windows:
+        """The held-out texts."""
+        if self.validation is None and files.is_per_node(self.corpus):
+            files.require_common("task.validation", None)
+        if self.validation is None:
+            return self._windows(self.texts()[1], self.corpus, "validation", "task.corpus")
+        return self._windows(self.texts()[1], self.validation, "validation", "task.validation")
+
+    def texts(self) -> tuple[Text, Text]:
+        """Both, as a baseline needs them; of federated texts the held-out one twice."""
+        if self.validation is None:
+            return load_corpus(self.corpus, self.column, self.max_bytes, self.encoding)[:2]
+        out = load_corpus(
+            self.validation, self.column, self.max_bytes, self.encoding, split=False, key="task.validation"
+        )[0]
+        if files.is_per_node(self.corpus):
+            return out, out
+        return load_corpus(self.corpus, self.column, self.max_bytes, self.encoding, split=False)[0], out
+
+    def _windows(self, text: Text, corpus: str | None, part: str, key: str) -> Windows:
+        windows = Windows(text, self.length)
+        unit = "bytes" if isinstance(self.encoding, Bytes) else "tokens"
+        if len(windows) == 0:
+            raise DataError(
+                f"{key}: {describe(corpus)} has {len(text.tokens)} {unit} of {part} text, less than one sample of "
+                f"{self.length}; lower task.context, or name a larger corpus"
+            )
+        return windows
 
 
 def describe(corpus: str | None) -> str:
@@ -160,15 +225,15 @@ def _limited(pieces: Iterator[bytes], room: int) -> Iterator[bytes]:
             return
 
 
-def _plain(corpus: str | None) -> Iterator[Callable[[int], Iterator[bytes]]]:
+def _plain(key: str, corpus: str | None) -> Iterator[Callable[[int], Iterator[bytes]]]:
     """What gives each file's bytes, at most so many."""
     if corpus is None:
         for path in _standard_library():
             yield functools.partial(_read_local, path)
         return
-    listing = files.find("task.corpus", corpus, _SUFFIXES)
+    listing = files.find(key, corpus, _SUFFIXES)
     for path in listing.files:
-        yield functools.partial(_read, corpus, listing, path)
+        yield functools.partial(_read, key, corpus, listing, path)
 
 
 def _read_local(path: Path, room: int) -> Iterator[bytes]:
@@ -179,23 +244,23 @@ def _read_local(path: Path, room: int) -> Iterator[bytes]:
         raise DataError(f"task.corpus: {describe(None)} cannot be read: {error}") from None
 
 
-def _read(corpus: str, listing: files.Listing, path: str, room: int) -> Iterator[bytes]:
+def _read(key: str, corpus: str, listing: files.Listing, path: str, room: int) -> Iterator[bytes]:
     try:
         with listing.filesystem.open_input_stream(path) as stream:
             while room and (piece := stream.read(min(room, 8 * _AT_ONCE))):
                 yield piece
                 room -= len(piece)
     except OSError as error:
-        raise DataError(files.unreachable("task.corpus", corpus, error)) from None
+        raise DataError(files.unreachable(key, corpus, error)) from None
 
 
-def _columns(corpus: str | None, column: str) -> Iterator[Callable[[int], Iterator[bytes]]]:
+def _columns(key: str, corpus: str | None, column: str) -> Iterator[Callable[[int], Iterator[bytes]]]:
     """What gives each Parquet file's texts, a line end after each."""
     from pyarrow import types
 
     if corpus is None:
         raise DataError("task.corpus: name the Parquet files whose column task.column is")
-    schema, groups = open_row_groups("task.corpus", corpus)
+    schema, groups = open_row_groups(key, corpus)
     kind = require_column("task.column", schema, column).type
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
         raise DataError(f"task.column: column {column} is {kind}; it must hold texts (string)")

@@ -19,11 +19,10 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data.texts import Text, Windows, describe, load_corpus
+from actors.data.texts import Source, Windows
 from actors.tasks import hugging_face, supervised
 from actors.tasks.base import Task
 from actors.tasks.hugging_face import LoRA, ModelTokenizer
-from algorithms.errors import DataError
 
 
 class HFCausalLM(Task, name="hf_causal_lm"):
@@ -36,15 +35,20 @@ class HFCausalLM(Task, name="hf_causal_lm"):
     context: PositiveInt = 128  # tokens that the model sees
     corpus: str | None = None  # as in text_lm; null: the standard library's sources
     column: str | None = None  # of texts, if the files are Parquet
+    validation: str | None = None  # held-out texts, in the same form; null: a tenth of the corpus
     max_bytes: PositiveInt = 8_000_000  # what is read of the corpus, both parts together
 
     def train_samples(self, num_nodes: int) -> Windows:
         """Windows of all files but every tenth."""
-        return self._windows(self._texts()[0], "training")
+        return self._source.train()
+
+    def own_samples(self, node: int, num_nodes: int) -> Windows | None:
+        """Windows of all files of the node."""
+        return self._source.of_node(node)
 
     def validation_samples(self, num_nodes: int) -> Windows:
         """Windows of every tenth file."""
-        return self._windows(self._texts()[1], "validation")
+        return self._source.held_out()
 
     def build(self) -> nn.Module:
         """The model, with adapters if there are to be any."""
@@ -76,18 +80,10 @@ class HFCausalLM(Task, name="hf_causal_lm"):
         hugging_face.export(module, self.tokenizer or self.model, folder)
         return True
 
-    def _texts(self) -> tuple[Text, Text, int]:
+    @property
+    def _source(self) -> Source:
         encoding = ModelTokenizer(self.tokenizer or self.model, self.model)
-        return load_corpus(self.corpus, self.column, self.max_bytes, encoding)
-
-    def _windows(self, text: Text, part: str) -> Windows:
-        windows = Windows(text, self.context + 1)
-        if len(windows) == 0:
-            raise DataError(
-                f"task.corpus: {describe(self.corpus)} has {len(text.tokens)} tokens of {part} text, less than one "
-                f"sample of {self.context + 1}; lower task.context, or name a larger corpus"
-            )
-        return windows
+        return Source(self.corpus, self.column, self.validation, self.max_bytes, encoding, self.context + 1)
 
 
 def _predicted(module: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - transformers' own

@@ -22,7 +22,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import row_groups
+from actors.data import files, row_groups
 from actors.data.row_groups import RowGroup, RowGroupSamples, open_row_groups
 from actors.tasks import hugging_face, supervised
 from actors.tasks.base import Task
@@ -52,13 +52,23 @@ class HFClassifier(Task, name="hf_classifier"):
 
     def train_samples(self, num_nodes: int) -> RowGroupSamples:
         """The rows that are not held out."""
+        files.refuse_per_node("task.path", self.path)
         groups = open_row_groups("task.path", self.path)[1]
         groups = groups if self.validation is not None else row_groups.held_out(groups)[0]
         return self._samples("task.path", self.path, groups, whole=len(groups) >= 2 * num_nodes)
 
+    def own_samples(self, node: int, num_nodes: int) -> RowGroupSamples | None:
+        """The rows of the node's own file or folder."""
+        if not files.is_per_node(self.path):
+            return None
+        path = files.of_node(self.path, node)
+        return self._samples("task.path", path, open_row_groups("task.path", path)[1], whole=True)
+
     def validation_samples(self, num_nodes: int) -> RowGroupSamples:
         """The held-out rows."""
         key, path = ("task.path", self.path) if self.validation is None else ("task.validation", self.validation)
+        if files.is_per_node(path):
+            files.require_common("task.validation", self.validation)
         groups = open_row_groups(key, path)[1]
         groups = groups if self.validation is not None else row_groups.held_out(groups)[1]
         if not groups:
@@ -97,7 +107,12 @@ class HFClassifier(Task, name="hf_classifier"):
     @property
     def num_classes(self) -> int:
         """How many there are."""
-        return self.classes or row_groups.num_classes("task.path", self.path, self.label)
+        if self.classes is not None:
+            return self.classes
+        if files.is_per_node(self.path):
+            path = files.require_common("task.validation", self.validation)
+            return row_groups.num_classes("task.validation", path, self.label)
+        return row_groups.num_classes("task.path", self.path, self.label)
 
     def load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' own type
         """The tokenizer, which knows no token that the model does not."""

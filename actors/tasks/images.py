@@ -55,14 +55,25 @@ class Images(Task, name="images"):
 
     def train_samples(self, num_nodes: int) -> Samples:
         """The images that are not held out."""
+        files.refuse_per_node("task.path", self.path)
         if self._is_parquet:
             groups = open_row_groups("task.path", self.path)[1]
             groups = groups if self.validation is not None else row_groups.held_out(groups)[0]
             return self._row_groups("task.path", self.path, groups, whole=len(groups) >= 2 * num_nodes)
         return self._folder("task.path", self.path, None if self.validation is not None else "training")
 
+    def own_samples(self, node: int, num_nodes: int) -> Samples | None:
+        """The images of the node's own folder or files."""
+        if not files.is_per_node(self.path):
+            return None
+        path = files.of_node(self.path, node)
+        if self._is_parquet:
+            return self._row_groups("task.path", path, open_row_groups("task.path", path)[1], whole=True)
+        return self._folder("task.path", path, None)
+
     def validation_samples(self, num_nodes: int) -> Samples:
         """The held-out images."""
+        self._common()
         key, path = ("task.path", self.path) if self.validation is None else ("task.validation", self.validation)
         if self._is_parquet:
             groups = open_row_groups(key, path)[1]
@@ -92,24 +103,28 @@ class Images(Task, name="images"):
 
     # --- files -------------------------------------------------------------------------------------------------------
 
+    def _common(self) -> str:
+        """The path from which every process learns what classes there are."""
+        return files.require_common("task.validation", self.validation) if files.is_per_node(self.path) else self.path
+
     @property
     def _is_parquet(self) -> bool:
-        return _holds_parquet(self.path)
+        return _holds_parquet(self._common())
 
     @property
     def _num_classes(self) -> int:
         if not self._is_parquet:
-            return len(_list_folder("task.path", self.path)[1])
+            return len(_list_folder("task.path", self._common())[1])
         if self.classes is not None:
             return self.classes
-        return row_groups.num_classes("task.path", self.path, self.label)
+        return row_groups.num_classes("task.path", self._common(), self.label)
 
     def _folder(self, key: str, path: str, part: str | None) -> Folder:
         listing, classes, labels = _list_folder(key, path)
-        known = _list_folder("task.path", self.path)[1]
+        known = _list_folder("task.path", self._common())[1]
         unknown = sorted(set(classes) - set(known))
         if unknown:
-            raise DataError(f"{key}: {path} has the class {unknown[0]}, which {self.path} has not")
+            raise DataError(f"{key}: {path} has the class {unknown[0]}, which {self._common()} has not")
         chosen = np.arange(len(labels))
         if part is not None:
             out = chosen % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1

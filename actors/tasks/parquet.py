@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import row_groups
+from actors.data import files, row_groups
 from actors.data.row_groups import RowGroup, RowGroupSamples, numbers_of, open_row_groups
 from actors.models import MLP, Model
 from actors.tasks import supervised
@@ -50,19 +50,16 @@ class Parquet(Task, name="parquet"):
 
     def train_samples(self, num_nodes: int) -> RowGroupSamples:
         """The rows that are not held out."""
-        if "{node}" in self.path:
-            what = f"{self.path} has {{node}} in it: each node has data of its own"
-            raise DataError(f"task.path: {what}; set data.source: federated")
+        files.refuse_per_node("task.path", self.path)
         groups = self._training_groups(self.path)
         whole = len(groups) >= 2 * num_nodes if self.whole_row_groups is None else self.whole_row_groups
         return self._samples(groups, whole=whole)
 
     def own_samples(self, node: int, num_nodes: int) -> RowGroupSamples | None:
         """The rows of the node's own file or folder."""
-        if "{node}" not in self.path:
+        if not files.is_per_node(self.path):
             return None
-        self._common()
-        path = self.path.replace("{node}", str(node))
+        path = files.of_node(self.path, node)
         self._check_schema("task.path", path)
         return self._samples(open_row_groups("task.path", path)[1], whole=True)
 
@@ -101,13 +98,7 @@ class Parquet(Task, name="parquet"):
 
     def _common(self) -> str:
         """The path from which every process learns what columns there are."""
-        if "{node}" not in self.path:
-            return self.path
-        if self.validation is None:
-            raise DataError(
-                "task.validation: name a file that all nodes can read; with {node} in task.path none is common"
-            )
-        return self.validation
+        return files.require_common("task.validation", self.validation) if files.is_per_node(self.path) else self.path
 
     def _groups(self, path: str) -> list[RowGroup]:
         self._check_schema("task.path", path)

@@ -8,6 +8,7 @@ Python versions, so digests are to be compared on one version.
   folder, names that begin with a dot, and ``__pycache__``, are left out. With ``column``, the files are Parquet, and
   the texts are those of that column.
 * Every tenth file is held out. A single file, and a folder of fewer than ten, holds out its last tenth instead.
+  ``validation`` names others. With ``data.source: federated`` the corpus has ``{node}`` in it; each node opens its own.
 * A sample is a window of ``context`` + 1 bytes, or tokens of ``tokenizer``; windows do not overlap. ``data.partition``
   may be by the column ``file``: the file in which a window begins.
 
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from actors.data.texts import Bytes, Encoding, Text, TokenizerFile, Windows, describe, load_corpus
+from actors.data.texts import Bytes, Encoding, Source, TokenizerFile, Windows
 from actors.tasks import supervised
 from actors.tasks.base import Task
 from algorithms.errors import DataError
@@ -58,17 +59,22 @@ class TextLM(Task, name="text_lm"):
     context: PositiveInt = 128  # bytes or tokens that the model sees
     corpus: str | None = None  # a file, folder, pattern or URI; null: the standard library's sources
     column: str | None = None  # of texts, if the files are Parquet
+    validation: str | None = None  # held-out texts, in the same form; null: a tenth of the corpus
     max_bytes: PositiveInt = 8_000_000  # what is read of the corpus, both parts together
     tokenizer: str | None = None  # a Hugging Face tokenizer.json, or a folder with one; null: bytes
     vocabulary: PositiveInt | None = None  # tokens that the model knows; null: as many as there are
 
     def train_samples(self, num_nodes: int) -> Windows:
         """Windows of all files but every tenth."""
-        return self._windows(self._texts()[0], "training")
+        return self._source.train()
+
+    def own_samples(self, node: int, num_nodes: int) -> Windows | None:
+        """Windows of all files of the node."""
+        return self._source.of_node(node)
 
     def validation_samples(self, num_nodes: int) -> Windows:
         """Windows of every tenth file."""
-        return self._windows(self._texts()[1], "validation")
+        return self._source.held_out()
 
     def build(self) -> nn.Module:
         """A transformer with GPT-2's initialisation."""
@@ -101,11 +107,12 @@ class TextLM(Task, name="text_lm"):
         """The loss of a model that knows only how frequent each byte or token is.
 
         Frequencies are those of the training text, each count plus one so that none is impossible; the loss is their
-        cross-entropy on the validation text, as a model's would be, and not the entropy of either.
+        cross-entropy on the validation text, as a model's would be, and not the entropy of either. Of federated texts,
+        which nobody has all of, frequencies are those of the validation text.
         """
         size = self._vocabulary()
         train, validation = (
-            torch.from_numpy(np.bincount(text.tokens, minlength=size)).double() for text in self._texts()
+            torch.from_numpy(np.bincount(text.tokens, minlength=size)).double() for text in self._source.texts()
         )
         logarithms = ((train + 1) / (train + 1).sum()).log()
         return {"unigram_entropy": -float((validation * logarithms).sum() / validation.sum())}
@@ -114,25 +121,17 @@ class TextLM(Task, name="text_lm"):
     def _encoding(self) -> Encoding:
         return Bytes() if self.tokenizer is None else TokenizerFile(self.tokenizer)
 
-    def _texts(self) -> tuple[Text, Text]:
-        return load_corpus(self.corpus, self.column, self.max_bytes, self._encoding)[:2]
+    @property
+    def _source(self) -> Source:
+        length = self.context + 1
+        return Source(self.corpus, self.column, self.validation, self.max_bytes, self._encoding, length)
 
     def _vocabulary(self) -> int:
-        known = load_corpus(self.corpus, self.column, self.max_bytes, self._encoding)[2]
+        known = self._encoding.load()[1]
         if self.vocabulary is not None and self.vocabulary < known:
             what = f"the model knows {self.vocabulary} tokens, and {self.tokenizer or 'a byte'} has {known}"
             raise DataError(f"task.vocabulary: {what}; raise it, or leave it out")
         return self.vocabulary or known
-
-    def _windows(self, text: Text, part: str) -> Windows:
-        windows = Windows(text, self.context + 1)
-        unit = "bytes" if self.tokenizer is None else "tokens"
-        if len(windows) == 0:
-            raise DataError(
-                f"task.corpus: {describe(self.corpus)} has {len(text.tokens)} {unit} of {part} text, less than one "
-                f"sample of {self.context + 1}; lower task.context, or name a larger corpus"
-            )
-        return windows
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

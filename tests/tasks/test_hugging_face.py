@@ -18,6 +18,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from actors.data import DataConfig
 from actors.data.indices import concrete
 from actors.setup import load_data
 from actors.tasks import hugging_face
@@ -182,6 +183,20 @@ def test_pooled_rows_are_divided_by_label(folder: Path):
     data = load_data(config.task, config.data, 3, 0)
     found = [data.train.batch(concrete(part))[2].unique().tolist() for part in data.parts]
     assert all(len(labels) <= 2 for labels in found)
+
+
+def test_each_node_opens_its_own_rows(folder: Path, tmp_path: Path):
+    for node in range(2):
+        table = pa.table({"text": SENTENCES[node : node + 1] * 4, "label": [node] * 4})
+        pq.write_table(table, tmp_path / f"site-{node}.parquet")
+    task = classifier(folder, path=str(tmp_path / "site-{node}.parquet"), validation=str(folder / "table.parquet"))
+    data = load_data(task, DataConfig(source="federated"), 2, 0)
+    assert [data.train.batch(concrete(data.parts[node]))[2].tolist() for node in range(2)] == [[0] * 4, [1] * 4]
+    assert (task.num_classes, len(data.validation)) == (3, 120)
+    corpus = causal(folder, corpus=str(tmp_path / "{node}.txt"), validation=str(folder / "corpus.txt"))
+    (tmp_path / "1.txt").write_text("the lazy dog\n" * 40)
+    texts = load_data(corpus, DataConfig(source="federated"), 2, 0)
+    assert len(texts.train.batch(concrete(texts.parts[1]))[0]) == len(texts.parts[1]) > 1
 
 
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [

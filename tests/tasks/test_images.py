@@ -172,6 +172,30 @@ def test_errors(folder: Path, table: Path, tmp_path: Path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["folder", "table"])
+def test_each_node_opens_its_own_images(tmp_path: Path, folder: Path, table: Path, form: str):
+    for node, (name, color) in enumerate(COLORS.items()):
+        if form == "folder":
+            (tmp_path / f"site-{node}" / name).mkdir(parents=True)
+            (tmp_path / f"site-{node}" / name / "1.png").write_bytes(encoded(color))
+        else:
+            (tmp_path / f"site-{node}").mkdir()
+            pq.write_table(
+                pa.table({"image": [encoded(color)], "label": [node]}), tmp_path / f"site-{node}" / "a.parquet"
+            )
+    common = folder if form == "folder" else table
+    task = small(tmp_path / "site-{node}", validation=str(common))
+    data = load_data(task, DataConfig(source="federated"), 3, 0)
+    for node in range(3):
+        images, labels = data.train.batch(concrete(data.parts[node]))
+        assert labels.tolist() == [node]
+        assert images.float().mean(dim=(2, 3)).tolist() == [list(list(COLORS.values())[node])]
+    assert len(data.validation) == 60
+    assert task.build()(images.float()).shape == (1, 3)
+    with pytest.raises(DataError, match="set data.source: federated"):
+        load_data(task, DataConfig(), 3, 0)
+
+
 def test_an_array_is_not_an_image_file(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(DataError, match="has no .bmp or .gif"):

@@ -261,7 +261,7 @@ def test_federated_needs_data_of_single_nodes(file: Path, sites: Path):
     message = "data.source: the task parquet has no data that belong to single nodes; set data.source: pooled"
     with pytest.raises(DataError, match=message):
         load_data(task(file), DataConfig(source="federated"), 3, 0).parts[0]
-    with pytest.raises(DataError, match="task.validation: name a file that all nodes can read"):
+    with pytest.raises(DataError, match="task.validation: name data that all nodes can read"):
         load_data(task(sites / "site-{node}.parquet"), DataConfig(source="federated"), 3, 0)
 
 

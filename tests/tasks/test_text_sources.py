@@ -160,6 +160,37 @@ def test_a_model_of_tokens_trains(tmp_path: Path, tokenizer: Path):
     assert summary.metrics["perplexity"] == pytest.approx(np.exp(summary.metrics["loss"]))
 
 
+def test_each_node_opens_its_own_texts(tmp_path: Path):
+    for node in range(3):
+        (tmp_path / f"site-{node}.txt").write_bytes(bytes([ord("a") + node]) * (80 + 8 * node))
+    (tmp_path / "common.txt").write_bytes(b"abc" * 40)
+    one = small(tmp_path / "site-{node}.txt", validation=str(tmp_path / "common.txt"))
+    (tmp_path / "site-0.txt").unlink()
+    data = load_data(one, DataConfig(source="federated"), 3, 0)
+    assert [len(data.parts[node]) for node in (1, 2)] == [11, 12]
+    assert set(data.train.batch(concrete(data.parts[2]))[0].flatten().tolist()) == {ord("c")}
+    assert text_of(one.validation_samples(3)) == b"abc" * 40
+    assert set(one.baselines(3)) == {"unigram_entropy"}
+    with pytest.raises(DataError, match="task.corpus: .*/site-0.txt does not exist here"):
+        data.parts[0]
+    with pytest.raises(
+        DataError, match=r"site-\{node\}.txt has \{node\} in it: each node has data of its own; set data.so"
+    ):
+        load_data(one, DataConfig(), 3, 0)
+    with pytest.raises(DataError, match="task.validation: name data that all nodes can read"):
+        load_data(small(tmp_path / "site-{node}.txt"), DataConfig(source="federated"), 3, 0)
+
+
+def test_texts_of_their_own_are_held_out(tmp_path: Path):
+    (tmp_path / "train.txt").write_bytes(b"a" * 80)
+    (tmp_path / "other.txt").write_bytes(b"b" * 40)
+    one = small(tmp_path / "train.txt", validation=str(tmp_path / "other.txt"))
+    assert text_of(one.train_samples(1)) == b"a" * 80
+    assert text_of(one.validation_samples(1)) == b"b" * 40
+    with pytest.raises(DataError, match="task.validation: .*/nowhere.txt does not exist here"):
+        small(tmp_path / "train.txt", validation=str(tmp_path / "nowhere.txt")).validation_samples(1)
+
+
 def test_files_of_windows():
     windows = Windows(Text(np.arange(20, dtype=np.uint8), np.array([8, 9, 20])), 4)
     assert windows.column("file").tolist() == [0, 0, 1, 2, 2]
