@@ -126,8 +126,11 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
 
     filesystem, place = _resolve(key, path)
     pattern = _WILDCARDS.search(place)
-    base = place[: pattern.start()].rpartition("/")[0] if pattern else place
     try:
+        # A path that is there is no pattern, whatever characters it has.
+        if pattern and not is_uri(path) and filesystem.get_file_info(place).type != FileType.NotFound:
+            pattern = None
+        base = place[: pattern.start()].rpartition("/")[0] if pattern else place
         info = filesystem.get_file_info(base or "/")
         if info.type == FileType.File and not pattern:
             return Listing(filesystem, (place,), (info.size or 0,), place.rpartition("/")[0])
