@@ -1,7 +1,8 @@
-"""Hugging Face classifier: fine-tune any model of ``AutoModelForSequenceClassification``, whole or through LoRA.
+"""Hugging Face classifier: fine-tune any sequence classifier of transformers, whole or through LoRA.
 
-The data are Parquet files with a column of texts and one of classes, whole numbers from 0; they are read, divided and
-held out as in the task ``parquet``. A text is cut to ``context`` tokens of the model's tokenizer, and padded to them.
+Any model that ``AutoModelForSequenceClassification`` loads. The data are Parquet files with a column of texts and one
+of classes, whole numbers from 0; they are read, divided and held out as in the task ``parquet``. A text is cut to
+``context`` tokens of the model's tokenizer, and padded to them.
 
 Only what is trained is exchanged and saved: with ``lora``, the adapters and the classifying head. When the run is over,
 its directory has, besides ``model.safetensors``, a folder ``export`` that ``from_pretrained`` of
