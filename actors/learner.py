@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from actors.data import EpochSampler, Position
+from actors.data import Position, blocks_of
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned, seeded
 from algorithms.api import SERVER, Batch, GradientReport, TrainReport
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from actors.data import Draws, Indices, Sampler
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
     from algorithms.api import Algorithm, Gradient, Loss, NodeId, Step, Train
@@ -88,13 +89,19 @@ class ReplicaSpec:
 class Learner:
     """What a node computes with; the arguments are those of ``Replica``."""
 
-    parts: Sequence[Tensor] | None = None
+    parts: Sequence[Indices] | None = None
     """The indices of every node's samples, if the process knows them."""
     validation: Samples | None = None
     """The held-out data."""
 
     def __init__(
-        self, node: NodeId, spec: ReplicaSpec, samples: Samples, indices: Tensor, row: tuple[Slab, int]
+        self,
+        node: NodeId,
+        spec: ReplicaSpec,
+        samples: Samples,
+        indices: Indices,
+        row: tuple[Slab, int],
+        sampler: Sampler,
     ) -> None:
         self.id = node
         self.spec = spec
@@ -109,7 +116,8 @@ class Learner:
         """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
         self.optimizer = NodeOptimizer(self.bench)
         self.samples = samples
-        self._sampler = None if node == SERVER else EpochSampler(indices, spec.seed, node)
+        self._present: Callable[[Tensor], Tensor] | None = getattr(samples, "present", None)
+        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -199,7 +207,7 @@ class Learner:
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward() -> tuple[Tensor, int]:
-            indices = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
+            indices = self._readable(own.next(size) if chosen is None else self._places(rule, chosen.next(size)))
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -247,9 +255,10 @@ class Learner:
 
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
-        return self._own_data("Train").draw(self.spec.samples_per_step)
+        drawn = self._own_data("Train").draw(self.spec.samples_per_step)
+        return drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
 
-    def _own_data(self, operation: str) -> EpochSampler:
+    def _own_data(self, operation: str) -> Draws:
         if self._sampler is None:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._sampler
@@ -298,7 +307,12 @@ class Learner:
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
+        indices = self._readable(indices)
         return DataBatch(self.load(indices), len(indices))
+
+    def _readable(self, indices: Tensor) -> Tensor:
+        """Those whose samples can be read: a task may leave out what it cannot."""
+        return indices if self._present is None else self._present(indices)
 
     def _choose(self, source: tuple[str | int, ...], population: int, size: int) -> Tensor:
         """At most ``size`` places at random, the same on all nodes: a pure function of (seed, round, source, count)."""

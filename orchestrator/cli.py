@@ -152,6 +152,26 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
 
 @app.command(epilog=_EXIT_CODES)
+def data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the table into a png, svg or pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a task's data here, divide them as a run would, and print how many samples of each label a node has."""
+
+    def act(console: Console) -> dict[str, Any]:
+        resolved = _load(config, overrides)
+        from orchestrator import data_page as page
+
+        report = page.measure(resolved)
+        page.print_report(console, report, plot)
+        return {"status": "ok"} | report.to_json()
+
+    _answer(act, as_json=as_json)
+
+
+@app.command(epilog=_EXIT_CODES)
 def algorithms(name: Name = None, as_json: AsJson = False) -> None:
     """List the algorithms, or show one: update, fields, elasticity, cost, reference."""
 
