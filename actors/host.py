@@ -301,6 +301,7 @@ class Host(Exchanges):
             loss=loss / len(reports) if reports else None,
             num_samples=num_samples,
             train_seconds=seconds,
+            record=replica.spec.algorithm.sealed(replica),
             position=replica.position if replica.position != replica.committed_position else None,
         )
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from actors import probes
 from actors.data import Position, blocks_of
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned, seeded
@@ -104,7 +105,7 @@ class Learner:
         sampler: Sampler,
     ) -> None:
         self.id = node
-        self.spec = spec
+        self.spec, self.seed = spec, spec.seed
         self.slab, self.row = row
         self.bench = self.slab.bench
         self.device, self.layout = self.bench.device, self.bench.layout
@@ -375,16 +376,18 @@ class Learner:
 
         Raises:
             NonFiniteLossError: it is NaN or infinite, and ``on_nan`` is ``stop``; with ``skip`` the result is NaN.
-            ProgramError: ``at`` has the wrong shape, or the node has no data.
+            ProgramError: ``at`` has the wrong shape, the node has no data, or the model cannot be probed.
         """
         batch = self.batch(Batch()) if operation.batch is None else operation.batch
         bench = self.bench
+        if operation.probe:
+            probes.check(bench)
         total = 0.0
         with self._seeded_for_batch(), bench.at(self.tensors, operation.at), torch.no_grad():
             bench.mode(training=True)
             for part in self._split(batch) if batch.num_samples else ():
                 total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
-        if not math.isfinite(total):
+        if not (math.isfinite(total) or operation.probe):
             self._give_up_round(f"loss is {total} in a Loss")
             return math.nan
         return total

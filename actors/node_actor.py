@@ -21,7 +21,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import ray
@@ -40,6 +40,7 @@ from actors.replica import Replica, ReplicaSpec
 from actors.setup import build_replicas, load_data
 from actors.tasks import Task
 from actors.tickets import Failed, Posted, Stale, Ticket
+from actors.transcript import Transcript, catch_up
 from actors.transfer import export_state, load_state
 from actors.versions import difference
 from algorithms.api import Algorithm, Layout, Message
@@ -337,6 +338,25 @@ class NodeActor:
         except StarlingError as error:
             return failure(node, self._host.replicas[node].round, error)
         return export.nbytes
+
+    @ray.method(concurrency_group="compute")
+    def replay(
+        self,
+        node: NodeId,
+        first: int,
+        records: Sequence[bytes],
+        base: Sequence[ObjectRef[Any]],
+        position: Position | None,
+    ) -> int | Failed | None:
+        """Catch up by the records of rounds; return what that took, or ``None`` if the model before them is missing."""
+
+        def fetch() -> bytes | None:
+            return cast("bytes", ray.get(base[0], timeout=self._fetch_timeout_s)) if base else None
+
+        try:
+            return catch_up(self._host.replicas[node], Transcript(first, tuple(records)), fetch, position)
+        except StarlingError as error:
+            return failure(node, self._host.replicas[node].round, error)
 
     @ray.method(concurrency_group="exchange")
     def hold(self, ref: Sequence[ObjectRef[Any]]) -> list[Any]:

@@ -81,6 +81,11 @@ class Replica(Learner):
         """The runtime's clock in seconds."""
         return self.clock()
 
+    @property
+    def committed(self) -> Tensor:
+        """The parameters as of the last commit, shape (P,); not to be written to."""
+        return self.committed_tensors().parameters
+
     def rng(self, purpose: str) -> torch.Generator:
         """A CPU generator that is a pure function of (run seed, round, node, purpose)."""
         return generator(self.spec.seed, self.round, self.id, purpose)
@@ -224,6 +229,7 @@ class _Committed:
         self.round, self.view, self.participates = replica.committed_round, replica.view, replica.participates
         self.num_samples, self.layout, self.num_rounds = replica.num_samples, replica.layout, replica.num_rounds
         self.parameters, self.buffers = tensors.parameters, tensors.buffers
+        self.committed, self.seed = tensors.parameters, replica.seed
         self.shared: dict[str, State] = replica.shared.committed()
         self.local: dict[str, State] = replica.local.committed()
         self._replica = replica

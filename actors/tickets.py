@@ -96,6 +96,8 @@ class Returned(NamedTuple):
     """Mean training loss of the round; ``None`` without training."""
     num_samples: int
     train_seconds: float
+    record: bytes | None = None
+    """``Algorithm.sealed``."""
     position: Position | None = None
     """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
 

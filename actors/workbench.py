@@ -96,6 +96,8 @@ class Workbench:
         self._buffer_places = _consecutive([slot.tensor for slot in self._floating])
         self.layout = Layout(tuple(entries), self.dtype, sum(slot.tensor.numel() for slot in self._floating))
         self.attached: ModelTensors | None = None
+        self.can_be_probed = False
+        """It has been looked at, and nothing speaks against it."""
         self._is_fresh = True
         """Until the first node is attached the module has the initial values."""
         self.gradient: Tensor | None = None

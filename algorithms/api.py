@@ -37,6 +37,9 @@ from torch import Tensor
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.closing import ClosePolicy, Quorum
 from algorithms.codecs import Codec, Identity
+from algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: PLC0414 - offered here, as the next two
+from algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
+from algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
 from algorithms.layout import Layout
 from algorithms.registry import Part
 from algorithms.rules import DataBatch, Rule
@@ -51,12 +54,6 @@ NodeId: TypeAlias = int
 
 SERVER: NodeId = -1
 """The node that runs an algorithm's ``server`` program. It owns no data, and is no member of a view."""
-
-INLINE_LIMIT_BYTES = 64 * 1024
-"""A contribution up to this size travels inside the message that announces it, and every member combines locally."""
-
-PART_BYTES = 1024 * 1024
-"""A larger one is cut into at most one part per member, and not smaller than this."""
 
 State: TypeAlias = "Tensor | bool | int | float | str | Mapping[str, State] | Sequence[State] | None"
 """What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over.
@@ -99,6 +96,8 @@ class Node(Protocol):
     """One logical participant, as its program sees it: replica, data and optimizer."""
 
     id: NodeId
+    seed: int
+    """The run's, the same on all nodes."""
     incarnation: int
     """Counts the processes that have embodied this node, from 0."""
     round: int
@@ -114,6 +113,11 @@ class Node(Protocol):
     """The trainable values, flat and contiguous, shape (P,); the module's parameters are views into it."""
     buffers: Tensor
     """Floating-point buffers (batch-norm statistics), flat, shape (B,), often B = 0. Local unless averaged."""
+
+    @property
+    def committed(self) -> Tensor:
+        """The parameters as of the last commit, shape (P,); not to be written to, and another's after the next."""
+        ...
 
     @property
     def shared(self) -> MutableMapping[str, State]:
@@ -240,10 +244,15 @@ class Step(Operation[TrainReport]):
 
 @dataclass(frozen=True, eq=False)
 class Loss(Operation[float]):
-    """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only."""
+    """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only.
+
+    With ``probe`` it is one of several that are compared with one another: a model whose loss depends on chance, or
+    that keeps statistics, is refused with the layer's name, and a loss that is not finite is the program's to handle.
+    """
 
     at: Tensor | None = None
     batch: DataBatch | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -485,6 +494,13 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     async def join(self, node: Node) -> None:
         """Run after a state transfer, on the joiner."""
 
+    def sealed(self, node: Node) -> bytes | None:
+        """What the run's log keeps of the round that ``node`` has just done, the same on all members: a few bytes."""
+
+    def replay(self, node: Node, record: bytes) -> None:
+        """Do to ``node``'s parameters and shared state what the round of ``record``, ``node.round``, did to them."""
+        raise NotImplementedError
+
     def model(self, node: Node) -> Tensor:
         """The parameters that are evaluated, saved and digested, shape (P,); see ``result`` if not replicated."""
         return node.parameters
@@ -501,19 +517,3 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     @abstractmethod
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         """Local steps that a node takes in one round, at ``batch_size`` samples to a step; for plans and schedules."""
-
-
-def all_reduce_bytes(
-    nbytes: int, num_nodes: int, num_contributors: int | None = None, result_nbytes: int | None = None
-) -> int:
-    """Payload bytes of one ``AllReduce`` over all nodes: ``nbytes`` each in, ``result_nbytes`` (default: as many) out.
-
-    >>> all_reduce_bytes(1_000_000, num_nodes=4) == 2 * 3 * 1_000_000
-    True
-    >>> all_reduce_bytes(1_000, num_nodes=4, num_contributors=2) == 2 * 3 * 1_000
-    True
-    """
-    contributors = num_nodes if num_contributors is None else num_contributors
-    if nbytes <= INLINE_LIMIT_BYTES:
-        return contributors * (num_nodes - 1) * nbytes
-    return (contributors - 1) * nbytes + (num_nodes - 1) * (nbytes if result_nbytes is None else result_nbytes)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from benchmarks import all_reduce, codecs, memory, overlap, parquet, round_overhead, simulator, streaming
+from benchmarks import all_reduce, codecs, memory, overlap, parquet, round_overhead, simulator, streaming, zeroth_order
 from benchmarks.harness import Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -34,6 +34,8 @@ digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.S
 started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
 trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
 a few row groups, and reads no other node's.
+*One-byte SPSA* is a round of one node with two
+directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
 """
 
 
@@ -47,7 +49,7 @@ def line(row: Row) -> str:
 
 def main() -> None:
     rows: list[Row] = []
-    for module in (simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet):
+    for module in (zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)

@@ -254,6 +254,34 @@ def bandwidth(
     _answer(act, as_json=as_json)
 
 
+@app.command(epilog=_EXIT_CODES)
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run whose rounds can be replayed.")],
+    to: Annotated[
+        int | None,
+        typer.Option(metavar="ROUND", min=0, help="The model after this round, counted from 0; or the last."),
+    ] = None,
+    since: Annotated[
+        int | None,
+        typer.Option(metavar="ROUND", min=0, help="Begin with the last snapshot up to it, not with the first model."),
+    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the model, as safetensors.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rebuild a run's model from the log of its rounds, without data or forward passes, and check its digests."""
+
+    def act(console: Console) -> dict[str, Any]:
+        _add_to_path(Path.cwd())
+        from orchestrator.pages import print_rebuilt
+        from orchestrator.rebuild import rebuild
+
+        rebuilt = rebuild(run_dir, to, since=since, save=save)
+        print_rebuilt(console, rebuilt)
+        return {"status": "ok"} | rebuilt.to_json()
+
+    _answer(act, as_json=as_json)
+
+
 def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:
     views: list[Display] = []
 

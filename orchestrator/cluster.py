@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from actors.data import Position
     from actors.messages import Reply
+    from actors.transcript import Transcript
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.mailroom import Envelope, Handover
@@ -48,6 +49,8 @@ class Cluster(DataPlane):
         self._retired: set[tuple[int, NodeId]] = set()
         """Nodes that have left, by process: it is ended when all of its nodes have."""
         self._loading: dict[NodeId, NodeId] = {}
+        self._base: tuple[bytes, ObjectRef[Any]] | None = None
+        """The model from which rounds are replayed, and where it is in the store."""
         """Who is being given state, and whose."""
 
     def close(self) -> None:
@@ -182,6 +185,21 @@ class Cluster(DataPlane):
         self._limit(home, size, "it did not hand over its state")
         self._load(joiner, donor, ref, position)
 
+    def replay(
+        self,
+        joiner: NodeId,
+        donor: NodeId,
+        transcript: Transcript,
+        base: bytes | None,
+        position: Position | None = None,
+    ) -> None:
+        if base is not None and (self._base is None or self._base[0] is not base):
+            self._base = base, ray.put(base)
+        refs = [] if base is None or self._base is None else [self._base[1]]
+        actor = self._home[joiner]
+        records = list(transcript.records)
+        self._await_load(joiner, donor, actor.handle.replay.remote(joiner, transcript.first, records, refs, position))
+
     def restore(self, node: NodeId) -> bool:
         ref = self._kept.get(node)
         if ref is not None:
@@ -189,6 +207,11 @@ class Cluster(DataPlane):
         return ref is not None
 
     def _load(self, node: NodeId, source: NodeId, ref: ObjectRef[Any], position: Position | None) -> None:
+        actor = self._home[node]
+        # In a list, so that Ray does not fetch it: a donor that is gone is no failure of the joiner's.
+        self._await_load(node, source, actor.handle.load.remote(node, source, [ref], position))
+
+    def _await_load(self, node: NodeId, source: NodeId, call: ObjectRef[Any]) -> None:
         self._loading[node] = source
 
         def done(actor: Actor, result: int | Failed | None) -> None:
@@ -198,9 +221,7 @@ class Cluster(DataPlane):
             else:
                 self._ready.append(NotLoaded(node, source) if result is None else Loaded(node, source, result))
 
-        actor = self._home[node]
-        # In a list, so that Ray does not fetch it: a donor that is gone is no failure of the joiner's.
-        self._call(actor, actor.handle.load.remote(node, source, [ref], position), done)
+        self._call(self._home[node], call, done)
 
     def _on_gone(self, node: NodeId) -> None:
         self._loading.pop(node, None)

@@ -177,6 +177,13 @@ class EvaluationConfig(Section):
     """Evaluate each node's own model too, where nodes' models differ."""
 
 
+class ReplayConfig(Section):
+    """What is kept so that rounds can be replayed, where the algorithm offers it."""
+
+    snapshot_every: NonNegativeInt = 256
+    """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
+
+
 FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit", "transfer"]
 """The begin of a round; the node's first contribution; an exchange's two steps, any of them; the node's first message
 of the round; the round's end; before the round, when the node gives state to another or is given it. Rounds of
@@ -293,6 +300,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    replay: ReplayConfig = ReplayConfig()
     cluster: ClusterConfig = ClusterConfig()
     network: NetworkConfig = NetworkConfig()
     faults: FaultsConfig = FaultsConfig()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from orchestrator.describe import Description, FieldDescription
     from orchestrator.plan import Plan
+    from orchestrator.rebuild import Rebuilt
 
 _MAX_WIDTH = 120
 
@@ -52,6 +53,21 @@ def print_plan(console: Console, plan: Plan) -> None:
 def _range(least_and_most: Mapping[str, int]) -> str:
     least, most = least_and_most["least"], least_and_most["most"]
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+
+def print_rebuilt(console: Console, rebuilt: Rebuilt) -> None:
+    """A model that was rebuilt from the log of rounds."""
+    start = "the first model" if rebuilt.since is None else f"the snapshot after round {rebuilt.since}"
+    compared = f"{rebuilt.checked} in the log, all equal" if rebuilt.checked else "none in the log to compare with"
+    rows = {
+        "run": rebuilt.run_id,
+        "round": f"{rebuilt.round}, {rebuilt.replayed:,} rounds from {start}",
+        "digest": rebuilt.digest,
+        "digests": compared,
+        "time": f"{rebuilt.seconds:.2f} s",
+    }
+    for label, value in rows.items():
+        console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
 
 
 def print_names(console: Console, family: str, names: Mapping[str, str]) -> None:

@@ -6,17 +6,19 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.transcript import Transcript
 from algorithms.api import SERVER
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
 from orchestrator.runtime import Log, Raised, Seen
+from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from actors.host import Returned
-    from algorithms.api import NodeId
+    from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.records import Observer, Status
     from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
@@ -39,6 +41,10 @@ class Progress:
         """Who committed it."""
         self.down: set[NodeId] = set()
         """Lost, and not there again."""
+        self._records: list[bytes] = []
+        """Of the sealed rounds since the last snapshot, or all."""
+        self._base: bytes | None = None
+        """The model then, as safetensors."""
         self.num_started = 0
         self.num_lost = 0
         self.num_joined = 0
@@ -174,6 +180,26 @@ class Progress:
             with contextlib.suppress(NodeGoneError):
                 found[node] = self.runtime.evaluate((node,), self.config.evaluation.max_batches)
         return found
+
+    def seal(self, number: int, view: View, record: bytes | None, nodes: Sequence[NodeId]) -> None:
+        """Keep the record of round ``number``, which is committed; if it is time, also the model, that of ``nodes``."""
+        if record is None:
+            return
+        self.observer.on_sealed(Members(view.number, view.members))
+        self.observer.on_sealed(Sealed(number, record))
+        self._records.append(record)
+        every = self.config.replay.snapshot_every
+        if every and (number + 1) % every == 0:
+            self.runtime.settle(dict.fromkeys(nodes, number))
+            model = self.fetch(nodes, alike=True)
+            self.observer.on_snapshot(number, model)
+            self._base, self._records = bytes(model.safetensors), []
+
+    def transcript(self) -> tuple[Transcript, bytes | None] | None:
+        """How a node catches up by itself, where the algorithm offers it: rounds, and the model before them."""
+        if self._base is None and not self._records:
+            return None
+        return Transcript(self.committed + 1 - len(self._records), tuple(self._records)), self._base
 
     def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
         """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""

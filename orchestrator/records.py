@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from algorithms.api import Layout
     from orchestrator.config import Config
     from orchestrator.runtime import FinalModel, NodeFacts
+    from orchestrator.sealed_log import Entry
 
 
 Status: TypeAlias = Literal["finished", "failed", "interrupted"]
@@ -126,6 +127,12 @@ class Observer:
     def on_round(self, record: RoundRecord) -> None:
         """A round is committed."""
 
+    def on_sealed(self, entry: Entry) -> None:
+        """A round whose record is kept was committed; also its members, if they changed."""
+
+    def on_snapshot(self, number: int, model: FinalModel) -> None:
+        """The model after round ``number``, from which rounds may be replayed."""
+
     def on_model(self, model: FinalModel) -> None:
         """The final model is here."""
 
@@ -154,6 +161,14 @@ class Observers(Observer):
     def on_round(self, record: RoundRecord) -> None:
         for observer in self._observers:
             observer.on_round(record)
+
+    def on_sealed(self, entry: Entry) -> None:
+        for observer in self._observers:
+            observer.on_sealed(entry)
+
+    def on_snapshot(self, number: int, model: FinalModel) -> None:
+        for observer in self._observers:
+            observer.on_snapshot(number, model)
 
     def on_model(self, model: FinalModel) -> None:
         for observer in self._observers:

@@ -3,6 +3,8 @@
     config.yaml         all keys with their resolved values; runs again as it is
     events.jsonl        the controller's record: rounds begun, committed, aborted; nodes lost
     metrics.jsonl       one object per committed round
+    rounds.log          what rounds can be replayed from, where the algorithm offers it (orchestrator.sealed_log)
+    snapshots/          models after some of those rounds
     logs/node-003.log   what node 3 wrote to its log
     model.safetensors   the final model
     export/             the same as others read it, of tasks that have such a form (Hugging Face)
@@ -32,8 +34,10 @@ from actors.weights import load_into, read_weights
 from actors.workbench import initial_module
 from algorithms.api import SERVER
 from orchestrator import config as configuration
+from orchestrator import sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
+from orchestrator.sealed_log import End, SealedLog, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from orchestrator.config import Config
     from orchestrator.records import RoundRecord, Started, Summary
     from orchestrator.runtime import FinalModel
+    from orchestrator.sealed_log import Entry
 
 _LOG = logging.getLogger("starling")
 _DEFAULT_ROOT = "runs"
@@ -61,6 +66,7 @@ class RunDirectory(Observer):
         self._started: Started | None = None
         self._rounds: list[RoundRecord] = []
         self._files: dict[str, IO[str]] = {}
+        self._sealed: SealedLog | None = None
         self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -103,6 +109,20 @@ class RunDirectory(Observer):
         self._rounds.append(record)
         self._line("metrics.jsonl", asdict(record))
 
+    def on_sealed(self, entry: Entry) -> None:
+        if self._sealed is None:
+            self._sealed = SealedLog(self.run_id)
+        try:
+            with (self.path / sealed_log.NAME).open("ab") as file:
+                file.write(self._sealed.append(entry))
+        except OSError as error:
+            raise self._failure(sealed_log.NAME, error) from None
+
+    def on_snapshot(self, number: int, model: FinalModel) -> None:
+        (self.path / sealed_log.SNAPSHOTS).mkdir(exist_ok=True)
+        self._whole(sealed_log.snapshot_name(number), model.safetensors)
+        self.on_sealed(Snapshot(number, model.digest))
+
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)
         if type(self._config.task).export is not Task.export:
@@ -110,6 +130,8 @@ class RunDirectory(Observer):
                 self._config.task.export(load_model(self.path), self.path / "export")
             except Exception as error:  # noqa: BLE001 - the model is there, and is worth more than its other form
                 _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
+        if self._sealed is not None:
+            self.on_sealed(End(model.digest))
 
     def on_end(self, summary: Summary) -> None:
         self._close()
@@ -144,7 +166,7 @@ class RunDirectory(Observer):
 
     def _whole(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that is there whole or not at all."""
-        partial = self.path / f".{name}.partial"
+        partial = (self.path / name).with_name(f".{Path(name).name}.partial")
         try:
             partial.write_bytes(data)
             partial.replace(self.path / name)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from actors.data import Position
     from actors.host import Returned
+    from actors.transcript import Transcript
     from algorithms.api import Layout, NodeId, View
     from orchestrator.events import Decision
     from orchestrator.mailroom import Envelope, Handover
@@ -354,6 +355,20 @@ class Runtime(Protocol):
         """Give ``joiner`` the committed parameters and shared state of ``donor``; its data go on at ``position``.
 
         Its local state stays. ``Loaded`` comes, or ``NotLoaded``, or ``Died`` for the joiner.
+        """
+        ...
+
+    def replay(
+        self,
+        joiner: NodeId,
+        donor: NodeId,
+        transcript: Transcript,
+        base: bytes | None,
+        position: Position | None = None,
+    ) -> None:
+        """Let ``joiner`` catch up by itself instead, with the records of the rounds that it has missed.
+
+        ``base`` is the model before the first of them. It ends as a transfer from ``donor``, which does nothing, would.
         """
         ...
 

@@ -34,6 +34,7 @@ from actors.tickets import (
     Ticket,
     Waiting,
 )
+from actors.transcript import catch_up
 from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from actors.data import Position
     from actors.replica import Replica
     from actors.tickets import Compute
+    from actors.transcript import Transcript
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.events import Decision
@@ -303,6 +305,22 @@ class Simulator:
 
     def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
         self._load(joiner, donor, donor, export_state(self.host.replicas[donor]), position)
+
+    def replay(
+        self,
+        joiner: NodeId,
+        donor: NodeId,
+        transcript: Transcript,
+        base: bytes | None,
+        position: Position | None = None,
+    ) -> None:
+        nbytes = catch_up(self.host.replicas[joiner], transcript, lambda: base, position)
+        self._loading[joiner] = donor
+        if nbytes is None:
+            self._at(self._now, joiner, NotLoaded(joiner, donor))
+        else:
+            when = self._network.arrivals(self._now, [Cast({donor: nbytes}, [joiner])]).get(joiner, self._now)
+            self._at(when, joiner, Loaded(joiner, donor, nbytes))
 
     def keep(self, node: NodeId, number: int) -> None:
         # What a replica has committed is still there when its node has died: nothing need be copied before.

@@ -167,6 +167,7 @@ class Synchronous:
         contributors = attempt.closed[max(attempt.closed)] if attempt.closed else ()
         progress.record("commit", round=number, closed=attempt.closed, committed=progress.members)
         self._members.committed(number, {node: attempt.reports[node] for node in progress.members})
+        progress.seal(number, view, attempt.reports[progress.members[0]].record, self.result)
         moved = self._runtime.transport_nbytes
         progress.round_done(
             [attempt.reports[node] for node in progress.members],

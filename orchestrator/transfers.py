@@ -77,7 +77,13 @@ class Transfers:
             raise RunError(message)
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
-        self._progress.runtime.transfer(node, donor, None if joiner.restored else joiner.position)
+        position = None if joiner.restored else joiner.position
+        transcript = None if joiner.refused else self._progress.transcript()
+        if transcript is None:
+            self._progress.runtime.transfer(node, donor, position)
+        else:
+            # Whoever cannot, says so, and is given a donor's state then.
+            self._progress.runtime.replay(node, donor, *transcript, position)
         self.on_begin(node, donor)
 
     def take(self, happening: Happening) -> tuple[NodeId, bool] | None:

@@ -12,6 +12,9 @@ DIGITS: dict[str, Any] = {
     "cluster": {"nodes": {"target": 4}},
 }
 
+QUADRATIC: dict[str, Any] = {"task": {"name": "quadratic", "dimension": 4}, "cluster": {"nodes": {"target": 4}}}
+"""Its optimum, over four nodes, has a loss of 0.66."""
+
 CASES = (
     Case(DIGITS | {"algorithm": {"name": "fedavg"}, "rounds": 12}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "fedprox", "mu": 0.1}, "rounds": 16}, reaches=0.25),
@@ -58,4 +61,35 @@ CASES = (
         | {"rounds": 60},
         reaches=0.25,
     ),
+    Case(
+        DIGITS
+        | {
+            "algorithm": {
+                "name": "just_one_byte",
+                "lr": 0.2,
+                "samples": 8,
+                "distribution": "rademacher",
+                "one_sided": True,
+            }
+        }
+        | {"rounds": 80, "data": {"batch_size": 64}},
+        reaches=0.8,
+    ),
+    Case(QUADRATIC | {"algorithm": {"name": "mezo", "lr": 0.1, "samples": 4}, "rounds": 60}, reaches=1.0),
+    Case(
+        QUADRATIC
+        | {
+            "algorithm": {
+                "name": "fzoos",
+                "features": 50,
+                "steps": 2,
+                "candidates": 9,
+                "neighbors": 20,
+                "surrogate_queries": 9,
+            }
+        }
+        | {"rounds": 10},
+        reaches=1.0,
+    ),
+    Case(QUADRATIC | {"algorithm": {"name": "cbo", "particles": 20}, "rounds": 40}, reaches=1.5),
 )

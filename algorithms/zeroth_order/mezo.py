@@ -1,0 +1,31 @@
+"""MeZO: fine-tuning with forward passes alone, in the memory of inference.
+
+Each step takes one direction z ~ N(0, I_P) and the loss of one batch on either side (ε = ``eps``, η = ``lr``):
+
+    ĝ = (L(θ + ε z) - L(θ - ε z)) / 2ε
+    θ ← θ - η (λ θ + ĝ z)
+
+It is meant for one node, whose log of ĝ is then the whole training in some bytes a step. On several it is the mean
+of their steps, with ĝ in four bytes.
+Deviations: θ is not perturbed in place, as adding ε z, taking 2 ε z away and adding ε z again does not give back θ.
+That takes the committed copy of θ in memory, which the runtime has in any case. ĝ is rounded to float32. λ leaves
+biases and norms out, as the authors' code does.
+Elasticity: as ``just_one_byte``.
+Cost: 4·K·N·(N-1) bytes a round, none on one node; the log has 31 bytes a round and 4 + 4·K for each node. State: P
+values, and the committed copy; no gradient, no moments.
+Reference: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333.
+"""
+
+from __future__ import annotations
+
+from pydantic import PositiveFloat
+
+from algorithms.zeroth_order.codes import ScalarCode, Single
+from algorithms.zeroth_order.spsa import SPSA
+
+
+class MeZO(SPSA, name="mezo"):
+    """Memory-efficient zeroth-order SGD; see the module's docstring."""
+
+    lr: PositiveFloat = 1e-5  # η; the authors' script
+    code: ScalarCode = Single()  # of ĝ, where there are several nodes, and in the log

@@ -1,0 +1,158 @@
+"""FZooS, exactly: F1 to F5 of its specification, and the round against a plain one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.tasks.quadratic import Quadratic
+from algorithms.zeroth_order import FZooS
+from algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
+from tests.membership import scripted
+from tests.toys import simulate
+
+TASK: dict[str, Any] = {"name": "quadratic", "dimension": 6}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("length", [1.0, 2.5])
+def test_features_approximate_the_kernel(length: float):
+    """F1: φ(x)ᵀφ(y) comes to exp(−‖x − y‖²/2ℓ²) as D^(−1/2)."""
+    points = normal(6, 4) * length
+    kernel = (-torch.cdist(points, points).square() / (2 * length**2)).exp()
+    errors: list[float] = []
+    for count in (100, 10_000):
+        features = FourierFeatures(count, 4, seed=3, length=length)(points)
+        errors.append(float((features @ features.T - kernel).abs().max()))
+        assert errors[-1] < 4 / math.sqrt(count)
+    assert errors[1] < errors[0] / 3
+
+
+def test_features_are_the_same_wherever_their_seed_is():
+    points = normal(3, 4)
+    assert torch.equal(FourierFeatures(20, 4, seed=1)(points), FourierFeatures(20, 4, seed=1)(points))
+    assert not torch.equal(FourierFeatures(20, 4, seed=1)(points), FourierFeatures(20, 4, seed=2)(points))
+    phases = FourierFeatures(5000, 2, seed=1)._phases
+    assert 0 <= float(phases.min()) < 0.01
+    assert 2 * math.pi - 0.01 < float(phases.max()) < 2 * math.pi
+
+
+def test_an_equal_surrogate_corrects_nothing():
+    """F2: with ν = ν_i the correction is zero, exactly."""
+    features = FourierFeatures(50, 4, seed=0)
+    weights = features.fit(normal(20, 4), normal(20))
+    assert torch.equal(features.gradient(weights - weights, normal(4)), torch.zeros(4, dtype=torch.float64))
+    ran = simulate(algorithm={"name": "fzoos", "features": 40, "steps": 3}, task=TASK, nodes=1, rounds=3)
+    more = simulate(
+        algorithm={"name": "fzoos", "features": 40, "steps": 3, "correction": 9.0}, task=TASK, nodes=1, rounds=3
+    )
+    assert torch.equal(ran.parameters, more.parameters), "one node's surrogate is that of all"
+
+
+@pytest.mark.parametrize("length", [1.0, 3.0])
+def test_the_gradient_of_the_process_is_that_of_its_mean(length: float):
+    """F3: against central differences of the mean, to 1e-6."""
+    points, values = normal(30, 5), normal(30, seed=1)
+    process = GaussianProcess(points, values, length, noise=1e-3)
+    at = normal(5, seed=2)
+    steps = torch.eye(5, dtype=torch.float64) * 1e-5
+    expected = torch.stack([(process.mean(at + step) - process.mean(at - step)) / 2e-5 for step in steps])
+    torch.testing.assert_close(process.gradient(at), expected, rtol=0, atol=1e-6)
+
+
+def test_the_process_goes_through_what_it_was_given():
+    points, values = normal(20, 5), normal(20, seed=1)
+    process = GaussianProcess(points, values, noise=1e-10)
+    torch.testing.assert_close(torch.stack([process.mean(point) for point in points]), values, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_is_most_certain_where_most_is_known():
+    """Against the kernel's second derivatives by differences; and less where points are near."""
+    points = normal(12, 3) * 0.3
+    process = GaussianProcess(points, normal(12, seed=1), noise=1e-4)
+    near, far = torch.zeros(3, dtype=torch.float64), torch.full((3,), 4.0, dtype=torch.float64)
+    variances = process.gradient_variance(torch.stack([near, far]))
+    assert 0 < variances[0] < variances[1] < 5.0 + 1e-9
+    assert float(variances[1]) == pytest.approx(5.0, rel=0.05)  # far away it is the prior's, 5d/3
+    rho = torch.cdist(points, points) * math.sqrt(5)
+    covariance = (1 + rho + rho.square() / 3) * (-rho).exp() + 1e-4 * torch.eye(12)
+    step = 1e-5
+    jacobian = torch.stack(
+        [
+            (kernel(points, near, one * step) - kernel(points, near, one * -step)) / (2 * step)
+            for one in torch.eye(3).double()
+        ]
+    )
+    exact = 5.0 - torch.trace(jacobian @ torch.linalg.solve(covariance, jacobian.T))
+    torch.testing.assert_close(variances[0], exact, rtol=1e-6, atol=1e-7)
+
+
+def kernel(points: Tensor, at: Tensor, step: Tensor) -> Tensor:
+    rho = (points - at - step).norm(dim=1) * math.sqrt(5)
+    return (1 + rho + rho.square() / 3) * (-rho).exp()
+
+
+def test_with_enough_queries_the_direction_is_the_gradients():
+    """F4: the cosine is above 0.99 on a quadratic."""
+    problem = Quadratic(dimension=6)
+    algorithm = FZooS(length=3.0)
+    at = normal(6)
+    points = at + normal(120, 6, seed=5) * 0.5
+    values = torch.stack(
+        [(point - problem.center(0)) @ problem.curvature(0) @ (point - problem.center(0)) / 2 for point in points]
+    )
+    gradient = algorithm._process(points, values, at)[1]
+    exact = problem.curvature(0) @ (at - problem.center(0))
+    assert torch.cosine_similarity(gradient, exact, dim=0) > 0.99
+    assert float(gradient.norm() / exact.norm()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_common_surrogate_has_the_mean_gradient():
+    """F5: its gradient is Σ w_i of the nodes', to 1e-10; here in the run, with equal weights, in float64."""
+    optimizer = {"precision": "fp64"}
+    ran = simulate(
+        algorithm={"name": "fzoos", "features": 60, "steps": 2}, task=TASK, nodes=3, rounds=2, optimizer=optimizer
+    )
+    features = FourierFeatures(60, 6, seed=0)
+    at = normal(6)
+    own = [features.gradient(one.local["surrogate"], at) for one in ran.replicas.values()]  # pyright: ignore[reportArgumentType]
+    common: Any = ran.replicas[0].shared["surrogate"]
+    torch.testing.assert_close(features.gradient(common, at), torch.stack(own).mean(0), rtol=0, atol=1e-10)
+
+
+def test_it_comes_to_the_optimum_of_quadratics():
+    task = {"name": "quadratic", "dimension": 10}
+    ran = simulate(algorithm={"name": "fzoos", "features": 300, "steps": 5}, task=task, nodes=4, rounds=10)
+    problem = Quadratic(dimension=10)
+    best = problem.objective(problem.optimum(4), 4)
+    assert problem.objective(ran.parameters, 4) - best < 0.03
+    assert problem.objective(torch.zeros(10), 4) - best > 1
+
+
+def test_queries_that_are_kept_are_the_last_ones():
+    keys = {"name": "fzoos", "features": 20, "steps": 3, "queries": 4, "surrogate_queries": 10, "history": 25}
+    ran = simulate(algorithm=keys, task=TASK, nodes=2, rounds=3)
+    values: Any = ran.replicas[0].local["values"]
+    points: Any = ran.replicas[0].local["points"]
+    assert values.shape == (25,)
+    assert points.shape == (25, 6)
+
+
+def test_a_joiner_makes_its_own_queries_first():
+    seen: list[int] = []
+
+    def watch(number: int, replicas: Any) -> None:
+        seen.append(len(replicas[2].local["values"]) if "values" in replicas[2].local else 0)
+        digests = {replicas[node].model_digest() for node in ((0, 1) if number < 2 else (0, 1, 2))}
+        assert len(digests) == 1
+
+    keys = {"name": "fzoos", "features": 20, "steps": 2, "queries": 3, "candidates": 30, "surrogate_queries": 10}
+    scripted([(0, 1)] * 2 + [(0, 1, 2)] * 2, watch, algorithm=keys, task=TASK)
+    assert seen == [0, 0, 30 + 6 + 10, 30 + 12 + 20]
