@@ -52,7 +52,7 @@ $(BIN)/pip:
 
 .PHONY: demo
 demo: install ## train a small model on 4 Ray nodes, tracked in MLflow
-	$(BIN)/starling run examples/demo.yaml
+	$(BIN)/starling run examples/streaming_diloco.yaml
 
 .PHONY: lint
 lint: install ## ruff, formatting, types and import rules

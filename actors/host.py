@@ -47,6 +47,7 @@ from algorithms.api import (
     Send,
     Sleep,
     Start,
+    Step,
     Train,
     TrainReport,
     Wait,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from algorithms.api import NodeId, State, View
 
 
-_COMPUTE = frozenset({Train, Batch, Gradient, Loss, Evaluate})
+_COMPUTE = frozenset({Train, Batch, Gradient, Step, Loss, Evaluate})
 _COLLECTIVE = frozenset({AllReduce, AllGather, NeighborAllGather})
 
 
@@ -118,7 +119,7 @@ class Host(Exchanges):
         """Put a new replica in the place of one that is gone, in its initial state."""
         self.replicas[replica.id] = replica
         self.fences[replica.id] = threading.Event()
-        self.programs.pop(replica.id, None)
+        # The old program stays until the next round: what it contributed may be in an exchange that is not closed yet.
         replica.clock = self.times.watched(replica.id, replica.clock)
         replica.spec.algorithm.init(replica)
         replica.commit()
@@ -368,6 +369,8 @@ class Host(Exchanges):
                 return replica.batch(operation)
             case Gradient():
                 return replica.gradient(operation)
+            case Step():
+                return replica.step(operation)
             case Loss():
                 return replica.loss(operation)
             case Evaluate():

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from actors import probes
-from actors.data import EpochSampler, Position
+from actors.data import Position, blocks_of
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned, seeded
 from algorithms.api import SERVER, Batch, GradientReport, TrainReport
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from actors.data import Draws, Indices, Sampler
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
-    from algorithms.api import Algorithm, Gradient, Loss, NodeId, Train
+    from algorithms.api import Algorithm, Gradient, Loss, NodeId, Step, Train
     from algorithms.rules import GradientFunction, Rule
 
 NOT_STARTED = -1
@@ -89,13 +90,19 @@ class ReplicaSpec:
 class Learner:
     """What a node computes with; the arguments are those of ``Replica``."""
 
-    parts: Sequence[Tensor] | None = None
+    parts: Sequence[Indices] | None = None
     """The indices of every node's samples, if the process knows them."""
     validation: Samples | None = None
     """The held-out data."""
 
     def __init__(
-        self, node: NodeId, spec: ReplicaSpec, samples: Samples, indices: Tensor, row: tuple[Slab, int]
+        self,
+        node: NodeId,
+        spec: ReplicaSpec,
+        samples: Samples,
+        indices: Indices,
+        row: tuple[Slab, int],
+        sampler: Sampler,
     ) -> None:
         self.id = node
         self.spec, self.seed = spec, spec.seed
@@ -110,7 +117,8 @@ class Learner:
         """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
         self.optimizer = NodeOptimizer(self.bench)
         self.samples = samples
-        self._sampler = None if node == SERVER else EpochSampler(indices, spec.seed, node)
+        self._present: Callable[[Tensor], Tensor] | None = getattr(samples, "present", None)
+        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -200,7 +208,7 @@ class Learner:
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward() -> tuple[Tensor, int]:
-            indices = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
+            indices = self._readable(own.next(size) if chosen is None else self._places(rule, chosen.next(size)))
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -248,9 +256,10 @@ class Learner:
 
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
-        return self._own_data("Train").draw(self.spec.samples_per_step)
+        drawn = self._own_data("Train").draw(self.spec.samples_per_step)
+        return drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
 
-    def _own_data(self, operation: str) -> EpochSampler:
+    def _own_data(self, operation: str) -> Draws:
         if self._sampler is None:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._sampler
@@ -299,7 +308,12 @@ class Learner:
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
+        indices = self._readable(indices)
         return DataBatch(self.load(indices), len(indices))
+
+    def _readable(self, indices: Tensor) -> Tensor:
+        """Those whose samples can be read: a task may leave out what it cannot."""
+        return indices if self._present is None else self._present(indices)
 
     def _choose(self, source: tuple[str | int, ...], population: int, size: int) -> Tensor:
         """At most ``size`` places at random, the same on all nodes: a pure function of (seed, round, source, count)."""
@@ -323,6 +337,31 @@ class Learner:
             self._give_up_round(f"{what} in a Gradient")
             return GradientReport(torch.zeros_like(self.parameters), math.nan, 0)
         return GradientReport(gradient.clone(), value, batch.num_samples)
+
+    def step(self, operation: Step) -> TrainReport:
+        """Carry out ``Step``.
+
+        Raises:
+            NonFiniteLossError: the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
+            ProgramError: the gradient has the wrong shape.
+        """
+        gradient, bench, clip = operation.gradient, self.bench, self.spec.optimizer.grad_clip
+        if gradient.shape != self.parameters.shape:
+            shapes = f"{list(self.parameters.shape)}, not {list(gradient.shape)}"
+            raise ProgramError(f"Step takes a gradient of shape {shapes}")
+        bench.attach(self.tensors)
+        if operation.fresh:
+            self.optimizer.reset()
+        bench.set_gradient(gradient)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(bench.trained, clip)
+        rate = self.rate()
+        self.optimizer.step(self.parameters, rate)
+        self._step += 1
+        if not _is_finite(self.parameters):
+            self._give_up_round(f"parameters are not finite after a Step (lr {rate:.3g})")
+            return TrainReport(math.nan, 0, 0, 0.0)
+        return TrainReport(operation.report.loss, operation.report.num_samples, 0, 0.0)
 
     def _gradient_at(self, parameters: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
         bench = self.bench

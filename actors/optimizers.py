@@ -128,6 +128,7 @@ class OptimizerConfig(BaseModel):
     grad_clip: PositiveFloat | None = None  # greatest norm of the gradient of all parameters together
     accumulate: PositiveInt = 1  # batches per optimizer step
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: by autocast, over fp32 parameters
+    compile: bool = False  # the model through torch.compile; takes a C++ compiler, or on a GPU Triton
     rollback: bool = False  # of its state, with a round that is repeated or cancelled; costs a copy at each commit
     on_join: Literal["fresh", "donor"] = "fresh"  # what a node begins with that takes over another's model
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.data import Epoch
 from actors.digest import digest_tensors
 from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec
 from actors.state import StagedState
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actors.data import Position
+    from actors.data import Indices, Position, Sampler
     from actors.tasks import Samples
     from actors.workbench import ModelTensors
     from algorithms.api import Evaluate, NodeId, State
@@ -42,6 +43,7 @@ class Replica(Learner):
         indices: those of this node, int64, shape (n,).
         device: where it computes, if it has no row; default: the CPU.
         row: its tensors, a row of a slab, at whose workbench it takes turns; default: those of its own.
+        sampler: in which order it draws its samples.
     """
 
     def __init__(
@@ -49,12 +51,15 @@ class Replica(Learner):
         node: NodeId,
         spec: ReplicaSpec,
         samples: Samples,
-        indices: Tensor,
+        indices: Indices,
         device: torch.device | None = None,
         row: tuple[Slab, int] | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
-        super().__init__(node, spec, samples, indices, row or (Slab(spec.bench(device or torch.device("cpu"))), 0))
+        row = row or (Slab(spec.bench(device or torch.device("cpu"))), 0)
+        super().__init__(node, spec, samples, indices, row, sampler or Epoch())
         self.incarnation = 0
+        self.num_rounds = spec.rounds
         self.view = View(0, ())
         self.participates = True
         self.clock: Callable[[], float] = time.monotonic
@@ -222,7 +227,7 @@ class _Committed:
         tensors = replica.committed_tensors()
         self.id, self.incarnation = replica.id, replica.incarnation
         self.round, self.view, self.participates = replica.committed_round, replica.view, replica.participates
-        self.num_samples, self.layout = replica.num_samples, replica.layout
+        self.num_samples, self.layout, self.num_rounds = replica.num_samples, replica.layout, replica.num_rounds
         self.parameters, self.buffers = tensors.parameters, tensors.buffers
         self.committed, self.seed = tensors.parameters, replica.seed
         self.shared: dict[str, State] = replica.shared.committed()

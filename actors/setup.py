@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from actors.data import assign
+from actors.data import Epoch, assign
+from actors.data.federated import Federated
 from actors.replica import Replica
 from actors.workbench import Slab
 from algorithms.api import SERVER
@@ -16,9 +17,7 @@ from algorithms.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import Tensor
-
-    from actors.data import DataConfig
+    from actors.data import DataConfig, Indices, Sampler
     from actors.replica import ReplicaSpec
     from actors.tasks import Samples, Task
     from algorithms.api import NodeId
@@ -30,22 +29,28 @@ class RunData:
 
     train: Samples
     validation: Samples
-    parts: list[Tensor]
+    parts: Sequence[Indices]
     """Indices into ``train`` for each node."""
+    sampler: Sampler = field(default_factory=Epoch)
+    """In which order a node draws its own."""
 
 
 def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunData:
     """Load and divide the data; deterministic, so that all processes agree without a word.
 
+    Federated data are only looked at where ``parts`` is asked for those of a node.
+
     Raises:
         DataError: it cannot be read, or not be divided among ``num_nodes`` nodes.
     """
-    train = task.train_samples(num_nodes)
+    federated = Federated(task, num_nodes) if data.source == "federated" else None
+    train = task.train_samples(num_nodes) if federated is None else federated
     validation = task.validation_samples(num_nodes)
     if not len(validation):
         message = f"task {task.name}: there are no held-out samples to evaluate on"
         raise DataError(message)
-    return RunData(train, validation, assign(train, data.partition, num_nodes, seed))
+    parts = assign(train, data.partition, num_nodes, seed) if federated is None else federated.parts
+    return RunData(train, validation, parts, data.sampler)
 
 
 def build_replicas(
@@ -71,12 +76,12 @@ def build_replicas(
     for device, here in places.items():
         slab = Slab(spec.bench(device), len(here))
         rows |= {place: (slab, row) for row, place in enumerate(here)}
-    nobodys = torch.empty(0, dtype=torch.int64)
+    nobodys: Indices = torch.empty(0, dtype=torch.int64)
     replicas: list[Replica] = []
     for place, node in enumerate(nodes):
         # Nodes beyond those that the run began with read what others read, each in an order of its own.
         indices = nobodys if node == SERVER else data.parts[node % len(data.parts)]
-        replica = Replica(node, spec, data.train, indices, row=rows[place])
+        replica = Replica(node, spec, data.train, indices, row=rows[place], sampler=data.sampler)
         replica.parts, replica.validation = data.parts, data.validation
         if clock is not None:
             replica.clock = clock

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     from actors.buffers import Buffer, Signature, TensorSpec
     from actors.data import Position
-    from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Train
+    from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Step, Train
     from algorithms.closing import ClosePolicy
 
-Compute: TypeAlias = "Train | Batch | Gradient | Loss | Evaluate"
+Compute: TypeAlias = "Train | Batch | Gradient | Step | Loss | Evaluate"
 """Operations that a node carries out by itself."""
 
 

@@ -8,7 +8,10 @@ A node that is alone in its process stays attached for good.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
+import os
+import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +21,8 @@ from torch import Tensor, nn
 from actors import optimizers
 from actors.tasks import Task
 from actors.together import update_of
-from algorithms.errors import ProgramError
+from actors.weights import load_into, read_weights
+from algorithms.errors import DataError, ProgramError, SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.seeds import derive_seed
 
@@ -36,8 +40,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 _ALIGNMENT = 64
 """Bytes, as torch allocates on the CPU."""
-
-_MIN_EVALUATION_BATCH = 256
 
 _MAX_KEPT_VIEWS = 16
 """To make views anew takes longer than to attach them; each is some 400 bytes, for every node."""
@@ -81,6 +83,8 @@ class Workbench:
         self.dtype = DTYPES[config.precision]
         self._seed = seed
         self.module = self._build()
+        if config.compile:
+            compile_in_place(self.module, device)
         named = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
         self.parameters = list(named.values())
         self._places = _consecutive(self.parameters)
@@ -120,9 +124,7 @@ class Workbench:
         return optimizers.build(self.config, self.trained)
 
     def _build(self) -> nn.Module:
-        with seeded(derive_seed(self._seed, "init"), self.device):
-            module = self.task.build()
-        return module.to(device=self.device, dtype=self.dtype)
+        return initial_module(self.task, self._seed, self.device).to(device=self.device, dtype=self.dtype)
 
     def initialize(self, parameters: Tensor, buffers: Tensor) -> list[Tensor]:
         """Write the initial values into flat tensors; return the counters."""
@@ -303,8 +305,9 @@ class Workbench:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, samples: Samples, batch_size: int, max_batches: int | None) -> dict[str, float]:
-        """The task's metrics of whoever is attached, in batches of at least 256 samples."""
-        size = max(batch_size, _MIN_EVALUATION_BATCH)
+        """The task's metrics of whoever is attached, in batches of the size that the task chooses."""
+        size = self.task.evaluation_batch_size(batch_size)
+        present = getattr(samples, "present", None)
         self.mode(training=False)
         sums: dict[str, float] = {}
         seen = 0
@@ -313,10 +316,26 @@ class Workbench:
                 if max_batches is not None and number >= max_batches:
                     break
                 indices = torch.arange(start, min(start + size, len(samples)))
-                for name, value in self.task.metrics(self.module, self.to_device(samples.batch(indices))).items():
+                indices = indices if present is None else present(indices)
+                if not len(indices):
+                    continue
+                for name, value in self._metrics(self.to_device(samples.batch(indices))).items():
                     sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
                 seen += len(indices)
+        if not seen:
+            raise DataError("there are no held-out samples that can be read")
         return self.task.summary({name: value / seen for name, value in sums.items()})
+
+    def _metrics(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        task = self.task
+        values = task.metrics(self.module, batch)
+        if task.extra_metrics:
+            predicted = task.predictions(self.module, batch)
+            if predicted is None:
+                what = f"the task {task.name} gives no predictions to work them out from"
+                raise SettingsError(f"task.extra_metrics: {what}; leave it empty, or override Task.predictions")
+            values = values | {metric.label: metric.of(*predicted) for metric in task.extra_metrics}
+        return values
 
     def named_buffers(self, tensors: ModelTensors, buffers: Tensor | None = None) -> dict[str, Tensor]:
         """A node's buffers by name, the floating-point ones those of ``buffers``, shape (B,), if given."""
@@ -407,12 +426,17 @@ class _BufferSlot:
 
 
 def _buffer_slots(module: nn.Module) -> tuple[list[_BufferSlot], list[_BufferSlot]]:
-    """The places of floating-point buffers, and of the others."""
+    """The places of floating-point buffers, and of the others.
+
+    A buffer that is no part of the module's state (the frequencies of rotary positions, say) is among the others: nodes
+    average the former, and a mean of equal numbers may differ from them in its last bit.
+    """
     floating: list[_BufferSlot] = []
     counting: list[_BufferSlot] = []
+    state = module.state_dict(keep_vars=True).keys()
     for name, buffer in module.named_buffers():
         owner, _, attribute = name.rpartition(".")
-        slots = floating if buffer.is_floating_point() else counting
+        slots = floating if buffer.is_floating_point() and name in state else counting
         slots.append(_BufferSlot(name, module.get_submodule(owner), attribute))
     return floating, counting
 
@@ -455,6 +479,43 @@ def _block_of(name: str) -> str:
         if component.isdigit():
             return ".".join(path[: index + 1])
     return path[0] if len(path) > 1 else ""
+
+
+def initial_module(task: Task, seed: int, device: torch.device) -> nn.Module:
+    """The module with which a run of ``seed`` begins, in float32 on the CPU; ``device`` is where it will compute.
+
+    Raises:
+        DataError: ``init_from`` cannot be read, or is of another model.
+    """
+    with seeded(derive_seed(seed, "init"), device):
+        module = task.build()
+    if task.init_from is not None:
+        load_into(module, read_weights("task.init_from", task.init_from), "task.init_from", task.init_from)
+    return module
+
+
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """Let the module be compiled by ``torch.compile`` when it is first called; its parameters may be rebound as before.
+
+    Raises:
+        SettingsError: there is nothing here to compile with.
+    """
+    where = "set optimizer.compile: false, or install one"
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise SettingsError(f"optimizer.compile: on a GPU it takes Triton, and there is none here; {where}")
+    elif not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise SettingsError(
+            f"optimizer.compile: on a CPU it takes a C++ compiler (g++, clang++ or CXX), and there is none; {where}"
+        )
+    forward = module.forward
+
+    # Not module.compile(): dynamo passes over modules that torch itself defines, a Sequential for one.
+    def compiled(*inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever the module takes and returns
+        return forward(*inputs, **named)
+
+    # By itself inductor keeps a pool of processes; nodes of one machine share its cores anyway.
+    module.forward = torch.compile(compiled, options={"compile_threads": 1})
 
 
 @contextlib.contextmanager

@@ -101,6 +101,8 @@ class Node(Protocol):
     incarnation: int
     """Counts the processes that have embodied this node, from 0."""
     round: int
+    num_rounds: int
+    """How many the run is to do."""
     view: View
     participates: bool
     """Whether this node is in the round's cohort. One that is not awaits no ``Train`` and contributes ``None``."""
@@ -224,6 +226,20 @@ class Gradient(Operation[GradientReport]):
 
     at: Tensor | None = None
     batch: DataBatch | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Operation[TrainReport]):
+    """Take one step of the node's optimizer along ``gradient``, shape (P,): clipped and scheduled as in ``Train``.
+
+    For programs that combine gradients of several nodes first. The result has the loss and samples of ``report``, and
+    no steps: their time is that of the ``Gradient``. Where all nodes step alike, their optimizers must have seen the
+    same; with ``fresh`` each begins anew, as that of a joiner does.
+    """
+
+    gradient: Tensor
+    report: GradientReport
+    fresh: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,6 +508,11 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     @abstractmethod
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one round over all nodes, without losses; of an asynchronous one, as ``rounds`` counts."""
+
+    def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
+        """Those of round ``number`` of ``num_rounds``, where they differ, and ``expected_bytes`` a typical one."""
+        del number, num_rounds
+        return self.expected_bytes(layout, num_nodes)
 
     @abstractmethod
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:

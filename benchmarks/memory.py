@@ -23,11 +23,15 @@ SIZE = 25_000_000
 MEGABYTE = 1_000_000
 
 
-class _Peaks(Observer):
-    """Samples the anonymous memory of the node processes until the run ends."""
+class Peaks(Observer):
+    """Samples the memory of the node processes until the run ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self._label = label
         self.peaks: dict[int, int] = {}
+        """Anonymous memory by process, in bytes."""
+        self.resident: dict[int, int] = {}
+        """All that is resident, pages of files and of Ray's store included."""
         self.over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -37,7 +41,7 @@ class _Peaks(Observer):
         self._thread.start()
 
     def on_round(self, record: RoundRecord) -> None:
-        print(f"  memory: round {record.round + 1}, {record.seconds:.1f} s")
+        print(f"  {self._label}: round {record.round + 1}, {record.seconds:.1f} s")
 
     def _sample(self, pids: Sequence[int]) -> None:
         while not self.over.is_set():
@@ -46,8 +50,8 @@ class _Peaks(Observer):
                     status = Path(f"/proc/{pid}/status").read_text()
                 except OSError:
                     continue
-                anonymous = int(status.split("RssAnon:")[1].split()[0]) * 1024
-                self.peaks[pid] = max(self.peaks.get(pid, 0), anonymous)
+                for name, peaks in (("RssAnon:", self.peaks), ("VmRSS:", self.resident)):
+                    peaks[pid] = max(peaks.get(pid, 0), int(status.split(name)[1].split()[0]) * 1024)
             time.sleep(0.01)
 
 
@@ -63,7 +67,7 @@ def main() -> list[Row]:
             "tracking": "none",
         }
     )
-    peaks = _Peaks()
+    peaks = Peaks("memory")
     runtime = Cluster(config)
     try:
         Controller(config, runtime, peaks, run_id="benchmark", run_dir="").run()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from benchmarks import all_reduce, memory, overlap, round_overhead, simulator, zeroth_order
+from benchmarks import all_reduce, codecs, memory, overlap, parquet, round_overhead, simulator, streaming, zeroth_order
 from benchmarks.harness import Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -31,7 +31,10 @@ TAIL = """
 with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
 digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
 (`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is
-started before a `Train` that takes no core, and waited for after it. *One-byte SPSA* is a round of one node with two
+started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
+trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
+a few row groups, and reads no other node's.
+*One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
 """
 
@@ -46,7 +49,7 @@ def line(row: Row) -> str:
 
 def main() -> None:
     rows: list[Row] = []
-    for module in (zeroth_order, simulator, round_overhead, all_reduce, overlap, memory):
+    for module in (zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)

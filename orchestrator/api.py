@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any, TypeAlias
 
+    from torch import nn
+
     from orchestrator.config import Config
     from orchestrator.controller import Controller
     from orchestrator.records import Observer, Summary
@@ -106,6 +108,17 @@ def replay(
     if summary.digest != history.digest:
         raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
     return summary
+
+
+def load_model(run_dir: str | Path) -> nn.Module:
+    """The model that a run ended with, as a module in evaluation mode, in float32 on the CPU.
+
+    Raises:
+        StarlingError: it is not a run's directory, or the run did not end with a model.
+    """
+    from orchestrator import run_directory
+
+    return run_directory.load_model(run_dir)
 
 
 def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:

@@ -152,6 +152,26 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
 
 @app.command(epilog=_EXIT_CODES)
+def data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the table into a png, svg or pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a task's data here, divide them as a run would, and print how many samples of each label a node has."""
+
+    def act(console: Console) -> dict[str, Any]:
+        resolved = _load(config, overrides)
+        from orchestrator import data_page as page
+
+        report = page.measure(resolved)
+        page.print_report(console, report, plot)
+        return {"status": "ok"} | report.to_json()
+
+    _answer(act, as_json=as_json)
+
+
+@app.command(epilog=_EXIT_CODES)
 def algorithms(name: Name = None, as_json: AsJson = False) -> None:
     """List the algorithms, or show one: update, fields, elasticity, cost, reference."""
 
@@ -204,6 +224,32 @@ def topologies(
         report = page.measure(page.make(name, overrides or []), nodes, 4 * parameters, seed=seed, rounds=rounds)
         page.print_report(console, report, plot)
         return {"status": "ok"} | report.to_json()
+
+    _answer(act, as_json=as_json)
+
+
+@app.command(epilog=_EXIT_CODES)
+def bandwidth(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=_CONFIG_HELP, show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="1b|10b|100b", help="Instead of CONFIG: a model of the published table; by default 1b."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the bandwidth that methods need for 50, 80, 90, 95 and 99 % compute utilization."""
+    if config is not None and model is not None:
+        raise typer.BadParameter("takes a CONFIG, or --model instead")
+    if config is None and overrides:
+        raise typer.BadParameter("--set needs a CONFIG")
+
+    def act(console: Console) -> dict[str, Any]:
+        from orchestrator import bandwidth_page as page
+
+        if config is None:
+            return page.print_preset(console, (model or "1b").lower())
+        return page.print_workload(console, _load(config, overrides))
 
     _answer(act, as_json=as_json)
 

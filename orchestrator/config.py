@@ -173,6 +173,8 @@ class EvaluationConfig(Section):
     """0: only after the last round."""
     max_batches: PositiveInt | None = None
     """``null``: all held-out data."""
+    per_node: bool = False
+    """Evaluate each node's own model too, where nodes' models differ."""
 
 
 class ReplayConfig(Section):
@@ -339,6 +341,10 @@ class Config(Section):
                     f"faults.events: {self.algorithm.name} is asynchronous, its rounds have no moment {event.phase!r}; "
                     "they have train, receive, commit and transfer"
                 )
+        if self.evaluation.per_node and not self.algorithm.synchronous:
+            raise ValueError(
+                f"evaluation.per_node: {self.algorithm.name} is asynchronous; its nodes are never all at rest"
+            )
         named += [("network.speeds", node) for node in self.network.speeds]
         which = "max" if self.cluster.nodes.target == "auto" else "target"
         for key, node in named:
@@ -414,6 +420,9 @@ class Config(Section):
             data["cluster"]["runtime_env"]["env_vars"] = dict.fromkeys(cast("dict[str, str]", variables), "***")
         if isinstance(self.tracking, MLflowTracking) and self.tracking.uri:
             data["tracking"]["uri"] = without_password(self.tracking.uri)
+        for name, value in data["task"].items():
+            if isinstance(value, str):
+                data["task"][name] = without_password(value)
         return data
 
     def flat(self) -> dict[str, str]:

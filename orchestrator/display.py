@@ -129,6 +129,8 @@ class PlainDisplay(Display):
                 for name, value in record.metrics.items()
             )
             parts.append(f"eval {' '.join(values)}")
+        if _COMPARED in record.spread:
+            parts.append(f"of nodes {_span(record)}")
         parts += [_nodes(record), bytes_text(record.payload_bytes), _duration(started, record)]
         if done < rounds:
             parts.append(f"ETA {seconds_text(left_s)}")
@@ -179,6 +181,8 @@ class LiveDisplay(Display):
             label = "validation loss" if name == _COMPARED else name
             age = f"  [dim]after round {self._evaluated}[/]" if self._evaluated <= record.round else ""
             table.add_row(escape(label), f"[bold]{number_text(value)}[/]{_beside(name, started.baselines)}{age}")
+        if _COMPARED in record.spread:
+            table.add_row("of the nodes", _span(record))
         counts = {"committed": record.nodes, "contributing": record.contributing, "in view": record.in_view}
         counts |= {"alive": record.alive, "late": record.late}
         table.add_row(
@@ -272,6 +276,11 @@ def _beside(name: str, baselines: Mapping[str, float]) -> str:
 
 def _duration(started: Started, record: RoundRecord) -> str:
     return f"{seconds_text(record.seconds)}{' virtual' if started.virtual else ''}"
+
+
+def _span(record: RoundRecord) -> str:
+    """The least and the greatest validation loss of a node's own model."""
+    return " to ".join(number_text(value) for value in record.spread[_COMPARED])
 
 
 def _phases(record: RoundRecord) -> str:

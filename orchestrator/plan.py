@@ -9,6 +9,7 @@ import torch
 
 from actors.replica import Replica
 from actors.setup import load_data
+from algorithms.api import Algorithm
 from orchestrator.api import refuse_simulated_network
 from orchestrator.errors import ConfigError
 from orchestrator.simulator import user_code
@@ -41,7 +42,7 @@ class Plan:
     """``least`` and ``most`` that a node takes in a round."""
     schedule: str
     payload_bytes: dict[str, int]
-    """``per_round`` over all nodes without losses, and in ``total``."""
+    """``per_round`` over all nodes without losses, on average, and in ``total``."""
     evaluations: int
     baselines: dict[str, float]
     runtimes: list[str]
@@ -67,7 +68,11 @@ def make_plan(config: Config) -> Plan:
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
     steps = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
     layout = replica.layout
-    per_round = config.algorithm.expected_bytes(layout, num_nodes)
+    rounds = config.rounds
+    if type(config.algorithm).round_bytes is Algorithm.round_bytes:
+        total = rounds * config.algorithm.expected_bytes(layout, num_nodes)
+    else:
+        total = sum(config.algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds))
     every = config.evaluation.every_rounds
     return Plan(
         name=config.name,
@@ -89,7 +94,7 @@ def make_plan(config: Config) -> Plan:
         model_bytes=layout.nbytes + layout.buffer_nbytes,
         steps_per_round={"least": min(steps), "most": max(steps)},
         schedule=_schedule(config, max(steps)),
-        payload_bytes={"per_round": per_round, "total": per_round * config.rounds},
+        payload_bytes={"per_round": round(total / rounds), "total": total},
         evaluations=-(-config.rounds // every) if every else 1,
         baselines=baselines,
         runtimes=_runtimes(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,6 +138,7 @@ class Progress:
         """
         config, number = self.config.evaluation, self.committed
         metrics: dict[str, float] | None = None
+        node_metrics: dict[NodeId, dict[str, float]] | None = None
         evaluate_seconds = 0.0
         last = number == self.config.rounds - 1
         if last or (config.every_rounds and (number + 1) % config.every_rounds == 0):
@@ -145,6 +147,8 @@ class Progress:
             metrics = self._metrics = self._ask(
                 tuple(committed), lambda nodes: self.runtime.evaluate(nodes, config.max_batches), alike=alike
             )
+            if config.per_node and not alike:
+                node_metrics = self._of_each(tuple(committed))
             evaluate_seconds = time.monotonic() - began
         losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
@@ -165,8 +169,17 @@ class Progress:
                 exchange_seconds=max(0.0, seconds - train_seconds),
                 evaluate_seconds=evaluate_seconds,
                 metrics=metrics,
+                node_metrics=node_metrics,
             )
         )
+
+    def _of_each(self, nodes: Sequence[NodeId]) -> dict[NodeId, dict[str, float]]:
+        """The metrics of each node's own model; who dies meanwhile is left out."""
+        found: dict[NodeId, dict[str, float]] = {}
+        for node in nodes:
+            with contextlib.suppress(NodeGoneError):
+                found[node] = self.runtime.evaluate((node,), self.config.evaluation.max_batches)
+        return found
 
     def seal(self, number: int, view: View, record: bytes | None, nodes: Sequence[NodeId]) -> None:
         """Keep the record of round ``number``, which is committed; if it is time, also the model, that of ``nodes``."""

@@ -49,6 +49,17 @@ class RoundRecord:
     """On this machine's clock; not part of ``seconds``."""
     metrics: dict[str, float] | None = None
     """Of the model after the round, if it was evaluated."""
+    node_metrics: dict[int, dict[str, float]] | None = None
+    """Of each node's own model, where they differ and ``evaluation.per_node`` asks for it."""
+
+    @property
+    def spread(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest value of each metric among the nodes."""
+        columns: dict[str, list[float]] = {}
+        for values in (self.node_metrics or {}).values():
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value)
+        return {name: (min(values), max(values)) for name, values in columns.items()}
 
 
 @dataclass(frozen=True)

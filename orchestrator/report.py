@@ -65,6 +65,12 @@ def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], 
             axes.plot(
                 *zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=3.5
             )
+    spans = [
+        (place, *record.spread["loss"]) for place, record in zip(places, rounds, strict=True) if "loss" in record.spread
+    ]
+    if spans:
+        where, least, most = (list(column) for column in zip(*spans, strict=True))
+        axes.fill_between(where, least, most, label="of single nodes", color=_VALIDATION, alpha=0.18, linewidth=0)
     for index, (name, value) in enumerate(baselines.items()):
         color = _BASELINES[index % len(_BASELINES)]
         label = f"{name.replace('_', ' ')} ({number_text(value)})"

@@ -7,6 +7,7 @@
     snapshots/          models after some of those rounds
     logs/node-003.log   what node 3 wrote to its log
     model.safetensors   the final model
+    export/             the same as others read it, of tasks that have such a form (Hugging Face)
     summary.json        what `--json` prints
     curves.png          losses over rounds and bytes
     lease.json          who drives the run, while it goes on
@@ -25,9 +26,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import torch
 import yaml
 
+from actors.tasks import Task
+from actors.weights import load_into, read_weights
+from actors.workbench import initial_module
 from algorithms.api import SERVER
+from orchestrator import config as configuration
 from orchestrator import sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
@@ -35,6 +41,8 @@ from orchestrator.sealed_log import End, SealedLog, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from torch import nn
 
     from orchestrator.config import Config
     from orchestrator.records import RoundRecord, Started, Summary
@@ -54,6 +62,7 @@ class RunDirectory(Observer):
 
     def __init__(self, config: Config, path: str | Path | None = None) -> None:
         self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
+        self._config = config
         self._started: Started | None = None
         self._rounds: list[RoundRecord] = []
         self._files: dict[str, IO[str]] = {}
@@ -116,6 +125,11 @@ class RunDirectory(Observer):
 
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)
+        if type(self._config.task).export is not Task.export:
+            try:
+                self._config.task.export(load_model(self.path), self.path / "export")
+            except Exception as error:  # noqa: BLE001 - the model is there, and is worth more than its other form
+                _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
         if self._sealed is not None:
             self.on_sealed(End(model.digest))
 
@@ -168,6 +182,22 @@ class RunDirectory(Observer):
             (self.path / "config.yaml").unlink()
             if self._made:
                 self.path.rmdir()
+
+
+def load_model(run_dir: str | Path) -> nn.Module:
+    """The model that a run ended with, as a module in evaluation mode, in float32 on the CPU.
+
+    Raises:
+        ConfigError: it is not a run's directory.
+        DataError: the run did not end with a model.
+    """
+    path = Path(run_dir).expanduser()
+    config = configuration.load(path / "config.yaml")
+    # What the run began from need not be there any more: all of it is in what it ended with.
+    task = config.task.model_copy(update={"init_from": None})
+    module = initial_module(task, config.seed, torch.device("cpu"))
+    load_into(module, read_weights("run directory", str(path)), "run directory", str(path))
+    return module.eval()
 
 
 def _default(name: str) -> Path:

@@ -141,6 +141,8 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "seconds/total": record.seconds,
     }
     values |= {f"eval/{name}": value for name, value in (record.metrics or {}).items()}
+    for name, (least, most) in record.spread.items():
+        values |= {f"eval/nodes/{name}_min": least, f"eval/nodes/{name}_max": most}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

@@ -156,7 +156,7 @@ def test_a_task_beside_the_configuration(folder: Path):
         (["cluster.nodes.target=2000"], "data: 1437 samples cannot be divided among 2000 nodes; ask for at most 1437"),
         (
             ["task={name: text_lm, corpus: /no/such}"],
-            "task.corpus: /no/such does not exist here; name a file or a folder",
+            "task.corpus: /no/such does not exist here; name a file, a folder or a pattern",
         ),
         (
             ["faults.rate_per_hour=1"],

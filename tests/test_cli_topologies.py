@@ -54,7 +54,7 @@ def test_all_of_them():
     assert lines[-1] == "starling topologies NAME shows one in full, and with --nodes N what it comes to."
     assert list(answer()["topologies"]) == [
         *("alternating", "barabasi_albert", "complete", "erdos_renyi", "exponential", "file", "one_peer_exponential"),
-        *("random_regular", "ring", "torus"),
+        *("random_matching", "random_regular", "ring", "torus"),
     ]
 
 

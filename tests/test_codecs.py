@@ -12,18 +12,27 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from algorithms.codecs import BFloat16, Codec, Float16, Identity, Int8
+from algorithms.codecs import FP4, QSGD, BFloat16, Codec, Float16, Identity, Int8, RandomK, Sign, TopK
 from algorithms.codecs.int8 import _AT_ONCE, _LIMIT
 from algorithms.errors import ProgramError
 from algorithms.registry import table
 from tests.codecs import Blockwise
 
-LOSSY = [BFloat16(), Float16(), Int8(), Int8(block_size=1), Int8(block_size=7)]
+NEAREST = [BFloat16(), Float16(), Int8(), Int8(block_size=1), Int8(block_size=7), FP4(), FP4(block_size=6)]
+"""Of which each value arrives, rounded."""
+PROJECTIONS = [
+    *(Sign(), Sign(block_size=8), TopK(), TopK(fraction=0.3, block_size=5), TopK(fraction=0.5, values=BFloat16())),
+    *(RandomK(unbiased=False), RandomK(fraction=0.4, block_size=7, unbiased=False)),
+]
+"""Of which few things arrive, and these again unchanged."""
+UNBIASED = [RandomK(), RandomK(fraction=0.5, block_size=9), QSGD(), QSGD(bits=2, block_size=16), QSGD(bits=8)]
+LOSSY = [*NEAREST, *PROJECTIONS, *UNBIASED]
 ALL = [Identity(), *LOSSY]
 WIDE = [torch.float32, torch.float64]
 SINGLE_MAX = torch.finfo(torch.float32).max
 
 lossy = st.sampled_from(LOSSY)
+stable = st.sampled_from([*NEAREST, *PROJECTIONS])
 wide = st.sampled_from(WIDE)
 tame = st.floats(-60000, 60000)  # within the range of all
 huge = st.floats(-1e38, 1e38, allow_subnormal=True) | st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1.5e-36, -1e38])
@@ -38,7 +47,8 @@ def draw(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_are_in_the_table():
-    names = {"identity": Identity, "bf16": BFloat16, "fp16": Float16, "int8": Int8}
+    names = {"identity": Identity, "bf16": BFloat16, "fp16": Float16, "int8": Int8, "fp4": FP4}
+    names |= {"sign": Sign, "top_k": TopK, "random_k": RandomK, "qsgd": QSGD}
     assert table(Codec).items() >= names.items()
     for codec in ALL:
         assert TypeAdapter(Codec).validate_python(codec.model_dump()) == codec
@@ -58,10 +68,16 @@ def test_sizes():
     for dtype in WIDE:
         assert BFloat16().nbytes(1000, dtype) == Float16().nbytes(1000, dtype) == 2000
         assert [Int8().nbytes(size, dtype) for size in (0, 1, 256, 257, 1000)] == [0, 5, 260, 265, 1016]
-    assert [codec.block for codec in ALL] == [1, 1, 1, 256, 1, 7]
+        assert [FP4().nbytes(size, dtype) for size in (0, 1, 256, 257, 1000)] == [0, 3, 130, 133, 508]
+        assert [Sign().nbytes(size, dtype) for size in (0, 1, 256, 257, 1000)] == [0, 3, 34, 37, 133]
+        assert [QSGD().nbytes(size, dtype) for size in (0, 1, 512, 513, 1000)] == [0, 5, 260, 265, 508]
+        assert [TopK().nbytes(size, dtype) for size in (0, 1, 100, 4096, 4097)] == [0, 6, 6, 246, 252]
+        assert [RandomK().nbytes(size, dtype) for size in (0, 1, 100, 4096, 4097)] == [0, 4, 40, 1640, 1644]
+        assert TopK(values=BFloat16()).nbytes(4096, dtype) == 4 * 41
+    assert [codec.block for codec in ALL[:8]] == [1, 1, 1, 256, 1, 7, 256, 6]
 
 
-@pytest.mark.parametrize("codec", ALL, ids=repr)
+@pytest.mark.parametrize("codec", [Identity(), *NEAREST[:5]], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_contributions(codec: Codec, dtype: torch.dtype):
     values = draw(600, dtype)
@@ -70,7 +86,7 @@ def test_narrow_contributions(codec: Codec, dtype: torch.dtype):
     torch.testing.assert_close(decoded, values, rtol=2**-8, atol=0.02)
 
 
-@given(codec=lossy, dtype=wide, values=st.lists(tame, max_size=40))
+@given(codec=stable, dtype=wide, values=st.lists(tame, max_size=40))
 def test_encoding_again_gives_the_same_bytes(codec: Codec, dtype: torch.dtype, values: list[float]):
     data = codec.encode(torch.tensor(values, dtype=dtype))
     assert torch.equal(codec.encode(codec.decode(data, len(values), dtype)), data)
@@ -89,6 +105,8 @@ def test_encoding_again_gives_the_same_bytes_at_the_ends_of_the_range(
 @given(codec=lossy, dtype=wide, values=st.lists(tame, max_size=40))
 def test_odd_symmetry(codec: Codec, dtype: torch.dtype, values: list[float]):
     there = torch.tensor(values, dtype=dtype)
+    if isinstance(codec, Sign):
+        there = there[there.abs() > 1e-30]  # to which a zero counts as a plus
     assert torch.equal(there_and_back(codec, -there), -there_and_back(codec, there))
 
 
@@ -239,3 +257,159 @@ def test_arguments_are_not_written_to(codec: Codec):
     codec.decode(data, 600, torch.float32)
     assert torch.equal(values, kept)
     assert torch.equal(data, bytes_kept)
+
+
+# --- four bits ------------------------------------------------------------------------------------------------------
+
+
+def nearest_of_fp4(value: float, scale: float) -> float:
+    """In Python's floats, by looking at all there are; of two that are as near, the larger one."""
+    magnitudes = [0.0, *(2.0**exponent * scale for exponent in range(-6, 1))]
+    best = min(reversed(magnitudes), key=lambda one: abs(one - abs(value)))
+    return math.copysign(best, value) if best else 0.0
+
+
+@given(values=st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=30), size=st.integers(1, 5))
+def test_fp4_is_the_nearest(values: list[float], size: int):
+    values = [value if abs(value) > 1e-30 else 0.0 for value in values]
+    back = there_and_back(FP4(block_size=2 * size), torch.tensor(values)).tolist()
+    for start in range(0, len(values), 2 * size):
+        block = values[start : start + 2 * size]
+        bits = struct.unpack("<I", struct.pack("<f", max(map(abs, block))))[0]
+        (scale,) = struct.unpack("<f", struct.pack("<I", (bits + 0xFFFF) & 0xFFFF0000))
+        # Powers of two times 8 bits, and borders of 9: all are exact.
+        assert back[start : start + 2 * size] == [nearest_of_fp4(value, scale) for value in block]
+
+
+def test_fp4_by_hand():
+    """The scale is 1.0, 0x3F80; codes 7, 7 with a minus, 1, and none of the last byte's upper half."""
+    data = FP4().encode(torch.tensor([1.0, -1.0, 2.0**-6]))
+    assert data.tolist() == [0x80, 0x3F, 0xF7, 0x01]
+    assert FP4().decode(data, 3, torch.float32).tolist() == [1.0, -1.0, 2.0**-6]
+
+
+def test_fp4_borders():
+    """From 1.5·2^k on it is 2^(k+1), from 2⁻⁷ on it is 2⁻⁶."""
+    for exponent in range(-6, 0):
+        border = 1.5 * 2.0**exponent
+        values = torch.tensor([1.0, border, border * (1 - 2**-20)])
+        assert there_and_back(FP4(), values).tolist() == [1.0, 2.0 ** (exponent + 1), 2.0**exponent]
+    assert there_and_back(FP4(), torch.tensor([1.0, 2.0**-7, 0.999 * 2.0**-7])).tolist() == [1.0, 2.0**-6, 0.0]
+
+
+@given(values=st.lists(huge, min_size=1, max_size=40), dtype=wide)
+def test_fp4_error(values: list[float], dtype: torch.dtype):
+    there = torch.tensor(values, dtype=dtype)
+    back = there_and_back(FP4(), there).double()
+    scale = float(there.double().abs().max()) * (1 + 2**-7)
+    error, size = (there.double() - back).abs(), there.double().abs()
+    assert (error <= torch.where(size >= 0.75 * 2**-6 * scale, size / 3 * (1 + 1e-6), 2**-7 * scale) + 8e-37).all()
+    if scale > 1e-35:
+        # The largest arrives as the scale itself, which is a bfloat16 and at most 2⁻⁷ larger.
+        assert float(there.double().abs().max()) <= float(back.abs().max()) <= scale
+
+
+def test_fp4_of_tiny_blocks_is_zero():
+    assert there_and_back(FP4(), torch.tensor([7e-37, -1e-45])).tolist() == [0.0, 0.0]
+    assert there_and_back(FP4(), torch.tensor([2.0**-120])).item() == 2.0**-120
+    with pytest.raises(ValidationError):
+        FP4(block_size=7)
+
+
+# --- few of the values ----------------------------------------------------------------------------------------------
+
+
+@given(values=st.lists(tame, min_size=1, max_size=60), seed=st.integers(0, 5))
+def test_what_is_kept_is_a_contraction(values: list[float], seed: int):
+    """‖x − C(x)‖² ≤ (1 − δ) ‖x‖²: the largest k of n leave at most 1 − k/n."""
+    there = torch.tensor([value if abs(value) > 1e-15 else 0.0 for value in values], dtype=torch.float64)
+    total = float(there.square().sum())
+    for codec in (TopK(fraction=0.3), TopK(fraction=0.01)):
+        kept = codec.kept(len(values)) / len(values)
+        left = float((there - there_and_back(codec, there)).square().sum())
+        assert left <= (1 - kept) * total + total * 1e-6 + 1e-9
+    spread = [
+        float((there - there_and_back(RandomK(unbiased=False).at(seed + draw), there)).square().sum())
+        for draw in range(3)
+    ]
+    assert max(spread) <= total * (1 + 1e-9)
+    left = float((there - there_and_back(Sign(), there)).square().sum())
+    # (1 − ‖x‖₁² / (n ‖x‖²)), and what rounding the mean to 8 bits adds: its square, 2⁻⁹ of it, n times.
+    mean = float(there.abs().mean())
+    assert left <= total - len(values) * mean**2 + len(values) * (mean * 2**-8) ** 2 + total * 1e-6
+
+
+def test_top_k_takes_the_largest_in_each_block():
+    values = torch.tensor([1.0, -5.0, 2.0, 4.0, 0.0, 0.0, 3.0, 0.0])
+    assert there_and_back(TopK(fraction=0.5, block_size=4), values).tolist() == [0, -5, 0, 4, 0, 0, 3, 0]
+    assert TopK(fraction=0.5, block_size=4).encode(values)[:4].tolist() == [1, 0, 3, 0]
+
+
+def test_random_k_draws_other_places_in_each_round_and_the_same_on_all_nodes():
+    values = torch.arange(1.0, 4097.0)
+    sent = [there_and_back(RandomK().at(number), values) for number in (0, 1, 1)]
+    assert torch.equal(sent[1], sent[2])
+    assert int((sent[0] != 0).sum()) == int((sent[1] != 0).sum()) == 410
+    assert not torch.equal(sent[0] != 0, sent[1] != 0)
+    places = sent[0] != 0
+    torch.testing.assert_close(sent[0][places], values[places] * (4096 / 410))
+
+
+@pytest.mark.parametrize("codec", UNBIASED, ids=repr)
+def test_unbiased_in_the_mean(codec: Codec):
+    """Over 400 draws the mean of each value is within five standard deviations of itself, and that of all is nearer."""
+    values = draw(64)
+    draws = torch.stack([there_and_back(codec.at(number), values) for number in range(400)]).double()
+    if isinstance(codec, QSGD):
+        rows = values.double().view(-1, min(64, codec.block_size))
+        step = rows.norm(dim=1, keepdim=True) / codec.levels
+        share = rows.abs() / step % 1
+        variance = (step.square() * share * (1 - share)).view(-1)
+        largest = float(step.max())
+    else:
+        assert isinstance(codec, RandomK)
+        size = min(64, codec.block_size)
+        variance = values.double().square() * (size / codec.kept(size) - 1)
+        largest = float(values.abs().max()) * size / codec.kept(size)
+    off = draws.mean(dim=0) - values
+    assert (off.abs() <= 5 * variance.sqrt() / 20 + 5 * largest / 400).all()
+    if isinstance(codec, QSGD):  # whose values are rounded independently of one another
+        assert float(off.mean().abs()) <= 4 * float(variance.sum().sqrt()) / 20 / 64
+
+
+@given(values=st.lists(tame, min_size=1, max_size=40), seed=st.integers(0, 50))
+def test_qsgd_is_one_of_the_two_levels_around(values: list[float], seed: int):
+    there = torch.tensor([value if abs(value) > 1e-30 else 0.0 for value in values])
+    for codec in (QSGD(bits=2), QSGD(), QSGD(bits=8)):
+        step = float(there.double().norm()) / codec.levels
+        error = (there_and_back(codec.at(seed), there) - there).double().abs()
+        assert (error <= step * (1 + 1e-5)).all()
+
+
+def test_qsgd_variance_is_at_most_the_papers():
+    """E‖Q(x) − x‖² ≤ min(n/s², √n/s) ‖x‖² (lemma 3.1)."""
+    values = draw(512)
+    for bits in (2, 4, 8):
+        codec = QSGD(bits=bits)
+        errors = [float((there_and_back(codec.at(number), values) - values).square().sum()) for number in range(40)]
+        bound = min(512 / codec.levels**2, 512**0.5 / codec.levels) * float(values.square().sum())
+        assert 0 < sum(errors) / 40 <= bound
+
+
+def test_signs_by_hand():
+    assert Sign().encode(torch.tensor([2.0, -1.0, 3.0])).tolist() == [0x00, 0x40, 0b010]
+    assert there_and_back(Sign(block_size=8), torch.tensor([1.0] * 8 + [-4.0, 0.0])).tolist() == [1.0] * 8 + [-2.0, 2.0]
+
+
+def test_values_of_blocks_are_refused_inside_of_sparse_codecs():
+    with pytest.raises(ValidationError, match="top_k sends single values, as identity, bf16 or fp16; not int8"):
+        TopK(values=Int8())
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValidationError):
+            RandomK(fraction=fraction)
+
+
+def test_through_is_what_arrives():
+    values = draw(1000)
+    for codec in ALL:
+        assert torch.equal(codec.through(values), there_and_back(codec, values))

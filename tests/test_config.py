@@ -82,7 +82,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "optimizer.name: no optimizer is called 'adamm' in torch.optim or pytorch_optimizer (did you mean",
     ),
     ({"tracking": "wandb"}, "tracking: no tracking is called 'wandb' (there are: mlflow, none)"),
-    ({"data": {"partition": "dirichlet"}}, "data.partition: no partition is called 'dirichlet'"),
+    (
+        {"data": {"partition": "dirichlett"}},
+        "data.partition: no partition is called 'dirichlett' (did you mean dirichlet?)",
+    ),
     # types
     ({"rounds": "ten"}, "rounds should be a valid integer, got 'ten'"),
     ({"rounds": 1.5}, "rounds should be a valid integer, got 1.5"),
@@ -93,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "algorithm.outer.lr should be a number, got true",
     ),
     ({"cluster": {"nodes": 4}}, "cluster.nodes must be a section of keys (min, target, max), not 4"),
-    ({"data": None}, "data must be a section of keys (source, partition, batch_size), not nothing"),
+    ({"data": None}, "data must be a section of keys (source, partition, sampler, batch_size), not nothing"),
     ({"algorithm": ["fedavg"]}, "algorithm must be a name, or a section with a name (there are: cbo, "),
     ({"network": {"speeds": {"first": 2}}}, "network.speeds.first should be a valid integer, got 'first'"),
     # ranges
@@ -314,11 +317,18 @@ def test_a_config_is_frozen():
         config.rounds = 3  # type: ignore[misc]
 
 
+def test_keys_in_the_task_s_addresses_are_not_public():
+    config = parse(SMALL | {"task": {"name": "digits", "init_from": "s3://AKIA:secret@bucket/run"}})
+    assert config.public()["task"]["init_from"] == "s3://AKIA:***@bucket/run"
+    assert config.dump()["task"]["init_from"] == "s3://AKIA:secret@bucket/run"
+
+
 def test_every_key_is_documented():
     text = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
     keys = parse(SMALL | {"tracking": "mlflow"}).flat()
     for key in (key for key in keys if not key.startswith(("algorithm.", "task."))):
-        known = key.removesuffix(".name") if key in ("data.partition.name", "tracking.name") else key
+        parts = ("data.partition.name", "data.sampler.name", "tracking.name")
+        known = key.removesuffix(".name") if key in parts else key
         assert f"| `{known}` |" in text, key
 
 

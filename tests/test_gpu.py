@@ -1,5 +1,7 @@
 """Nodes on a GPU; skipped where there is none."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -15,13 +17,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_nodes_train_on_a_gpu_and_agree(precision):
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_two_nodes_train_on_a_gpu_and_agree(precision: str, compiled: bool):
+    if compiled and importlib.util.find_spec("triton") is None:
+        pytest.skip("no Triton")
     config = parse(
         {
             "algorithm": {"name": "diloco", "inner_steps": 20},
             "task": {"name": "digits", "model": "cnn"},
-            "optimizer": {"name": "adamw", "lr": 0.01, "precision": precision},
+            "optimizer": {"name": "adamw", "lr": 0.01, "precision": precision, "compile": compiled},
         }
     )
     data = load_data(config.task, config.data, 2, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.replica import NonFiniteLossError, Replica
-from algorithms.api import SERVER, Batch, Evaluate, Gradient, Loss, Node, Train
+from algorithms.api import SERVER, Batch, Evaluate, Gradient, GradientReport, Loss, Node, Step, Train
 from algorithms.errors import ProgramError
 from algorithms.rules import DataBatch
 from algorithms.seeds import generator
@@ -210,6 +210,34 @@ def test_a_step_by_hand_is_a_step_of_training(task: Toy):
     assert torch.equal(one.parameters, same.parameters)
     assert torch.equal(one.buffers, same.buffers)
     assert one.position == same.position
+
+
+@pytest.mark.parametrize("inner", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw", "grad_clip": 0.02}])
+def test_steps_along_gradients_are_training(inner: dict[str, Any]):
+    """Moments, clipping and the schedule go on; what the optimizer knew is gone with ``fresh``."""
+    keys = inner | {"schedule": {"name": "linear", "warmup_steps": 2}}
+    trained, stepped = node(**keys), node(**keys)
+    trained.train(Train(steps=4), NO_FENCE)
+    for _ in range(4):
+        report = stepped.gradient(Gradient())
+        done = stepped.step(Step(report.gradient, report))
+        assert (done.loss, done.num_samples, done.num_steps) == (report.loss, report.num_samples, 0)
+    assert torch.equal(stepped.parameters, trained.parameters)
+    forgetful = node(**keys)
+    for number in range(4):
+        report = forgetful.gradient(Gradient())
+        forgetful.step(Step(report.gradient, report, fresh=number == 2))
+    assert not torch.equal(forgetful.parameters, trained.parameters)
+    assert forgetful.optimizer.age == 2
+
+
+def test_a_step_along_something_else_is_refused():
+    one = node()
+    report = GradientReport(torch.zeros(3), 1.0, 1)
+    with pytest.raises(ProgramError, match=r"Step takes a gradient of shape \[\d+\], not \[3\]"):
+        one.step(Step(report.gradient, report))
+    with pytest.raises(NonFiniteLossError, match="parameters are not finite after a Step"):
+        one.step(Step(torch.full_like(one.parameters, torch.inf), report))
 
 
 def test_they_draw_afresh_and_leave_the_schedule():

@@ -194,6 +194,11 @@ class Ran(Observer):
         """What the algorithm says that a round takes."""
         return self.config.algorithm.expected_bytes(self.replicas[0].layout, len(self.replicas))
 
+    def planned_bytes(self, number: int) -> int:
+        """What it says that round ``number`` takes."""
+        layout = self.replicas[0].layout
+        return self.config.algorithm.round_bytes(layout, len(self.replicas), number, self.config.rounds)
+
 
 def simulate(raw: dict[str, Any] | None = None, *, nodes: int = 2, **keys: Any) -> Ran:
     """Run a configuration in the simulator, without a run directory."""

@@ -1,7 +1,22 @@
 """Data: which samples a node owns, and in which order it draws them."""
 
 from actors.data.config import DataConfig
+from actors.data.indices import Indices, Ranges
 from actors.data.partition import Iid, Partition, assign
-from actors.data.samplers import EpochSampler, Position
+from actors.data.samplers import Blocks, Draws, Epoch, EpochSampler, Position, Sampler, blocks_of
 
-__all__ = ["DataConfig", "EpochSampler", "Iid", "Partition", "Position", "assign"]
+__all__ = [
+    "Blocks",
+    "DataConfig",
+    "Draws",
+    "Epoch",
+    "EpochSampler",
+    "Iid",
+    "Indices",
+    "Partition",
+    "Position",
+    "Ranges",
+    "Sampler",
+    "assign",
+    "blocks_of",
+]

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from actors.data.partition import Iid, Partition
+from actors.data.samplers import Epoch, Sampler
 
 
 class DataConfig(BaseModel):
@@ -14,6 +15,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    source: Literal["pooled"] = "pooled"  # the task's own samples, divided by the partition
-    partition: Partition = Iid()  # not asked for samples that have owners
+    source: Literal["pooled", "federated"] = "pooled"  # one pool, divided by the partition; or each node's own data
+    partition: Partition = Iid()  # of pooled samples; not asked where samples have owners
+    sampler: Sampler = Epoch()  # in which order a node draws its samples
     batch_size: PositiveInt = 32  # per node and optimizer step

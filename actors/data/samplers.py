@@ -1,12 +1,28 @@
-"""Samplers: in which order a node draws its samples."""
+"""Samplers: which of its samples a node draws, and in which order.
+
+A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is
+a ``Draws``: a pure function of (run seed, node, position), so that the position, two numbers, is all that has to be
+kept to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same again.
+
+One of one's own needs a class and a method::
+
+    class Twice(Sampler):
+        def order(self, num_samples, epoch, rng):
+            return torch.randperm(num_samples // 2, generator=rng).repeat(2)  # the first half, twice
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from algorithms.errors import DataError
+from actors.data.indices import Indices, Ranges, concrete
+from algorithms.errors import DataError, ProgramError
+from algorithms.registry import Part
 from algorithms.seeds import generator
 
 if TYPE_CHECKING:
@@ -14,33 +30,48 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from actors.tasks.base import Samples
+
 
 class Position(NamedTuple):
-    """How far a node has read: ``offset`` samples of epoch ``epoch``."""
+    """How far a node has read: ``offset`` samples of epoch ``epoch``; of Poisson batches, ``offset`` batches."""
 
     epoch: int = 0
     offset: int = 0
 
 
-class EpochSampler:
-    """Draws without replacement: each sample once per epoch, in an order of that epoch's own.
+class Blocks(NamedTuple):
+    """How samples come in blocks that are read as a whole."""
 
-    The order is a pure function of (seed, node, epoch), so the position is the whole state: a round that is rolled
-    back sets it to what it was and draws the same samples again.
+    runs: Ranges
+    """The blocks, ascending."""
+    window: int
+    """How many of them are kept in memory."""
+
+
+class Draws(ABC):
+    """A node's draws from its samples.
+
+    Args:
+        indices: of the node's samples, int64, shape (n,), n at least 1.
+        seed: of the run.
+        node: whose they are.
+
+    Raises:
+        DataError: there are no samples.
     """
 
-    def __init__(self, indices: Tensor, seed: int, node: int) -> None:
+    def __init__(self, indices: Indices, seed: int, node: int) -> None:
         if len(indices) == 0:
             raise DataError(f"data: node {node} has no samples to draw from")
         self._indices = indices
         self._seed = seed
         self._node = node
         self._position = Position()
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
 
     @property
-    def indices(self) -> Tensor:
-        """The node's samples, int64, shape (n,)."""
+    def indices(self) -> Indices:
+        """The node's samples."""
         return self._indices
 
     @property
@@ -52,26 +83,199 @@ class EpochSampler:
     def position(self, position: Position) -> None:
         if position.epoch < 0 or not 0 <= position.offset < len(self._indices):
             raise ValueError(f"{position} is not a position in epochs of {len(self._indices)} samples")
-        self._position = position
+        self._position = Position(*position)
 
     def next(self, batch_size: int) -> Tensor:
-        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        """The samples of the next batch."""
         return torch.from_numpy(self.draw(batch_size))
 
+    @abstractmethod
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The same as an array, for those who draw for many nodes and put the arrays together; not to be written to."""
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Batches that one epoch gives, the last and smaller one included."""
+        return -(-len(self._indices) // batch_size)
+
+
+class Sampler(Part, family="sampler", catalog="actors.data"):
+    """Says what an epoch of a node draws."""
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """The places, among the node's ``num_samples`` samples, that an epoch draws, in that order.
+
+        Args:
+            num_samples: that the node owns, n.
+            epoch: counted from 0.
+            rng: a pure function of (run seed, node, epoch).
+
+        Returns:
+            int64, shape (n,), values in [0, n): an epoch has as many draws as there are samples.
+        """
+        raise NotImplementedError
+
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        """A node's draws, from the begin; ``blocks`` of samples that come in blocks."""
+        del blocks
+        return EpochSampler(indices, seed, node, self)
+
+
+class Epoch(Sampler, name="epoch"):
+    """Without replacement: each sample once per epoch, in an order of that epoch's own.
+
+    Of samples that come in blocks (Parquet row groups), blocks are drawn in random order and samples are mixed within a
+    few of them, so that a node never holds more than those.
+    """
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """A permutation."""
+        del epoch
+        return torch.randperm(num_samples, generator=rng)
+
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        if blocks is not None and len(indices):
+            return BlockDraws(indices, seed, node, blocks)
+        return EpochSampler(indices, seed, node, self)
+
+
+class WithReplacement(Sampler, name="replacement"):
+    """With replacement: every draw is any of the samples, each as likely; an epoch is as many draws as samples."""
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
+        """Uniform draws."""
+        del epoch
+        return torch.randint(num_samples, (num_samples,), generator=rng)
+
+
+class Poisson(Sampler, name="poisson"):
+    """Each sample is in a batch with probability q = batch size / n, independently: what DP accountants assume.
+
+    Batches differ in size and may be empty: such a step has no gradient. Reference: Abadi et al., "Deep Learning with
+    Differential Privacy", CCS 2016; amplification by it, Mironov et al., "Rényi Differential Privacy of the Sampled
+    Gaussian Mechanism", 2019, arXiv:1908.10530.
+    """
+
+    @staticmethod
+    def rate(num_samples: int, batch_size: int) -> float:
+        """Q.
+
+        >>> Poisson.rate(1000, 50)
+        0.05
+        """
+        return min(1.0, batch_size / num_samples)
+
+    def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
+        del blocks
+        return PoissonDraws(indices, seed, node)
+
+
+class EpochSampler(Draws):
+    """Draws in the order that a sampler gives each epoch, by default each sample once."""
+
+    def __init__(self, indices: Indices, seed: int, node: int, sampler: Sampler | None = None) -> None:
+        super().__init__(indices, seed, node)
+        self._sampler = Epoch() if sampler is None else sampler
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
         epoch, start = self._position
         order = self._epoch(epoch)
         stop = start + batch_size
         self._position = Position(epoch, stop) if stop < len(order) else Position(epoch + 1)
         return order[start:stop]
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches that one epoch gives, the last and smaller one included."""
-        return -(-len(self._indices) // batch_size)
-
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
-            order = torch.randperm(len(self._indices), generator=generator("epoch", self._seed, self._node, epoch))
-            self._order = epoch, self._indices.numpy()[order.numpy()]
+            size = len(self._indices)
+            places = self._sampler.order(size, epoch, generator("epoch", self._seed, self._node, epoch))
+            if type(self._sampler) is not Epoch:
+                self._check(places)
+            indices = self._indices
+            chosen = indices[places].numpy() if isinstance(indices, Ranges) else indices.numpy()[places.numpy()]
+            self._order = epoch, chosen
         return self._order[1]
+
+    def _check(self, places: Tensor) -> None:
+        size = len(self._indices)
+        good = places.dtype == torch.int64 and places.shape == (size,)
+        if not good or not 0 <= int(places.min()) <= int(places.max()) < size:
+            raise ProgramError(
+                f"the sampler {self._sampler.name} must give {size} places of shape [{size}], int64 in [0, {size}); it "
+                f"gives {places.dtype} of shape {list(places.shape)}"
+            )
+
+
+class PoissonDraws(Draws):
+    """Each sample with probability q, independently of all others and of all other batches."""
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """A batch of about ``batch_size`` samples in ascending places."""
+        epoch, step = self._position
+        last = step + 1 >= self.steps_per_epoch(batch_size)
+        self._position = Position(epoch + 1) if last else Position(epoch, step + 1)
+        size = len(self._indices)
+        rng = generator("poisson", self._seed, self._node, epoch, step)
+        # float64: among 2²⁴ values of a float32 a small q would be rounded.
+        chosen = torch.rand(size, generator=rng, dtype=torch.float64) < Poisson.rate(size, batch_size)
+        return self._indices[chosen.nonzero().flatten()].numpy()
+
+
+class BlockDraws(Draws):
+    """Each sample once per epoch, block by block: a window of a few blocks at a time, mixed with one another.
+
+    Blocks come in an order of that epoch's own. What is kept is the samples of one window, whatever the epoch's size.
+    """
+
+    def __init__(self, indices: Indices, seed: int, node: int, blocks: Blocks) -> None:
+        super().__init__(indices, seed, node)
+        self._window = blocks.window
+        self._members = _by_block(indices, blocks.runs)
+        self._plan: tuple[int, list[int], list[int]] | None = None  # an epoch, its order of blocks, where windows end
+        self._order: tuple[int, int, Tensor] | None = None  # an epoch, a window, and the samples in its order
+
+    def draw(self, batch_size: int) -> NDArray[np.int64]:
+        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        epoch, start = self._position
+        order, ends = self._planned(epoch)
+        window = bisect.bisect_right(ends, start)
+        pieces: list[Tensor] = []
+        while batch_size and window < len(ends):
+            begin = ends[window - 1] if window else 0
+            pieces.append(self._mixed(epoch, window, order)[start - begin :][:batch_size])
+            start += len(pieces[-1])
+            batch_size -= len(pieces[-1])
+            window += 1
+        self._position = Position(epoch, start) if start < ends[-1] else Position(epoch + 1)
+        return torch.cat(pieces).numpy()
+
+    def _planned(self, epoch: int) -> tuple[list[int], list[int]]:
+        if self._plan is None or self._plan[0] != epoch:
+            rng = generator("blocks", self._seed, self._node, epoch)
+            order: list[int] = torch.randperm(len(self._members), generator=rng).tolist()
+            ends = list(itertools.accumulate(len(self._members[block]) for block in order))
+            self._plan = epoch, order, [*ends[self._window - 1 : -1 : self._window], ends[-1]]
+        return self._plan[1], self._plan[2]
+
+    def _mixed(self, epoch: int, window: int, order: list[int]) -> Tensor:
+        if self._order is None or self._order[:2] != (epoch, window):
+            blocks = order[window * self._window : (window + 1) * self._window]
+            members = torch.cat([concrete(self._members[block]) for block in blocks])
+            rng = generator("window", self._seed, self._node, epoch, window)
+            self._order = epoch, window, members[torch.randperm(len(members), generator=rng)]
+        return self._order[2]
+
+
+def blocks_of(samples: Samples) -> Blocks | None:
+    """The blocks of samples that come in blocks."""
+    runs: Ranges | None = getattr(samples, "runs", None)
+    return None if runs is None else Blocks(runs, getattr(samples, "window", 1))
+
+
+def _by_block(indices: Indices, runs: Ranges) -> list[Indices]:
+    """A node's samples block by block, without those that have none."""
+    if isinstance(indices, Ranges):
+        return [Ranges([run]) for run in indices.runs()]
+    ordered = indices.sort().values
+    bounds = torch.searchsorted(ordered, runs.stops[:-1])
+    return [piece for piece in ordered.tensor_split(bounds) if len(piece)]

@@ -1,5 +1,5 @@
 """Tasks: model, loss, data and metrics."""
 
-from actors.tasks.base import Samples, Task, TensorSamples
+from actors.tasks.base import Metric, Samples, Subset, Task, TensorSamples
 
-__all__ = ["Samples", "Task", "TensorSamples"]
+__all__ = ["Metric", "Samples", "Subset", "Task", "TensorSamples"]

@@ -93,6 +93,11 @@ class Digits(Task, name="digits"):
         accuracy = (logits.argmax(dim=1) == labels).double().mean()
         return {"loss": F.cross_entropy(logits, labels), "accuracy": accuracy}
 
+    def predictions(self, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Logits, shape (b, 10), and labels."""
+        images, labels = batch
+        return module(images), labels
+
 
 def _convolution(inputs: int, outputs: int) -> nn.Module:
     layers: list[tuple[str, nn.Module]] = [
@@ -114,4 +119,6 @@ def _load() -> tuple[TensorSamples, TensorSamples]:
     images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64)
     order = torch.randperm(len(images), generator=generator("digits", "split"))
     train, validation = order.tensor_split([int(_TRAIN_FRACTION * len(order))])
-    return TensorSamples(images[train], labels[train]), TensorSamples(images[validation], labels[validation])
+    parts = ((images[part], labels[part]) for part in (train, validation))
+    first, second = (TensorSamples(pixels, classes, labels=classes) for pixels, classes in parts)
+    return first, second

@@ -47,7 +47,8 @@ class Logistic(Task, name="logistic"):
         """``samples_per_node`` pairs of features, float32 of shape (n, d), and a label ±1 for each node."""
         features, labels = zip(*(self._samples(node) for node in range(num_nodes)), strict=True)
         owners = torch.arange(num_nodes).repeat_interleave(self.samples_per_node)
-        return TensorSamples(torch.cat(features), torch.cat(labels), owners=owners)
+        classes = (torch.cat(labels) > 0).long()
+        return TensorSamples(torch.cat(features), torch.cat(labels), owners=owners, labels=classes)
 
     def validation_samples(self, num_nodes: int) -> TensorSamples:
         """The training data."""

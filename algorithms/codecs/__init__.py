@@ -1,7 +1,12 @@
 """Codecs: what an exchanged tensor looks like as bytes."""
 
 from algorithms.codecs.base import Codec, Identity
+from algorithms.codecs.feedback import refuse_lossy
+from algorithms.codecs.fp4 import FP4
 from algorithms.codecs.half import BFloat16, Float16
 from algorithms.codecs.int8 import Int8
+from algorithms.codecs.qsgd import QSGD
+from algorithms.codecs.sign import Sign
+from algorithms.codecs.sparse import RandomK, TopK
 
-__all__ = ["BFloat16", "Codec", "Float16", "Identity", "Int8"]
+__all__ = ["FP4", "QSGD", "BFloat16", "Codec", "Float16", "Identity", "Int8", "RandomK", "Sign", "TopK", "refuse_lossy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,6 +24,26 @@ class Codec(Part, family="codec", catalog="algorithms.codecs"):
     def block(self) -> int:
         """Values that must stay together: an exchange is cut only at multiples of it."""
         return 1
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether what it leaves out is lost for good unless it is sent later, by error feedback."""
+        return False
+
+    @property
+    def is_contraction(self) -> bool:
+        """Whether what it leaves out is less than what there was, so that it may be added the next time."""
+        return True
+
+    def at(self, round_number: int) -> Self:
+        """The codec of a round, the same on all members; another one each time where a codec draws random numbers."""
+        del round_number
+        return self
+
+    def through(self, values: Tensor) -> Tensor:
+        """What arrives of ``values``, shape (n,): decoded again, of the same dtype and on the same device."""
+        flat = values.detach()
+        return self.decode(self.encode(flat.cpu()), flat.numel(), flat.dtype).to(flat.device)
 
     @abstractmethod
     def nbytes(self, num_values: int, dtype: torch.dtype) -> int:

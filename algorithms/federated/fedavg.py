@@ -20,13 +20,14 @@ arXiv:1602.05629, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, Self, cast
 
+from pydantic import model_validator
 from torch import Tensor
 
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
-from algorithms.codecs import Codec, Identity
+from algorithms.codecs import Codec, Identity, refuse_lossy
 from algorithms.federated.base import Federated
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class FedAvg(Federated, name="fedavg"):
     aggregator: Aggregator = Mean()  # combines the differences; mean: weighted by w_i
     codec: Codec = Identity()  # what travels; decoded before it is combined
     result_codec: Codec = Identity()  # what travels back: the combined difference
+
+    @model_validator(mode="after")
+    def _codecs_lose_nothing(self) -> Self:
+        refuse_lossy(self.codec, self.result_codec, feedback=None)
+        return self
 
     def rule(self, model: Tensor) -> Rule | None:
         """What wraps the gradients of local steps that begin at ``model``, shape (P,)."""
@@ -58,8 +64,8 @@ class FedAvg(Federated, name="fedavg"):
             contribution,
             weight=weight,
             aggregator=self.aggregator,
-            codec=self.codec,
-            result_codec=self.result_codec,
+            codec=self.codec.at(node.round),
+            result_codec=self.result_codec.at(node.round),
         )
         self.move(node, mean.value["difference"], mean.value["buffers"])
 

@@ -4,5 +4,6 @@ from algorithms.gossip.base import Gossip
 from algorithms.gossip.dsgd import DSGD
 from algorithms.gossip.gradient_tracking import GradientTracking
 from algorithms.gossip.random_walk import RandomWalk
+from algorithms.gossip.single_merge import SingleMerge
 
-__all__ = ["DSGD", "Gossip", "GradientTracking", "RandomWalk"]
+__all__ = ["DSGD", "Gossip", "GradientTracking", "RandomWalk", "SingleMerge"]

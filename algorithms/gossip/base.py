@@ -25,10 +25,15 @@ class Gossip(Algorithm):
 
     def tensors(self, node: Node) -> dict[str, Tensor]:
         """What is mixed of a node: its parameters, and its floating-point buffers if there are any; to write to."""
-        if node.buffers.numel():
-            return {"parameters": node.parameters, "buffers": node.buffers}
-        return {"parameters": node.parameters}
+        return tensors_of(node)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size
         return self.steps
+
+
+def tensors_of(node: Node) -> dict[str, Tensor]:
+    """A node's parameters, and its floating-point buffers if there are any; to write to."""
+    if node.buffers.numel():
+        return {"parameters": node.parameters, "buffers": node.buffers}
+    return {"parameters": node.parameters}

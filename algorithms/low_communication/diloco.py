@@ -20,14 +20,14 @@ arXiv:2311.08105, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Self, cast
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
-from algorithms.codecs import Codec, Identity
+from algorithms.codecs import Codec, Identity, refuse_lossy
 from algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class DiLoCo(Algorithm, name="diloco"):
     codec: Codec = Identity()  # what travels; decoded before it is combined
     result_codec: Codec = Identity()  # what travels back: the combined outer gradient
 
+    @model_validator(mode="after")
+    def _codecs_lose_nothing(self) -> Self:
+        refuse_lossy(self.codec, self.result_codec, feedback=None)
+        return self
+
     def init(self, node: Node) -> None:
         node.shared["anchor"] = node.parameters.clone()
         node.shared["outer"] = self.outer.init(node.parameters)
@@ -53,8 +58,8 @@ class DiLoCo(Algorithm, name="diloco"):
         mean = await AllReduce(
             {"outer_gradient": anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
             aggregator=self.aggregator,
-            codec=self.codec,
-            result_codec=self.result_codec,
+            codec=self.codec.at(node.round),
+            result_codec=self.result_codec.at(node.round),
         )
         step, node.shared["outer"] = self.outer.update(
             mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])

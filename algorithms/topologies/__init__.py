@@ -10,6 +10,7 @@ from algorithms.topologies.exponential import Exponential
 from algorithms.topologies.file import File
 from algorithms.topologies.mixing import Mixing
 from algorithms.topologies.one_peer_exponential import OnePeerExponential
+from algorithms.topologies.random_matching import RandomMatching
 from algorithms.topologies.random_regular import RandomRegular
 from algorithms.topologies.ring import Ring
 from algorithms.topologies.torus import Torus
@@ -26,6 +27,7 @@ __all__ = [
     "GraphTopology",
     "Mixing",
     "OnePeerExponential",
+    "RandomMatching",
     "RandomRegular",
     "RandomTopology",
     "Ring",

@@ -15,6 +15,8 @@ from actors.tasks.quadratic import Quadratic
 from algorithms.api import Train
 from algorithms.low_communication import DiLoCo
 from algorithms.outer import SGD, Nesterov
+from orchestrator.config import parse
+from orchestrator.errors import ConfigError
 from tests import codecs
 from tests.toys import Ran, Toy, begin, replica, simulate
 
@@ -265,6 +267,26 @@ def test_bytes_in_several_parts(codec: str, result_codec: str):
 def test_defaults():
     assert DiLoCo() == DiLoCo(inner_steps=500, outer=Nesterov(lr=0.7, momentum=0.9))
     assert DiLoCo(outer=SGD()).model_dump()["outer"] == {"name": "sgd", "lr": 1.0, "momentum": 0.0}
+
+
+@pytest.mark.parametrize("name", ["diloco", "fedavg"])
+@pytest.mark.parametrize("codec", ["sign", "top_k", {"name": "random_k", "unbiased": False}])
+def test_codecs_that_need_feedback_are_refused(name: str, codec: Any):
+    named = codec if isinstance(codec, str) else codec["name"]
+    message = f"codec: what {named} leaves out would never be sent; take fp4, int8, bf16 or identity"
+    for key in ("codec", "result_codec"):
+        with pytest.raises(ConfigError, match=message if key == "codec" else f"result_codec: {named} needs error"):
+            parse({"algorithm": {"name": name, key: codec}, "task": "digits"})
+
+
+def test_random_places_are_others_in_each_round():
+    keys: dict[str, Any] = {"task": "test_toy", "nodes": 2, "rounds": 1}
+    algorithm = {"name": "diloco", "inner_steps": 2, "codec": {"name": "random_k", "fraction": 0.3}}
+    start = replica(task=Toy()).parameters
+    one, two = (simulate(algorithm=algorithm, **keys | {"rounds": rounds}).parameters for rounds in (1, 2))
+    moved = one != start
+    assert 0 < int(moved.sum()) < 0.5 * len(moved)
+    assert int((two != start).sum()) > int(moved.sum())
 
 
 def test_all_nodes_end_with_the_anchor():

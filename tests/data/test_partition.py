@@ -1,16 +1,33 @@
-"""Partitions: every sample in exactly one part, and errors that say what to do."""
+"""Partitions: every sample in exactly one part, the same parts in every process, and errors that say what to do."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from actors.data import DataConfig, Iid, assign
+from actors.data import DataConfig, Iid, Partition, Ranges, assign
+from actors.data.indices import concrete
+from actors.data.partition import Column, Dirichlet, Feature, Quantity, Shards, cut, dirichlet
 from actors.tasks import TensorSamples
 from algorithms.errors import DataError
+from algorithms.registry import find, table
+from algorithms.seeds import generator
+
+FILLED: list[Partition] = [
+    Iid(),
+    Quantity(alpha=0.3, min_samples=1),
+    Dirichlet(alpha=0.1, min_samples=1),
+    Shards(min_samples=1),
+    Feature(),
+    Feature(strength=0.4),
+]
 
 
 def pooled(num_samples: int) -> TensorSamples:
@@ -21,55 +38,283 @@ def owned(owners: list[int]) -> TensorSamples:
     return TensorSamples(torch.zeros(len(owners)), owners=torch.tensor(owners))
 
 
-@given(num_nodes=st.integers(1, 20), extra=st.integers(0, 60), seed=st.integers(0, 2**40))
-def test_iid_covers_each_sample_once(num_nodes: int, extra: int, seed: int):
-    samples = pooled(num_nodes + extra)
-    parts = assign(samples, Iid(), num_nodes, seed)
+def labelled(labels: list[int], seed: int = 0) -> TensorSamples:
+    numbers = torch.tensor(labels)
+    features = torch.randn(len(labels), 3, generator=generator("features", seed)) + numbers.unsqueeze(1)
+    return TensorSamples(features, numbers, labels=numbers, columns={"user": np.array([f"u{one}" for one in labels])})
+
+
+class Blocked(TensorSamples):
+    """Samples that come in blocks of the given sizes."""
+
+    def __init__(self, sizes: list[int], labels: torch.Tensor | None = None) -> None:
+        super().__init__(torch.zeros(sum(sizes)), labels=labels)
+        ends = np.cumsum(sizes).tolist()
+        self.blocks = Ranges(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def members(parts: Any) -> list[int]:
+    return torch.cat([concrete(part) for part in parts]).sort().values.tolist()
+
+
+# --- what holds for all ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partition", FILLED, ids=lambda one: one.name)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=12, max_size=60),
+    num_nodes=st.integers(1, 12),
+    seed=st.integers(0, 2**40),
+)
+def test_each_sample_is_in_exactly_one_part(partition: Partition, labels: list[int], num_nodes: int, seed: int):
+    samples = labelled(labels)
+    parts = assign(samples, partition, num_nodes, seed)
     assert len(parts) == num_nodes
-    assert torch.cat(parts).sort().values.tolist() == list(range(len(samples)))
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
+    assert members(parts) == list(range(len(labels)))
+    assert all(len(part) for part in parts)
+    again = assign(labelled(labels), partition, num_nodes, seed)
+    assert all(torch.equal(concrete(one), concrete(two)) for one, two in zip(parts, again, strict=True))
 
 
-def test_iid_depends_on_the_seed_alone():
-    first, again, other = (Iid().split(pooled(100), 4, seed) for seed in (0, 0, 1))
+@pytest.mark.parametrize("partition", FILLED, ids=lambda one: one.name)
+def test_parts_depend_on_the_seed_alone(partition: Partition):
+    samples = labelled([number % 5 for number in range(200)])
+    first = assign(samples, partition, 4, 0)
     torch.rand(3)  # the global generator has no say
-    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-    assert not torch.equal(first[0], other[0])
+    other = assign(samples, partition, 4, 1)
+    assert not all(torch.equal(concrete(one), concrete(two)) for one, two in zip(first, other, strict=True))
+
+
+@given(
+    least=st.integers(0, 8),
+    alpha=st.sampled_from([0.01, 0.1, 1.0]),
+    num_nodes=st.integers(1, 10),
+    seed=st.integers(0, 1000),
+)
+def test_no_node_has_fewer_than_the_least(least: int, alpha: float, num_nodes: int, seed: int):
+    samples = labelled([number % 3 for number in range(80)])
+    partition = Dirichlet(alpha=alpha, min_samples=max(1, least))
+    parts = assign(samples, partition, num_nodes, seed)
+    assert min(len(part) for part in parts) >= max(1, least)
+    assert members(parts) == list(range(80))
+
+
+def test_nodes_that_have_enough_and_give_nothing_keep_their_samples():
+    samples = labelled([number % 3 for number in range(60)])
+    plain = Dirichlet(alpha=0.2).split(samples, 5, 3)
+    filled = assign(samples, Dirichlet(alpha=0.2, min_samples=4), 5, 3)
+    sizes = [len(part) for part in plain]
+    assert min(sizes) < 4
+    for before, after in zip(plain, filled, strict=True):
+        if len(before) < 4:
+            assert set(concrete(before).tolist()) < set(concrete(after).tolist())
+            assert len(after) == 4
+
+
+def test_a_least_that_cannot_be_is_refused():
+    with pytest.raises(
+        DataError, match=r"min_samples: 4 nodes with 20 samples each need 80, and there are 60; lower it"
+    ):
+        assign(labelled([0] * 60), Iid(min_samples=20), 4, 0)
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+@given(num_nodes=st.integers(1, 20), extra=st.integers(0, 60), seed=st.integers(0, 2**40))
+def test_iid_parts_are_even(num_nodes: int, extra: int, seed: int):
+    sizes = [len(part) for part in assign(pooled(num_nodes + extra), Iid(), num_nodes, seed)]
+    assert max(sizes) - min(sizes) <= 1
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))
 def test_owners_keep_their_samples(tail: list[int]):
     owners = [3, 0, 5, 1, 2, 4, *tail]
-    parts = assign(owned(owners), Iid(), 6, seed=0)
-    assert torch.cat(parts).sort().values.tolist() == list(range(len(owners)))
+    parts = [concrete(part) for part in assign(owned(owners), Iid(), 6, seed=0)]
+    assert members(parts) == list(range(len(owners)))
     for node, part in enumerate(parts):
         assert [owners[index] for index in part.tolist()] == [node] * len(part)
         assert part.tolist() == sorted(part.tolist())
 
 
-@pytest.mark.parametrize(
-    ("samples", "num_nodes", "message"),
-    [
-        (
-            pooled(10),
-            12,
-            "data: 10 samples cannot be divided among 12 nodes; ask for at most 10 nodes, or take a larger",
-        ),
-        (owned([0, 1, 4]), 3, "data: node 4 owns samples, but there are 3 nodes"),
-        (owned([0, 2]), 3, "data: node 1 of 3 owns no samples; ask for fewer nodes"),
-    ],
-)
-def test_errors(samples: TensorSamples, num_nodes: int, message: str):
-    with pytest.raises(DataError, match=message):
-        assign(samples, Iid(), num_nodes, seed=0)
+@given(alpha=st.sampled_from([1e-3, 0.1, 1.0, 50.0, 1e4]), size=st.integers(1, 30), seed=st.integers(0, 1000))
+def test_dirichlet_draws_are_shares(alpha: float, size: int, seed: int):
+    shares = dirichlet(alpha, size, generator(seed))
+    assert shares.shape == (size,)
+    assert float(shares.min()) >= 0
+    assert float(shares.sum()) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 6.0])
+def test_dirichlet_has_its_moments(alpha: float):
+    size, count = 5, 4000
+    rng = generator("moments")
+    draws = torch.stack([dirichlet(alpha, size, rng) for _ in range(count)])
+    # Of Dir(α·1) each share has the mean 1/N and the variance (N − 1) / (N² (Nα + 1)).
+    variance = (size - 1) / (size**2 * (size * alpha + 1))
+    assert draws.mean(0).tolist() == pytest.approx([1 / size] * size, abs=4 * (variance / count) ** 0.5)
+    assert draws.var(0).tolist() == pytest.approx([variance] * size, rel=0.1)
+
+
+@given(st.integers(0, 100), st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_cuts_are_within_one_of_exact(num_samples: int, weights: list[int]):
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    pieces = cut(torch.arange(num_samples), shares)
+    assert torch.cat(list(pieces)).tolist() == list(range(num_samples))
+    for piece, share in zip(pieces, shares.tolist(), strict=True):
+        assert abs(len(piece) - share * num_samples) <= 1
+
+
+def test_dirichlet_is_nearly_iid_for_a_large_alpha_and_pure_for_a_small_one():
+    labels = [number % 4 for number in range(4000)]
+    even = assign(labelled(labels), Dirichlet(alpha=1e5), 4, 0)
+    for part in even:
+        counts = torch.tensor(labels)[part].bincount(minlength=4)
+        assert (counts - 250).abs().max() < 10
+    # With α → 0 nearly all of a class goes to one node.
+    severe = Dirichlet(alpha=1e-3).split(labelled(labels), 4, 0)
+    table_ = torch.stack([torch.tensor(labels)[part].bincount(minlength=4) for part in severe])
+    assert table_.amax(0).min() > 990
+
+
+@given(per_node=st.integers(1, 3), num_nodes=st.integers(1, 10), seed=st.integers(0, 1000))
+def test_shards_give_each_node_few_classes(per_node: int, num_nodes: int, seed: int):
+    labels = torch.arange(10).repeat_interleave(12)
+    parts = assign(labelled(labels.tolist()), Shards(per_node=per_node), num_nodes, seed)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= per_node
+    for part in parts:
+        # A shard of s consecutive sorted samples touches at most ⌈(s − 1) / 12⌉ + 1 of the classes of twelve.
+        shard = -(-120 // (num_nodes * per_node))
+        assert len(labels[concrete(part)].unique()) <= per_node * (-(-(shard - 1) // 12) + 1)
+
+
+def test_a_column_keeps_its_values_together():
+    users = [0, 1, 2, 3, 4, 5, 6] * 9
+    parts = assign(labelled(users), Column(column="user"), 3, 0)
+    found = [{users[index] for index in concrete(part).tolist()} for part in parts]
+    assert set.union(*found) == set(range(7))
+    assert sum(map(len, found)) == 7
+    assert sorted(map(len, found)) == [2, 2, 3]
+
+
+def test_as_many_values_as_nodes_are_given_in_their_order():
+    users = [2, 0, 1, 1, 0, 2, 2]
+    parts = assign(labelled(users), Column(column="user"), 3, 5)
+    assert [concrete(part).tolist() for part in parts] == [[1, 4], [2, 3], [0, 5, 6]]
+    by_label = assign(TensorSamples(torch.zeros(7), labels=torch.tensor(users)), Column(column="label"), 3, 5)
+    assert [concrete(part).tolist() for part in by_label] == [[1, 4], [2, 3], [0, 5, 6]]
+
+
+def test_feature_skew_divides_space_into_regions():
+    samples = TensorSamples(torch.rand(1000, 1, generator=generator(1)))
+    parts = assign(samples, Feature(), 4, 0)
+    ranges = sorted((samples.tensors[0][part].min().item(), samples.tensors[0][part].max().item()) for part in parts)
+    # Values are rounded to 1/1024, so regions may meet in one step.
+    assert all(low[1] <= high[0] + 1 / 512 for low, high in itertools.pairwise(ranges))
+    assert [len(part) for part in parts] == [250] * 4
+    mixed = assign(samples, Feature(strength=0.0), 4, 0)
+    assert all(abs(samples.tensors[0][part].mean().item() - 0.5) < 0.06 for part in mixed)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partition", [Iid(), Quantity(alpha=5.0)], ids=lambda one: one.name)
+@given(sizes=st.lists(st.integers(1, 30), min_size=8, max_size=40), seed=st.integers(0, 1000))
+def test_blocks_are_dealt_whole(partition: Partition, sizes: list[int], seed: int):
+    samples = Blocked(sizes)
+    parts = partition.split(samples, 4, seed)
+    assert members(parts) == list(range(sum(sizes)))
+    blocks = set(samples.blocks.runs())
+    for part in parts:
+        assert isinstance(part, Ranges)
+        assert set(part.runs()) <= blocks
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=8, max_size=40))
+def test_dealt_parts_are_as_even_as_a_block_allows(sizes: list[int]):
+    counts = [len(part) for part in assign(Blocked(sizes), Iid(), 4, 0)]
+    assert max(counts) - min(counts) <= 2 * max(sizes)
+
+
+def test_label_skew_divides_single_samples_of_blocks():
+    labels = torch.arange(40) % 2
+    parts = assign(Blocked([10] * 4, labels), Shards(per_node=1), 2, 0)
+    assert sorted(labels[concrete(part)].unique().tolist() for part in parts) == [[0], [1]]
+
+
+def test_ranges_are_the_indices_that_they_stand_for():
+    ranges = Ranges([(5, 8), (0, 2), (20, 21)])
+    expected = [5, 6, 7, 0, 1, 20]
+    assert len(ranges) == 6
+    assert concrete(ranges).tolist() == expected
+    assert ranges[torch.tensor([[5, 0], [3, 2]])].tolist() == [[20, 5], [0, 7]]
+    assert len(Ranges([])) == 0
+    with pytest.raises(ValueError, match="cannot be empty"):
+        Ranges([(3, 3)])
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+CASES = [
+    (pooled(10), Iid(), 12, "data: 10 samples cannot be divided among 12 nodes; ask for at most 10 nodes, or take a "),
+    (owned([0, 1, 4]), Iid(), 3, "data: node 4 owns samples, but there are 3 nodes"),
+    (owned([0, 2]), Iid(), 3, "data: node 1 of 3 owns no samples; ask for fewer nodes"),
+    (pooled(10), Dirichlet(), 2, "data.partition: dirichlet goes by labels, and these samples have none; take iid or"),
+    (pooled(10), Column(column="user"), 2, "data.partition.column: there is no column 'user' .these samples have none"),
+    (labelled([0, 1]), Column(column="usr"), 2, "data.partition.column: there is no column 'usr' .there are: user"),
+    (
+        labelled([0, 1, 1]),
+        Column(column="user"),
+        3,
+        "user has 2 different values, and there are 3 nodes: node 2 gets no samples; ask for at most 2 nodes",
+    ),
+    (
+        labelled([0] * 8),
+        Dirichlet(alpha=1e-6),
+        4,
+        "data.partition: dirichlet leaves node . of 4 without samples; raise data.partition.alpha, set ",
+    ),
+    (labelled([0, 1]), Shards(), 4, "data.partition: shards leaves node . of 4 without samples; lower data.partition."),
+    (
+        Blocked([5, 5]),
+        Iid(),
+        3,
+        "data: 2 row groups cannot be divided among 3 nodes: node 2 gets none; ask for at most",
+    ),
+    (
+        Blocked([2, 9]),
+        Iid(min_samples=4),
+        2,
+        "min_samples: node 0 has 2 samples in whole row groups; lower it, write sm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("samples", "partition", "num_nodes", "message"), CASES, ids=range(len(CASES)))
+def test_errors(samples: TensorSamples, partition: Partition, num_nodes: int, message: str):
+    with pytest.raises(DataError, match=message) as caught:
+        assign(samples, partition, num_nodes, seed=0)
+    assert "\n" not in str(caught.value)
 
 
 def test_configuration():
     assert DataConfig() == DataConfig.model_validate(
-        {"source": "pooled", "partition": {"name": "iid"}, "batch_size": 32}
+        {"source": "pooled", "partition": {"name": "iid"}, "sampler": "epoch", "batch_size": 32}
     )
     assert DataConfig.model_validate({"partition": "iid"}).partition == Iid()
-    for wrong in ({"batch_size": 0}, {"source": "owned"}, {"batchsize": 8}, {"partition": "idd"}):
+    assert set(table(Partition)) == {"column", "dirichlet", "feature", "iid", "quantity", "shards"}
+    assert find(Partition, "shards") is Shards
+    for wrong in (
+        {"batch_size": 0},
+        {"source": "owned"},
+        {"batchsize": 8},
+        {"partition": "idd"},
+        {"partition": {"name": "dirichlet", "alpha": 0}},
+        {"partition": {"name": "feature", "strength": 1.5}},
+        {"partition": "column"},
+        {"sampler": "random"},
+    ):
         with pytest.raises(ValidationError):
             DataConfig.model_validate(wrong)

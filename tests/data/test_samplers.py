@@ -1,14 +1,20 @@
-"""Samplers and their seeds: each sample once per epoch, and a position that is the whole state."""
+"""Samplers and their seeds: what an epoch draws, and a position that is the whole state."""
 
 from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.data import EpochSampler, Position
-from algorithms.errors import DataError
+from actors.data import Blocks, Draws, Epoch, EpochSampler, Position, Ranges, Sampler
+from actors.data.samplers import BlockDraws, Poisson, PoissonDraws, WithReplacement
+from algorithms.errors import DataError, ProgramError
+from algorithms.registry import find, table
 from algorithms.seeds import derive_seed, generator
 
 
@@ -16,13 +22,80 @@ def sampler(num_samples: int, seed: int = 0, node: int = 0) -> EpochSampler:
     return EpochSampler(100 + torch.arange(num_samples), seed, node)
 
 
+def in_blocks(num_samples: int, seed: int = 0, node: int = 0) -> Draws:
+    """Blocks of at most seven, two of which are kept."""
+    starts = range(100, 100 + num_samples, 7)
+    runs = Ranges((start, min(start + 7, 100 + num_samples)) for start in starts)
+    return Epoch().begin(runs, seed, node, Blocks(runs, 2))
+
+
+def with_replacement(num_samples: int, seed: int = 0, node: int = 0) -> Draws:
+    return WithReplacement().begin(100 + torch.arange(num_samples), seed, node)
+
+
+def poisson(num_samples: int, seed: int = 0, node: int = 0) -> Draws:
+    return Poisson().begin(100 + torch.arange(num_samples), seed, node)
+
+
+Make = Callable[..., Draws]
+ALL = [sampler, in_blocks, with_replacement, poisson]
 sizes = st.integers(1, 60)
 batch_sizes = st.integers(1, 25)
 
 
+# --- what holds for all -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ALL)
+@given(sizes, st.lists(batch_sizes, max_size=12), st.lists(batch_sizes, min_size=1, max_size=12))
+def test_a_restored_position_repeats_the_draws(make: Make, num_samples: int, before: list[int], after: list[int]):
+    draws = make(num_samples)
+    for batch_size in before:
+        draws.next(batch_size)
+    # As it would lie in a checkpoint: two numbers.
+    position = Position(*json.loads(json.dumps(draws.position)))
+    first = [draws.next(batch_size) for batch_size in after]
+    fresh = make(num_samples)
+    for other in (draws, fresh):
+        other.position = position
+        again = [other.next(batch_size) for batch_size in after]
+        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert draws.position == fresh.position
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_draws_differ_between_epochs_nodes_and_seeds(make: Make):
+    def epoch(draws: Draws) -> tuple[int, ...]:
+        return tuple(torch.cat([draws.next(25) for _ in range(draws.steps_per_epoch(25))]).tolist())
+
+    epochs = make(50)
+    found = [epoch(epochs), epoch(epochs), epoch(make(50, node=1)), epoch(make(50, seed=1))]
+    assert len(set(found)) == 4
+    torch.rand(3)  # the global generator has no say
+    assert epoch(make(50)) == found[0]
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("position", [Position(-1), Position(0, -1), Position(0, 10), Position(2, 11)])
+def test_positions_outside_are_refused(make: Make, position: Position):
+    draws = make(10)
+    with pytest.raises(ValueError, match="is not a position in epochs of 10 samples"):
+        draws.position = position
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_no_samples(make: Make):
+    with pytest.raises(DataError, match="data: node 3 has no samples"):
+        make(0, node=3)
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [sampler, in_blocks])
 @given(sizes, batch_sizes)
-def test_an_epoch_draws_each_sample_once(num_samples: int, batch_size: int):
-    draws = sampler(num_samples)
+def test_an_epoch_draws_each_sample_once(make: Make, num_samples: int, batch_size: int):
+    draws = make(num_samples)
     for epoch in range(3):
         assert draws.position == Position(epoch)
         batches = [draws.next(batch_size) for _ in range(draws.steps_per_epoch(batch_size))]
@@ -31,37 +104,118 @@ def test_an_epoch_draws_each_sample_once(num_samples: int, batch_size: int):
         assert 1 <= len(batches[-1]) <= batch_size
 
 
-@given(sizes, st.lists(batch_sizes, max_size=20), st.lists(batch_sizes, min_size=1, max_size=20))
-def test_a_restored_position_repeats_the_draws(num_samples: int, before: list[int], after: list[int]):
-    draws = sampler(num_samples)
-    for batch_size in before:
-        draws.next(batch_size)
-    position = draws.position
-    first = [draws.next(batch_size) for batch_size in after]
-    fresh = sampler(num_samples)
-    for other in (draws, fresh):
-        other.position = position
-        again = [other.next(batch_size) for batch_size in after]
-        assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
-    assert draws.position == fresh.position
+@given(sizes, batch_sizes, st.integers(1, 4))
+def test_an_epoch_of_blocks_keeps_to_its_windows(num_samples: int, batch_size: int, window: int):
+    runs = Ranges((start, min(start + 7, num_samples)) for start in range(0, num_samples, 7))
+    draws = Epoch().begin(runs, 0, 0, Blocks(runs, window))
+    order = torch.cat([draws.next(batch_size) for _ in range(draws.steps_per_epoch(batch_size))])
+    blocks = (order // 7).tolist()
+    seen: list[int] = []
+    while blocks:
+        # The next blocks that come are the window: none of another one is drawn before all of them are.
+        here = list(dict.fromkeys(blocks))
+        size = 0
+        while sum(min(7, num_samples - 7 * one) for one in sorted(set(blocks[:size]))) > size or not size:
+            size += 1
+        assert len(set(blocks[:size])) <= window
+        seen += here[: len(set(blocks[:size]))]
+        blocks = blocks[size:]
+    assert sorted(seen) == list(range(-(-num_samples // 7)))
 
 
-def test_orders_differ_between_epochs_nodes_and_seeds():
-    epochs = sampler(50)
-    orders = [epochs.next(50), epochs.next(50), sampler(50, node=1).next(50), sampler(50, seed=1).next(50)]
-    assert len({tuple(order.tolist()) for order in orders}) == 4
+def test_single_samples_of_blocks_are_drawn_block_by_block():
+    mine = torch.tensor([3, 4, 11, 12, 13, 40])
+    runs = Ranges((start, start + 10) for start in range(0, 50, 10))
+    draws = Epoch().begin(mine, 0, 0, Blocks(runs, 1))
+    assert isinstance(draws, BlockDraws)
+    order = torch.cat([draws.next(4), draws.next(4)])
+    assert sorted(order.tolist()) == mine.tolist()
+    blocks = (order // 10).tolist()
+    assert len(list(dict.fromkeys(blocks))) == 3
+    assert blocks == sorted(blocks, key=list(dict.fromkeys(blocks)).index)
 
 
-@pytest.mark.parametrize("position", [Position(-1), Position(0, -1), Position(0, 10), Position(2, 11)])
-def test_positions_outside_are_refused(position: Position):
-    draws = sampler(10)
-    with pytest.raises(ValueError, match="is not a position in epochs of 10 samples"):
-        draws.position = position
+def test_with_replacement_draws_uniformly():
+    draws = with_replacement(20)
+    counts = torch.zeros(20)
+    for _ in range(500):
+        counts += (draws.next(20) - 100).bincount(minlength=20)
+    # Binomial with n = 10 000 and p = 1/20: the standard deviation is 21.8.
+    assert (counts - 500).abs().max() < 5 * 21.8
+    assert len(torch.unique(with_replacement(20).next(20))) < 20
 
 
-def test_no_samples():
-    with pytest.raises(DataError, match="data: node 3 has no samples"):
-        sampler(0, node=3)
+@given(num_samples=st.integers(1, 200), batch_size=st.integers(1, 300))
+def test_poisson_batches_hold_each_sample_at_most_once(num_samples: int, batch_size: int):
+    draws = poisson(num_samples)
+    batch = draws.next(batch_size)
+    assert len(batch.unique()) == len(batch)
+    assert batch.tolist() == sorted(batch.tolist())
+    if batch_size >= num_samples:
+        assert len(batch) == num_samples
+
+
+def test_poisson_has_its_law():
+    num_samples, batch_size, count = 50, 5, 4000
+    draws = poisson(num_samples)
+    assert isinstance(draws, PoissonDraws)
+    batches = [draws.next(batch_size) - 100 for _ in range(count)]
+    sizes_ = torch.tensor([float(len(batch)) for batch in batches])
+    q = Poisson.rate(num_samples, batch_size)
+    assert q == 0.1
+    # A batch's size is binomial, and so is how often each sample, or pair of samples, is drawn.
+    assert float(sizes_.mean()) == pytest.approx(num_samples * q, abs=5 * math.sqrt(num_samples * q / count))
+    assert float(sizes_.var()) == pytest.approx(num_samples * q * (1 - q), rel=0.1)
+    counts = torch.cat(batches).bincount(minlength=num_samples)
+    assert (counts - count * q).abs().max() < 5 * math.sqrt(count * q * (1 - q))
+    both = sum(1 for batch in batches if {0, 1} <= set(batch.tolist()))
+    assert abs(both - count * q * q) < 5 * math.sqrt(count * q * q)
+    assert int(sizes_.min()) == 0  # an empty batch is one
+
+
+def test_poisson_epochs_have_as_many_batches_as_others():
+    draws = poisson(50)
+    assert draws.steps_per_epoch(8) == 7
+    for _ in range(7):
+        draws.next(8)
+    assert draws.position == Position(1)
+
+
+# --- one's own --------------------------------------------------------------------------------------------------------
+
+
+class Newest(Sampler):
+    """The last sample, over and over."""
+
+    wrong: bool = False
+
+    def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> torch.Tensor:
+        return torch.full((num_samples,), num_samples - 1 + self.wrong)
+
+
+def test_a_sampler_of_ones_own():
+    draws = Newest().begin(100 + torch.arange(5), 0, 0)
+    assert draws.next(3).tolist() == [104, 104, 104]
+    assert draws.next(3).tolist() == [104, 104]
+    assert draws.position == Position(1)
+
+
+def test_a_sampler_that_draws_what_is_not_there_is_refused():
+    draws = Newest(wrong=True).begin(torch.arange(5), 0, 0)
+    with pytest.raises(
+        ProgramError, match=r"test_samplers:Newest must give 5 places of shape \[5\], int64 in \[0, 5\); it"
+    ):
+        draws.next(3)
+
+
+def test_names():
+    assert set(table(Sampler)) == {"epoch", "poisson", "replacement"}
+    assert find(Sampler, "poisson") is Poisson
+
+
+def test_the_bits_of_the_default():
+    # Golden: a changed order would change every run.
+    assert sampler(8).next(8).tolist() == [107, 101, 106, 102, 103, 100, 104, 105]
 
 
 def test_seeds():

@@ -92,7 +92,7 @@ def test_max_bytes_cuts_the_last_file(folder: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "task.corpus: .*/corpus does not exist here; name a file or a folder of text"),
+        (None, "task.corpus: .*/corpus does not exist here; name a file, a folder or a pattern"),
         ({}, "task.corpus: .*/corpus has no .md or .py or .txt files"),
         ({"a.txt": b"short"}, "task.corpus: .*/corpus has 5 bytes of training text, less than one sample of 9; lower"),
         ({"a.txt": b"short" * 9}, "task.corpus: .*/corpus has 4 bytes of validation text, less than one sample of 9"),

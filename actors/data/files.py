@@ -1,0 +1,198 @@
+"""Files: a path of the configuration becomes a file system and the files on it; local, s3, gcs, hdfs by pyarrow."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from algorithms.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from contextlib import AbstractContextManager
+
+    from pyarrow.fs import FileSystem
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or a role of the machine",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or a service account of the machine",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS, or a service account of the machine",
+    "abfs": "AZURE_STORAGE_ACCOUNT_NAME, and az login or a managed identity",
+}
+_REFUSALS = (
+    "ACCESS_DENIED",
+    "Forbidden",
+    "403",
+    "401",
+    "credential",
+    "Credential",
+    "INVALID_ACCESS_KEY_ID",
+    "Unauthorized",
+)
+_WILDCARDS = re.compile(r"[*?\[]")
+_SKIPPED = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files that a path names, in the order of their paths."""
+
+    filesystem: FileSystem
+    files: tuple[str, ...]
+    """Paths on the file system."""
+    sizes: tuple[int, ...]
+    """Bytes of each."""
+    root: str
+    """What their paths are relative to."""
+
+    def open(self, path: str) -> AbstractContextManager[object]:
+        """A file's bytes, as a stream."""
+        return self.filesystem.open_input_stream(path)
+
+    def relative(self, path: str) -> str:
+        """A file's path below the root."""
+        return path.removeprefix(self.root).lstrip("/") or path.rpartition("/")[2]
+
+
+def shown(path: str) -> str:
+    """A path without the key that may be in it.
+
+    >>> shown("s3://AKIA:secret@bucket/part.parquet")
+    's3://AKIA:***@bucket/part.parquet'
+    """
+    return re.sub(r"^([^:/]+://[^:@/]*):[^@]*@", r"\1:***@", path)
+
+
+_NODE = "{node}"
+"""Stands for a node's number in a path of ``data.source: federated``."""
+
+
+def is_per_node(path: str | None) -> bool:
+    """Whether a path is another one on each node."""
+    return path is not None and _NODE in path
+
+
+def of_node(path: str, node: int) -> str:
+    """The path of one node.
+
+    >>> of_node("/data/site-{node}.parquet", 3)
+    '/data/site-3.parquet'
+    """
+    return path.replace(_NODE, str(node))
+
+
+def refuse_per_node(key: str, path: str | None) -> None:
+    """Refuse to take a path that is another one on each node for that of all.
+
+    Raises:
+        DataError: it is.
+    """
+    if is_per_node(path):
+        raise DataError(f"{key}: {path} has {_NODE} in it: each node has data of its own; set data.source: federated")
+
+
+def require_common(key: str, path: str | None) -> str:
+    """The path of what all nodes can read.
+
+    Raises:
+        DataError: there is none.
+    """
+    if path is None or is_per_node(path):
+        raise DataError(
+            f"{key}: name data that all nodes can read; with {_NODE} in the path of the others none are common"
+        )
+    return path
+
+
+def is_uri(path: str) -> bool:
+    """Whether a path names a file system of its own."""
+    return "://" in path
+
+
+def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
+    """The files that ``path`` names: itself, those in a folder at any depth, or those that match a pattern.
+
+    Args:
+        key: of the configuration, for errors.
+        path: a local path or a URI; may hold ``*``, ``?``, ``[…]`` and, for folders at any depth, ``**``.
+        suffixes: what files of a folder end with, lower case; without any all are taken.
+
+    Raises:
+        DataError: there are none, or they cannot be reached.
+    """
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, place = _resolve(key, path)
+    pattern = _WILDCARDS.search(place)
+    try:
+        # A path that is there is no pattern, whatever characters it has.
+        if pattern and not is_uri(path) and filesystem.get_file_info(place).type != FileType.NotFound:
+            pattern = None
+        base = place[: pattern.start()].rpartition("/")[0] if pattern else place
+        info = filesystem.get_file_info(base or "/")
+        if info.type == FileType.File and not pattern:
+            return Listing(filesystem, (place,), (info.size or 0,), place.rpartition("/")[0])
+        if info.type == FileType.NotFound:
+            raise DataError(f"{key}: {shown(path)} does not exist here; name a file, a folder or a pattern")
+        found = filesystem.get_file_info(FileSelector(base or "/", recursive=True))
+    except OSError as error:
+        raise DataError(unreachable(key, path, error)) from None
+    matches = re.compile(_translated(place)).fullmatch if pattern else None
+    kept = [
+        (one.path, one.size or 0)
+        for one in found
+        if one.type == FileType.File
+        and (matches(one.path) if matches else not _SKIPPED.search(one.path.removeprefix(base)))
+        and (matches or not suffixes or Path(one.path).suffix.lower() in suffixes)
+    ]
+    if not kept:
+        what = f"matches no file in {base}" if pattern else f"has no {' or '.join(sorted(suffixes)) or 'files'} files"
+        raise DataError(f"{key}: {shown(path)} {what}")
+    kept.sort(key=lambda one: one[0].removeprefix(base))
+    return Listing(filesystem, tuple(one[0] for one in kept), tuple(one[1] for one in kept), base)
+
+
+def _resolve(key: str, path: str) -> tuple[FileSystem, str]:
+    from pyarrow.fs import FileSystem, LocalFileSystem
+
+    if not is_uri(path):
+        return LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        return FileSystem.from_uri(path)
+    except (OSError, ValueError) as error:
+        raise DataError(unreachable(key, path, error)) from None
+
+
+def unreachable(key: str, path: str, error: BaseException) -> str:
+    """One line for what a file system says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    scheme = path.partition("://")[0].lower()
+    hint = ""
+    if scheme in _CREDENTIALS and any(word in str(error) for word in _REFUSALS):
+        hint = (
+            f"; the process needs credentials: {_CREDENTIALS[scheme]} (cluster.runtime_env.env_vars reaches all nodes)"
+        )
+    return f"{key}: {shown(path)} cannot be read: {printable(lines[0][:300])}{hint}"
+
+
+def printable(text: str) -> str:
+    """A text without control characters, which damaged files bring into error messages."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _translated(pattern: str) -> str:
+    return "".join(_pieces(pattern))
+
+
+def _pieces(pattern: str) -> Iterator[str]:
+    """A shell pattern as a regular expression."""
+    tokens = {"**/": r"(?:[^/]+/)*", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
+        if token in tokens:
+            yield tokens[token]
+        elif token.startswith("[") and len(token) > 1:
+            yield f"[{token[1:-1].replace('!', '^', 1) if token[1] == '!' else token[1:-1]}]"
+        else:
+            yield re.escape(token)

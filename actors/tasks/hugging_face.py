@@ -1,0 +1,218 @@
+"""What the tasks on Hugging Face models have in common: loading, LoRA, tokenizers, and the form that they are saved in.
+
+Needs the optional extra: ``pip install '.[hf]'``. A model is a folder, or a name on the hub, which is then in the cache
+of Hugging Face, or is fetched. Everything is imported when a task is used: ``starling tasks`` needs none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from algorithms.errors import DataError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+class LoRA(BaseModel):
+    """Low-rank adapters: the model stays as it is, and W + (``alpha`` / ``rank``) · B·A is what is computed with.
+
+    Only A and B are trained, exchanged and saved, and the head of a classifier. Reference: Hu et al., "LoRA: Low-Rank
+    Adaptation of Large Language Models", ICLR 2022; by the package peft.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: PositiveInt = 8  # r
+    alpha: PositiveFloat = 16.0  # α
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what comes into A
+    targets: tuple[str, ...] | None = None  # names of the layers that are adapted; null: what peft takes for the model
+
+
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer of a model's folder or name, as ``AutoTokenizer`` finds it."""
+
+    name: str
+    model: str
+
+    def load(self) -> tuple[Callable[[str], list[int]], int]:
+        """Its function, without special tokens, and the size of the model's vocabulary.
+
+        Raises:
+            DataError: there is none, or it has more tokens than the model.
+        """
+        tokenizer = load_tokenizer(self.name)
+        size = vocabulary(self.model)
+        check_vocabulary(self.name, tokenizer, size)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+        return encode, size
+
+
+def check_vocabulary(name: str, tokenizer: Any, size: int) -> None:  # noqa: ANN401 - transformers' own types
+    """Refuse a tokenizer with tokens that the model does not know.
+
+    Raises:
+        DataError: it has some.
+    """
+    if len(tokenizer) > size:
+        what = f"the tokenizer {name} has {len(tokenizer)} tokens, and the model's vocabulary {size}"
+        raise DataError(f"task.tokenizer: {what}; take the one that the model was trained with")
+
+
+@functools.lru_cache(maxsize=4)
+def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' own types
+    """The tokenizer; one without a padding token pads with its last one.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    with _loading("task.tokenizer", name) as transformers:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_place(name))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def load_config(name: str) -> Any:  # noqa: ANN401 - as above
+    """A model's configuration.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    with _loading("task.model", name) as transformers:
+        return transformers.AutoConfig.from_pretrained(_place(name))
+
+
+def vocabulary(model: str) -> int:
+    """Tokens that a model knows."""
+    return int(load_config(model).get_text_config().vocab_size)
+
+
+def check_context(model: str, context: int) -> None:
+    """Refuse windows that are longer than the model's positions.
+
+    Raises:
+        SettingsError: they are.
+    """
+    most = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
+    if most is not None and context > most:
+        raise SettingsError(f"task.context: {context} tokens are more than the {most} positions of {model}; lower it")
+
+
+def build(kind: Kind, model: str, *, pretrained: bool, lora: LoRA | None, extra: dict[str, Any]) -> nn.Module:
+    """A model in float32 in evaluation mode; with ``lora`` only the adapters are trainable.
+
+    Args:
+        kind: what it is for.
+        model: a folder, or a name on the hub.
+        pretrained: with its weights; else as its configuration says, freshly initialised.
+        lora: adapters.
+        extra: fields of the model's configuration that are set.
+
+    Raises:
+        DataError: it cannot be loaded.
+        SettingsError: it has no such layers as ``lora`` names.
+    """
+    import torch
+
+    with _loading("task.model", model) as transformers:
+        auto = transformers.AutoModelForCausalLM
+        if kind == "SEQ_CLS":
+            auto = transformers.AutoModelForSequenceClassification
+        if pretrained:
+            module = auto.from_pretrained(_place(model), dtype=torch.float32, **extra)
+        else:
+            config = transformers.AutoConfig.from_pretrained(_place(model), **extra)
+            module = auto.from_config(config, dtype=torch.float32)
+    return module if lora is None else _adapted(module, kind, lora)
+
+
+def _adapted(module: Any, kind: Kind, lora: LoRA) -> nn.Module:  # noqa: ANN401 - as above
+    try:
+        import peft
+        from transformers.pytorch_utils import Conv1D
+    except ImportError:
+        raise SettingsError("task.lora needs the package peft: pip install '.[hf]'") from None
+    transposed = any(isinstance(layer, Conv1D) for layer in module.modules())  # GPT-2's layers keep Wᵀ
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType] - it divides, and takes floats
+        lora_dropout=lora.dropout,
+        target_modules=None if lora.targets is None else list(lora.targets),
+        fan_in_fan_out=transposed,
+        task_type=kind,
+    )
+    try:
+        with _quiet():
+            return peft.get_peft_model(module, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(f"task.lora.targets: {reason}") from None
+
+
+def export(module: Any, tokenizer: str, folder: Path) -> None:  # noqa: ANN401 - as above
+    """Write a folder that ``from_pretrained`` loads, of model and tokenizer; the adapters alone go into ``adapter``."""
+    with _quiet():
+        if hasattr(module, "merge_and_unload"):
+            module.save_pretrained(folder / "adapter")
+            module = module.merge_and_unload()
+        module.save_pretrained(folder)
+        load_tokenizer(tokenizer).save_pretrained(folder)
+
+
+def _place(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+@contextlib.contextmanager
+def _loading(key: str, name: str) -> Iterator[Any]:
+    """Transformers, quiet; what goes wrong in loading becomes one line."""
+    try:
+        import transformers
+    except ImportError:
+        raise DataError("this task needs the package transformers: pip install '.[hf]'") from None
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise DataError(f"{key}: the folder {name} does not exist here")
+    try:
+        with _quiet():
+            yield transformers
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240]
+        raise DataError(f"{key}: {name} cannot be loaded: {reason}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and advice: a run has a view of its own."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,290 @@
+"""Images: classify pictures, from a folder with one subfolder per class, or from a Parquet column of encoded images.
+
+* A folder: ``path/<class>/<any>.png``; classes are numbered in the order of their names. A pattern or URI will do too.
+* Parquet: ``image`` is a column of encoded images (binary, or the struct with ``bytes`` that Hugging Face's datasets
+  write), ``label`` one of whole numbers. Row groups are dealt and read as in the task ``parquet``.
+* Every picture that Pillow can read is taken; it is scaled to ``size`` × ``size``, and its values to [0, 1].
+* Without ``validation``, every tenth image is held out; of Parquet, every tenth row group, as in ``parquet``.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from actors.data import files, row_groups
+from actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
+from actors.models import CNN, Model
+from actors.tasks import supervised
+from actors.tasks.base import Samples, Task
+from algorithms.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+_LOG = logging.getLogger("starling")
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_PARQUET = frozenset({".parquet", ".pq"})
+_HOLD_OUT_EVERY = 10
+_MAX_PIXELS = 64_000_000
+"""Of one image: what is larger is taken for an attack on the memory, as Pillow does from twice as many on."""
+
+
+class Images(Task, name="images"):
+    """Classify pictures."""
+
+    path: str  # of a folder with a folder per class, or of Parquet files
+    image: str = "image"  # the column of encoded images, of Parquet
+    label: str = "label"  # the column of their classes, of Parquet
+    validation: str | None = None  # held-out images, in the same form; null: a tenth of the training data
+    classes: PositiveInt | None = None  # of Parquet; null: the largest label, plus one
+    size: PositiveInt = 32  # to which images are scaled, each way
+    channels: Literal[1, 3] = 3  # grey or red, green and blue
+    model: Model = CNN()
+    memory_mb: PositiveInt = 256  # of decoded images that a process keeps, in 10⁶ bytes; a byte per value
+    on_bad_image: Literal["stop", "skip"] = "stop"  # end the run, or leave it out (of Parquet, with its row group)
+
+    def train_samples(self, num_nodes: int) -> Samples:
+        """The images that are not held out."""
+        files.refuse_per_node("task.path", self.path)
+        if self._is_parquet:
+            groups = open_row_groups("task.path", self.path)[1]
+            groups = groups if self.validation is not None else row_groups.held_out(groups)[0]
+            return self._row_groups("task.path", self.path, groups, whole=len(groups) >= 2 * num_nodes)
+        return self._folder("task.path", self.path, None if self.validation is not None else "training")
+
+    def own_samples(self, node: int, num_nodes: int) -> Samples | None:
+        """The images of the node's own folder or files."""
+        if not files.is_per_node(self.path):
+            return None
+        path = files.of_node(self.path, node)
+        if self._is_parquet:
+            return self._row_groups("task.path", path, open_row_groups("task.path", path)[1], whole=True)
+        return self._folder("task.path", path, None)
+
+    def validation_samples(self, num_nodes: int) -> Samples:
+        """The held-out images."""
+        self._common()
+        key, path = ("task.path", self.path) if self.validation is None else ("task.validation", self.validation)
+        if self._is_parquet:
+            groups = open_row_groups(key, path)[1]
+            groups = groups if self.validation is not None else row_groups.held_out(groups)[1]
+            if not groups:
+                raise DataError(f"task.path: {path} has too few images to hold out a tenth; name task.validation")
+            return self._row_groups(key, path, groups, whole=False)
+        return self._folder(key, path, None if self.validation is not None else "held-out")
+
+    def build(self) -> nn.Module:
+        """The chosen model."""
+        return self.model.build((self.channels, self.size, self.size), self._num_classes)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Mean cross-entropy, in nats."""
+        return supervised.classification_loss(*self.predictions(module, batch))
+
+    def metrics(self, module: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Loss and accuracy."""
+        return supervised.classification_metrics(*self.predictions(module, batch))
+
+    def predictions(self, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Logits, shape (b, classes), and labels."""
+        images, labels = batch
+        values = images.to(next(module.parameters()).dtype) / 255
+        return module(values), labels
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _common(self) -> str:
+        """The path from which every process learns what classes there are."""
+        return files.require_common("task.validation", self.validation) if files.is_per_node(self.path) else self.path
+
+    @property
+    def _is_parquet(self) -> bool:
+        return _holds_parquet(self._common())
+
+    @property
+    def _num_classes(self) -> int:
+        if not self._is_parquet:
+            return len(_list_folder("task.path", self._common())[1])
+        if self.classes is not None:
+            return self.classes
+        return row_groups.num_classes("task.path", self._common(), self.label)
+
+    def _folder(self, key: str, path: str, part: str | None) -> Folder:
+        listing, classes, labels = _list_folder(key, path)
+        known = _list_folder("task.path", self._common())[1]
+        unknown = sorted(set(classes) - set(known))
+        if unknown:
+            raise DataError(f"{key}: {path} has the class {unknown[0]}, which {self._common()} has not")
+        chosen = np.arange(len(labels))
+        if part is not None:
+            out = chosen % _HOLD_OUT_EVERY == _HOLD_OUT_EVERY - 1
+            chosen = chosen[out if part == "held-out" else ~out]
+        numbers = torch.tensor([known.index(classes[labels[place]]) for place in chosen.tolist()], dtype=torch.int64)
+        if not len(chosen):
+            raise DataError(f"{key}: {path} has too few images to hold out a tenth; name task.validation")
+        paths = [listing.files[place] for place in chosen.tolist()]
+        return Folder(listing, paths, numbers, known, self)
+
+    def _row_groups(self, key: str, path: str, groups: list[row_groups.RowGroup], *, whole: bool) -> RowGroupSamples:
+        schema = open_row_groups(key, path)[0]
+        kind = row_groups.require_column("task.image", schema, self.image).type
+        if not _is_encoded(kind):
+            what = f"column {self.image} is {kind}; it must hold encoded images: binary, or a struct with a field bytes"
+            raise DataError(f"task.image: {what}")
+        row_groups.require_column("task.label", schema, self.label)
+        decoder = _Decoder(self)
+        return RowGroupSamples(
+            groups,
+            decoder,
+            label=decoder.labels,
+            label_columns=(self.label,),
+            memory_mb=self.memory_mb,
+            whole=whole,
+            skip_bad=self.on_bad_image == "skip",
+            option="on_bad_image",
+        )
+
+
+class Folder:
+    """Images in files, decoded when they are drawn."""
+
+    owners = None
+    columns = ("folder",)
+
+    def __init__(
+        self, listing: files.Listing, paths: list[str], labels: Tensor, class_names: list[str], task: Images
+    ) -> None:
+        self._listing, self._paths = listing, paths
+        self._task = task
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        self._bad: set[int] = set()
+        self.labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def column(self, name: str) -> NDArray[Any] | None:
+        """Of ``folder``: the path of the folder that each image lies in."""
+        return np.array([path.rpartition("/")[0] for path in self._paths]) if name == "folder" else None
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Images, uint8 of shape (b, channels, size, size), and their classes.
+
+        Raises:
+            DataError: one cannot be read.
+        """
+        task = self._task
+        images = torch.empty(len(indices), task.channels, task.size, task.size, dtype=torch.uint8)
+        for row, place in enumerate(indices.tolist()):
+            try:
+                images[row] = self._image(place)
+            except UnreadableError as error:
+                raise DataError(f"{error}; task.on_bad_image: skip leaves such images out") from None
+        return images, self.labels[indices]
+
+    def present(self, indices: Tensor) -> Tensor:
+        """Those that can be read; all of them unless bad ones are skipped."""
+        if self._task.on_bad_image == "stop":
+            return indices
+        return indices[torch.tensor([self._is_good(place) for place in indices.tolist()], dtype=torch.bool)]
+
+    def _is_good(self, place: int) -> bool:
+        if place in self._bad:
+            return False
+        try:
+            self._image(place)
+        except UnreadableError as error:
+            _LOG.warning("%s; left out", error)
+            self._bad.add(place)
+            return False
+        return True
+
+    def _image(self, place: int) -> Tensor:
+        if place in self._cache:
+            self._cache.move_to_end(place)
+            return self._cache[place]
+        path = self._paths[place]
+        try:
+            with self._listing.filesystem.open_input_stream(path) as stream:
+                data = stream.read()
+        except OSError as error:
+            raise UnreadableError(files.unreachable("task.path", path, error)) from None
+        image = _decoded(data, path, self._task.size, self._task.channels)
+        self._cache[place] = image
+        if len(self._cache) * image.numel() > self._task.memory_mb * 1_000_000:
+            self._cache.popitem(last=False)
+        return image
+
+
+class _Decoder:
+    """Images, uint8 of shape (r, channels, size, size), and classes, of a row group."""
+
+    def __init__(self, task: Images) -> None:
+        self._task = task
+        self.columns = (task.image, task.label)
+
+    def __call__(self, table: pa.Table, place: str) -> tuple[Tensor, ...]:
+        task = self._task
+        images = torch.empty(table.num_rows, task.channels, task.size, task.size, dtype=torch.uint8)
+        for row, value in enumerate(table.column(task.image).to_pylist()):
+            data = value["bytes"] if isinstance(value, dict) else value
+            images[row] = _decoded(data or b"", f"{place}, row {row}", task.size, task.channels)
+        return images, self.labels(table, place)
+
+    def labels(self, table: pa.Table, place: str) -> Tensor:
+        """The classes."""
+        return row_groups.checked_classes(table, self._task.label, place, self._task._num_classes)  # noqa: SLF001 - ours
+
+
+def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise UnreadableError(f"{place}: an image of {image.width}×{image.height} is too large")
+            pixels = np.asarray(
+                image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
+            )
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(": <")[0][:120]
+        raise UnreadableError(f"{place} cannot be read as an image: {files.printable(reason)}") from None
+    return torch.from_numpy(pixels.reshape(size, size, channels).copy()).permute(2, 0, 1)
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        index = kind.get_field_index("bytes")  # pyright: ignore[reportAttributeAccessIssue] - of structs
+        return index >= 0 and _is_encoded(kind.field(index).type)  # pyright: ignore[reportAttributeAccessIssue]
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+@functools.lru_cache(maxsize=8)
+def _holds_parquet(path: str) -> bool:
+    return any(name.endswith((".parquet", ".pq")) for name in files.find("task.path", path, _PARQUET | _SUFFIXES).files)
+
+
+@functools.lru_cache(maxsize=8)
+def _list_folder(key: str, path: str) -> tuple[files.Listing, list[str], list[int]]:
+    """The images, the names of their classes, sorted, and the class of each."""
+    listing = files.find(key, path, _SUFFIXES)
+    names = [listing.relative(file).split("/")[0] for file in listing.files]
+    if any("/" not in listing.relative(file) for file in listing.files):
+        loose = next(file for file in listing.files if "/" not in listing.relative(file))
+        raise DataError(f"{key}: {loose} lies in no class's folder; images must be in {path}/<class>/")
+    classes = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return listing, classes, [numbers[name] for name in names]

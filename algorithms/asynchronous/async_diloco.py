@@ -1,0 +1,141 @@
+"""Asynchronous DiLoCo: a server that takes an outer step with every update, and momentum only now and then.
+
+A worker w takes n_w steps from the model that it was given, to θ_w, and sends g = θ_given - θ_w. The server steps at
+once and answers with the new model. With ``rule: delayed_nesterov`` (N_b = ``buffer_size``, ε = ``lr``,
+β = ``momentum``, c = ``between``; B and m begin at 0) momentum changes with every N_b-th g alone:
+
+    B ← B + g
+    every N_b-th:    m ← β m + B / N_b          θ ← θ - ε ((1 - c N_b + c) β m + g / N_b)          B ← 0
+    the others:      θ ← θ - ε (c β m + g / N_b)
+
+With c = 0 the N_b steps together are one of Nesterov's with the mean of their g. ``delayed_sgd`` waits for N_b updates
+and takes that one. With ``dynamic_steps`` a slow worker takes fewer steps, so that none is late by much:
+n_w = ⌊H v_w / max v⌋, v being steps per second as last measured, H = ``inner_steps``.
+
+Deviations: which samples a worker draws is its own affair; learning rates follow its own steps. Floating-point buffers
+move by 1/N_b towards those of the worker. Formulas as in public code (halos), not verified with the paper.
+Elasticity: a worker is the model that it was given and nothing else: with one that is gone its update is lost, and its
+speed is forgotten after ``speed_timeout_s``; a new one begins with the initial model. The server has θ, m and B, and
+must not be lost.
+Cost: 2·(b·P + 8) bytes for an update and its answer, b = 4 for float32; a round of the server is one update, or all
+that come within ``grace_s``. State: 3·P values on the server, P on a worker.
+Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024, arXiv:2401.09135,
+Algorithms 1 to 3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias, cast
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from algorithms.api import SERVER, Algorithm, Left, Message, Node, Receive, Send, Timeout, Train
+from algorithms.errors import SettingsError
+from algorithms.outer import Nesterov
+
+if TYPE_CHECKING:
+    from algorithms.api import Layout, NodeId, State
+
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+
+class AsyncDiLoCo(Algorithm, name="async_diloco"):
+    """DiLoCo without a barrier; see the module's docstring."""
+
+    replicated: ClassVar[bool] = False
+    synchronous: ClassVar[bool] = False
+
+    inner_steps: PositiveInt = 50  # H, steps of the fastest worker between two exchanges; paper, section 5
+    rule: Literal["delayed_nesterov", "delayed_sgd"] = "delayed_nesterov"  # step with each update, or with N_b
+    buffer_size: PositiveInt | None = None  # N_b, updates to a change of momentum; null: as there are workers
+    between: Share = 0.0  # c, how much momentum steps in between have; at most 1 / N_b
+    lr: PositiveFloat = 0.7  # ε
+    momentum: Decay = 0.9  # β
+    dynamic_steps: bool = True  # slow workers take fewer steps
+    speed_timeout_s: PositiveFloat = 600.0  # after which what was measured of a worker is forgotten
+    grace_s: NonNegativeFloat = 0.0  # the first of some updates is answered when these are over, or all are in
+
+    def validate_for(self, num_nodes: int) -> None:
+        super().validate_for(num_nodes)
+        size = self.buffer_size or num_nodes
+        if self.between * size > 1 + 1e-9:
+            raise SettingsError(f"algorithm.between: {self.between:g} is more than 1/{size}, one for each update")
+
+    def init(self, node: Node) -> None:
+        node.local["steps"] = self.inner_steps
+        if node.id == SERVER:
+            node.local.update({"waiting": [], "speeds": {}, "count": 0})
+            for name in ("buffer", "velocity"):
+                node.local[name] = torch.zeros_like(node.parameters)
+
+    async def round(self, node: Node) -> None:
+        given = node.parameters.clone()
+        report = await Train(steps=cast("int", node.local["steps"]))
+        speed = report.num_steps / report.seconds if report.seconds > 0 else 0.0
+        await Send(SERVER, {"update": given - node.parameters, "buffers": node.buffers, "speed": speed})
+        while not isinstance(message := await Receive(), Message):
+            pass
+        payload = cast("dict[str, Tensor]", message.payload)
+        node.parameters.copy_(payload["parameters"])
+        node.buffers.copy_(payload["buffers"])
+        node.local["steps"] = int(payload["steps"])
+
+    async def server(self, node: Node) -> None:
+        # Whoever waits is answered only now: in the old round it would pass for one that has heard of the old model.
+        for worker in cast("list[int]", node.local["waiting"]):
+            model = {"parameters": node.parameters, "buffers": node.buffers, "steps": self.steps_of(node, worker)}
+            await Send(worker, model)
+        waiting: list[NodeId] = []
+        there, until = set(node.view.members), None
+        while until is None or (self.grace_s and there.difference(waiting)):
+            message = await Receive(until)
+            if isinstance(message, Timeout):
+                break
+            if isinstance(message, Left):
+                there.discard(message.node)
+                continue
+            until = node.now + self.grace_s if until is None else until
+            waiting.append(message.sender)
+            self._apply(node, message, self.buffer_size or len(there))
+        node.local["waiting"] = waiting
+
+    def _apply(self, node: Node, message: Message, size: int) -> None:
+        payload = cast("dict[str, Tensor]", message.payload)
+        update, speed = payload["update"], float(payload["speed"])
+        if speed > 0:
+            speeds = cast("dict[str, State]", node.local["speeds"])
+            node.local["speeds"] = {**speeds, str(message.sender): [speed, node.now]}
+        buffer = cast("Tensor", node.local["buffer"]) + update
+        count = cast("int", node.local["count"]) + 1
+        full, velocity = count >= size, cast("Tensor", node.local["velocity"])
+        if self.rule == "delayed_sgd":
+            if full:
+                nesterov = Nesterov(lr=self.lr, momentum=self.momentum)
+                step, state = nesterov.update(buffer.div(size), {"velocity": velocity})
+                node.parameters.add_(step)
+                velocity = cast("Tensor", state["velocity"])
+        else:
+            velocity = velocity * self.momentum + buffer / size if full else velocity
+            share = 1 - self.between * size + self.between if full else self.between
+            node.parameters.sub_((velocity * (share * self.momentum)).add_(update / size), alpha=self.lr)
+        node.buffers.lerp_(payload["buffers"], 1 / size)
+        node.local["velocity"], node.local["count"] = velocity, 0 if full else count
+        node.local["buffer"] = torch.zeros_like(buffer) if full else buffer
+
+    def steps_of(self, node: Node, worker: NodeId) -> int:
+        """n_w, as the server knows; H of whom nothing is known."""
+        known = cast("dict[str, list[float]]", node.local["speeds"])
+        speeds = {name: speed for name, (speed, at) in known.items() if node.now - at <= self.speed_timeout_s}
+        own = speeds.get(str(worker))
+        if own is None or not self.dynamic_steps:
+            return self.inner_steps
+        return max(1, int(self.inner_steps * own / max(speeds.values()) + 1e-9))
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return 2 * (layout.nbytes + layout.buffer_nbytes + 8)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return self.inner_steps

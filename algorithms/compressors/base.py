@@ -1,0 +1,32 @@
+"""The compressor interface."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from algorithms.registry import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from algorithms.api import Layout, Node, Reduced
+
+
+class Compressor(Part, family="compressor", catalog="algorithms.compressors"):
+    """Averages a gradient over all members by exchanges of its own, where a codec would only change one's bytes.
+
+    What it remembers is in ``node.shared`` and ``node.local`` under its own name.
+    """
+
+    @abstractmethod
+    def init(self, node: Node) -> None:
+        """Make the initial state; part of the algorithm's ``init``."""
+
+    @abstractmethod
+    async def all_reduce(self, node: Node, gradient: Tensor) -> Reduced[Tensor]:
+        """About the mean of all members' ``gradient``, shape (P,); the same on all."""
+
+    @abstractmethod
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        """Payload bytes of one ``all_reduce`` over all nodes."""

@@ -1,0 +1,62 @@
+"""What methods of many inner steps and one outer step have in common: how their outer gradients travel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, cast
+
+from pydantic import PositiveInt, model_validator
+
+from algorithms.api import Algorithm, AllReduce, all_reduce_bytes
+from algorithms.codecs import Codec, Identity, refuse_lossy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from algorithms.api import Layout, Node
+
+
+class LowCommunication(Algorithm):
+    """Inner steps, and an exchange whose contributions and results are encoded."""
+
+    inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges of the same values
+    codec: Codec = Identity()  # what travels; decoded before it is combined
+    result_codec: Codec = Identity()  # what travels back: the combined outer gradient
+    error_feedback: bool = False  # add to each contribution what the codec left out of the last one
+
+    @model_validator(mode="after")
+    def _codecs_lose_nothing(self) -> Self:
+        refuse_lossy(self.codec, self.result_codec, feedback=self.error_feedback)
+        return self
+
+    def compensated(self, node: Node, values: Tensor, name: str = "") -> Tensor:
+        """What to contribute instead of ``values``, shape (n,); the next residual of this ``name`` is staged.
+
+        e ← (x + e) - C(x + e): what C leaves out is sent later, also if it is never among the largest.
+        """
+        if not self.error_feedback:
+            return values
+        key = f"residual {name}".rstrip()
+        residual = cast("Tensor | None", node.local.get(key))
+        corrected = values if residual is None else values + residual
+        node.local[key] = corrected - self.codec.at(node.round).through(corrected)
+        return corrected
+
+    def exchange_bytes(self, num_values: int, layout: Layout, num_nodes: int) -> int:
+        """Payload bytes of one ``AllReduce`` of so many values, with this algorithm's codecs."""
+        sent, received = (codec.nbytes(num_values, layout.dtype) for codec in (self.codec, self.result_codec))
+        return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        del num_samples, batch_size
+        return self.inner_steps
+
+
+async def average_buffers(node: Node) -> None:
+    """Put the mean of all nodes' floating-point buffers (batch-norm statistics) in their place, uncompressed."""
+    if node.buffers.numel():
+        node.buffers.copy_((await AllReduce(node.buffers)).value)
+
+
+def buffer_bytes(layout: Layout, num_nodes: int) -> int:
+    """Payload bytes of ``average_buffers``."""
+    return all_reduce_bytes(layout.buffer_nbytes, num_nodes)

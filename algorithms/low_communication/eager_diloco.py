@@ -1,0 +1,90 @@
+"""Eager DiLoCo: the exchange of a round goes on during all of the next one; own news are used at once.
+
+Node m trains H = ``inner_steps`` steps from its own θ_m, while the outer gradients of the round before are averaged to
+Δ'. What it has learned itself meanwhile replaces its share in that mean, Δ_m' being what it sent, and the outer step
+is taken at once (η = ``outer.lr``, β = ``outer.momentum``):
+
+    Δ_m = θ_m(begin) - θ_m(end)          Δ̃_m = Δ' + (Δ_m - Δ_m') / N
+    v_m ← β v_m + Δ̃_m          θ_m ← θ_m(begin) - η (Δ̃_m + β v_m)
+
+In the first round Δ' and Δ_m' are zero. The step is linear in Δ̃_m, so θ_m is kept as a sum of two parts: θ, which
+takes the step with Δ' and is the same on all nodes, and c_m, which takes it with the rest. Over the rounds the rest
+cancels but for the last Δ_m / N, so that models do not drift apart. A run is evaluated and saved as θ.
+
+Deviations: the sum of two parts; formulas as remembered of the paper, not verified. Floating-point buffers are averaged
+when the exchange is over.
+Elasticity: θ and v are shared state. A joiner begins at θ with c_m = 0, and has nothing to send in its first round. A
+node that is lost takes the steps along that it had not sent.
+Cost: 2·b·P·(N-1) bytes per round over all nodes, b as encoded by ``codec`` in and by ``result_codec`` out; up to 64 KiB
+a contribution travels inline. It takes H steps' time at least before anybody waits. State: 5·P values, two of them
+shared.
+Reference: Kale et al., "Eager Updates For Overlapped Communication and Computation in DiLoCo", 2025, arXiv:2502.12996.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, cast
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor
+
+from algorithms.api import AllReduce, Start, Train, Wait
+from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from algorithms.outer import SGD, Nesterov, OuterOptimizer
+
+if TYPE_CHECKING:
+    from algorithms.api import Layout, Node
+    from algorithms.outer import OuterState
+
+
+class EagerDiLoCo(LowCommunication, name="eager_diloco"):
+    """DiLoCo with a whole round to communicate; see the module's docstring."""
+
+    inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges, and during each
+    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; sgd or nesterov; not verified
+
+    @model_validator(mode="after")
+    def _outer_step_is_linear(self) -> Self:
+        if not isinstance(self.outer, SGD | Nesterov):
+            raise ValueError(  # noqa: TRY004 - pydantic's validators say so of any bad value
+                f"outer: {self.outer.name} is not linear in the gradient; take sgd or nesterov"
+            )
+        return self
+
+    def init(self, node: Node) -> None:
+        node.shared["anchor"] = node.parameters.clone()
+        node.shared["outer"] = self.outer.init(node.parameters)
+        self._begin(node, torch.zeros_like(node.parameters))
+
+    async def join(self, node: Node) -> None:
+        node.parameters.copy_(cast("Tensor", node.shared["anchor"]))
+        self._begin(node, None)
+
+    def _begin(self, node: Node, pending: Tensor | None) -> None:
+        node.local["pending"] = pending
+        node.local["own"] = torch.zeros_like(node.parameters)
+        node.local["own outer"] = self.outer.init(node.parameters)
+
+    async def round(self, node: Node) -> None:
+        begun, pending = node.parameters.clone(), cast("Tensor | None", node.local["pending"])
+        sent = None if pending is None else self.compensated(node, pending)
+        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        handle = await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1]))
+        await Train(steps=self.inner_steps)
+        mean = await Wait(handle)
+        step, node.shared["outer"] = self.outer.update(mean.value, cast("OuterState", node.shared["outer"]))
+        anchor = cast("Tensor", node.shared["anchor"]) + step
+        news = begun - node.parameters
+        rest = (news if pending is None else news - pending) / len(node.view.members)
+        step, node.local["own outer"] = self.outer.update(rest, cast("OuterState", node.local["own outer"]))
+        own = cast("Tensor", node.local["own"]) + step
+        node.shared["anchor"], node.local["own"], node.local["pending"] = anchor, own, news
+        node.parameters.copy_(anchor + own)
+        await average_buffers(node)
+
+    def model(self, node: Node) -> Tensor:
+        return cast("Tensor", node.shared["anchor"])
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return self.exchange_bytes(layout.num_values, layout, num_nodes) + buffer_bytes(layout, num_nodes)

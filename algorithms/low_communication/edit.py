@@ -1,0 +1,140 @@
+"""EDiT: local steps, then layer by layer a mean in which a node that went astray counts less.
+
+Up to step ``warmup_steps`` all nodes take each step together, with the mean gradient. After that each node m takes
+τ = ``inner_steps`` steps alone, and every module is synchronized: with its anchor φ, the weights' temperature
+T = ``temperature``, the greatest norm φ_c = ``max_norm``, and η, β of ``outer``,
+
+    Δ_m = φ - θ_m          G_m = ‖Δ_m‖₂          w_m = exp(-G_m / T) / Σ_k exp(-G_k / T)
+    Δ = Σ_m w_m Δ_m          Δ ← Δ min(1, φ_c / (‖Δ‖₂ + 1e-6))
+    v ← β v + Δ          φ ← φ - η (Δ + β v)          θ_m ← φ
+
+A node whose G_m is an outlier in its own history (``detector``) tells an infinite one, and has no weight. A module in
+which all nodes do keeps φ and v: it is rolled back. With ``penalty: false`` weights are 1/N, which without ``max_norm``
+is DiLoCo.
+
+Deviations: modules are exchanged one behind another at the round's end, and not inside of the next forward pass, which
+gives the same values. Detectors learn from accepted norms alone. Floating-point buffers are averaged, uncompressed.
+Elasticity: φ and v are shared state; a joiner receives both, and its detector begins anew, during which nothing of it
+is an outlier. Who is lost between norms and means is left out, and the weights of the others count as they are. In the
+warm-up it is as with ``ddp``.
+Cost: 4·L·N·(N-1) bytes for the norms of L modules, and 2·b·P·(N-1) for the means, b as encoded by ``codec`` in and by
+``result_codec`` out; up to 64 KiB a contribution travels inline. In the warm-up that of ``ddp``. State: 2·P values
+(φ, v) on the CPU, and the detectors'.
+Reference: Cheng et al., "EDiT: A Local-SGD-Based Efficient Distributed Training Method for Large Language Models",
+2024, arXiv:2412.07210, and its code in atorch, of which the defaults are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self, cast
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
+from algorithms.low_communication import fragments as parts
+from algorithms.low_communication.anomalies import Detector, norm_of, weights_of
+from algorithms.low_communication.base import average_buffers, buffer_bytes
+from algorithms.low_communication.ddp import Synchronous
+from algorithms.low_communication.fragments import gather, modules_of, to_host
+from algorithms.outer import Nesterov, OuterOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from algorithms.api import Layout, Node, NodeId
+    from algorithms.low_communication.anomalies import History
+
+
+class EDiT(Synchronous, name="edit"):
+    """Layer-wise synchronization with a penalty for who goes astray; see the module's docstring."""
+
+    inner_steps: PositiveInt = 128  # τ, steps between two synchronizations; as remembered of the paper
+    warmup_steps: NonNegativeInt = 0  # t_warm, steps that are taken together first; a multiple of inner_steps
+    penalty: bool = True  # weigh by norms and leave outliers out; false: all count the same
+    temperature: PositiveFloat = 1.0  # T
+    max_norm: PositiveFloat | None = 10.0  # φ_c, of a module's mean; null: no limit
+    detector: Detector = Detector()  # which norms are outliers
+    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.8)  # η, β
+
+    @model_validator(mode="after")
+    def _warms_up_in_whole_rounds(self) -> Self:
+        if self.warmup_steps % self.inner_steps:
+            steps = f"warmup_steps: {self.warmup_steps} is not a multiple of inner_steps, {self.inner_steps}"
+            raise ValueError(f"{steps}; take {self.warmup_steps // self.inner_steps * self.inner_steps}")
+        return self
+
+    def init(self, node: Node) -> None:
+        super().init(node)
+        parts.begin(node, modules_of(node.layout), self.outer)
+        node.local["norms"] = self.detector.fresh(len(modules_of(node.layout)))
+
+    async def join(self, node: Node) -> None:
+        node.local["norms"] = self.detector.fresh(len(modules_of(node.layout)))
+
+    async def round(self, node: Node) -> None:
+        if self.warms_up(node.round):
+            await self.steps_together(node, self.inner_steps)
+            parts.begin(node, modules_of(node.layout), self.outer)
+        else:
+            await self.synchronize(node, await self.steps_alone(node))
+        await average_buffers(node)
+
+    def warms_up(self, number: int) -> bool:
+        """Whether the steps of round ``number`` are taken together."""
+        return number * self.inner_steps < self.warmup_steps
+
+    async def steps_alone(self, node: Node) -> Mapping[NodeId, float]:
+        """Train; return the shares of all weights that the nodes have for their steps: none."""
+        del node
+        await Train(steps=self.inner_steps)
+        return {}
+
+    async def synchronize(self, node: Node, shares: Mapping[NodeId, float]) -> None:
+        """Bring all modules together, and everybody to them."""
+        modules, known = modules_of(node.layout), parts.known(node)
+        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        deltas = [
+            one["anchor"] - to_host(gather(node.parameters, ranges)) for one, ranges in zip(known, modules, strict=True)
+        ]
+        weights = await self._weigh(node, deltas, shares)
+        handles: dict[int, Handle[Reduced[Tensor]]] = {}
+        for place, delta in enumerate(deltas):
+            # Of a module in which all went astray there is no mean.
+            if any(one[place] for one in weights.values()):
+                own = weights[node.id][place] if node.id in weights else 0.0
+                sent = self.compensated(node, delta, str(place)) if own else None
+                reduce = AllReduce(sent, weight=own or 1.0, codec=codecs[0], result_codec=codecs[1])
+                handles[place] = await Start(reduce)
+        for place, handle in handles.items():
+            mean = to_host((await Wait(handle)).value)
+            if self.max_norm is not None:
+                mean = mean * min(1.0, self.max_norm / (norm_of(mean) + 1e-6))
+            known[place] = parts.stepped(known[place], mean, self.outer)
+        parts.keep(node, known)
+        node.parameters.copy_(parts.anchors_in_place(node, modules))
+
+    async def _weigh(
+        self, node: Node, deltas: list[Tensor], shares: Mapping[NodeId, float]
+    ) -> Mapping[NodeId, list[float]]:
+        """What each node's contribution to each module counts; of a module they sum to 1, or are all 0."""
+        if not self.penalty:
+            return dict.fromkeys(node.view.members, [1.0] * len(deltas))
+        norms = torch.tensor([norm_of(delta) for delta in deltas], dtype=torch.float64)
+        history = cast("History", node.local["norms"])
+        outliers = self.detector.outliers(history, norms)
+        node.local["norms"] = self.detector.updated(history, norms, ~outliers)
+        return weights_of(await AllGather(norms.masked_fill(outliers, torch.inf).float()), self.temperature, shares)
+
+    def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
+        if self.warms_up(number):
+            return self.inner_steps * self.step_bytes(layout, num_nodes) + buffer_bytes(layout, num_nodes)
+        return self.expected_bytes(layout, num_nodes)
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        sizes = [parts.size_of(ranges) for ranges in modules_of(layout)]
+        told = 4 * len(sizes) * num_nodes * (num_nodes - 1) if self.penalty else 0
+        means = sum(self.exchange_bytes(size, layout, num_nodes) for size in sizes)
+        return told + means + buffer_bytes(layout, num_nodes)

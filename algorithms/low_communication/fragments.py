@@ -1,0 +1,171 @@
+"""Fragments: which values of a model are exchanged together."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from algorithms.errors import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from algorithms.api import Node, State
+    from algorithms.layout import Layout, LayoutEntry
+    from algorithms.outer import OuterOptimizer, OuterState
+
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+"""Places in the flat parameters, from start to stop, ascending and disjoint."""
+
+Pattern: TypeAlias = Literal["strided", "sequential", "size"]
+
+
+@functools.lru_cache(maxsize=16)
+def fragments_of(layout: Layout, count: int, pattern: Pattern) -> tuple[Ranges, ...]:
+    """Divide a model's values into ``count`` fragments.
+
+    ``strided`` and ``sequential`` divide its blocks, which are the modules in numbered lists: of L blocks fragment p
+    has p, p + F, p + 2F, …, or the p-th run. What lies outside of blocks, an embedding say, goes tensor by tensor to
+    the fragment that is smallest by then. ``size`` cuts the flat parameters into equal parts, whatever they are.
+
+    Raises:
+        SettingsError: there is less to divide than there are fragments.
+    """
+    if pattern == "size":
+        if layout.num_values < count:
+            raise SettingsError(
+                f"algorithm.fragments: {count} fragments of {layout.num_values} parameters; take no more fragments"
+            )
+        bounds = [layout.num_values * part // count for part in range(count + 1)]
+        return tuple(((start, stop),) for start, stop in itertools.pairwise(bounds))
+    blocks = list(dict.fromkeys(entry.block for entry in layout.entries if _is_numbered(entry)))
+    if len(blocks) < count:
+        there = f"this model has {len(blocks)}, and algorithm.fragments is {count}"
+        cure = "set algorithm.pattern: size" + (", or take fewer fragments" if blocks else "")
+        raise SettingsError(f"algorithm.pattern: {pattern} divides blocks (numbered modules); {there}: {cure}")
+    if pattern == "strided":
+        owner = {block: place % count for place, block in enumerate(blocks)}
+    else:
+        owner = {block: place * count // len(blocks) for place, block in enumerate(blocks)}
+    owned: list[list[LayoutEntry]] = [[] for _ in range(count)]
+    for entry in layout.entries:
+        if entry.block in owner:
+            owned[owner[entry.block]].append(entry)
+    sizes = [sum(entry.stop - entry.start for entry in entries) for entries in owned]
+    for entry in layout.entries:
+        if entry.block not in owner:
+            smallest = sizes.index(min(sizes))
+            owned[smallest].append(entry)
+            sizes[smallest] += entry.stop - entry.start
+    return tuple(_merged(entries) for entries in owned)
+
+
+def modules_of(layout: Layout) -> tuple[Ranges, ...]:
+    """The model's modules, in the order in which they are defined: what belongs to one block, or to one name."""
+    owned: dict[str, list[LayoutEntry]] = {}
+    for entry in layout.entries:
+        owned.setdefault(entry.block or entry.name, []).append(entry)
+    return tuple(_merged(entries) for entries in owned.values())
+
+
+def size_of(ranges: Ranges) -> int:
+    """How many values there are.
+
+    >>> size_of(((0, 3), (5, 6)))
+    4
+    """
+    return sum(stop - start for start, stop in ranges)
+
+
+def gather(flat: Tensor, ranges: Ranges) -> Tensor:
+    """The values in ``ranges`` of a flat tensor, a tensor of its own, shape (n,)."""
+    return torch.cat([flat[start:stop] for start, stop in ranges])
+
+
+def scatter(values: Tensor, flat: Tensor, ranges: Ranges) -> None:
+    """Write ``values``, shape (n,), to ``ranges`` of a flat tensor."""
+    place = 0
+    for start, stop in ranges:
+        flat[start:stop].copy_(values[place : place + stop - start])
+        place += stop - start
+
+
+def to_host(values: Tensor) -> Tensor:
+    """``values`` on the CPU; from a GPU through page-locked memory, which is copied at the speed of the bus."""
+    if not values.is_cuda:
+        return values
+    staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    staged.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return staged
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The way back, behind what the GPU has to do already; nobody waits for it."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+# --- what all nodes know of fragments -------------------------------------------------------------------------------
+
+
+class Fragment(TypedDict):
+    """What is shared of one, on the CPU."""
+
+    anchor: Tensor
+    """θ_p, shape (n,)."""
+    outer: OuterState
+
+
+def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> None:
+    """Begin at the node's parameters."""
+    anchors = [to_host(gather(node.parameters, ranges)) for ranges in fragments]
+    keep(node, [{"anchor": anchor, "outer": outer.init(anchor)} for anchor in anchors])
+
+
+def known(node: Node) -> list[Fragment]:
+    """What is shared of all fragments; the list may be changed, and kept."""
+    # A joiner on a GPU is given what it is given on its device.
+    return [
+        {"anchor": one["anchor"].cpu(), "outer": one["outer"]}
+        for one in cast("list[Fragment]", node.shared["fragments"])
+    ]
+
+
+def keep(node: Node, fragments: list[Fragment]) -> None:
+    """Share what they have become."""
+    node.shared["fragments"] = cast("State", fragments)
+
+
+def stepped(fragment: Fragment, gradient: Tensor, outer: OuterOptimizer) -> Fragment:
+    """A fragment after an outer step along ``gradient``, shape (n,)."""
+    step, state = outer.update(gradient, fragment["outer"])
+    return {"anchor": fragment["anchor"] + step, "outer": state}
+
+
+def anchors_in_place(node: Node, fragments: Sequence[Ranges]) -> Tensor:
+    """The anchors of all fragments where they belong, shape (P,)."""
+    model = torch.empty_like(node.parameters)
+    for one, ranges in zip(known(node), fragments, strict=True):
+        scatter(to_device(one["anchor"], model.device), model, ranges)
+    return model
+
+
+def _is_numbered(entry: LayoutEntry) -> bool:
+    return re.search(r"(^|\.)\d+$", entry.block) is not None
+
+
+def _merged(entries: list[LayoutEntry]) -> Ranges:
+    ranges: list[tuple[int, int]] = []
+    for entry in sorted(entries, key=lambda one: one.start):
+        if ranges and ranges[-1][1] == entry.start:
+            ranges[-1] = (ranges[-1][0], entry.stop)
+        else:
+            ranges.append((entry.start, entry.stop))
+    return tuple(ranges)

@@ -1,0 +1,51 @@
+"""Local SGD: steps alone, then the mean of all models.
+
+Each node m takes H = ``inner_steps`` optimizer steps from the common model x:
+
+    x_m ← H steps from x          x ← mean_m x_m          x_m ← x
+
+With one step of plain gradient descent this is data-parallel training; it is DiLoCo with an outer step of plain
+averaging.
+Deviations: any inner optimizer, whose state stays with its node. Floating-point buffers are averaged as well.
+Elasticity: x is shared state, and a joiner receives it. A node that is lost before the reduction costs its own H steps
+and nothing else.
+Cost: 2·b·P·(N-1) bytes per round over all nodes, b = 4 for float32, before ``codec`` and ``result_codec``; up to
+64 KiB a contribution travels inline, N·(N-1)·b·P. State: P values (x).
+Reference: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, arXiv:1805.09767.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from pydantic import PositiveInt
+from torch import Tensor
+
+from algorithms.api import AllReduce, Train
+from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+
+if TYPE_CHECKING:
+    from algorithms.api import Layout, Node
+
+
+class LocalSGD(LowCommunication, name="local_sgd"):
+    """Local steps and averaging; see the module's docstring."""
+
+    inner_steps: PositiveInt = 10  # H, optimizer steps between two averages
+
+    def init(self, node: Node) -> None:
+        node.shared["model"] = node.parameters.clone()
+
+    async def round(self, node: Node) -> None:
+        model = cast("Tensor", node.shared["model"])
+        await Train(steps=self.inner_steps)
+        # The differences travel: of those a codec loses less than of the models.
+        sent = self.compensated(node, model - node.parameters) if node.participates else None
+        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        mean = await AllReduce(sent, codec=codecs[0], result_codec=codecs[1])
+        node.shared["model"] = model - mean.value
+        node.parameters.copy_(node.shared["model"])
+        await average_buffers(node)
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return self.exchange_bytes(layout.num_values, layout, num_nodes) + buffer_bytes(layout, num_nodes)

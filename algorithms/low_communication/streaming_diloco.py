@@ -1,0 +1,124 @@
+"""Streaming DiLoCo: one fragment of the model at a time, while training goes on, in four bits a value.
+
+The model is divided into F = ``fragments`` fragments, each of which is exchanged once in H = ``inner_steps`` steps: a
+round is H/F steps, and round k exchanges fragment p = k mod F. What it has become τ = ``overlap_steps`` steps before
+the round's end, at step s, is sent; the outer step (η = ``outer.lr``, β = ``outer.momentum``) on the anchor θ_p is
+taken at the end, and merged into what the node m has been training meanwhile with α = ``merge_alpha``:
+
+    Δ_m,p = θ_p - θ_m,p(s)          Δ_p = mean_m decode(encode(Δ_m,p))
+    v_p ← β v_p + Δ_p          θ_p ← θ_p - η (Δ_p + β v_p)          θ_m,p ← α θ_m,p(s + τ) + (1 - α) θ_p
+
+A run is evaluated and saved as θ, each fragment as of its last exchange. With one fragment, τ = 0, α = 0 and no codec
+this is DiLoCo. The paper has three blocks in a fragment, ``strided``; ``staggered: false`` exchanges all fragments at
+the end of the H steps, for comparisons.
+
+Deviations: H must be a multiple of F. Tensors outside of blocks go to the smallest fragments. The scales of the four
+bits are ours (codec ``fp4``). Floating-point buffers, of which the paper's models have none, are averaged every round,
+uncompressed.
+Elasticity: θ, v and the round are shared state: a round that is not finished is repeated with the same fragment. A
+joiner begins at θ in all fragments, so that its first Δ is measured from there, with a fresh inner optimizer. A node
+that is lost between s and s + τ is left out of the reduction, or in it if it was whole; nobody waits. With
+``error_feedback`` a residual is its node's own: it survives others' losses, and is lost with it.
+Cost: 2·b·P_p·(N-1) bytes per round over all nodes, b as encoded by ``codec`` on the way in and by ``result_codec`` on
+the way out; P_p = P/F on average; up to 64 KiB a contribution travels inline. State: 2·P values (θ, v) on the CPU.
+Reference: Douillard et al., "Streaming DiLoCo with overlapping communication: Towards a Distributed Free Lunch", 2025,
+arXiv:2501.18512, Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Self, TypeAlias
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
+from algorithms.codecs import FP4, BFloat16, Codec
+from algorithms.low_communication import fragments as parts
+from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
+from algorithms.outer import Nesterov, OuterOptimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+
+class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
+    """DiLoCo in fragments, overlapped and quantized; see the module's docstring."""
+
+    inner_steps: PositiveInt = 100  # H, steps between two exchanges of one fragment; paper, section 3
+    fragments: PositiveInt = 4  # F; the paper has as many as make three blocks each
+    pattern: Pattern = "strided"  # which blocks make a fragment; size: equal parts of any model
+    overlap_steps: NonNegativeInt = 1  # τ, steps that go on while a fragment travels; paper, table 1
+    merge_alpha: Share = 0.5  # α, what the local values count when the exchanged ones are merged in; paper, figure 10
+    staggered: bool = True  # a fragment in each round of H/F steps; false: all of them in each round of H
+    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; as remembered of the paper, not verified
+    codec: Codec = FP4()  # of the outer gradients; paper, section 3
+    result_codec: Codec = BFloat16()  # of their mean
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.inner_steps % self.fragments:
+            steps, count = self.inner_steps, self.fragments
+            near = f"{steps // count * count or count} or {(steps // count + 1) * count}"
+            raise ValueError(f"inner_steps: {steps} is not a multiple of the {count} fragments; take {near}")
+        if self.overlap_steps >= self.steps:
+            room = f"a round's {self.steps} steps" + (" (inner_steps / fragments)" if self.staggered else "")
+            raise ValueError(f"overlap_steps: {self.overlap_steps} do not fit before the end of {room}; take fewer")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Of a round."""
+        return self.inner_steps // self.fragments if self.staggered else self.inner_steps
+
+    def due(self, number: int) -> tuple[int, ...]:
+        """The fragments that are exchanged in round ``number``."""
+        return (number % self.fragments,) if self.staggered else tuple(range(self.fragments))
+
+    def ranges(self, layout: Layout) -> tuple[parts.Ranges, ...]:
+        """Where the fragments are."""
+        return parts.fragments_of(layout, self.fragments, self.pattern)
+
+    def init(self, node: Node) -> None:
+        parts.begin(node, self.ranges(node.layout), self.outer)
+
+    async def join(self, node: Node) -> None:
+        node.parameters.copy_(self.model(node))
+
+    async def round(self, node: Node) -> None:
+        ranges, due, known = self.ranges(node.layout), self.due(node.round), parts.known(node)
+        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        await Train(steps=self.steps - self.overlap_steps)
+        handles: list[Handle[Reduced[Tensor]]] = []
+        for p in due:
+            gradient = known[p]["anchor"] - to_host(gather(node.parameters, ranges[p]))
+            sent = self.compensated(node, gradient, str(p)) if node.participates else None
+            handles.append(await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1])))
+        if self.overlap_steps:
+            await Train(steps=self.overlap_steps)
+        for p, handle in zip(due, handles, strict=True):
+            mean = await Wait(handle)
+            known[p] = parts.stepped(known[p], to_host(mean.value), self.outer)
+            local = gather(node.parameters, ranges[p])
+            anchor = to_device(known[p]["anchor"], local.device)
+            scatter(torch.lerp(anchor, local, self.merge_alpha), node.parameters, ranges[p])
+        parts.keep(node, known)
+        await average_buffers(node)
+
+    def model(self, node: Node) -> Tensor:
+        return parts.anchors_in_place(node, self.ranges(node.layout))
+
+    def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
+        ranges = self.ranges(layout)
+        exchanged = sum(self.exchange_bytes(parts.size_of(ranges[p]), layout, num_nodes) for p in self.due(number))
+        return exchanged + buffer_bytes(layout, num_nodes)
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        period = self.fragments if self.staggered else 1
+        return sum(self.round_bytes(layout, num_nodes, number, period) for number in range(period)) // period
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return self.steps
