@@ -48,6 +48,7 @@ def test_the_asynchronous_example_is_replayed_to_its_digest(tmp_path, processes:
 
 
 @pytest.mark.slow
-def test_the_demo_learns_more_than_the_frequencies_of_bytes(tmp_path, processes: Processes):
+def test_the_demo_learns_more_than_the_frequencies_of_bytes_while_a_node_dies(tmp_path, processes: Processes):
     summary = finish(processes, tmp_path, "run", str(ROOT / "examples/streaming_diloco.yaml"))
     assert summary["metrics"]["loss"] < 0.8 * summary["baselines"]["unigram_entropy"]
+    assert summary["nodes"] == {"started": 4, "joined": 1, "lost": 1}
