@@ -134,6 +134,9 @@ with a fifth of a neighbour in a round of {PERIOD // 2} steps.
 TAIL = f"""
 The last columns are virtual seconds; computing alone takes {PERIOD * PERIODS * STEP_MS / 1000:g}.
 
+In so short a run nothing that communicates little reaches the loss of data-parallel training; published runs have
+hundreds of times as many steps. What four bits cost is the difference between the two lines of streaming.
+
 ![Validation loss over virtual time, one panel for each bandwidth](low_communication.png)
 
 The bandwidth that a run of yours needs is what [`starling bandwidth`](cli.md) prints.
