@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from benchmarks import all_reduce, memory, overlap, round_overhead, simulator
+from benchmarks import all_reduce, memory, overlap, recovery, round_overhead, simulator
 from benchmarks.harness import Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -31,21 +31,24 @@ TAIL = """
 with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
 digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
 (`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is
-started before a `Train` that takes no core, and waited for after it.
+started before a `Train` that takes no core, and waited for after it. *Stall* is by how much longer it takes from one
+commit to the next when a node is killed in between, at the named moment; the median of three kills each.
+*Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
+pool's decisions; rounds with and without it take turns ([what is promised under losses](failure-semantics.md)).
 """
 
 
 def line(row: Row) -> str:
-    unit = "GB" if row.what.endswith("in GB") else "s"
-    reference = f"{row.reference_s:.4g} {unit}" if row.reference_s else ""
+    ours = f"{row.ours_s:.4g} {row.unit}".strip()
+    reference = f"{row.reference_s:.4g} {row.unit}" if row.reference_s else ""
     ratio = f"{row.ours_s / row.reference_s:.2f}×" if row.reference_s else ""
-    kept = "yes" if row.kept else "**no**"
-    return f"| {row.what} | {row.ours_s:.4g} {unit} | {reference} | {ratio} | {row.promise} | {kept} |\n"
+    kept = "" if row.kept is None else "yes" if row.kept else "**no**"
+    return f"| {row.what} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
 
 
 def main() -> None:
     rows: list[Row] = []
-    for module in (simulator, round_overhead, all_reduce, overlap, memory):
+    for module in (simulator, round_overhead, all_reduce, overlap, memory, recovery):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)
