@@ -49,6 +49,7 @@ class Members:
         self._pool.starting(begun - set(progress.facts))
         self.recoveries = Recoveries(progress)
         self.transfers = Transfers(progress, self.recoveries)
+        self.transfers.is_kept = self._is_kept
         self.new: set[NodeId] = set()
         """Have not committed a round yet: they began with nothing but the initial state."""
         self.loaded: set[NodeId] = set()
@@ -87,6 +88,8 @@ class Members:
             case Retired(node, nbytes):
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
+                if isinstance(happening, NotLoaded) and happening.source == happening.node:
+                    self._kept.pop(happening.node, None)  # it cannot be read
                 done = self.transfers.take(happening)
                 match done:
                     case (node, True):
@@ -238,6 +241,12 @@ class Members:
     def kept_round(self, node: NodeId) -> int:
         """The round of what is kept of ``node``; -1: nothing is."""
         return self._kept.get(node, -1)
+
+    def _is_kept(self, node: NodeId) -> bool:
+        """Whether the model is kept of somebody who has left, other than ``node``, and who will be there again."""
+        last = self._progress.committed if self._progress.config.algorithm.synchronous else None
+        others = self._kept.keys() - {node, SERVER}
+        return any(last in (None, self._kept[other]) for other in others)
 
     @property
     def is_retiring(self) -> bool:
