@@ -248,7 +248,8 @@ class Simulator:
         """Put a node that is ready in the place of the one before, if that is gone."""
         if node in self._up and node not in self._present:
             self._up.discard(node)
-            self._attempts.setdefault(node, 0)
+            # What was on its way to the one before is not for this one.
+            self._attempts[node] = self._attempts.get(node, 0) + 1
             self.host.embody(self._coming.pop(node))
             self._present.add(node)
 
@@ -263,12 +264,14 @@ class Simulator:
         return NodeFacts(node, "simulated", "cpu", self.host.replicas[node].num_samples)
 
     def kill(self, node: NodeId) -> None:
-        self._stop(node)
-        self._died(node, "its process died (faults.events)")
+        if node in self._present:  # else its death is on its way already
+            self._stop(node)
+            self._died(node, "its process died (faults.events)")
 
     def hang(self, node: NodeId) -> None:
-        self._stop(node)
-        self._hung.add(node)
+        if node in self._present:
+            self._stop(node)
+            self._hung.add(node)
 
     def preempt(self, node: NodeId) -> None:
         deadline = self._now + self._config.cluster.drain_s
