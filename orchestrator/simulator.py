@@ -280,6 +280,11 @@ class Simulator:
 
     def retire(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
+            if node not in self._present:
+                continue  # its death is on its way already
+            if node in self._hung:
+                self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
+                continue
             self._kept[node] = export_state(self.host.replicas[node], everything=True)
             self._stop(node)
             self._leave(node)
