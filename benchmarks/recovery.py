@@ -36,9 +36,9 @@ PHASES = {"train": "training", "post": "has posted", "secure": "is reduced", "de
 KILLS = 3
 """At each phase."""
 WARM_UP = 5
-BETWEEN = 40
+BETWEEN = 24
 """Rounds from one loss to the next: longer than a new spare takes to come up."""
-COLD = 60
+COLD = 40
 """The same without spares."""
 _DISTURBED = 8
 """Rounds after a loss that are no measure of a calm one."""

@@ -88,17 +88,7 @@ class Members:
             case Retired(node, nbytes):
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
-                if isinstance(happening, NotLoaded) and happening.source == happening.node:
-                    self._kept.pop(happening.node, None)  # it cannot be read
-                done = self.transfers.take(happening)
-                match done:
-                    case (node, True):
-                        # For its program, and everybody else's, nothing has happened.
-                        self.new.discard(node)
-                    case (node, False):
-                        self.loaded.add(node)
-                    case None:
-                        pass
+                self._transferred(happening)
             case Kept(node, kept_number, nbytes):
                 self._kept[node] = kept_number
                 self._progress.ledger.book("recovery", nbytes)
@@ -112,6 +102,18 @@ class Members:
                 return False
         self.act()
         return True
+
+    def _transferred(self, happening: Loaded | NotLoaded) -> None:
+        if isinstance(happening, NotLoaded) and happening.source == happening.node:
+            self._kept.pop(happening.node, None)  # it cannot be read
+        match self.transfers.take(happening):
+            case (node, True):
+                # For its program, and everybody else's, nothing has happened.
+                self.new.discard(node)
+            case (node, False):
+                self.loaded.add(node)
+            case None:
+                pass
 
     def _come(self, up: Up) -> None:
         node = up.facts.node

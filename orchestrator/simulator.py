@@ -307,7 +307,6 @@ class Simulator:
         for joiner in [joiner for joiner, source in self._loading.items() if source == node]:
             del self._loading[joiner]
             self._at(self._now, joiner, NotLoaded(joiner, node))
-        self._embody(node)
 
     def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
         self._load(joiner, donor, donor, export_state(self.host.replicas[donor]), position)
@@ -488,6 +487,10 @@ class Simulator:
             case Up(facts):
                 self._up.add(facts.node)
                 self._embody(facts.node)
+                self._ready.append(what)
+            case Died(node) | Retired(node):
+                # Not before: what is asked of it until then is not asked of who takes its place.
+                self._embody(node)
                 self._ready.append(what)
             case _:
                 self._ready.append(what)

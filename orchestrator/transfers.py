@@ -77,6 +77,7 @@ class Transfers:
         donors = [donor for donor in self.donors if donor != node and donor not in joiner.refused]
         joiner.waits = not donors and self.is_kept(node)
         if joiner.waits:
+            joiner.refused.clear()  # who could not give may be who comes back
             return
         if not donors:
             del self._joiners[node]
