@@ -45,8 +45,6 @@ class Cluster(DataPlane):
         super().__init__(config)
         self._kept: dict[NodeId, ObjectRef[Any]] = {}
         """All that was committed by nodes that have left, and by the server."""
-        self._retired: set[tuple[int, NodeId]] = set()
-        """Nodes that have left, by process: it is ended when all of its nodes have."""
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
 
@@ -115,10 +113,12 @@ class Cluster(DataPlane):
     def retire(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
             self._retiring.add(node)
-            self._export(node, lambda nbytes, ref, node=node: self._retire(node, nbytes, ref))
+            actor = self._home[node]
+            self._export(node, lambda nbytes, ref, node=node, actor=actor: self._retire(actor, node, nbytes, ref))
 
-    def _retire(self, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
-        actor = self._home[node]
+    def _retire(self, actor: Actor, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
+        if self._home[node] is not actor or node not in self._retiring:
+            return  # it died while its state was copied, and that was told
         self._kept[node] = ref
         self._retiring.discard(node)
         self._retired.add((actor.index, node))
@@ -166,13 +166,15 @@ class Cluster(DataPlane):
             return False
         return one.ready.machine != actor.ready.machine
 
-    def _limit(self, actor: Actor, ref: ObjectRef[Any], what: str) -> None:
+    def _limit(self, actor: Actor, ref: ObjectRef[Any], what: str, times: int = 1) -> None:
         """A process that does not answer in time is taken for lost."""
-        seconds = self._config.cluster.round_deadline_s
+        seconds = times * self._config.cluster.round_deadline_s
+
+        advice = "cluster.round_deadline_s" if times == 1 else f"{times} × cluster.round_deadline_s"
 
         def check() -> None:
             if actor.alive and not ray.wait([ref], timeout=0)[0]:
-                self._lost(actor, TimeoutError(f"{what} within {seconds:g} s (cluster.round_deadline_s)"))
+                self._lost(actor, TimeoutError(f"{what} within {seconds:g} s ({advice})"))
 
         self._after(seconds, check)
 
@@ -200,7 +202,10 @@ class Cluster(DataPlane):
 
         actor = self._home[node]
         # In a list, so that Ray does not fetch it: a donor that is gone is no failure of the joiner's.
-        self._call(actor, actor.handle.load.remote(node, source, [ref], position), done)
+        loaded = actor.handle.load.remote(node, source, [ref], position)
+        self._call(actor, loaded, done)
+        # A donor has as long to hand it over as this one to take it.
+        self._limit(actor, loaded, "it did not take over the state", times=2)
 
     def _on_gone(self, node: NodeId) -> None:
         self._loading.pop(node, None)

@@ -95,6 +95,8 @@ class Processes:
         self._timer = itertools.count()
         self._halting: set[NodeId] = set()
         self._retiring: set[NodeId] = set()
+        self._retired: set[tuple[int, NodeId]] = set()
+        """Nodes that have left, by process: it is ended when all of its nodes have."""
 
     @property
     def now(self) -> float:
@@ -179,16 +181,16 @@ class Processes:
             StarlingError: they do not come up.
         """
         deadline = self.now + self._config.cluster.start_timeout_s
-        logs: list[Log] = []
+        later: list[Happening] = []
         wanted = min(room, len(self._actors))
         while sum(actor.ready is not None for actor in self._actors) < wanted:
             happening = self.next(deadline)
             match happening:
-                case Log():
-                    logs.append(happening)
+                case Log() | Notice():
+                    later.append(happening)
                 case Raised(_, message, traceback):
                     raise NodeFailedError(message, traceback)
-                case NotUp(node, reason):
+                case NotUp(node, reason) | Died(node, reason):
                     message = f"node {node} was lost while it started: {reason}"
                     raise NodeLostError(message)
                 case _ if self.now >= deadline:
@@ -201,7 +203,7 @@ class Processes:
                     raise ClusterError(message)
                 case _:
                     pass
-        self._ready.extendleft(reversed(logs))  # for the run's log, once there is somebody to take it
+        self._ready.extendleft(reversed(later))  # once there is somebody to take it
 
     def close(self) -> None:
         if self._machines is not None:
@@ -242,6 +244,7 @@ class Processes:
             spare.nodes, spare.ready, spare.launched = members, None, self.now
             spare.incarnation = self._count_embodiment(members)
             self._call(spare, spare.handle.embody.remote(members, spare.incarnation), self._on_setup)
+            self._on_place(spare, None)  # it has had one all the time
 
     def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
         self._embodied.update(nodes)
@@ -384,11 +387,13 @@ class Processes:
             return
         output = self._session.worker_output(actor.ready.pid) if self._session and actor.ready else []
         for node in actor.nodes:
+            if (actor.index, node) in self._retired:
+                continue  # it had left before, and another process has its place
             if output:
                 self._ready.append(Log(node, tuple(output)))
             if self._home[node] is actor and was_up:
-                if node not in self._retiring:
-                    self._on_gone(node)
+                self._retiring.discard(node)
+                self._on_gone(node)
                 self._ready.append(Died(node, reason))
             else:
                 self._successors.pop(node, None)

@@ -38,6 +38,7 @@ _FAST = {
     # Idle workers, one for each CPU, would only delay those that are asked for.
     "prestart_worker_first_driver": False,
     "enable_worker_prestart": False,
+    "worker_niceness": 0,  # 15 by default: on a busy computer a start would take minutes
 }
 
 
@@ -60,8 +61,9 @@ class Machines:
         self._enabled = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
         # The address of the last cluster is written where other users of this machine would find it.
-        with mock.patch("ray._private.utils.write_ray_address"), mock.patch(
-            "ray._private.worker.ray._private.utils.write_ray_address"
+        with (
+            mock.patch("ray._private.utils.write_ray_address"),
+            mock.patch("ray._private.worker.ray._private.utils.write_ray_address"),
         ):
             self._cluster = Cluster(
                 initialize_head=True,

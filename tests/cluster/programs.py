@@ -87,8 +87,9 @@ class Paced(Base):
         await Train(steps=1)
         node.local["done"] = node.local["done"] + 1
         print(f"done {node.local['done']} in round {node.round}")  # noqa: T201 - tests read it
-        if not Path(self.until).exists():
-            time.sleep(self.seconds)  # noqa: ASYNC251 - there is no event loop; it stands for compute
+        # There is no event loop; it stands for compute.
+        if not Path(self.until).exists():  # noqa: ASYNC240
+            time.sleep(self.seconds)  # noqa: ASYNC251
         mean = await AllReduce(node.parameters)
         node.parameters.copy_(mean.value)
         node.shared["mean"] = mean.value.clone()
