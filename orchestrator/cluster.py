@@ -46,12 +46,10 @@ class Cluster(DataPlane):
         super().__init__(config)
         self._kept: dict[NodeId, ObjectRef[Any]] = {}
         """All that was committed by nodes that have left, and by the server."""
-        self._retired: set[tuple[int, NodeId]] = set()
-        """Nodes that have left, by process: it is ended when all of its nodes have."""
         self._loading: dict[NodeId, NodeId] = {}
+        """Who is being given state, and whose."""
         self._base: tuple[bytes, ObjectRef[Any]] | None = None
         """The model from which rounds are replayed, and where it is in the store."""
-        """Who is being given state, and whose."""
 
     def close(self) -> None:
         self._contributions, self._reduced, self._kept, self._letters = {}, {}, {}, {}
@@ -118,10 +116,12 @@ class Cluster(DataPlane):
     def retire(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
             self._retiring.add(node)
-            self._export(node, lambda nbytes, ref, node=node: self._retire(node, nbytes, ref))
+            actor = self._home[node]
+            self._export(node, lambda nbytes, ref, node=node, actor=actor: self._retire(actor, node, nbytes, ref))
 
-    def _retire(self, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
-        actor = self._home[node]
+    def _retire(self, actor: Actor, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
+        if self._home[node] is not actor or node not in self._retiring:
+            return  # it died while its state was copied, and that was told
         self._kept[node] = ref
         self._retiring.discard(node)
         self._retired.add((actor.index, node))
@@ -169,13 +169,15 @@ class Cluster(DataPlane):
             return False
         return one.ready.machine != actor.ready.machine
 
-    def _limit(self, actor: Actor, ref: ObjectRef[Any], what: str) -> None:
+    def _limit(self, actor: Actor, ref: ObjectRef[Any], what: str, times: int = 1) -> None:
         """A process that does not answer in time is taken for lost."""
-        seconds = self._config.cluster.round_deadline_s
+        seconds = times * self._config.cluster.round_deadline_s
+
+        advice = "cluster.round_deadline_s" if times == 1 else f"{times} × cluster.round_deadline_s"
 
         def check() -> None:
             if actor.alive and not ray.wait([ref], timeout=0)[0]:
-                self._lost(actor, TimeoutError(f"{what} within {seconds:g} s (cluster.round_deadline_s)"))
+                self._lost(actor, TimeoutError(f"{what} within {seconds:g} s ({advice})"))
 
         self._after(seconds, check)
 
@@ -221,7 +223,10 @@ class Cluster(DataPlane):
             else:
                 self._ready.append(NotLoaded(node, source) if result is None else Loaded(node, source, result))
 
-        self._call(self._home[node], call, done)
+        actor = self._home[node]
+        self._call(actor, call, done)
+        # A donor has as long to hand it over as this one to take it.
+        self._limit(actor, call, "it did not take over the state", times=2)
 
     def _on_gone(self, node: NodeId) -> None:
         self._loading.pop(node, None)

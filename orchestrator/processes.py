@@ -45,6 +45,9 @@ _FETCH_TIMEOUT_S = 60.0
 
 _STOP_TIMEOUT_S = 10.0
 
+_MAX_STARTS = 3
+"""Of a node, before the run begins."""
+
 _FIRST_WAVE = 8
 """Processes that are started before any others."""
 
@@ -95,6 +98,8 @@ class Processes:
         self._timer = itertools.count()
         self._halting: set[NodeId] = set()
         self._retiring: set[NodeId] = set()
+        self._retired: set[tuple[int, NodeId]] = set()
+        """Nodes that have left, by process: it is ended when all of its nodes have."""
 
     @property
     def now(self) -> float:
@@ -115,15 +120,15 @@ class Processes:
         nodes = self._nodes_with_room()
         places = self._places(nodes)
         self._data_parts = config.num_nodes if cluster.nodes.target != "auto" else len(nodes)
-        room = self._room_for(places)
+        self._room_for(places)
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
         for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
             for members in wave:
                 self._launch(members)
-            self._wait_until_ready(room)
+            self._wait_until_ready(places)
         if config.algorithm.has_server:
             self._launch((SERVER,))
-            self._wait_until_ready(room + 1)
+            self._wait_until_ready(places)
         self._begun = True
         up = [actor for actor in self._actors if actor.alive and actor.ready is not None]
         first = self._facts_of(up[0])
@@ -172,25 +177,36 @@ class Processes:
         )
         raise ClusterError(message)
 
-    def _wait_until_ready(self, room: int) -> None:
-        """Wait for all processes that were started, or for ``room`` of them if there is no room for more.
+    def _wait_until_ready(self, places: Sequence[tuple[NodeId, ...]]) -> None:
+        """Wait for all processes that were started, or for as many of ``places`` as there is room for.
 
         Raises:
             StarlingError: they do not come up.
         """
         deadline = self.now + self._config.cluster.start_timeout_s
-        logs: list[Log] = []
-        wanted = min(room, len(self._actors))
-        while sum(actor.ready is not None for actor in self._actors) < wanted:
-            happening = self.next(deadline)
+        later: list[Happening] = []
+        # The server is wanted in any case.
+        extra = sum(SERVER in actor.nodes for actor in self._actors)
+        # Counted again and again: Ray needs seconds to learn that a machine has died.
+        while True:
+            alive = [actor for actor in self._actors if actor.alive]
+            if sum(actor.ready is not None for actor in alive) >= min(self._room_for(places) + extra, len(alive)):
+                break
+            happening = self.next(min(deadline, self.now + _POLL_S))
             match happening:
-                case Log():
-                    logs.append(happening)
+                case Log() | Notice():
+                    later.append(happening)
                 case Raised(_, message, traceback):
                     raise NodeFailedError(message, traceback)
-                case NotUp(node, reason):
-                    message = f"node {node} was lost while it started: {reason}"
-                    raise NodeLostError(message)
+                case NotUp(node, reason) | Died(node, reason):
+                    if self._embodied[node] >= _MAX_STARTS:
+                        message = f"node {node} was lost while it started, {_MAX_STARTS} times: {reason}"
+                        raise NodeLostError(message)
+                    # A machine that has just died is still counted among those where there is room.
+                    later.append(Log(node, (f"node {node} was lost while it started: {reason}; it is started again",)))
+                    together = next((members for members in places if node in members), (node,))
+                    if not any(actor.alive and actor.nodes == together for actor in self._actors):
+                        self._launch(together)
                 case _ if self.now >= deadline:
                     waiting = [actor for actor in self._actors if actor.ready is None]
                     names = ", ".join(str(node) for actor in waiting for node in actor.nodes)
@@ -201,7 +217,7 @@ class Processes:
                     raise ClusterError(message)
                 case _:
                     pass
-        self._ready.extendleft(reversed(logs))  # for the run's log, once there is somebody to take it
+        self._ready.extendleft(reversed(later))  # once there is somebody to take it
 
     def close(self) -> None:
         if self._machines is not None:
@@ -242,6 +258,7 @@ class Processes:
             spare.nodes, spare.ready, spare.launched = members, None, self.now
             spare.incarnation = self._count_embodiment(members)
             self._call(spare, spare.handle.embody.remote(members, spare.incarnation), self._on_setup)
+            self._on_place(spare, None)  # it has had one all the time
 
     def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
         self._embodied.update(nodes)
@@ -384,11 +401,13 @@ class Processes:
             return
         output = self._session.worker_output(actor.ready.pid) if self._session and actor.ready else []
         for node in actor.nodes:
+            if (actor.index, node) in self._retired:
+                continue  # it had left before, and another process has its place
             if output:
                 self._ready.append(Log(node, tuple(output)))
             if self._home[node] is actor and was_up:
-                if node not in self._retiring:
-                    self._on_gone(node)
+                self._retiring.discard(node)
+                self._on_gone(node)
                 self._ready.append(Died(node, reason))
             else:
                 self._successors.pop(node, None)

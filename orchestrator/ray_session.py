@@ -20,9 +20,11 @@ from typing import Any
 
 import ray
 from ray import _raylet
-from ray._private import ray_constants, state
+from ray._private import ray_constants, state, worker
 
 from orchestrator.errors import ClusterError
+
+_LOG = logging.getLogger("starling")
 
 _TOKEN = secrets.token_hex(32)
 """Of every Ray that this process starts: Ray reads it once per process."""
@@ -47,6 +49,11 @@ class Session:
     """A connection to Ray; ``close`` leaves nothing behind of what it started."""
 
     def __init__(self, folder: Path | None, *, owned: bool, environment: dict[str, str | None]) -> None:
+        # Whatever `log_to_driver` says, Ray prints what it reports of machines, pages of it when one dies, to stdout,
+        # where our results and progress are.
+        self._printer = worker.print_to_stdstream
+        if owned:
+            worker.print_to_stdstream = _take_lines
         self._folder = folder
         self._owned = owned
         self._environment = environment
@@ -70,11 +77,18 @@ class Session:
         """Disconnect; stop what was started."""
         if self._owned:
             ray.shutdown()
+            worker.print_to_stdstream = self._printer
         _restore(self._environment)
         if self._environment:
             _read_authentication_again()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _take_lines(data: dict[str, Any], *_: object, **__: object) -> None:
+    """What Ray would print, for our log."""
+    for line in data["lines"]:
+        _LOG.debug("ray: %s", line)
 
 
 class MachineLostError(Exception):

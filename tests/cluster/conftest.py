@@ -14,17 +14,55 @@ import ray
 from orchestrator import ray_session
 from orchestrator.api import resolve
 from orchestrator.config import Config
+from tests.cluster.machines import Machines
 
 ROOT = Path(__file__).parents[2]
 
 
+class Rays:
+    """A process is connected to one Ray at a time: the one that was needed last goes on until another is."""
+
+    def __init__(self) -> None:
+        self._session: ray_session.Session | None = None
+        self._machines: Machines | None = None
+
+    def shared(self) -> str:
+        if self._session is None:
+            self.close()
+            self._session = ray_session.connect("local", num_cpus=16, num_gpus=2)
+        return ray.get_runtime_context().gcs_address
+
+    def machines(self) -> Machines:
+        if self._machines is None:
+            self.close()
+            self._machines = Machines()
+        return self._machines
+
+    def close(self) -> None:
+        for one in (self._session, self._machines):
+            if one is not None:
+                one.close()
+        self._session = self._machines = None
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
-def shared_ray() -> Iterator[str]:
-    """One Ray for all ordinary tests; yields its address. Runs reach it with ``cluster.address: auto``."""
-    session = ray_session.connect("local", num_cpus=16, num_gpus=2)
-    yield ray.get_runtime_context().gcs_address
-    session.close()
-    gc.collect()
+def rays() -> Iterator[Rays]:
+    those = Rays()
+    yield those
+    those.close()
+
+
+@pytest.fixture
+def shared_ray(rays: Rays) -> str:
+    """One Ray for all ordinary tests, by its address. Runs reach it with ``cluster.address: auto``."""
+    return rays.shared()
+
+
+@pytest.fixture
+def machines(rays: Rays) -> Machines:
+    """A Ray cluster whose machines a test adds, drains and kills; runs reach it with ``cluster.address: auto``."""
+    return rays.machines()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 from pydantic import PositiveInt
@@ -70,6 +71,28 @@ class Endless(Base):
     async def round(self, node: Node) -> None:
         time.sleep(self.seconds)  # noqa: ASYNC251 - there is no event loop; it stands for compute
         await AllReduce(node.parameters)
+
+
+class Paced(Base):
+    """Rounds that take a while until there is a file, and none after that; counts those that a node has done."""
+
+    seconds: float = 0.4
+    until: str
+
+    def init(self, node: Node) -> None:
+        node.shared["mean"] = node.parameters.clone()
+        node.local["done"] = 0
+
+    async def round(self, node: Node) -> None:
+        await Train(steps=1)
+        node.local["done"] = node.local["done"] + 1
+        print(f"done {node.local['done']} in round {node.round}")  # noqa: T201 - tests read it
+        # There is no event loop; it stands for compute.
+        if not Path(self.until).exists():  # noqa: ASYNC240
+            time.sleep(self.seconds)  # noqa: ASYNC251
+        mean = await AllReduce(node.parameters)
+        node.parameters.copy_(mean.value)
+        node.shared["mean"] = mean.value.clone()
 
 
 class Faulty(Task):

@@ -80,7 +80,13 @@ def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_p
     assert actors_alive() == 0
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+LAST = {type(case.algorithm).__module__.split(".")[1]: case for case in CASES}
+"""One of each family: what others of it do on Ray differs little from that. They are in the slow tests."""
+
+SOME = [pytest.param(case, id=case.name, marks=[] if case in LAST.values() else pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize("case", SOME)
 def test_conformance_cases_end_with_the_simulators_bits(shared_ray: str, tmp_path, case: Case):
     overrides = ["rounds=3", "tracking=none", "cluster.address=auto", "cluster.nodes_per_actor=2"]
     real = run(case.config, overrides, run_dir=tmp_path / "real")
