@@ -166,6 +166,7 @@ class Host(Exchanges):
             else:
                 joins = node in joiners
                 coroutine = _prepared(replica, repair, joins) if repair or joins else algorithm.round(replica)
+            self.drop(node)  # one that never ran would complain
             self.programs[node] = Program(coroutine)
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:

@@ -99,6 +99,8 @@ class Exchange:
     """Who makes each part."""
     secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
     """Of what each finished part is made. Gathers: keyed by the fetching member instead, active ones only."""
+    asked: tuple[Phase, int] | None = None
+    """What was asked of members, and the generation, at the deadline before."""
     delivered: set[NodeId] = field(default_factory=set)
     """Active members that hold the result."""
 
@@ -147,6 +149,14 @@ class Rendezvous:
         self._now = began
         self._last_close = began
         self._out: list[Decision] = []
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether somebody waits: for others to post or to return, or for an exchange to be carried out."""
+        return bool(self.returned) or any(
+            exchange.waiting or exchange.phase in (Phase.SECURING, Phase.DELIVERING)
+            for exchange in self.exchanges.values()
+        )
 
     def handle(self, event: Event, now: float = 0.0) -> list[Decision]:
         """Take one event that happened at ``now``, in seconds; return what is to be done, in order."""
@@ -306,9 +316,27 @@ class Rendezvous:
         for exchange in list(self.exchanges.values()):
             if not self.over:
                 self._try_close(exchange, past_deadline=True)
+            if not self.over:
+                self._leave_debtors(exchange)
         # The end of the program is waited for like an exchange.
         if not self.over and len(self.returned) >= self.need:
             self._cancel(self.active - self.returned.keys(), "it had not finished the round")
+
+    def _leave_debtors(self, exchange: Exchange) -> None:
+        """Cancel who has owed an answer since the deadline before: a member may hang in an exchange too."""
+        match exchange.phase:
+            case Phase.SECURING if exchange.is_gather:
+                owing = self.active - exchange.secured.keys()
+            case Phase.SECURING:
+                owing = {by for part, by in exchange.makers.items() if part not in exchange.secured} & self.active
+            case Phase.DELIVERING:
+                owing = self.active - exchange.delivered
+            case _:
+                owing = set()
+        asked = exchange.phase, exchange.generation
+        if exchange.asked == asked and len(self.active) - len(owing) >= self.need:
+            self._cancel(owing, f"it had not answered in exchange {exchange.seq}")
+        exchange.asked = asked
 
     # --- who is in ---------------------------------------------------------------------------------------------------
 

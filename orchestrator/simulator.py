@@ -625,6 +625,8 @@ class Simulator:
         return FinalModel(replica.model_digest(*mean), save(replica.model_tensors(*mean)))
 
     def close(self) -> None:
+        for node in self._attempts:  # a program that never ran would complain
+            self.host.drop(node)
         torch.set_num_threads(self._threads)
 
 

@@ -254,6 +254,8 @@ class Synchronous:
         cluster = self._config.cluster
         attempt.deadline = now + cluster.round_deadline_s
         patience = cluster.round_deadline_s + cluster.min_nodes_timeout_s
+        if not attempt.rendezvous.is_waited_for:
+            attempt.heard_at = now  # all of them compute, which may take as long as it takes
         if now - attempt.heard_at >= patience:
             attempt.is_silent = attempt.disturbed = True
             attempt.rendezvous.over = True
