@@ -251,14 +251,23 @@ class Processes:
         for members in self._places(nodes):
             if any(actor.alive and actor.ready is None and actor.nodes == members for actor in self._actors):
                 continue  # another node of that process has asked for it
-            spare = next((actor for actor in self._actors if actor.is_spare and actor.ready is not None), None)
-            if spare is None or SERVER in members:
+            # One that is still being started is sooner there than one that is not.
+            spares = sorted((one for one in self._actors if one.is_spare), key=lambda one: one.ready is None)
+            if not spares or SERVER in members:
                 self._launch(members)
                 continue
+            spare = spares[0]
+            was_ready = spare.ready is not None
             spare.nodes, spare.ready, spare.launched = members, None, self.now
             spare.incarnation = self._count_embodiment(members)
-            self._call(spare, spare.handle.embody.remote(members, spare.incarnation), self._on_setup)
-            self._on_place(spare, None)  # it has had one all the time
+            for node in members:
+                self._home.setdefault(node, spare)
+            if was_ready:
+                self._embody(spare)
+                self._on_place(spare, None)  # it has had one all the time
+
+    def _embody(self, spare: Actor) -> None:
+        self._call(spare, spare.handle.embody.remote(spare.nodes, spare.incarnation), self._on_setup)
 
     def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
         self._embodied.update(nodes)
@@ -322,6 +331,10 @@ class Processes:
             if result.traceback is None:
                 raise DataError(result.message)
             self._ready.append(Raised(actor.nodes[0] if actor.nodes else 0, result.message, result.traceback))
+            return
+        if actor.nodes and not result.devices:
+            # It was started to stand by, and its place has been given to it meanwhile.
+            self._embody(actor)
             return
         actor.ready = result
         for node in actor.nodes:

@@ -235,7 +235,8 @@ class Simulator:
     def launch(self, nodes: Sequence[NodeId]) -> None:
         network = self._config.network
         for node in nodes:
-            ready = next((at for at in sorted(self._spares) if at <= self._now), None)
+            # A spare that is still being started is sooner there than one that is not.
+            ready = min(self._spares, default=None) if node != SERVER else None
             if ready is not None:
                 self._spares.remove(ready)
             self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
@@ -243,7 +244,7 @@ class Simulator:
             replica.incarnation = self._incarnations[node]
             self._coming[node] = replica
             facts = NodeFacts(node, "simulated", "cpu", replica.num_samples)
-            seconds = network.start_s if ready is None else network.adopt_s
+            seconds = network.start_s if ready is None else max(ready - self._now, 0.0) + network.adopt_s
             self._at(self._now + seconds, node, Up(facts))
 
     def _embody(self, node: NodeId) -> None:

@@ -575,6 +575,32 @@ def test_deadline_does_not_touch_what_is_on_its_way():
     assert len(meeting.deliver(deliver)) == 1
 
 
+def test_who_owes_an_answer_from_one_deadline_to_the_next_is_left_behind():
+    meeting = Meeting(4)
+    requests = posted(meeting)
+    assert meeting.tell(Deadline()) == []
+    meeting.secure(requests[:1])
+    decisions = meeting.tell(Deadline())
+    assert decisions[0] == Cancel(1, "it had not answered in exchange 0")
+    (again,) = [one for one in decisions if isinstance(one, Secure)]
+    assert again == Secure(0, 1, 2, (0, 1, 2, 3), 1)
+    (deliver,) = meeting.secure([again])
+    assert meeting.tell(Deadline()) == []
+    meeting.deliver(deliver, 0, 2)
+    assert meeting.tell(Deadline()) == [
+        Cancel(3, "it had not answered in exchange 0"),
+        Advance(0, (0, 2), (0, 1, 2, 3), inline=False),
+    ]
+
+
+def test_who_owes_an_answer_is_waited_for_if_too_few_would_be_left():
+    meeting = Meeting(4, need=4)
+    requests = posted(meeting)
+    meeting.secure(requests[:1])
+    assert meeting.tell(Deadline(), Deadline(), Deadline()) == []
+    assert meeting.machine.is_waited_for
+
+
 def test_cancelled_contributions_to_other_exchanges():
     meeting = Meeting(4, need=2)
     requests = meeting.tell(*(large(node, waits=False) for node in range(4)))
