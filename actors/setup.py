@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.data import Epoch, assign
+from actors.data import Epoch, assign, files
 from actors.data.federated import Federated
 from actors.replica import Replica
 from actors.workbench import Slab
@@ -43,6 +43,7 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
     Raises:
         DataError: it cannot be read, or not be divided among ``num_nodes`` nodes.
     """
+    files.forget()
     federated = Federated(task, num_nodes) if data.source == "federated" else None
     train = task.train_samples(num_nodes) if federated is None else federated
     validation = task.validation_samples(num_nodes)

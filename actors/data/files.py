@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from algorithms.errors import DataError
 
@@ -44,6 +46,8 @@ class Listing:
     """Paths on the file system."""
     sizes: tuple[int, ...]
     """Bytes of each."""
+    stamps: tuple[int, ...]
+    """When each was written, in nanoseconds."""
     root: str
     """What their paths are relative to."""
 
@@ -63,6 +67,23 @@ def shown(path: str) -> str:
     's3://AKIA:***@bucket/part.parquet'
     """
     return re.sub(r"^([^:/]+://[^:@/]*):[^@]*@", r"\1:***@", path)
+
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+_forget: list[Callable[[], None]] = []
+
+
+def remembered(function: _F) -> _F:
+    """Keep what a function has found out about files, until a run begins anew in this process (``forget``)."""
+    cached = functools.lru_cache(maxsize=8)(function)
+    _forget.append(cached.cache_clear)
+    return cast("_F", cached)
+
+
+def forget() -> None:
+    """Look at files again: they may have been written anew since the last run of this process."""
+    for clear in _forget:
+        clear()
 
 
 _NODE = "{node}"
@@ -133,7 +154,7 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
         base = place[: pattern.start()].rpartition("/")[0] if pattern else place
         info = filesystem.get_file_info(base or "/")
         if info.type == FileType.File and not pattern:
-            return Listing(filesystem, (place,), (info.size or 0,), place.rpartition("/")[0])
+            return Listing(filesystem, (place,), (info.size or 0,), (info.mtime_ns or 0,), place.rpartition("/")[0])
         if info.type == FileType.NotFound:
             raise DataError(f"{key}: {shown(path)} does not exist here; name a file, a folder or a pattern")
         found = filesystem.get_file_info(FileSelector(base or "/", recursive=True))
@@ -141,7 +162,7 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
         raise DataError(unreachable(key, path, error)) from None
     matches = re.compile(_translated(place)).fullmatch if pattern else None
     kept = [
-        (one.path, one.size or 0)
+        (one.path, one.size or 0, one.mtime_ns or 0)
         for one in found
         if one.type == FileType.File
         and (matches(one.path) if matches else not _SKIPPED.search(one.path.removeprefix(base)))
@@ -151,7 +172,8 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
         what = f"matches no file in {base}" if pattern else f"has no {' or '.join(sorted(suffixes)) or 'files'} files"
         raise DataError(f"{key}: {shown(path)} {what}")
     kept.sort(key=lambda one: one[0].removeprefix(base))
-    return Listing(filesystem, tuple(one[0] for one in kept), tuple(one[1] for one in kept), base)
+    paths, sizes, stamps = zip(*kept, strict=True)
+    return Listing(filesystem, paths, sizes, stamps, base)
 
 
 def _resolve(key: str, path: str) -> tuple[FileSystem, str]:

@@ -10,7 +10,6 @@ whatever the size of the data set, each row group as tensors (float32 features t
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def open_row_groups(key: str, path: str) -> tuple[pa.Schema, list[RowGroup]]:
     return _open(key, path)
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _open(key: str, path: str) -> tuple[pa.Schema, list[RowGroup]]:
     import pyarrow as pa
     import pyarrow.dataset
@@ -376,7 +375,7 @@ def checked_classes(table: pa.Table, label: str, place: str, classes: int) -> Te
     return torch.from_numpy(labels.copy())
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def num_classes(key: str, path: str, label: str) -> int:
     """The largest label, plus one: from the files' footers, or else by reading that column.
 

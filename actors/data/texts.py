@@ -113,7 +113,6 @@ class Windows:
         return (torch.from_numpy(self._windows[indices.numpy()].astype(np.int64)),)
 
 
-@functools.lru_cache(maxsize=4)
 def load_corpus(
     corpus: str | None,
     column: str | None,
@@ -123,7 +122,7 @@ def load_corpus(
     split: bool = True,
     key: str = "task.corpus",
 ) -> tuple[Text, Text, int]:
-    """Training text, held-out text, and the size of the vocabulary; read once per process.
+    """Training and held-out text, and the size of the vocabulary; read once per process, while files stay as they are.
 
     Args:
         corpus: a file, a folder, a pattern or a URI; ``None``: the sources of Python's standard library.
@@ -136,6 +135,23 @@ def load_corpus(
     Raises:
         DataError: it cannot be read.
     """
+    suffixes = _SUFFIXES if column is None else {".parquet", ".pq"}
+    listing = None if corpus is None else files.find(key, corpus, suffixes)
+    written = () if listing is None else (listing.files, listing.sizes, listing.stamps)
+    return _load(corpus, column, max_bytes, encoding, split, key, written)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(
+    corpus: str | None,
+    column: str | None,
+    max_bytes: int,
+    encoding: Encoding,
+    split: bool,  # noqa: FBT001 - as above
+    key: str,
+    written: tuple[tuple[object, ...], ...],
+) -> tuple[Text, Text, int]:
+    del written
     encode, vocabulary = encoding.load()
     dtype = np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
     train, held_out = _Writer(dtype), _Writer(dtype)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 from collections import OrderedDict
@@ -272,12 +271,12 @@ def _is_encoded(kind: pa.DataType) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _holds_parquet(path: str) -> bool:
     return any(name.endswith((".parquet", ".pq")) for name in files.find("task.path", path, _PARQUET | _SUFFIXES).files)
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _list_folder(key: str, path: str) -> tuple[files.Listing, list[str], list[int]]:
     """The images, the names of their classes, sorted, and the class of each."""
     listing = files.find(key, path, _SUFFIXES)

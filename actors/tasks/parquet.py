@@ -13,7 +13,6 @@ row groups if those are more, and two row groups while it reads one, whatever th
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -179,7 +178,7 @@ def _is_feature(kind: pa.DataType) -> bool:
     return _is_number(kind.value_type if listed else kind)  # pyright: ignore[reportAttributeAccessIssue] - of lists
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _feature_columns(path: str, label: str, features: tuple[str, ...] | None) -> tuple[str, ...]:
     """The feature columns.
 
@@ -205,7 +204,7 @@ def _feature_columns(path: str, label: str, features: tuple[str, ...] | None) ->
     return features
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _shape(path: str, label: str, features: tuple[str, ...] | None) -> tuple[int, ...]:
     """The shape of one sample's features, (d,)."""
     from pyarrow import types
@@ -220,7 +219,7 @@ def _shape(path: str, label: str, features: tuple[str, ...] | None) -> tuple[int
     return (sum(getattr(kind, "list_size", 1) for kind in kinds),)
 
 
-@functools.lru_cache(maxsize=8)
+@files.remembered
 def _num_classes(path: str, label: str, classes: int | None) -> int | None:
     """``None`` for a label that is a number.
 

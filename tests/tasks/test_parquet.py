@@ -384,6 +384,15 @@ def test_a_run_leaves_a_bad_row_group_out_or_stops(tmp_path: Path, algorithm: st
     assert str(caught.value).isprintable()
 
 
+def test_a_file_that_is_written_anew_is_looked_at_anew(tmp_path: Path):
+    path = write(tmp_path / "table.parquet")
+    assert len(load_data(task(path), DataConfig(), 2, 0).train) == 220
+    write(path, group=5, table=pa.table(rows(0, 100) | {"y": [5] * 100}))
+    data = load_data(task(path), DataConfig(), 2, 0)
+    assert len(data.train) == 90
+    assert task(path).build()(torch.zeros(1, 2)).shape == (1, 6)
+
+
 def test_an_option_that_is_not_one():
     with pytest.raises(ValidationError, match="'stop' or 'skip'"):
         task("x", on_bad_row_group="ignore")

@@ -107,7 +107,7 @@ def test_a_long_text_is_tokenized_in_pieces(tmp_path: Path, tokenizer: Path, mon
     (tmp_path / "a.txt").write_text(line * 50)
     whole = small(tmp_path / "a.txt", tokenizer=str(tokenizer)).train_samples(1)
     monkeypatch.setattr(texts, "_AT_ONCE", 100)
-    load_corpus.cache_clear()
+    texts._load.cache_clear()
     pieces = small(tmp_path / "a.txt", tokenizer=str(tokenizer)).train_samples(1)
     assert torch.equal(whole.batch(torch.arange(len(whole)))[0], pieces.batch(torch.arange(len(pieces)))[0])
 
@@ -115,13 +115,13 @@ def test_a_long_text_is_tokenized_in_pieces(tmp_path: Path, tokenizer: Path, mon
 def test_a_large_text_lies_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 40)
     monkeypatch.setattr(texts, "_IN_MEMORY_BYTES", 1000)
-    load_corpus.cache_clear()
+    texts._load.cache_clear()
     train, held_out, size = load_corpus(str(tmp_path / "a.txt"), None, 10_000, Bytes())
     assert isinstance(train.tokens, np.memmap)
     assert bytes(train.tokens) + bytes(held_out.tokens) == (bytes(range(256)) * 40)[:10_000]
     assert size == 256
     assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
-    load_corpus.cache_clear()
+    texts._load.cache_clear()
 
 
 def test_a_vocabulary_may_be_larger_and_not_smaller(tmp_path: Path, tokenizer: Path):
@@ -189,6 +189,14 @@ def test_texts_of_their_own_are_held_out(tmp_path: Path):
     assert text_of(one.validation_samples(1)) == b"b" * 40
     with pytest.raises(DataError, match="task.validation: .*/nowhere.txt does not exist here"):
         small(tmp_path / "train.txt", validation=str(tmp_path / "nowhere.txt")).validation_samples(1)
+
+
+def test_a_text_that_is_written_anew_is_read_anew(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a" * 80)
+    assert text_of(small(path).train_samples(1)) == b"a" * 72
+    path.write_bytes(b"b" * 96)
+    assert text_of(small(path).train_samples(1)) == b"b" * 80
 
 
 def test_files_of_windows():
