@@ -116,10 +116,12 @@ class Host(Exchanges):
         self._alias([replica for replica in members if replica.shared.equals(members[0].shared)])
 
     def embody(self, replica: Replica) -> None:
-        """Put a new replica in the place of one that is gone, in its initial state."""
+        """Put a new replica in the place of one that is gone, in its initial state.
+
+        Its program stays until a round begins: its contributions may be in an exchange that is not closed yet.
+        """
         self.replicas[replica.id] = replica
         self.fences[replica.id] = threading.Event()
-        # The old program stays until the next round: what it contributed may be in an exchange that is not closed yet.
         replica.clock = self.times.watched(replica.id, replica.clock)
         replica.spec.algorithm.init(replica)
         replica.commit()

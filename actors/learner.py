@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from actors import probes
 from actors.data import Position, blocks_of
+from actors.modules import seeded
 from actors.together import NodeOptimizer
-from actors.workbench import Slab, Workbench, aligned, seeded
+from actors.workbench import Slab, Workbench, aligned
 from algorithms.api import SERVER, Batch, GradientReport, TrainReport
 from algorithms.errors import ProgramError, StarlingError
 from algorithms.rules import DataBatch, LocalProblem

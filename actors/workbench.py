@@ -8,10 +8,7 @@ A node that is alone in its process stays attached for good.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
-import os
-import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from actors import optimizers
+from actors.modules import compile_in_place, initial_module
 from actors.tasks import Task
 from actors.together import update_of
-from actors.weights import load_into, read_weights
 from algorithms.errors import DataError, ProgramError, SettingsError
 from algorithms.layout import Layout, LayoutEntry
-from algorithms.seeds import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -479,58 +475,3 @@ def _block_of(name: str) -> str:
         if component.isdigit():
             return ".".join(path[: index + 1])
     return path[0] if len(path) > 1 else ""
-
-
-def initial_module(task: Task, seed: int, device: torch.device) -> nn.Module:
-    """The module with which a run of ``seed`` begins, in float32 on the CPU; ``device`` is where it will compute.
-
-    Raises:
-        DataError: ``init_from`` cannot be read, or is of another model.
-    """
-    with seeded(derive_seed(seed, "init"), device):
-        module = task.build()
-    if task.init_from is not None:
-        load_into(module, read_weights("task.init_from", task.init_from), "task.init_from", task.init_from)
-    return module
-
-
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
-    """Let the module be compiled by ``torch.compile`` when it is first called; its parameters may be rebound as before.
-
-    Raises:
-        SettingsError: there is nothing here to compile with.
-    """
-    where = "set optimizer.compile: false, or install one"
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise SettingsError(f"optimizer.compile: on a GPU it takes Triton, and there is none here; {where}")
-    elif not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise SettingsError(
-            f"optimizer.compile: on a CPU it takes a C++ compiler (g++, clang++ or CXX), and there is none; {where}"
-        )
-    forward = module.forward
-
-    # Not module.compile(): dynamo passes over modules that torch itself defines, a Sequential for one.
-    def compiled(*inputs: Any, **named: Any) -> Any:  # noqa: ANN401 - whatever the module takes and returns
-        return forward(*inputs, **named)
-
-    # By itself inductor keeps a pool of processes; nodes of one machine share its cores anyway.
-    module.forward = torch.compile(compiled, options={"compile_threads": 1})
-
-
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators for code that can only use those (initialisation, dropout), and put them back after."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        torch.cuda.init()  # before its first use a device has no generator
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    # Not torch.random.fork_rng, which takes 60 times as long: a round of a small node is a few hundred microseconds.
-    states = [one.get_state() for one in generators]
-    try:
-        for one in generators:
-            one.manual_seed(seed)
-        yield
-    finally:
-        for one, state in zip(generators, states, strict=True):
-            one.set_state(state)

@@ -21,12 +21,15 @@ class Row:
     ours_s: float
     reference_s: float | None
     """``None``: the promise is in seconds, not in a ratio."""
-    promise: str
-    kept: bool
+    promise: str = ""
+    kept: bool | None = None
+    """``None``: nothing is promised."""
+    unit: str = "s"
 
     def __str__(self) -> str:
         ratio = f", {self.ours_s / self.reference_s:.2f}x of {self.reference_s:.4f} s" if self.reference_s else ""
-        return f"{self.what}: {self.ours_s:.4f} s{ratio} (promised {self.promise}: {'yes' if self.kept else 'NO'})"
+        promised = "" if self.kept is None else f" (promised {self.promise}: {'yes' if self.kept else 'NO'})"
+        return f"{self.what}: {self.ours_s:.4f} {self.unit}{ratio}{promised}"
 
 
 class Watch:

@@ -78,8 +78,8 @@ def main() -> list[Row]:
     parameters_and_gradient, state, committed, exchange, replaced, temporaries = 2, 2, 1, 1, 2, 2
     promised = (parameters_and_gradient + state + committed + exchange + replaced + temporaries) * one + 300 * MEGABYTE
     peak = max(peaks.peaks.values())
-    what = f"Memory of a node, DiLoCo with {SIZE // 1_000_000} M parameters (SGD), peak, in GB"
-    return [Row(what, peak / 1e9, promised / 1e9, "≤ the formula", peak <= promised)]
+    what = f"Memory of a node, DiLoCo with {SIZE // 1_000_000} M parameters (SGD), peak"
+    return [Row(what, peak / 1e9, promised / 1e9, "≤ the formula", peak <= promised, unit="GB")]
 
 
 if __name__ == "__main__":

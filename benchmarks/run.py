@@ -10,7 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from benchmarks import all_reduce, codecs, memory, overlap, parquet, round_overhead, simulator, streaming, zeroth_order
+from benchmarks import (
+    all_reduce,
+    codecs,
+    memory,
+    overlap,
+    parquet,
+    recovery,
+    round_overhead,
+    simulator,
+    streaming,
+    zeroth_order,
+)
 from benchmarks.harness import Row
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -36,20 +47,25 @@ trains on 1 GB of Parquet, over that of a node of the same run on a small file (
 a few row groups, and reads no other node's.
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
+*Stall* is by how much longer it takes from one
+commit to the next when a node is killed in between, at the named moment; the median of three kills each.
+*Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
+pool's decisions; rounds with and without it take turns ([what is promised under losses](failure-semantics.md)).
 """
 
 
 def line(row: Row) -> str:
-    unit = "GB" if row.what.endswith("in GB") else "s"
-    reference = f"{row.reference_s:.4g} {unit}" if row.reference_s else ""
+    ours = f"{row.ours_s:.4g} {row.unit}".strip()
+    reference = f"{row.reference_s:.4g} {row.unit}" if row.reference_s else ""
     ratio = f"{row.ours_s / row.reference_s:.2f}×" if row.reference_s else ""
-    kept = "yes" if row.kept else "**no**"
-    return f"| {row.what} | {row.ours_s:.4g} {unit} | {reference} | {ratio} | {row.promise} | {kept} |\n"
+    kept = "" if row.kept is None else "yes" if row.kept else "**no**"
+    return f"| {row.what} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
 
 
 def main() -> None:
     rows: list[Row] = []
-    for module in (zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet):
+    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
+    for module in (*first, recovery):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)

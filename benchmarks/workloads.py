@@ -9,8 +9,11 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
+from actors.state import StagedState
 from actors.tasks import Samples, Task, TensorSamples
+from actors.workbench import Slab
 from algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
+from algorithms.low_communication.diloco import DiLoCo
 
 
 class Vector(Task):
@@ -80,3 +83,34 @@ class Overlapped(Algorithm):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 0 if self.how == "exchange" else 1
+
+
+class Alternating(DiLoCo):
+    """DiLoCo whose processes, in odd rounds, make no digests and no copies to go back to. For runs without losses."""
+
+    def init(self, node: Node) -> None:
+        super().init(node)
+        _make_switchable()
+
+    async def round(self, node: Node) -> None:
+        global _is_elastic  # noqa: PLW0603 - of this process, as what it switches
+        _is_elastic = node.round % 2 == 0
+        await super().round(node)
+
+
+_is_elastic = True
+"""Whether the round that was begun last has what elasticity needs."""
+
+
+def _make_switchable() -> None:
+    digest, commit = StagedState.digest, Slab.commit
+
+    def digest_or_not(state: StagedState) -> str:
+        return digest(state) if _is_elastic else "none"
+
+    def commit_or_not(slab: Slab, start: int, stop: int) -> None:
+        # Made when the next round begins, and counted there: even ones come after odd ones.
+        if not _is_elastic:
+            commit(slab, start, stop)
+
+    StagedState.digest, Slab.commit = digest_or_not, commit_or_not

@@ -224,6 +224,7 @@ class Asynchronous:
             for envelope in self._mail.room.kept(SERVER, happening.number):
                 self._runtime.discard(envelope.sender, envelope.letter)
         there = set(self._progress.nodes) | ({SERVER} & self._progress.facts.keys() - self._progress.down)
+        members.transfers.donors = self._donors()
         for node in sorted(there - self._entered - set(members.transfers.pending)):
             self._rounds.setdefault(node, 0)
             if node not in members.new or node in members.loaded or not self._needs_state(node):
@@ -231,6 +232,8 @@ class Asynchronous:
             elif node == SERVER or not self._config.algorithm.has_server or self._donors():
                 # Else the server is away, and has the only model: its return is waited for.
                 members.give_state(self._rounds[node], node)
+        members.transfers.donors = self._donors()
+        members.transfers.retry()
         return True
 
     def _donors(self) -> tuple[NodeId, ...]:

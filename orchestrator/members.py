@@ -49,6 +49,7 @@ class Members:
         self._pool.starting(begun - set(progress.facts))
         self.recoveries = Recoveries(progress)
         self.transfers = Transfers(progress, self.recoveries)
+        self.transfers.is_kept = self._is_kept
         self.new: set[NodeId] = set()
         """Have not committed a round yet: they began with nothing but the initial state."""
         self.loaded: set[NodeId] = set()
@@ -87,15 +88,7 @@ class Members:
             case Retired(node, nbytes):
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
-                done = self.transfers.take(happening)
-                match done:
-                    case (node, True):
-                        # For its program, and everybody else's, nothing has happened.
-                        self.new.discard(node)
-                    case (node, False):
-                        self.loaded.add(node)
-                    case None:
-                        pass
+                self._transferred(happening)
             case Kept(node, kept_number, nbytes):
                 self._kept[node] = kept_number
                 self._progress.ledger.book("recovery", nbytes)
@@ -109,6 +102,18 @@ class Members:
                 return False
         self.act()
         return True
+
+    def _transferred(self, happening: Loaded | NotLoaded) -> None:
+        if isinstance(happening, NotLoaded) and happening.source == happening.node:
+            self._kept.pop(happening.node, None)  # it cannot be read
+        match self.transfers.take(happening):
+            case (node, True):
+                # For its program, and everybody else's, nothing has happened.
+                self.new.discard(node)
+            case (node, False):
+                self.loaded.add(node)
+            case None:
+                pass
 
     def _come(self, up: Up) -> None:
         node = up.facts.node
@@ -238,6 +243,12 @@ class Members:
     def kept_round(self, node: NodeId) -> int:
         """The round of what is kept of ``node``; -1: nothing is."""
         return self._kept.get(node, -1)
+
+    def _is_kept(self, node: NodeId) -> bool:
+        """Whether the model is kept of somebody who has left, other than ``node``, and who will be there again."""
+        last = self._progress.committed if self._progress.config.algorithm.synchronous else None
+        others = self._kept.keys() - {node, SERVER}
+        return any(last in (None, self._kept[other]) for other in others)
 
     @property
     def is_retiring(self) -> bool:

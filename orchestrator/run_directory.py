@@ -29,9 +29,9 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 import yaml
 
+from actors.modules import initial_module
 from actors.tasks import Task
 from actors.weights import load_into, read_weights
-from actors.workbench import initial_module
 from algorithms.api import SERVER
 from orchestrator import config as configuration
 from orchestrator import sealed_log

@@ -250,7 +250,8 @@ class Simulator:
         """Put a node that is ready in the place of the one before, if that is gone."""
         if node in self._up and node not in self._present:
             self._up.discard(node)
-            self._attempts.setdefault(node, 0)
+            # What was on its way to the one before is not for this one.
+            self._attempts[node] = self._attempts.get(node, 0) + 1
             self.host.embody(self._coming.pop(node))
             self._present.add(node)
 
@@ -265,12 +266,14 @@ class Simulator:
         return NodeFacts(node, "simulated", "cpu", self.host.replicas[node].num_samples)
 
     def kill(self, node: NodeId) -> None:
-        self._stop(node)
-        self._died(node, "its process died (faults.events)")
+        if node in self._present:  # else its death is on its way already
+            self._stop(node)
+            self._died(node, "its process died (faults.events)")
 
     def hang(self, node: NodeId) -> None:
-        self._stop(node)
-        self._hung.add(node)
+        if node in self._present:
+            self._stop(node)
+            self._hung.add(node)
 
     def preempt(self, node: NodeId) -> None:
         deadline = self._now + self._config.cluster.drain_s
@@ -279,6 +282,11 @@ class Simulator:
 
     def retire(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
+            if node not in self._present:
+                continue  # its death is on its way already
+            if node in self._hung:
+                self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
+                continue
             self._kept[node] = export_state(self.host.replicas[node], everything=True)
             self._stop(node)
             self._leave(node)
@@ -301,7 +309,6 @@ class Simulator:
         for joiner in [joiner for joiner, source in self._loading.items() if source == node]:
             del self._loading[joiner]
             self._at(self._now, joiner, NotLoaded(joiner, node))
-        self._embody(node)
 
     def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
         self._load(joiner, donor, donor, export_state(self.host.replicas[donor]), position)
@@ -498,6 +505,10 @@ class Simulator:
             case Up(facts):
                 self._up.add(facts.node)
                 self._embody(facts.node)
+                self._ready.append(what)
+            case Died(node) | Retired(node):
+                # Not before: what is asked of it until then is not asked of who takes its place.
+                self._embody(node)
                 self._ready.append(what)
             case _:
                 self._ready.append(what)

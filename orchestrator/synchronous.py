@@ -66,6 +66,10 @@ class Attempt:
     """When the close policies of which exchanges are to be asked again."""
     late: set[NodeId] = field(default_factory=set)
     """Cancelled."""
+    heard_at: float = 0.0
+    """When enough of them were last heard of: the begin, or the last close."""
+    is_silent: bool = False
+    """It was given up because too few were heard of."""
     disturbed: bool = False
     """A node was lost, or late."""
     aborted: str | None = None
@@ -97,14 +101,15 @@ class Synchronous:
         """Do all rounds; one that cannot be finished begins again with whoever is there."""
         self._members.act()
         for number in range(self._config.rounds):
-            tries = 1
+            tries, was_silent = 1, False
             while (attempt := self._attempt(number)).aborted is not None:
                 if tries == _MAX_ATTEMPTS:
                     raise RunError(f"round {number} cannot be finished, tried {tries} times: {attempt.aborted}")
-                if not attempt.disturbed:
+                # Who hangs has been replaced after the first time; who is only slow is so again.
+                if not attempt.disturbed or (was_silent and attempt.is_silent):
                     # With the same nodes and the same samples it would end in the same way.
                     raise RunError(f"round {number} cannot be finished: {attempt.aborted}")
-                tries += 1
+                tries, was_silent = tries + 1, attempt.is_silent
         self._runtime.settle(dict.fromkeys(self._progress.members, self._progress.committed))
 
     @property
@@ -134,7 +139,7 @@ class Synchronous:
             heal=self._config.on_divergence == "heal",
             began=now,
         )
-        attempt = Attempt(number, rendezvous, now, now + self._config.cluster.round_deadline_s)
+        attempt = Attempt(number, rendezvous, now, now + self._config.cluster.round_deadline_s, heard_at=now)
         transport, booked = self._runtime.transport_nbytes, progress.ledger.payload
         repair = view.changed and progress.committed >= 0
         progress.record(
@@ -246,7 +251,18 @@ class Synchronous:
             return Elapsed(elapsed[1])
         if attempt.deadline > now:
             return None
-        attempt.deadline = now + self._config.cluster.round_deadline_s
+        cluster = self._config.cluster
+        attempt.deadline = now + cluster.round_deadline_s
+        patience = cluster.round_deadline_s + cluster.min_nodes_timeout_s
+        if now - attempt.heard_at >= patience:
+            attempt.is_silent = attempt.disturbed = True
+            attempt.rendezvous.over = True
+            reason = (
+                f"too few nodes have been heard of for {patience:g} s "
+                "(cluster.round_deadline_s + min_nodes_timeout_s); raise round_deadline_s if they are only slow"
+            )
+            self._act(attempt, [Abort(reason)])
+            return None
         return Deadline()
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
@@ -304,7 +320,8 @@ class Synchronous:
                     if inline:  # both of its steps at once
                         self._strike("secure", number)
                         self._strike("deliver", number)
-                    attempt.deadline = self._runtime.now + self._config.cluster.round_deadline_s
+                    attempt.heard_at = self._runtime.now
+                    attempt.deadline = attempt.heard_at + self._config.cluster.round_deadline_s
                 case AskAgain(seq, after_s):
                     attempt.again = [one for one in attempt.again if one[1] != seq]
                     attempt.again.append((self._runtime.now + after_s, seq))
@@ -385,6 +402,7 @@ class Synchronous:
         if members.is_retiring or len(progress.nodes) < self._config.cluster.nodes.min:
             return False
         members.transfers.donors = self.result
+        members.transfers.retry()
         lacking = sorted(self._lacking().difference(members.transfers.pending))
         if lacking:
             self._settle()

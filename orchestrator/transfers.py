@@ -37,6 +37,8 @@ class _Joiner:
     """The round of what was kept of itself."""
     restored: bool = False
     """It has that now."""
+    waits: bool = False
+    """Nobody can give yet."""
 
 
 class Transfers:
@@ -50,6 +52,8 @@ class Transfers:
         """Who has what was committed last."""
         self.on_begin: Callable[[NodeId, NodeId], None] = lambda _, __: None
         """Told of each transfer: to whom, and from whom."""
+        self.is_kept: Callable[[NodeId], bool] = lambda _: False
+        """Whether somebody else than this node will come back with what was committed last, from what was kept."""
         self.replicated = True
         """What was kept of a node itself is old when others have committed since, and a donor's comes on top."""
 
@@ -71,6 +75,10 @@ class Transfers:
 
     def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
         donors = [donor for donor in self.donors if donor != node and donor not in joiner.refused]
+        joiner.waits = not donors and self.is_kept(node)
+        if joiner.waits:
+            joiner.refused.clear()  # who could not give may be who comes back
+            return
         if not donors:
             del self._joiners[node]
             message = f"round {joiner.number}: no node is left that has the model of round {self._progress.committed}"
@@ -85,6 +93,15 @@ class Transfers:
             # Whoever cannot, says so, and is given a donor's state then.
             self._progress.runtime.replay(node, donor, *transcript, position)
         self.on_begin(node, donor)
+
+    def retry(self) -> None:
+        """Ask again on behalf of those for whom there was no donor.
+
+        Raises:
+            RunError: nobody has it any more.
+        """
+        for node in [node for node, joiner in self._joiners.items() if joiner.waits]:
+            self._ask_donor(node, self._joiners[node])
 
     def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
         """Take what concerns transfers; return who has got all now, and whether that is all that it ever had."""

@@ -365,7 +365,7 @@ def test_a_task_of_ones_own_in_full(folder: Path):
 
 
 def test_unknown_names():
-    assert refused("algorithms", "dilocco") == "no algorithm is called 'dilocco' (did you mean diloco?)"
+    assert refused("algorithms", "dilocco") == "no algorithm is called 'dilocco' (did you mean diloco or eager_diloco?)"
     assert refused("tasks", "digit") == "no task is called 'digit' (did you mean digits?)"
 
 

@@ -71,8 +71,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     # names
     ({"algorithm": "fedavgg"}, "algorithm: no algorithm is called 'fedavgg' (did you mean fedavg?)"),
-    ({"algorithm": "xyz"}, "algorithm: no algorithm is called 'xyz' (there are: cbo, "),
-    ({"algorithm": {"epochs": 2}}, "algorithm: name is missing (there are: cbo, "),
+    ({"algorithm": "xyz"}, "algorithm: no algorithm is called 'xyz' (there are: a_edit, async_diloco, "),
+    ({"algorithm": {"epochs": 2}}, "algorithm: name is missing (there are: a_edit, async_diloco, "),
     ({"task": "digit"}, "task: no task is called 'digit' (did you mean digits?)"),
     ({"task": "nowhere:Task"}, "task: cannot import 'nowhere:Task': No module named 'nowhere'"),
     ({"task": "json:Task"}, "task: module 'json' has no 'Task'"),
@@ -97,7 +97,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"cluster": {"nodes": 4}}, "cluster.nodes must be a section of keys (min, target, max), not 4"),
     ({"data": None}, "data must be a section of keys (source, partition, sampler, batch_size), not nothing"),
-    ({"algorithm": ["fedavg"]}, "algorithm must be a name, or a section with a name (there are: cbo, "),
+    (
+        {"algorithm": ["fedavg"]},
+        "algorithm must be a name, or a section with a name (there are: a_edit, async_diloco, ",
+    ),
     ({"network": {"speeds": {"first": 2}}}, "network.speeds.first should be a valid integer, got 'first'"),
     # ranges
     ({"rounds": 0}, "rounds should be greater than 0, got 0"),

@@ -1,4 +1,4 @@
-"""The rendezvous in a world of random delays, losses, stragglers and fetches that fail.
+"""The rendezvous in a world of random delays, losses, stragglers, leaves, fetches that fail and replicas that differ.
 
 The world has a store, nodes with a program and a queue of exchange calls, and messages to the controller that arrive in
 any order. A reduced part is modelled as the set of contributions that it was made of: two members have the same bits
@@ -36,6 +36,7 @@ from orchestrator.events import (
     Secure,
     Secured,
     Waits,
+    Withdrawn,
 )
 from orchestrator.rendezvous import Phase, Rendezvous
 
@@ -135,7 +136,11 @@ class World:
         self.plans = [self._plan(size) for _ in range(rng.randint(1, 4))]
         steps = self._steps()
         self.members = [Member(list(steps)) for _ in range(size)]
-        self.machine = Rendezvous(range(size), self.need)
+        self.heal = rng.random() < 0.5
+        # Some programs end with other state than most.
+        odd_rate = rng.choice([0.0, 0.0, 0.2, 0.3])
+        self.digests = [rng.choice("xy") if rng.random() < odd_rate else "d" for _ in range(size)]
+        self.machine = Rendezvous(range(size), self.need, heal=self.heal)
         self.messages: list[Event] = []
         self.parts: dict[tuple[int, int], Part] = {}
         self.burnt: set[int] = set()
@@ -145,12 +150,14 @@ class World:
         self.unreachable: set[tuple[int, int]] = set()
         """(fetcher, holder) that cannot reach one another although both live."""
         self.closed: dict[int, tuple[int, ...]] = {}
+        self.healed: Diverged | None = None
         self.ended: Decision | None = None
         self.disturbed = False
         self.log: list[object] = []
         # Some worlds are calm, some fall to pieces.
         self.loss_rate = rng.choice([0.0, 0.0, 0.01, 0.05, 0.2])
         self.deadline_rate = rng.choice([0.0, 0.0, 0.01, 0.1])
+        self.leave_rate = rng.choice([0.0, 0.0, 0.0, 0.02, 0.1])
         self.spare = size - self.need
         """How many may be lost or stuck so that the round can still be finished."""
         if rng.random() < 0.3:
@@ -207,7 +214,9 @@ class World:
                 break
             choices = self._choices()
             rare = self.rng.random()
-            if rare < self.loss_rate and self._can_lose():
+            if self.leave_rate and self.rng.random() < self.leave_rate and self._can_lose():
+                self._withdraw()
+            elif rare < self.loss_rate and self._can_lose():
                 self._lose()
             elif rare < self.loss_rate + self.deadline_rate or not choices:
                 idle = 0 if choices else idle + 1
@@ -245,7 +254,7 @@ class World:
             return
         if member.place == len(member.steps):
             member.runnable = False
-            self.messages.append(Return(node, len(self.plans), "d"))
+            self.messages.append(Return(node, len(self.plans), self.digests[node]))
             return
         kind, seq = member.steps[member.place]
         member.place += 1
@@ -280,13 +289,22 @@ class World:
         return fetcher == holder or (holder not in self.burnt and (fetcher, holder) not in self.unreachable)
 
     def _can_lose(self) -> bool:
-        lost = sum(member.dead or member.stuck_at is not None for member in self.members)
+        lost = sum(member.dead or member.cancelled or member.stuck_at is not None for member in self.members)
         # One world in ten may lose more than it can do without.
         return lost < self.spare or (lost < len(self.members) and self.rng.random() < 0.1)
 
     def _lose(self) -> None:
         node = self.rng.choice([node for node, member in enumerate(self.members) if not member.dead])
         self._kill(node)
+
+    def _withdraw(self) -> None:
+        """The time of a node that was told to leave is over; it may be gone already, and is soon."""
+        node = self.rng.choice([node for node, member in enumerate(self.members) if not member.cancelled])
+        self._tell(Withdrawn(node))
+        assert node in self.out or self.machine.over
+        assert node not in self.machine.active
+        if not self.members[node].dead:
+            self.messages.append(Lost(node))
 
     def _kill_stuck(self) -> bool:
         stuck = [node for node, member in enumerate(self.members) if member.stuck_at is not None and not member.dead]
@@ -334,6 +352,9 @@ class World:
                 self.members[node].cancelled = True
             case GiveUp():
                 pass
+            case Diverged(healed=True):
+                assert self.healed is None
+                self.healed = decision
             case Abort() | Commit() | Diverged() | ProgramsDiverge():
                 self.ended = decision
 
@@ -364,13 +385,20 @@ class World:
     # --- how it may end -------------------------------------------------------------------------------------------
 
     def _check_end(self) -> None:
-        assert not isinstance(self.ended, Diverged | ProgramsDiverge)
+        assert not isinstance(self.ended, ProgramsDiverge)
+        if isinstance(self.ended, Diverged):
+            self._check_groups(self.ended)
+            return
         speechless = any(all(sizes is None for sizes in plan.part_nbytes) for plan in self.plans)
         if isinstance(self.ended, Abort):
             assert self.disturbed or speechless
             return
         assert isinstance(self.ended, Commit)
         committed = self.ended.members
+        assert len({self.digests[node] for node in committed}) == 1
+        if self.healed is not None:
+            self._check_groups(self.healed)
+            assert committed == self.healed.groups[0]
         assert set(committed) == self.machine.active
         assert len(committed) >= self.need
         assert self.machine.exchanges.keys() == set(range(len(self.plans)))
@@ -383,6 +411,20 @@ class World:
         assert self.machine.payload_nbytes >= least
         if not self.disturbed:
             assert self.machine.payload_nbytes == least
+
+    def _check_groups(self, diverged: Diverged) -> None:
+        """Everybody who came to the end is named once, with those of the same state; and most of them heal the rest."""
+        groups = diverged.groups
+        nodes = [node for group in groups for node in group]
+        assert len(nodes) == len(set(nodes))
+        assert self.machine.active <= set(nodes)
+        assert len({self.digests[group[0]] for group in groups}) == len(groups) > 1
+        assert all(self.digests[node] == self.digests[group[0]] for group in groups for node in group)
+        assert [len(group) for group in groups] == sorted(map(len, groups), reverse=True)
+        most = len(groups[0])
+        assert diverged.healed == (self.heal and 2 * most > len(nodes) and most >= self.need)
+        if diverged.healed:
+            assert self.out >= {node for group in groups[1:] for node in group}
 
     def _state(self) -> str:
         return "\n".join([f"need {self.need}", *map(str, self.plans), *map(str, self.members), *map(str, self.log)])
@@ -409,8 +451,11 @@ def test_many_worlds():
         ends["remade"] += any(exchange.generation > 1 for exchange in world.machine.exchanges.values())
         ends["shrunk"] += isinstance(world.ended, Commit) and len(world.ended.members) < len(world.members)
         ends["equal"] += not world.disturbed
+        ends["healed"] += world.healed is not None
+        ends["left"] += any(isinstance(entry, Withdrawn) for entry in world.log)
     assert ends["Commit"] > 1500
-    assert min(ends["Abort"], ends["remade"], ends["shrunk"], ends["equal"]) > 100
+    rare = ("Abort", "Diverged", "healed", "left", "remade", "shrunk", "equal")
+    assert min(ends[one] for one in rare) > 60, ends
 
 
 @pytest.mark.parametrize("kind", ["more", "less", "other"])

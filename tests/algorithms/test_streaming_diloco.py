@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actors.host import Host
+from actors.setup import build_replicas, load_data
 from actors.tasks import Task, TensorSamples
-from algorithms.api import all_reduce_bytes
+from actors.tickets import Contributed, Posted, Returned, Waiting
+from algorithms.api import View, all_reduce_bytes
 from algorithms.codecs import FP4, Identity
 from algorithms.errors import SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.low_communication import StreamingDiLoCo
-from algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
+from algorithms.low_communication.fragments import fragments_of, gather, known, modules_of, scatter, size_of
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
 from tests.toys import Ran, attempt, replica, simulate
@@ -352,6 +355,49 @@ def test_a_residual_survives_the_loss_of_another_node():
         # Round 3 exchanges fragment 1: of the other fragment node 0 has what it had, and nothing is in it of node 2.
         assert torch.equal(hurt.replicas[0].local[key], whole.replicas[0].local[key])  # type: ignore[arg-type]
     assert sum(len(one.local) for one in hurt.replicas.values()) >= 4
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_outer_state_is_on_the_cpu_wherever_the_node_computes(device: str):
+    """Driven by hand: two nodes, the exchange started, two steps, and what comes back."""
+    algorithm = {"name": "streaming_diloco", "inner_steps": 8, "overlap_steps": 2} | HALVES
+    config = parse({"algorithm": algorithm, "task": {"name": "digits", "model": "cnn"}})
+    data = load_data(config.task, config.data, 2, 0)
+    host = Host(build_replicas((0, 1), config.replica_spec(), data, [torch.device(device, 0)] * 2))
+    host.init()
+    for number in range(4):
+        host.begin(number, View(0, (0, 1)), number - 1, (0, 1))
+        inline: list[list[Contributed]] = []
+        tickets = dict(host.drive([(0, None), (1, None)]))
+        while not isinstance(tickets[0], Returned):
+            ticket = tickets[0]
+            if isinstance(ticket, Posted):
+                posted = {node: one for node, one in tickets.items() if isinstance(one, Posted)}
+                inline.append(
+                    [
+                        Contributed(node, one.weight, one.specs, one.inline)
+                        for node, one in posted.items()
+                        if one.specs is not None and one.inline is not None
+                    ]
+                )
+                if not ticket.waits:
+                    tickets = dict(host.drive([(0, None), (1, None)]))
+                    continue
+            assert isinstance(ticket, Posted | Waiting)
+            host.conclude_inline(0, ticket.seq, inline[ticket.seq])
+            host.release(ticket.seq)
+            tickets = dict(host.drive([(node, host.take(node, ticket.seq)) for node in (0, 1)]))
+        assert isinstance(tickets[1], Returned)
+        assert tickets[0].digest == tickets[1].digest
+    host.settle({0: 3, 1: 3})
+    one, other = host.replicas.values()
+    assert one.parameters.device.type == device
+    assert all(fragment["anchor"].device.type == "cpu" for fragment in known(one))
+    assert torch.equal(config.algorithm.model(one), config.algorithm.model(other))
+    assert config.algorithm.model(one).device.type == device
 
 
 def test_identity_is_a_codec_like_any_other():
