@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from actors.workbench import Workbench
 
 
+_DROPOUTS = ("dropout", "attention_dropout")
+"""Under which layers keep what they drop in a function that they call: attention and RNNs, transformers' layers."""
+
+
 def check(bench: Workbench) -> None:
     """Raise ``ProgramError`` if losses of the model depend on chance, or change the model."""
     if not bench.can_be_probed:
@@ -26,8 +30,9 @@ def _reason(name: str, layer: nn.Module) -> str | None:
     """What about a layer makes a loss depend on more than parameters and samples."""
     where = f"layer {name or type(layer).__name__}"
     drops = layer.p if isinstance(layer, nn.modules.dropout._DropoutNd) else 0.0  # noqa: SLF001 - all dropouts' base
-    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase):
-        drops = layer.dropout
+    for attribute in _DROPOUTS:
+        value = getattr(layer, attribute, None)
+        drops = value if isinstance(value, float) and value > 0 else drops
     if drops > 0:
         return f"{where} has dropout {drops:g}; set it to 0"
     if getattr(layer, "running_mean", None) is not None:

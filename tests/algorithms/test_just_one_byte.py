@@ -263,7 +263,10 @@ def test_mezo_is_one_node_with_four_bytes():
 @pytest.mark.parametrize(
     ("task", "keys"),
     [
-        ({"name": "digits", "model": {"name": "mlp", "width": 32}}, {"lr": 0.1, "rounds": 300}),
+        (
+            {"name": "digits", "model": {"name": "mlp", "width": 32}},
+            {"lr": 0.05, "rounds": 300, "distribution": "rademacher"},
+        ),
         (
             {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
             {"lr": 0.05, "rounds": 60, "evaluation": {"every_rounds": 0, "max_batches": 4}},

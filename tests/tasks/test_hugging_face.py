@@ -25,9 +25,10 @@ from actors.tasks import hugging_face
 from actors.tasks.hf_causal_lm import HFCausalLM
 from actors.tasks.hf_classifier import HFClassifier
 from actors.workbench import Workbench
-from algorithms.errors import DataError, SettingsError
+from algorithms.errors import DataError, SettingsError, StarlingError
 from orchestrator import load_model, simulate
 from orchestrator.config import parse
+from orchestrator.rebuild import rebuild
 
 SENTENCES = ["the quick brown fox", "jumps over the lazy dog", "hello world again"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
@@ -127,6 +128,34 @@ def test_a_classifier_is_trained_and_exported(folder: Path, tmp_path: Path, mode
     batch = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     assert again(**batch).logits.argmax(1).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
+def test_a_model_is_tuned_with_forward_passes_alone(folder: Path, tmp_path: Path, lora: dict[str, Any] | None):
+    """MeZO on one node, then the model again from its log."""
+    task = causal(folder, lora=lora)
+    raw = {
+        "rounds": 12,
+        "algorithm": {"name": "mezo", "lr": 0.02, "samples": 4, "distribution": "rademacher"},
+        "task": {"name": task.name, **task.model_dump(exclude={"name"})},
+        "data": {"batch_size": 8},
+        "evaluation": {"every_rounds": 1},
+        "cluster": {"nodes": {"target": 1}},
+        "tracking": "none",
+    }
+    ran = simulate(raw, run_dir=tmp_path / "run")
+    losses = [json.loads(line)["metrics"]["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert rebuild(tmp_path / "run").digest == ran.digest
+    assert ran.bytes["payload"] == 0
+
+
+def test_dropout_that_is_on_is_named_where_losses_are_compared(folder: Path, tmp_path: Path):
+    task = causal(folder, "gpt2")
+    raw = {"rounds": 1, "algorithm": "mezo", "task": {"name": task.name, **task.model_dump(exclude={"name"})}}
+    words = r"losses of this model cannot be compared: layer transformer\.drop has dropout 0\.1; set it to 0$"
+    with pytest.raises(StarlingError, match=words):
+        simulate(raw | {"cluster": {"nodes": {"target": 1}}, "tracking": "none"}, run_dir=tmp_path / "run")
 
 
 def test_what_is_read(folder: Path):
