@@ -63,6 +63,8 @@ class Actor:
     launched: float
     incarnation: int = 0
     """Of its nodes: how often they had been embodied before."""
+    placed: bool = False
+    """Ray has found room for it."""
     ready: Ready | None = None
     alive: bool = True
     leaving: bool = False
@@ -255,10 +257,22 @@ class Processes:
             if spare is None or SERVER in members:
                 self._launch(members)
                 continue
-            spare.nodes, spare.ready, spare.launched = members, None, self.now
-            spare.incarnation = self._count_embodiment(members)
-            self._call(spare, spare.handle.embody.remote(members, spare.incarnation), self._on_setup)
-            self._on_place(spare, None)  # it has had one all the time
+            self._embody(spare, members, self._count_embodiment(members))
+
+    def _embody(self, spare: Actor, nodes: tuple[NodeId, ...], incarnation: int) -> None:
+        """Let a process that stands by take a place."""
+        spare.nodes, spare.ready, spare.launched, spare.incarnation = nodes, None, self.now, incarnation
+        self._call(spare, spare.handle.embody.remote(nodes, incarnation), self._on_setup)
+        self._on_place(spare, None)  # it has had one all the time
+
+    def _relieve(self, spare: Actor) -> None:
+        """Let a spare that has come up take the place of nodes that Ray has no room for: it has had the last."""
+        for one in self._actors:
+            if one.alive and one.nodes and not one.placed and SERVER not in one.nodes:
+                one.alive = False
+                ray.kill(one.handle, no_restart=True)
+                self._embody(spare, one.nodes, one.incarnation)
+                return
 
     def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
         self._embodied.update(nodes)
@@ -307,6 +321,7 @@ class Processes:
 
     def _on_place(self, actor: Actor, _: object) -> None:
         timeout = self._config.cluster.start_timeout_s
+        actor.placed = True
 
         def check() -> None:
             if actor.alive and actor.ready is None:
@@ -324,6 +339,9 @@ class Processes:
             self._ready.append(Raised(actor.nodes[0] if actor.nodes else 0, result.message, result.traceback))
             return
         actor.ready = result
+        if actor.is_spare:
+            self._relieve(actor)
+            return
         for node in actor.nodes:
             if self._home[node].alive and self._home[node] is not actor:
                 self._successors[node] = actor
