@@ -210,8 +210,7 @@ class Processes:
                     if not any(actor.alive and actor.nodes == together for actor in self._actors):
                         self._launch(together)
                 case _ if self.now >= deadline:
-                    waiting = [actor for actor in self._actors if actor.ready is None]
-                    names = ", ".join(str(node) for actor in waiting for node in actor.nodes)
+                    names = ", ".join(str(node) for actor in alive if actor.ready is None for node in actor.nodes)
                     message = (
                         f"cluster: nodes {names} did not come up within {self._config.cluster.start_timeout_s:g} s; "
                         "is there room for them (ray status)? raise cluster.start_timeout_s if they are only slow"
@@ -410,7 +409,7 @@ class Processes:
         """A call failed: the process is dead, or suspect because our own methods never raise. Then it is killed."""
         spare, was_up = actor.is_spare, actor.ready is not None
         actor.alive = False
-        reason = reason_of(error)
+        reason = ray_session.reason_of(error)
         if not isinstance(error, ray.exceptions.ActorDiedError):
             with contextlib.suppress(Exception):
                 ray.kill(actor.handle, no_restart=True)
@@ -491,18 +490,3 @@ class Processes:
         for node in nodes:
             grouped[self._home[node].index].append(node)
         return [(self._actors[index], members) for index, members in grouped.items()]
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a call failed, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if isinstance(error, ray_session.MachineLostError | TimeoutError) or type(error) is RuntimeError:
-        return lines[0]
-    if not isinstance(error, ray.exceptions.ActorDiedError):
-        return f"{type(error).__name__}: {lines[-1]}"
-    if "creation task" in lines[0]:
-        advice = "is this version of Starling installed there, and what cluster.runtime_env names?"
-        return f"its process could not begin ({lines[-1]}); {advice}"
-    if getattr(error, "preempted", False):
-        return "its machine was preempted"
-    return "its process died (killed, out of memory or crashed)"
