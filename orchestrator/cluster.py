@@ -17,7 +17,7 @@ from algorithms.api import SERVER
 from orchestrator.data_plane import DataPlane
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.mailroom import Delivery
-from orchestrator.processes import reason_of
+from orchestrator.ray_session import reason_of
 from orchestrator.runtime import Arrived, FinalModel, Kept, Loaded, NotLoaded, Retired, Unreadable, Vanished
 
 if TYPE_CHECKING:

@@ -63,6 +63,8 @@ class Actor:
     launched: float
     incarnation: int = 0
     """Of its nodes: how often they had been embodied before."""
+    placed: bool = False
+    """Ray has found room for it."""
     ready: Ready | None = None
     alive: bool = True
     leaving: bool = False
@@ -208,8 +210,7 @@ class Processes:
                     if not any(actor.alive and actor.nodes == together for actor in self._actors):
                         self._launch(together)
                 case _ if self.now >= deadline:
-                    waiting = [actor for actor in self._actors if actor.ready is None]
-                    names = ", ".join(str(node) for actor in waiting for node in actor.nodes)
+                    names = ", ".join(str(node) for actor in alive if actor.ready is None for node in actor.nodes)
                     message = (
                         f"cluster: nodes {names} did not come up within {self._config.cluster.start_timeout_s:g} s; "
                         "is there room for them (ray status)? raise cluster.start_timeout_s if they are only slow"
@@ -256,18 +257,29 @@ class Processes:
             if not spares or SERVER in members:
                 self._launch(members)
                 continue
-            spare = spares[0]
-            was_ready = spare.ready is not None
-            spare.nodes, spare.ready, spare.launched = members, None, self.now
-            spare.incarnation = self._count_embodiment(members)
-            for node in members:
-                self._home.setdefault(node, spare)
-            if was_ready:
-                self._embody(spare)
-                self._on_place(spare, None)  # it has had one all the time
+            self._take_place(spares[0], members, self._count_embodiment(members))
+
+    def _take_place(self, spare: Actor, nodes: tuple[NodeId, ...], incarnation: int) -> None:
+        """Let a process that stands by, or is being started for that, take a place."""
+        is_ready = spare.ready is not None
+        spare.nodes, spare.ready, spare.launched, spare.incarnation = nodes, None, self.now, incarnation
+        for node in nodes:
+            self._home.setdefault(node, spare)
+        if is_ready:
+            self._embody(spare)
+            self._on_place(spare, None)  # it has had one all the time
 
     def _embody(self, spare: Actor) -> None:
         self._call(spare, spare.handle.embody.remote(spare.nodes, spare.incarnation), self._on_setup)
+
+    def _relieve(self, spare: Actor) -> None:
+        """Let a spare that has come up take the place of nodes that Ray has no room for: it has had the last."""
+        for one in self._actors:
+            if one.alive and one.nodes and not one.placed and SERVER not in one.nodes:
+                one.alive = False
+                ray.kill(one.handle, no_restart=True)
+                self._take_place(spare, one.nodes, one.incarnation)
+                return
 
     def _count_embodiment(self, nodes: tuple[NodeId, ...]) -> int:
         self._embodied.update(nodes)
@@ -316,6 +328,7 @@ class Processes:
 
     def _on_place(self, actor: Actor, _: object) -> None:
         timeout = self._config.cluster.start_timeout_s
+        actor.placed = True
 
         def check() -> None:
             if actor.alive and actor.ready is None:
@@ -337,6 +350,9 @@ class Processes:
             self._embody(actor)
             return
         actor.ready = result
+        if actor.is_spare:
+            self._relieve(actor)
+            return
         for node in actor.nodes:
             if self._home[node].alive and self._home[node] is not actor:
                 self._successors[node] = actor
@@ -405,7 +421,7 @@ class Processes:
         """A call failed: the process is dead, or suspect because our own methods never raise. Then it is killed."""
         spare, was_up = actor.is_spare, actor.ready is not None
         actor.alive = False
-        reason = reason_of(error)
+        reason = ray_session.reason_of(error)
         if not isinstance(error, ray.exceptions.ActorDiedError):
             with contextlib.suppress(Exception):
                 ray.kill(actor.handle, no_restart=True)
@@ -486,18 +502,3 @@ class Processes:
         for node in nodes:
             grouped[self._home[node].index].append(node)
         return [(self._actors[index], members) for index, members in grouped.items()]
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a call failed, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    if isinstance(error, ray_session.MachineLostError | TimeoutError) or type(error) is RuntimeError:
-        return lines[0]
-    if not isinstance(error, ray.exceptions.ActorDiedError):
-        return f"{type(error).__name__}: {lines[-1]}"
-    if "creation task" in lines[0]:
-        advice = "is this version of Starling installed there, and what cluster.runtime_env names?"
-        return f"its process could not begin ({lines[-1]}); {advice}"
-    if getattr(error, "preempted", False):
-        return "its machine was preempted"
-    return "its process died (killed, out of memory or crashed)"

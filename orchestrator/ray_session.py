@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray import _raylet
 from ray._private import ray_constants, state, worker
 
@@ -239,6 +240,21 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
     return session
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a call failed, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if isinstance(error, MachineLostError | TimeoutError) or type(error) is RuntimeError:
+        return lines[0]
+    if not isinstance(error, ray.exceptions.ActorDiedError):
+        return f"{type(error).__name__}: {lines[-1]}"
+    if "creation task" in lines[0]:
+        advice = "is this version of Starling installed there, and what cluster.runtime_env names?"
+        return f"its process could not begin ({lines[-1]}); {advice}"
+    if getattr(error, "preempted", False):
+        return "its machine was preempted"
+    return "its process died (killed, out of memory or crashed)"
 
 
 def _probe(address: str) -> None:

@@ -29,7 +29,10 @@ class Rays:
     def shared(self) -> str:
         if self._session is None:
             self.close()
+            # Its workers are to have this checkout's code, whoever else connects to it.
+            before = ray_session._set({"PYTHONPATH": str(ROOT)})
             self._session = ray_session.connect("local", num_cpus=16, num_gpus=2)
+            ray_session._restore(before)
         return ray.get_runtime_context().gcs_address
 
     def machines(self) -> Machines:

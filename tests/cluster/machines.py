@@ -89,7 +89,12 @@ class Machines:
                 provided.append(machine)
             else:
                 self.kill(machine)
-        return sorted([*provided, *map(self.add, wanted)], key=lambda one: sizes.index(self._sizes[one]))
+        provided += map(self.add, wanted)
+        deadline = time.monotonic() + 30
+        # Ray goes on to count a machine that was killed for a second or so.
+        while sum(one["Alive"] for one in ray.nodes()) > len(provided) + 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return sorted(provided, key=lambda one: sizes.index(self._sizes[one]))
 
     def add(self, num_cpus: int) -> Any:
         machine = self._cluster.add_node(num_cpus=num_cpus, temp_dir=str(self._folder))
@@ -124,12 +129,6 @@ class Machines:
     def of(self, pid: int) -> Any:
         """The machine on which a process runs."""
         return next(one for one in self._sizes if pid in {child for child, _ in _descendants(_raylet(one))})
-
-    def has(self, machine: Any) -> bool:
-        return machine in self._sizes
-
-    def name(self, machine: Any) -> str:
-        return machine.node_id
 
     def close(self) -> None:
         """Stop everything; nothing is left."""
