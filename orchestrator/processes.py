@@ -10,6 +10,7 @@ import heapq
 import itertools
 import queue
 import sys
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from concurrent.futures import Future
@@ -406,6 +407,21 @@ class Processes:
         if self._config.cluster.nodes.target == "auto":
             each = self._each(self._config.cluster.nodes_per_actor)
             self._ready.append(Room(ray_session.places(*each, free=True)))
+
+    def probe(self, nodes: Sequence[NodeId]) -> None:
+        for actor, _ in self._by_actor(nodes):
+            if actor.alive:
+                self._probe(actor)
+
+    def _probe(self, actor: Actor) -> None:
+        grace, answered = self._config.cluster.cancel_grace_s, threading.Event()
+        self._call(actor, actor.handle.ping.remote(), lambda _, __: answered.set())
+
+        def check() -> None:
+            if actor.alive and not answered.is_set():
+                self._lost(actor, TimeoutError(f"it did not answer within {grace:g} s (cluster.cancel_grace_s)"))
+
+        self._after(grace, check)
 
     def kill(self, node: NodeId) -> None:
         with contextlib.suppress(Exception):

@@ -293,6 +293,13 @@ class Runtime(Protocol):
         """Start so many processes that can take the place of lost ones; ``SpareLost`` comes for those that die."""
         ...
 
+    def probe(self, nodes: Sequence[NodeId]) -> None:
+        """Ask the processes of ``nodes`` whether they live; ``Died`` comes of those that do not answer within the grace.
+
+        A node that computes, for however long, does answer.
+        """
+        ...
+
     def retire(self, nodes: Sequence[NodeId]) -> None:
         """Let nodes that stand still leave; ``Retired`` comes for each, or ``Died``."""
         ...

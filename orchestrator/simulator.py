@@ -239,13 +239,16 @@ class Simulator:
             ready = min(self._spares, default=None) if node != SERVER else None
             if ready is not None:
                 self._spares.remove(ready)
-            self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
-            (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
-            replica.incarnation = self._incarnations[node]
-            self._coming[node] = replica
-            facts = NodeFacts(node, "simulated", "cpu", replica.num_samples)
             seconds = network.start_s if ready is None else max(ready - self._now, 0.0) + network.adopt_s
-            self._at(self._now + seconds, node, Up(facts))
+            self._at(self._now + seconds, node, Up(self._build(node)))
+
+    def _build(self, node: NodeId) -> NodeFacts:
+        """A new incarnation of ``node``, which is not there yet."""
+        self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
+        (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
+        replica.incarnation = self._incarnations[node]
+        self._coming[node] = replica
+        return NodeFacts(node, "simulated", "cpu", replica.num_samples)
 
     def _embody(self, node: NodeId) -> None:
         """Put a node that is ready in the place of the one before, if that is gone."""
@@ -258,13 +261,13 @@ class Simulator:
 
     def embody_again(self, node: NodeId) -> NodeFacts:
         """Put a new incarnation in the place of ``node`` at once, as a log says."""
-        self.launch([node])
+        facts = self._build(node)
         if node in self._present:
             self._stop(node)
             self._present.discard(node)
         self._up.add(node)
         self._embody(node)
-        return NodeFacts(node, "simulated", "cpu", self.host.replicas[node].num_samples)
+        return facts
 
     def kill(self, node: NodeId) -> None:
         if node in self._present:  # else its death is on its way already
@@ -280,6 +283,10 @@ class Simulator:
         deadline = self._now + self._config.cluster.drain_s
         self._at(self._now, node, Notice(node, deadline, "it was preempted (faults.events)"))
         self._at(deadline, node, _End(node, self._incarnations.get(node, 0)))
+
+    def probe(self, nodes: Sequence[NodeId]) -> None:
+        for node in self._hung.intersection(nodes):
+            self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
 
     def retire(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:

@@ -253,6 +253,8 @@ class Synchronous:
             return None
         cluster = self._config.cluster
         attempt.deadline = now + cluster.round_deadline_s
+        # Whoever hangs is found also where nobody waits for it yet, or where too few would be left without it.
+        self._runtime.probe(sorted(attempt.rendezvous.active))
         patience = cluster.round_deadline_s + cluster.min_nodes_timeout_s
         if not attempt.rendezvous.is_waited_for:
             attempt.heard_at = now  # all of them compute, which may take as long as it takes

@@ -73,4 +73,4 @@ def test_a_stopped_process_is_ended_and_replaced(config: Make, tmp_path: Path):
     assert summary.rounds == 3
     assert summary.nodes["lost"] == 1
     assert [one["node"] for one in events(tmp_path / "run", "late")] == [3]
-    assert "did not stop within 1 s" in events(tmp_path / "run", "lost")[0]["reason"]
+    assert "within 1 s (cluster.cancel_grace_s)" in events(tmp_path / "run", "lost")[0]["reason"]
