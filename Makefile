@@ -68,7 +68,7 @@ format: install ## let ruff repair what it can
 
 .PHONY: test
 test: lint ## lint, then all tests but the slow ones: quick ones first, then those on a Ray cluster; coverage
-	$(PYTEST) -m "not slow and not cluster" --cov --cov-report=
+	$(PYTEST) -n auto -m "not slow and not cluster" --cov --cov-report=
 	@$(call pytest-or-none,cluster and not slow,--cov --cov-append --cov-report=)
 	@$(BIN)/coverage report
 

@@ -294,7 +294,7 @@ class Runtime(Protocol):
         ...
 
     def probe(self, nodes: Sequence[NodeId]) -> None:
-        """Ask the processes of ``nodes`` whether they live; ``Died`` comes of those that do not answer within the grace.
+        """Ask the processes of ``nodes`` whether they live; ``Died`` comes of those that do not answer in time.
 
         A node that computes, for however long, does answer.
         """
