@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from safetensors.torch import save
@@ -34,42 +34,31 @@ from actors.tickets import (
     Ticket,
     Waiting,
 )
-from actors.transcript import catch_up
-from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
-from orchestrator.network import Cast, Network
+from orchestrator.network import Cast
 from orchestrator.runtime import (
     AllFinished,
     Arrived,
-    Died,
     FinalModel,
     Finished,
     Halted,
     Happening,
-    Kept,
-    Loaded,
     NodeFacts,
-    Notice,
-    NotLoaded,
     Raised,
     Receives,
-    Retired,
     Sent,
     Sleeps,
-    Up,
 )
+from orchestrator.simulated_processes import End, SimulatedProcesses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
-    from actors.data import Position
-    from actors.replica import Replica
     from actors.tickets import Compute
-    from actors.transcript import Transcript
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
     from orchestrator.events import Decision
@@ -78,20 +67,6 @@ if TYPE_CHECKING:
 _FORWARD_FRACTION = 1 / 3
 """Of a step's time: a forward pass alone. A backward pass takes about twice as long."""
 
-
-class _End(NamedTuple):
-    """A process is ended: it has not stopped in time, or (with its ``incarnation``) was given notice of this."""
-
-    node: NodeId
-    incarnation: int | None
-
-
-_Item: TypeAlias = "tuple[NodeId, int, _End | Happening | None, int, object, int | None]"
-"""What is to happen at a moment, in the order of (node, arrival).
-
-The third is ``None`` where a program runs on, in the node's given attempt (what was meant for an earlier one is
-dropped), with the given result or that of the exchange of the given number.
-"""
 
 _Resume: TypeAlias = "tuple[NodeId, object, int | None]"
 """A program runs on: its node, and the result or the exchange as above."""
@@ -107,50 +82,23 @@ class _Exchange:
     """When each member has what travels inline, also those that are not there yet to take it."""
 
 
-class Simulator:
+class Simulator(SimulatedProcesses):
     """The in-process runtime; see ``runtime.Runtime`` for its contract."""
 
     virtual = True
     transport_nbytes = None
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        super().__init__(config)
         self.initial: tuple[NodeId, ...] = ()
         """The nodes to begin with, if a log says so."""
-        self._spec = config.replica_spec()
-        self._now = 0.0
-        self._network = Network(config.network)
-        self._times: list[float] = []
-        """A heap of the moments at which something is to happen."""
-        self._queue: dict[float, list[_Item]] = {}
-        self._arrival = 0
         self._step_ms = config.network.step_ms
         self._speeds = config.network.speeds
-        self._ready: deque[Happening] = deque()
         self._exchanges: dict[int, _Exchange] = {}
         self._letters: dict[int, Sending] = {}
         self._large: dict[int, Buffer] = {}
-        self._attempts: dict[NodeId, int] = {}
-        self._present: set[NodeId] = set()
-        """Whose replicas are in the host, and alive."""
-        self._hung: set[NodeId] = set()
-        self._incarnations: dict[NodeId, int] = {}
-        self._coming: dict[NodeId, Replica] = {}
-        """Of nodes that are being started."""
-        self._up: set[NodeId] = set()
-        """Of those, who is ready, and takes the place when the one before is gone."""
-        self._spares: list[float] = []
-        """From when on each stands by."""
-        self._kept: dict[NodeId, StateExport] = {}
-        """Of nodes that have left."""
-        self._loading: dict[NodeId, NodeId] = {}
-        """Who is being given state, and whose."""
         self._threads = torch.get_num_threads()
         self._is_synchronous = config.algorithm.synchronous
-
-    @property
-    def now(self) -> float:
-        return self._now
 
     def start(self) -> list[NodeFacts]:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
@@ -214,7 +162,7 @@ class Simulator:
     def halt(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:
             if node in self._hung:
-                self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
+                self._at(self._now + self._config.cluster.cancel_grace_s, node, End(node, None))
                 continue
             self.host.cancel([node])
             self._attempts[node] += 1
@@ -222,142 +170,6 @@ class Simulator:
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:
         self.host.settle(committed)
-
-    # --- nodes that come and go --------------------------------------------------------------------------------------
-
-    @property
-    def num_spares(self) -> int:
-        return len(self._spares)
-
-    def stand_by(self, count: int) -> None:
-        self._spares += [self._now + self._config.network.start_s] * count
-
-    def launch(self, nodes: Sequence[NodeId]) -> None:
-        network = self._config.network
-        for node in nodes:
-            # A spare that is still being started is sooner there than one that is not.
-            ready = min(self._spares, default=None) if node != SERVER else None
-            if ready is not None:
-                self._spares.remove(ready)
-            seconds = network.start_s if ready is None else max(ready - self._now, 0.0) + network.adopt_s
-            self._at(self._now + seconds, node, Up(self._build(node)))
-
-    def _build(self, node: NodeId) -> NodeFacts:
-        """A new incarnation of ``node``, which is not there yet."""
-        self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
-        (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
-        replica.incarnation = self._incarnations[node]
-        self._coming[node] = replica
-        return NodeFacts(node, "simulated", "cpu", replica.num_samples)
-
-    def _embody(self, node: NodeId) -> None:
-        """Put a node that is ready in the place of the one before, if that is gone."""
-        if node in self._up and node not in self._present:
-            self._up.discard(node)
-            # What was on its way to the one before is not for this one.
-            self._attempts[node] = self._attempts.get(node, 0) + 1
-            self.host.embody(self._coming.pop(node))
-            self._present.add(node)
-
-    def embody_again(self, node: NodeId) -> NodeFacts:
-        """Put a new incarnation in the place of ``node`` at once, as a log says."""
-        facts = self._build(node)
-        if node in self._present:
-            self._stop(node)
-            self._present.discard(node)
-        self._up.add(node)
-        self._embody(node)
-        return facts
-
-    def kill(self, node: NodeId) -> None:
-        if node in self._present:  # else its death is on its way already
-            self._stop(node)
-            self._died(node, "its process died (faults.events)")
-
-    def hang(self, node: NodeId) -> None:
-        if node in self._present:
-            self._stop(node)
-            self._hung.add(node)
-
-    def preempt(self, node: NodeId) -> None:
-        deadline = self._now + self._config.cluster.drain_s
-        self._at(self._now, node, Notice(node, deadline, "it was preempted (faults.events)"))
-        self._at(deadline, node, _End(node, self._incarnations.get(node, 0)))
-
-    def probe(self, nodes: Sequence[NodeId]) -> None:
-        for node in self._hung.intersection(nodes):
-            self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
-
-    def retire(self, nodes: Sequence[NodeId]) -> None:
-        for node in nodes:
-            if node not in self._present:
-                continue  # its death is on its way already
-            if node in self._hung:
-                self._at(self._now + self._config.cluster.cancel_grace_s, node, _End(node, None))
-                continue
-            self._kept[node] = export_state(self.host.replicas[node], everything=True)
-            self._stop(node)
-            self._leave(node)
-            self._at(self._now, node, Retired(node, self._kept[node].nbytes))
-
-    def _stop(self, node: NodeId) -> None:
-        self.host.drop(node)
-        self._attempts[node] += 1
-
-    def _died(self, node: NodeId, reason: str) -> None:
-        if node == SERVER:
-            self._kept[node] = export_state(self.host.replicas[node], everything=True)
-        self._leave(node)
-        self._at(self._now, node, Died(node, reason))
-
-    def _leave(self, node: NodeId) -> None:
-        self._present.discard(node)
-        self._hung.discard(node)
-        self._loading.pop(node, None)
-        for joiner in [joiner for joiner, source in self._loading.items() if source == node]:
-            del self._loading[joiner]
-            self._at(self._now, joiner, NotLoaded(joiner, node))
-
-    def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
-        self._load(joiner, donor, donor, export_state(self.host.replicas[donor]), position)
-
-    def replay(
-        self,
-        joiner: NodeId,
-        donor: NodeId,
-        transcript: Transcript,
-        base: bytes | None,
-        position: Position | None = None,
-    ) -> None:
-        nbytes = catch_up(self.host.replicas[joiner], transcript, lambda: base, position)
-        self._loading[joiner] = donor
-        if nbytes is None:
-            self._at(self._now, joiner, NotLoaded(joiner, donor))
-        else:
-            when = self._network.arrivals(self._now, [Cast({donor: nbytes}, [joiner])]).get(joiner, self._now)
-            self._at(when, joiner, Loaded(joiner, donor, nbytes))
-
-    def keep(self, node: NodeId, number: int) -> None:
-        # What a replica has committed is still there when its node has died: nothing need be copied before.
-        self._ready.append(Kept(node, number, self.layout.nbytes))
-
-    def release(self, node: NodeId) -> None:
-        self._kept.pop(node, None)
-
-    def restore(self, node: NodeId) -> bool:
-        export = self._kept.get(node)
-        if export is not None:
-            holder = min(self._present - {node}, default=node)
-            self._load(node, node, holder, export, None)
-        return export is not None
-
-    def _load(
-        self, node: NodeId, source: NodeId, holder: NodeId, export: StateExport, position: Position | None
-    ) -> None:
-        load_state(self.host.replicas[node], export, position)
-        self._loading[node] = source
-        when = self._network.arrivals(self._now, [Cast({holder: export.nbytes}, [node])]).get(node, self._now)
-        self._at(when, node, Loaded(node, source, export.nbytes))
 
     # --- exchanges ---------------------------------------------------------------------------------------------------
 
@@ -462,22 +274,6 @@ class Simulator:
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, node: NodeId, what: _End | Happening) -> None:
-        self._arrival += 1
-        self._moment(when).append((node, self._arrival, what, 0, None, None))
-
-    def _resume_at(self, when: float, node: NodeId, result: object = None, seq: int | None = None) -> None:
-        self._arrival += 1
-        self._moment(when).append((node, self._arrival, None, self._attempts[node], result, seq))
-
-    def _moment(self, when: float) -> list[_Item]:
-        """Events are ordered by (virtual time, node, arrival): the same in every run."""
-        moment = self._queue.get(when)
-        if moment is None:
-            moment = self._queue[when] = []
-            heapq.heappush(self._times, when)
-        return moment
-
     def next(self, until: float) -> Happening | None:
         while not self._ready:
             if not self._times or self._times[0] > until:
@@ -494,32 +290,6 @@ class Simulator:
                     resumes.append((node, result, seq))
             self._run(resumes)
         return self._ready.popleft()
-
-    def _happens(self, what: _End | Happening) -> None:
-        match what:
-            case _End(node, None):
-                if node in self._hung:
-                    grace = self._config.cluster.cancel_grace_s
-                    self._died(node, f"it did not stop within {grace:g} s (cluster.cancel_grace_s)")
-            case _End(node, incarnation):
-                if node in self._present and self.host.replicas[node].incarnation == incarnation:
-                    self._stop(node)
-                    self._died(node, "its time to leave was over")
-            case Loaded(node, source) if self._loading.get(node) != source:
-                pass  # one of them is gone
-            case Loaded(node):
-                del self._loading[node]
-                self._ready.append(what)
-            case Up(facts):
-                self._up.add(facts.node)
-                self._embody(facts.node)
-                self._ready.append(what)
-            case Died(node) | Retired(node):
-                # Not before: what is asked of it until then is not asked of who takes its place.
-                self._embody(node)
-                self._ready.append(what)
-            case _:
-                self._ready.append(what)
 
     def _run(self, resumes: Sequence[_Resume]) -> None:
         """Run programs that become runnable at one moment; what they compute goes to the handler together."""
