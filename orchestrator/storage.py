@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Piece: TypeAlias = bytes | memoryview
 
 CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 30.0
-"""Of an object store; a request that fails is repeated by its client, three times at most."""
+REQUEST_TIMEOUT_S = 20.0
+"""Without a byte from an object store; its client makes a request three times at most."""
 
 _FLAT = ("s3", "gcs", "abfs")
 """Stores of objects, in which folders need not be made."""
