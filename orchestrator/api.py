@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from orchestrator.checkpoints import CheckpointStore
     from orchestrator.config import Config
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
@@ -114,7 +115,7 @@ def resume(
         return finished
     lease = Lease(path)
     try:
-        revival, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
+        revival, store, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
         directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
         if is_virtual:
             from orchestrator.simulator import Simulator as Kind
@@ -124,7 +125,7 @@ def resume(
     except BaseException:
         lease.release()
         raise
-    return _drive(revival.config, runtime, directory, observers, lease=lease, revival=revival)
+    return _drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
 
 
 def replay(
@@ -213,6 +214,7 @@ def _drive(
     drive: Callable[..., Controller] | None = None,
     *,
     lease: Lease | None = None,
+    store: CheckpointStore | None = None,
     revival: Revival | None = None,
 ) -> Summary:
     """Run to the end, whatever that is; leave nothing behind but the run directory."""
@@ -232,7 +234,7 @@ def _drive(
             trackers.append(MLflowTracker(config.tracking, directory.path))
         everyone = Observers([directory, *trackers, *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime)
+        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
         more = {} if drive else {"checkpoints": checkpoints, "revival": revival}
