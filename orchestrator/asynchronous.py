@@ -105,7 +105,14 @@ class Asynchronous:
         # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
         repair = changed and seen is not None and number > 0
         self._runtime.begin(
-            0, number, view, number - 1, (node,), repair=repair, joiners=(node,) if joins and node != SERVER else ()
+            0,
+            number,
+            view,
+            number - 1,
+            (node,),
+            repair=repair,
+            joiners=(node,) if joins and node != SERVER else (),
+            places=self._progress.samples.begin(number, (node,), self._present),
         )
         self._strike("train", node)
 

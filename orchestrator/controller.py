@@ -51,6 +51,7 @@ class Controller:
         config, runtime = progress.config, progress.runtime
         facts = runtime.start()
         progress.facts = {one.node: one for one in facts}
+        progress.samples.start(runtime.part_sizes)
         progress.num_started = len(facts)
         progress.zero = runtime.now
         started = Started(

@@ -3,11 +3,11 @@
 Without IO and deterministic, as the rendezvous is. It is told who is there when a round begins and how far those are
 that commit, and answers with what nodes are to draw from then on.
 
-Part m is drawn by node m while that is there. What is not drawn of an epoch that others have finished, because its node
-is away, goes to a pool, and from there to those that are there, so that they have equally much; so do samples that were handed to a node
-which is away itself. A node that comes back goes on after what was handed out: nothing moves back. Nodes beyond the
-parts have none of their own: each is handed the last half of the longest range that is still to be drawn, whenever it
-has less than a round's samples left.
+Part m is drawn by node m while that is there. When others have finished an epoch, what is left of it because its node is
+away goes to a pool, and from there to those that are there, so that all have as much of it to draw. So does what was
+handed to a node that is away itself. A node that comes back goes on after what was handed out: nothing moves back.
+Nodes beyond the parts have none of their own: each is handed the last half of the longest range that is still to be
+drawn, whenever it has less than a round's samples left.
 
 A part is drawn epoch by epoch, so that samples of different parts may be in different epochs at one moment: parts have
 different sizes, and nodes different speeds.
@@ -42,8 +42,10 @@ class DataLedger:
         """What nodes were handed; of all of which anything was ever changed."""
         self._pool: list[Segment] = []
         """To be handed out."""
+        self._changed: set[NodeId] = set()
+        """Were handed something, or something was taken from them, since they were told."""
         self._stale: set[NodeId] = set()
-        """Do not know what ``_extras`` and ``_positions`` say."""
+        """Do not know what they were told: another process was."""
         self._most = 1
         """Samples that a node has committed in one round."""
 
@@ -82,11 +84,14 @@ class DataLedger:
         self._hand_out(nodes, there)
         self._feed(nodes, there)
         told: dict[NodeId, Place] = {}
-        for node in self._stale.intersection(nodes):
-            self._trim(node)
-            told[node] = Place(tuple(self._extras[node]), self._positions[node])
+        for node in nodes:
+            if node in self._changed:
+                self._trim(node)
+            if node in self._changed or node in self._stale:
+                told[node] = Place(tuple(self._extras[node]), self._positions[node])
+        self._changed.difference_update(told)
         self._stale.difference_update(told)
-        return dict(sorted(told.items()))
+        return told
 
     def impose(self, places: Mapping[NodeId, Place]) -> None:
         """Nodes are to draw what a log says."""
@@ -102,17 +107,16 @@ class DataLedger:
         if not away and not holders:
             return
         begun = [self.position(part).epoch for part in range(len(self._sizes)) if part in there]
-        if begun:
-            due = max(begun)
-        else:  # only nodes without a part are there: an epoch is due when they have drawn what they were handed
-            due = min(self.position(part).epoch for part in away) + any(map(self._lacks, there))
+        # Where only nodes without a part are there, an epoch is due when they have drawn what they were handed.
+        alone = min((self.position(part).epoch for part in away), default=0) + any(map(self._lacks, there))
+        due = max(begun, default=alone)
         for node in holders:
             self._trim(node)
             kept = [one for one in self._extras[node] if one.epoch >= due]
             if len(kept) < len(self._extras[node]):
                 self._pool += [one for one in self._extras[node] if one.epoch < due]
                 self._extras[node] = kept
-                self._stale.add(node)
+                self._changed.add(node)
         for part in away:
             position = self.position(part)
             while position.epoch < due:
@@ -190,7 +194,7 @@ class DataLedger:
     def _touch(self, node: NodeId) -> None:
         self._positions.setdefault(node, Position())
         self._extras.setdefault(node, [])
-        self._stale.add(node)
+        self._changed.add(node)
 
     def _trim(self, node: NodeId) -> None:
         """Forget what ``node`` has committed of what it was handed; it is to be told, as it counts anew."""
@@ -232,6 +236,7 @@ class DataLedger:
             "positions": {str(node): list(position) for node, position in sorted(self._positions.items())},
             "extras": {str(node): [list(one) for one in extras] for node, extras in sorted(self._extras.items())},
             "pool": [list(one) for one in self._pool],
+            "changed": sorted(self._changed),
             "most": self._most,
         }
 
@@ -242,6 +247,8 @@ class DataLedger:
         ledger._positions = {int(node): Position(*position) for node, position in data["positions"].items()}
         ledger._extras = {int(node): [Segment(*one) for one in extras] for node, extras in data["extras"].items()}
         ledger._pool = [Segment(*one) for one in data["pool"]]
-        ledger._most = data["most"]
+        ledger._most, ledger._changed = data["most"], set(data["changed"])
+        for node in ledger._positions:
+            ledger._extras.setdefault(node, [])
         ledger._stale = set(ledger._extras)
         return ledger

@@ -17,7 +17,6 @@ from orchestrator.transfers import Transfers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from actors.data import Position
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import FaultEvent
@@ -62,8 +61,6 @@ class Members:
         """There already, for nodes that are leaving."""
         self._kept: dict[NodeId, int] = {}
         """The round of what was kept of nodes that have left."""
-        self._positions: dict[NodeId, Position] = {}
-        """Where in its data each node was when it last committed a round."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -154,6 +151,7 @@ class Members:
         self._succeed(node)
 
     def _gone(self, node: NodeId) -> None:
+        self._progress.samples.gone(node)
         self.leaving.pop(node, None)
         self._retiring.discard(node)
         self._withdrawn.discard(node)
@@ -210,7 +208,7 @@ class Members:
         """The nodes of ``reports`` have committed round ``number``."""
         self._pool.committed(reports)
         self.recoveries.committed(number, reports)
-        self._positions |= {node: report.position for node, report in reports.items() if report.position is not None}
+        self._progress.samples.committed(number, reports)
         self.new.difference_update(reports)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:
@@ -262,5 +260,5 @@ class Members:
             RunError: nobody has it.
         """
         is_new = node in self.new
-        position = self._positions.get(node) if is_new else None
+        position = self._progress.samples.position(node) if is_new else None
         self.transfers.begin(number, node, position, self._kept.get(node) if is_new else None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from actors.data import Position
+from actors.data import Place, Position
 from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.config import FaultsConfig
@@ -81,6 +81,8 @@ class History:
     lost: set[NodeId] = field(default_factory=set)
     start: tuple[NodeId, ...] = ()
     """Who was there at the start."""
+    plans: dict[tuple[NodeId, int], Place] = field(default_factory=dict)
+    """From which round of a node on it drew something else than before."""
     rounds_done: dict[int, Done] = field(default_factory=dict)
     """What came of each round of a synchronous run."""
     _steps: list[Step] = field(default_factory=list)
@@ -138,6 +140,8 @@ class History:
                 position = event["position"]
                 given = None if position is None else Position(*position)
                 self._steps.append(("transfer", node, event["donor"], given))
+            case "plan":
+                self.plans[node, event["round"]] = Place.of(event["extras"], event["position"])
             case "begin":
                 # Who comes up, or leaves, while a round is going on does so before the next.
                 self._begun = event | {"num_steps": len(self._steps)}
@@ -191,6 +195,7 @@ class ReplayController(Controller):
         runtime.initial = tuple(node for node in history.start if node != SERVER)
         self._simulator = runtime
         self._history = history
+        self._progress.samples.script = lambda node, number: history.plans.get((node, number))
 
     def _loop(self) -> Synchronous | Asynchronous:
         if self._progress.config.algorithm.synchronous:

@@ -156,7 +156,16 @@ class Synchronous:
         )
         for node in view.members:
             self._mail.room.begin(node, number)
-        self._runtime.begin(self._epoch, number, view, progress.committed, view.members, repair=repair, joiners=joiners)
+        self._runtime.begin(
+            self._epoch,
+            number,
+            view,
+            progress.committed,
+            view.members,
+            repair=repair,
+            joiners=joiners,
+            places=progress.samples.begin(number, view.members, view.members),
+        )
         self._strike("train", number)
         try:
             while not rendezvous.over:

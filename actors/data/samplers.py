@@ -41,6 +41,11 @@ class Position(NamedTuple):
     extra: int = 0
     """Samples drawn of others' parts that were handed to it (``actors.data.plans``), before its own go on."""
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What it adds to the seeds of random numbers; without extra samples two numbers, as ever."""
+        return self if self.extra else (self.epoch, self.offset)
+
 
 class Blocks(NamedTuple):
     """How samples come in blocks that are read as a whole."""
@@ -85,7 +90,7 @@ class Draws(ABC):
     def position(self, position: Position) -> None:
         if position.epoch < 0 or not 0 <= position.offset < len(self._indices):
             raise ValueError(f"{position} is not a position in epochs of {len(self._indices)} samples")
-        self._position = Position(*position)
+        self._position = Position(position.epoch, position.offset)
 
     def next(self, batch_size: int) -> Tensor:
         """The samples of the next batch."""
