@@ -1,0 +1,321 @@
+"""Each sample is committed exactly once per epoch, through any churn, in whole runs; and what is said of samples."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from actors.data import DataConfig, EpochSampler
+from actors.setup import load_data
+from actors.tasks import Task, TensorSamples
+from algorithms.api import AllReduce, Batch, Node, Sleep
+from orchestrator.config import parse
+from orchestrator.controller import Controller
+from orchestrator.data_ledger import DataLedger
+from orchestrator.errors import RunError, StarlingError
+from orchestrator.simulator import Simulator
+from tests.test_membership_fuzz import PHASES, history
+from tests.toys import Program, Ran, simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Numbered(Task, name="test_numbered"):
+    """Samples that are their own numbers."""
+
+    num_samples: int = 40
+    owned: bool = False  # each node has samples of its own, by their numbers
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        numbers = torch.arange(self.num_samples)
+        return TensorSamples(numbers.float()[:, None], numbers, owners=numbers % num_nodes if self.owned else None)
+
+    def validation_samples(self, num_nodes: int) -> TensorSamples:
+        del num_nodes
+        return TensorSamples(torch.zeros(1, 1), torch.zeros(1))
+
+    def build(self) -> nn.Module:
+        return nn.Linear(1, 1)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return (0 * module(batch[0])).sum()
+
+
+class Draws(Program, name="test_draws"):
+    """Draws in three places of a round, and remembers what; exchanges between, in parts or small."""
+
+    large: bool = False
+
+    def init(self, node: Node) -> None:
+        node.local["drawn"] = []
+
+    async def round(self, node: Node) -> None:
+        drawn: list[int] = []
+        for _ in range(2):
+            drawn += (await Batch()).tensors[1].tolist()
+            await AllReduce(torch.ones(40_000 if self.large else 1))
+        drawn += (await Batch()).tensors[1].tolist()
+        node.local["drawn"] = drawn
+
+
+class DrawsAlone(Program, name="test_draws_alone"):
+    """The same without a barrier."""
+
+    synchronous: ClassVar[bool] = False
+    replicated: ClassVar[bool] = False
+
+    async def round(self, node: Node) -> None:
+        drawn: list[int] = []
+        for _ in range(3):
+            drawn += (await Batch()).tensors[1].tolist()
+            await Sleep(0.01 * (1 + node.id % 3))
+        node.local["drawn"] = drawn
+
+
+class Recorded(Ran):
+    """Counts what is committed, by looking into the nodes at that moment."""
+
+    runtime: Simulator
+    controller: Controller
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        super().on_event(event)
+        if event["event"] == "commit":
+            for node in event.get("committed", [event.get("node")]):
+                self.count.update(self.runtime.host.replicas[node].local.get("drawn", []))
+
+    @property
+    def count(self) -> Counter[int]:
+        return self.__dict__.setdefault("_count", Counter())
+
+    @property
+    def ledger(self) -> DataLedger:
+        found = self.controller._progress.samples.ledger
+        assert found is not None
+        return found
+
+    @property
+    def complete(self) -> int:
+        """Epochs of which nothing is to be drawn any more."""
+        state = self.ledger.to_json()
+        opened = [self.ledger.position(part).epoch for part in range(len(state["sizes"]))]
+        left = {epoch for _, epoch, _, _ in self._unfinished(state)}
+        return min([*opened, *left])
+
+    def _unfinished(self, state: dict[str, Any]) -> list[list[int]]:
+        found = [list(segment) for node in map(int, state["extras"]) for segment in self.ledger.rest(node)]
+        return found + state["pool"]
+
+    def expected(self) -> Counter[int]:
+        """How often each sample was committed, by the ledger's word."""
+        config, state = self.config, self.ledger.to_json()
+        num_parts = len(state["sizes"])
+        data = load_data(config.task, DataConfig(batch_size=1), num_parts, config.seed)
+        count: Counter[int] = Counter()
+        for part in range(num_parts):
+            position, order = self.ledger.position(part), EpochSampler(data.parts[part], config.seed, part)
+            for epoch in range(position.epoch):
+                count.update(order.read(epoch, 0, 10**6).tolist())
+            count.update(order.read(position.epoch, 0, position.offset).tolist())
+        for part, epoch, start, stop in self._unfinished(state):
+            order = EpochSampler(data.parts[part], config.seed, part)
+            count.subtract(order.read(epoch, start, stop - start).tolist())
+        return +count
+
+
+def record(num_parts: int | None = None, **keys: Any) -> Recorded:
+    """Run a configuration in the simulator."""
+    base = {"algorithm": "test_draws", "task": "test_numbered", "data": {"batch_size": 2}, "tracking": "none"}
+    base |= {"network": {"start_s": 0.01, "latency_ms": 10}}
+    config = parse(base | {"optimizer": {"name": "sgd", "lr": 0.1}} | keys)
+    ran, runtime = Recorded(config), Simulator(config)
+    runtime.num_parts = num_parts
+    ran.runtime, ran.controller = runtime, Controller(config, runtime, ran, run_id="test", run_dir="test")
+    try:
+        ran.summary = ran.controller.run()
+    except StarlingError as error:
+        ran.summary, ran.error = ran.controller.summary("failed"), error
+    finally:
+        runtime.close()
+    ran.replicas = runtime.host.replicas
+    return ran
+
+
+def check(ran: Recorded, num_samples: int = 40) -> int:
+    """Exactly once; return the number of complete epochs."""
+    assert isinstance(ran.error, RunError | None), ran.error
+    assert ran.count == ran.expected()
+    complete = ran.complete
+    assert all(ran.count[number] >= complete for number in range(num_samples))
+    assert ran.summary is not None
+    samples = ran.summary.samples
+    assert samples["committed"] == ran.count.total()
+    assert samples["drawn"] == samples["committed"] + samples["redrawn"]
+    assert samples["lost"] == 0
+    return complete
+
+
+def cluster(target: int = 4, **keys: Any) -> dict[str, Any]:
+    return {"nodes": {"min": 1, "target": target}, "min_nodes_timeout_s": 60, **keys}
+
+
+def kills(node: int, *rounds: int, phase: str = "train") -> list[dict[str, Any]]:
+    return [{"kind": "kill", "node": node, "round": number, "phase": phase} for number in rounds]
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("phase", ["train", "post", "secure", "deliver", "commit"])
+def test_a_node_that_dies_and_is_replaced(phase: str, large: bool):
+    events = kills(2, 1, 4, 6, phase=phase)
+    algorithm = {"name": "test_draws", "large": large}
+    ran = record(rounds=12, algorithm=algorithm, cluster=cluster(), faults={"events": events})
+    assert ran.error is None
+    assert check(ran) >= 4
+
+
+def test_a_node_that_is_given_up():
+    """After five crashes without a commit between nobody starts it again: the others draw its part, epoch by epoch."""
+    network = {"start_s": 0.01, "latency_ms": 500}  # rounds take longer than the pauses between its starts
+    ran = record(rounds=60, cluster=cluster(), faults={"events": kills(1, *range(1, 60))}, network=network)
+    assert ran.error is None
+    assert any("too often" in line for line in ran.logs)
+    assert check(ran) >= 5
+    assert ran.sought("plan")
+
+
+def test_nodes_that_come_late():
+    """Until node 3 comes the others draw its part when they have finished theirs; it takes up what they have left."""
+    events = [{"kind": "late_join", "node": node, "round": 9} for node in (2, 3)]
+    ran = record(rounds=20, cluster=cluster(), faults={"events": events})
+    assert ran.error is None
+    assert check(ran) >= 5
+    own = [event for event in ran.sought("plan") if event["node"] == 3]
+    assert own[0]["position"][0] > 0
+
+
+def test_nodes_that_leave_on_notice():
+    events = [{"kind": "preempt", "node": node, "round": 2 + node} for node in range(4)]
+    ran = record(rounds=12, cluster=cluster(drain_s=5), faults={"events": events})
+    assert ran.error is None
+    assert ran.summary is not None
+    assert ran.summary.nodes["drained"] == 4
+    assert check(ran) >= 4
+
+
+@pytest.mark.parametrize("algorithm", ["test_draws", "test_draws_alone"])
+def test_nodes_beyond_the_parts(algorithm: str):
+    """As ``target: auto`` has them: the data are divided among fewer nodes than there are by and by."""
+    events = [{"kind": "late_join", "node": node, "round": 3} for node in (2, 3)]
+    ran = record(2, algorithm=algorithm, rounds=30, cluster=cluster(), faults={"events": events})
+    assert ran.error is None
+    assert check(ran) >= 5
+    assert {event["node"] for event in ran.sought("plan")} >= {2, 3}
+    mine = [event for event in ran.sought("plan") if event["node"] == 3]
+    assert mine[0]["extras"]
+
+
+def test_a_node_with_nothing_to_draw_takes_empty_batches():
+    ran = record(1, rounds=12, cluster=cluster(8), task={"name": "test_numbered", "num_samples": 5})
+    assert ran.error is None
+    assert check(ran, 5) >= 2
+
+
+def test_training_on_nothing_takes_no_gradient():
+    """``Train`` too, alone and batched over nodes, and what weighs by samples."""
+    for algorithm in ({"name": "fedavg", "steps": 3}, {"name": "diloco", "inner_steps": 3}):
+        keys = {"task": {"name": "digits"}, "data": {"batch_size": 400}, "rounds": 4}
+        ran = record(1, algorithm=algorithm, cluster=cluster(6), **keys)
+        assert ran.error is None
+        assert ran.summary is not None
+        assert ran.ledger.position(0).epoch >= 2
+
+
+def test_without_churn_nobody_is_handed_anything():
+    ran = record(rounds=15, cluster=cluster())
+    assert not ran.sought("plan")
+    assert check(ran) == 9
+    assert ran.rounds[-1].samples == ran.summary.samples if ran.summary else False
+
+
+# --- whatever happens -------------------------------------------------------------------------------------------------
+
+
+def churn(rng: random.Random, phases: tuple[str, ...]) -> dict[str, Any]:
+    keys = history(rng, phases)
+    return keys | {"data": {"batch_size": rng.choice([1, 2, 3, 7])}, "seed": rng.randrange(100)}
+
+
+@given(st.integers(0, 10**6), st.booleans())
+@settings(max_examples=60)
+def test_any_synchronous_history(seed: int, large: bool):
+    rng = random.Random(seed)
+    keys = churn(rng, PHASES)
+    nodes = keys["cluster"]["nodes"]["target"]
+    check(record(rng.choice([None, 1, nodes + 2]), algorithm={"name": "test_draws", "large": large}, **keys))
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_any_asynchronous_history(seed: int):
+    rng = random.Random(seed)
+    keys = churn(rng, ("train", "commit", "transfer"))
+    nodes = keys["cluster"]["nodes"]["target"]
+    check(record(rng.choice([None, 1, nodes + 2]), algorithm="test_draws_alone", **keys))
+
+
+# --- data that stay where they are, and other laws --------------------------------------------------------------------
+
+
+def test_what_a_node_owns_is_drawn_by_nobody_else_and_is_lost_with_it():
+    task = {"name": "test_numbered", "owned": True}
+    ran = record(rounds=16, task=task, cluster=cluster(), faults={"events": kills(1, *range(1, 16))})
+    assert ran.error is None
+    assert not ran.sought("plan")
+    # Two batches of a round: 0 to 5 were committed in round 0, of ten; the others have completed nine epochs and more.
+    own = sum(ran.count[number] for number in range(40) if number % 4 == 1)
+    others = min(ran.count[number] for number in range(40) if number % 4 != 1)
+    assert ran.summary is not None
+    assert others > 5
+    assert own == 6
+    assert ran.summary.samples["lost"] == 10 * others - 6
+
+
+@pytest.mark.parametrize("law", ["replacement", "poisson"])
+def test_draws_of_other_laws_are_logged(law: str):
+    ran = record(rounds=6, cluster=cluster(2), data={"batch_size": 4, "sampler": law}, faults={"events": kills(1, 2)})
+    assert ran.error is None
+    assert not ran.sought("plan")
+    logged = ran.sought("draws")
+    assert [event["round"] for event in logged] == list(range(6))
+    assert all(event["law"] == law for event in logged)
+    assert sum(samples for event in logged for _, _, samples in event["nodes"].values()) == ran.count.total()
+    epoch, offset, _ = logged[0]["nodes"][0]
+    assert (epoch, offset) == (0, 3 if law == "poisson" else 12)
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_rounds_that_are_given_up_count_as_redrawn():
+    """All but one die in round 1, which is given up: whoever is left has drawn in vain, and draws the same again."""
+    events = [event for node in (1, 2) for event in kills(node, 1, phase="post")]
+    ran = record(rounds=4, cluster=cluster(3), faults={"events": events})
+    assert ran.error is None
+    assert ran.sought("abort")
+    assert ran.summary is not None
+    assert ran.summary.samples["redrawn"] > 0
+    check(ran)
+
+
+def test_training_counts_batches_too():
+    ran = simulate(algorithm="test_silent", rounds=3, data={"batch_size": 5}, nodes=2)
+    assert ran.summary is not None
+    assert ran.summary.samples == {"drawn": 30, "committed": 30, "redrawn": 0, "lost": 0}
