@@ -51,7 +51,7 @@ class Controller:
         config, runtime = progress.config, progress.runtime
         facts = runtime.start()
         progress.facts = {one.node: one for one in facts}
-        progress.samples.start(runtime.part_sizes)
+        progress.samples.start(runtime.num_parts, runtime.part_sizes)
         progress.num_started = len(facts)
         progress.zero = runtime.now
         started = Started(
@@ -64,7 +64,7 @@ class Controller:
             virtual=runtime.virtual,
         )
         progress.observer.on_start(started)
-        progress.record("start", nodes=sorted(progress.facts))
+        progress.record("start", nodes=sorted(progress.facts), parts=runtime.num_parts)
         loop = self._loop()
         # Hundreds of thousands of objects are there to stay; each full collection would walk them all again.
         # What a round makes is freed by its reference counts; a thousand nodes of one process make enough of it to

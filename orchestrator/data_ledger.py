@@ -3,8 +3,8 @@
 Without IO and deterministic, as the rendezvous is. It is told who is there when a round begins and how far those are
 that commit, and answers with what nodes are to draw from then on.
 
-Part m is drawn by node m while that is there. When others have finished an epoch, what is left of it because its node is
-away goes to a pool, and from there to those that are there, so that all have as much of it to draw. So does what was
+Part m is drawn by node m while that is there. When others have finished an epoch, what is left of it because its node
+is away goes to a pool, and from there to those that are there, so that all have as much of it to draw. So does what was
 handed to a node that is away itself. A node that comes back goes on after what was handed out: nothing moves back.
 Nodes beyond the parts have none of their own: each is handed the last half of the longest range that is still to be
 drawn, whenever it has less than a round's samples left.

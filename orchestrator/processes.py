@@ -126,7 +126,7 @@ class Processes:
         places = self._places(nodes)
         # Nodes that come later are handed what others leave; federated data are each node's own.
         grows = cluster.nodes.target == "auto" and config.data.source != "federated"
-        self._data_parts = self.num_parts or (len(nodes) if grows else config.num_nodes)
+        self.num_parts = self.num_parts or (len(nodes) if grows else config.num_nodes)
         self._room_for(places)
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
         for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
@@ -316,7 +316,7 @@ class Processes:
         config = self._config.dump()
         return Setup(
             nodes=actor.nodes,
-            num_nodes=self._data_parts,
+            num_nodes=self.num_parts or self._config.num_nodes,
             algorithm=config["algorithm"],
             task=config["task"],
             data=config["data"],

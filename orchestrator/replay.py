@@ -81,6 +81,8 @@ class History:
     lost: set[NodeId] = field(default_factory=set)
     start: tuple[NodeId, ...] = ()
     """Who was there at the start."""
+    parts: int | None = None
+    """Into how many the data were divided."""
     plans: dict[tuple[NodeId, int], Place] = field(default_factory=dict)
     """From which round of a node on it drew something else than before."""
     rounds_done: dict[int, Done] = field(default_factory=dict)
@@ -130,7 +132,7 @@ class History:
             case "view":
                 self.views[node, event["round"]] = _view(event, event["members"])
             case "start":
-                self.start = tuple(event["nodes"])
+                self.start, self.parts = tuple(event["nodes"]), event.get("parts")
             case "lost":
                 self.lost.add(node)
             case "left" | "up":
@@ -193,6 +195,7 @@ class ReplayController(Controller):
         calm = config.model_copy(update={"faults": FaultsConfig()})
         super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
         runtime.initial = tuple(node for node in history.start if node != SERVER)
+        runtime.num_parts = history.parts
         self._simulator = runtime
         self._history = history
         self._progress.samples.script = lambda node, number: history.plans.get((node, number))

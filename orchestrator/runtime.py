@@ -258,7 +258,7 @@ class Runtime(Protocol):
     baselines: dict[str, float]
     """What the task's validation loss compares with; known once ``start`` has returned."""
     num_parts: int | None
-    """Into how many the data are divided; to be set before ``start``, else as many as there are to be nodes."""
+    """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
     part_sizes: tuple[int, ...] | None
     """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
 

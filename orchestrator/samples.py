@@ -8,6 +8,7 @@ from actors.data import Epoch, Position
 from actors.data.plans import NOTHING_NEW
 from algorithms.api import SERVER
 from orchestrator.data_ledger import DataLedger
+from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ class Samples:
     def __init__(self, sampler: Sampler, record: Callable[..., None]) -> None:
         self._law, self._is_epoch = sampler.name, type(sampler) is Epoch
         self._record = record
+        self.num_parts: int | None = None
         self.ledger: DataLedger | None = None
         """Of parts that others may draw; ``None``: data stay with their nodes, or have another law."""
         self.script: Callable[[NodeId, int], Place | None] | None = None
@@ -39,8 +41,9 @@ class Samples:
         self.num_drawn = 0
         self.num_committed = 0
 
-    def start(self, part_sizes: Sequence[int] | None) -> None:
-        """The data are divided into parts of these sizes; ``None``: no part is drawn by others."""
+    def start(self, num_parts: int | None, part_sizes: Sequence[int] | None) -> None:
+        """The data are divided into so many parts, of these sizes; ``None``: no part is drawn by others."""
+        self.num_parts = num_parts
         self.ledger = None if part_sizes is None else DataLedger(part_sizes)
 
     def begin(self, number: int, nodes: Sequence[NodeId], present: Collection[NodeId]) -> Mapping[NodeId, Place]:
@@ -59,12 +62,19 @@ class Samples:
         return places
 
     def committed(self, number: int, reports: Mapping[NodeId, Returned]) -> None:
-        """Nodes have committed round ``number``."""
+        """Nodes have committed round ``number``.
+
+        Raises:
+            RunError: they have not drawn what they were to draw, which a log that does not fit can lead to.
+        """
         moved = {node: one.position for node, one in reports.items() if one.position is not None}
         if self.ledger is None:
             self._positions |= moved
         else:
-            self.ledger.committed(moved)
+            try:
+                self.ledger.committed(moved)
+            except ValueError as error:
+                raise RunError(f"round {number}: samples would be committed twice, or not at all: {error}") from None
         for node, report in reports.items():
             self.num_drawn += report.total_drawn - self._heard.get(node, 0)
             self._heard[node] = report.total_drawn
@@ -104,6 +114,7 @@ class Samples:
     def to_json(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
         return {
+            "parts": self.num_parts,
             "ledger": None if self.ledger is None else self.ledger.to_json(),
             "positions": {str(node): list(position) for node, position in sorted(self._positions.items())},
             "drawn": self.num_drawn,
@@ -111,7 +122,11 @@ class Samples:
         }
 
     def load(self, data: Mapping[str, Any]) -> None:
-        """Go on from what ``to_json`` gave, with other processes; the data have to be divided into as many parts."""
+        """Go on from what ``to_json`` gave, with other processes.
+
+        The data have to be divided into as many parts (``Runtime.num_parts``, before ``start``), however many nodes
+        there are now: those beyond the parts have none, and parts without a node are drawn by the others.
+        """
         self.ledger = None if data["ledger"] is None else DataLedger.from_json(data["ledger"])
         self._positions = {int(node): Position(*position) for node, position in data["positions"].items()}
         self.num_drawn, self.num_committed = data["drawn"], data["committed"]

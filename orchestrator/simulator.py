@@ -111,8 +111,8 @@ class Simulator(SimulatedProcesses):
         server = [SERVER] if self._config.algorithm.has_server else []
         nodes = [*(self.initial or self._config.initial_nodes), *server]
         with user_code(0, 0):
-            num_parts = self.num_parts or num_nodes
-            data = load_data(self._spec.task, self._config.data, num_parts, self._spec.seed)
+            self.num_parts = self.num_parts or num_nodes
+            data = load_data(self._spec.task, self._config.data, self.num_parts, self._spec.seed)
             self._data, self._validation, self.part_sizes = data, data.validation, data.part_sizes
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
