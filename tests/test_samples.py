@@ -4,80 +4,27 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from actors.data import DataConfig, EpochSampler
-from actors.setup import load_data
-from actors.tasks import Task, TensorSamples
-from algorithms.api import AllReduce, Batch, Node, Sleep
 from orchestrator.config import parse
 from orchestrator.controller import Controller
 from orchestrator.data_ledger import DataLedger
 from orchestrator.errors import RunError, StarlingError
 from orchestrator.simulator import Simulator
+from tests import draws
+from tests.draws import expected, num_complete
 from tests.test_membership_fuzz import PHASES, history
-from tests.toys import Program, Ran, simulate
+from tests.toys import Ran, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Numbered(Task, name="test_numbered"):
-    """Samples that are their own numbers."""
-
-    num_samples: int = 40
-    owned: bool = False  # each node has samples of its own, by their numbers
-
-    def train_samples(self, num_nodes: int) -> TensorSamples:
-        numbers = torch.arange(self.num_samples)
-        return TensorSamples(numbers.float()[:, None], numbers, owners=numbers % num_nodes if self.owned else None)
-
-    def validation_samples(self, num_nodes: int) -> TensorSamples:
-        del num_nodes
-        return TensorSamples(torch.zeros(1, 1), torch.zeros(1))
-
-    def build(self) -> nn.Module:
-        return nn.Linear(1, 1)
-
-    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        return (0 * module(batch[0])).sum()
-
-
-class Draws(Program, name="test_draws"):
-    """Draws in three places of a round, and remembers what; exchanges between, in parts or small."""
-
-    large: bool = False
-
-    def init(self, node: Node) -> None:
-        node.local["drawn"] = []
-
-    async def round(self, node: Node) -> None:
-        drawn: list[int] = []
-        for _ in range(2):
-            drawn += (await Batch()).tensors[1].tolist()
-            await AllReduce(torch.ones(40_000 if self.large else 1))
-        drawn += (await Batch()).tensors[1].tolist()
-        node.local["drawn"] = drawn
-
-
-class DrawsAlone(Program, name="test_draws_alone"):
-    """The same without a barrier."""
-
-    synchronous: ClassVar[bool] = False
-    replicated: ClassVar[bool] = False
-
-    async def round(self, node: Node) -> None:
-        drawn: list[int] = []
-        for _ in range(3):
-            drawn += (await Batch()).tensors[1].tolist()
-            await Sleep(0.01 * (1 + node.id % 3))
-        node.local["drawn"] = drawn
+DRAWS, ALONE, NUMBERED = (f"{draws.__name__}:{name}" for name in ("Draws", "DrawsAlone", "Numbered"))
 
 
 class Recorded(Ran):
@@ -102,38 +49,10 @@ class Recorded(Ran):
         assert found is not None
         return found
 
-    @property
-    def complete(self) -> int:
-        """Epochs of which nothing is to be drawn any more."""
-        state = self.ledger.to_json()
-        opened = [self.ledger.position(part).epoch for part in range(len(state["sizes"]))]
-        left = {epoch for _, epoch, _, _ in self._unfinished(state)}
-        return min([*opened, *left])
-
-    def _unfinished(self, state: dict[str, Any]) -> list[list[int]]:
-        found = [list(segment) for node in map(int, state["extras"]) for segment in self.ledger.rest(node)]
-        return found + state["pool"]
-
-    def expected(self) -> Counter[int]:
-        """How often each sample was committed, by the ledger's word."""
-        config, state = self.config, self.ledger.to_json()
-        num_parts = len(state["sizes"])
-        data = load_data(config.task, DataConfig(batch_size=1), num_parts, config.seed)
-        count: Counter[int] = Counter()
-        for part in range(num_parts):
-            position, order = self.ledger.position(part), EpochSampler(data.parts[part], config.seed, part)
-            for epoch in range(position.epoch):
-                count.update(order.read(epoch, 0, 10**6).tolist())
-            count.update(order.read(position.epoch, 0, position.offset).tolist())
-        for part, epoch, start, stop in self._unfinished(state):
-            order = EpochSampler(data.parts[part], config.seed, part)
-            count.subtract(order.read(epoch, start, stop - start).tolist())
-        return +count
-
 
 def record(num_parts: int | None = None, **keys: Any) -> Recorded:
     """Run a configuration in the simulator."""
-    base = {"algorithm": "test_draws", "task": "test_numbered", "data": {"batch_size": 2}, "tracking": "none"}
+    base = {"algorithm": DRAWS, "task": NUMBERED, "data": {"batch_size": 2}, "tracking": "none"}
     base |= {"network": {"start_s": 0.01, "latency_ms": 10}}
     config = parse(base | {"optimizer": {"name": "sgd", "lr": 0.1}} | keys)
     ran, runtime = Recorded(config), Simulator(config)
@@ -152,8 +71,8 @@ def record(num_parts: int | None = None, **keys: Any) -> Recorded:
 def check(ran: Recorded, num_samples: int = 40) -> int:
     """Exactly once; return the number of complete epochs."""
     assert isinstance(ran.error, RunError | None), ran.error
-    assert ran.count == ran.expected()
-    complete = ran.complete
+    assert ran.count == expected(ran.ledger, ran.config)
+    complete = num_complete(ran.ledger)
     assert all(ran.count[number] >= complete for number in range(num_samples))
     assert ran.summary is not None
     samples = ran.summary.samples
@@ -175,7 +94,7 @@ def kills(node: int, *rounds: int, phase: str = "train") -> list[dict[str, Any]]
 @pytest.mark.parametrize("phase", ["train", "post", "secure", "deliver", "commit"])
 def test_a_node_that_dies_and_is_replaced(phase: str, large: bool):
     events = kills(2, 1, 4, 6, phase=phase)
-    algorithm = {"name": "test_draws", "large": large}
+    algorithm = {"name": DRAWS, "large": large}
     ran = record(rounds=12, algorithm=algorithm, cluster=cluster(), faults={"events": events})
     assert ran.error is None
     assert check(ran) >= 4
@@ -210,7 +129,7 @@ def test_nodes_that_leave_on_notice():
     assert check(ran) >= 4
 
 
-@pytest.mark.parametrize("algorithm", ["test_draws", "test_draws_alone"])
+@pytest.mark.parametrize("algorithm", [DRAWS, ALONE])
 def test_nodes_beyond_the_parts(algorithm: str):
     """As ``target: auto`` has them: the data are divided among fewer nodes than there are by and by."""
     events = [{"kind": "late_join", "node": node, "round": 3} for node in (2, 3)]
@@ -223,7 +142,7 @@ def test_nodes_beyond_the_parts(algorithm: str):
 
 
 def test_a_node_with_nothing_to_draw_takes_empty_batches():
-    ran = record(1, rounds=12, cluster=cluster(8), task={"name": "test_numbered", "num_samples": 5})
+    ran = record(1, rounds=12, cluster=cluster(8), task={"name": NUMBERED, "num_samples": 5})
     assert ran.error is None
     assert check(ran, 5) >= 2
 
@@ -259,7 +178,7 @@ def test_any_synchronous_history(seed: int, large: bool):
     rng = random.Random(seed)
     keys = churn(rng, PHASES)
     nodes = keys["cluster"]["nodes"]["target"]
-    check(record(rng.choice([None, 1, nodes + 2]), algorithm={"name": "test_draws", "large": large}, **keys))
+    check(record(rng.choice([None, 1, nodes + 2]), algorithm={"name": DRAWS, "large": large}, **keys))
 
 
 @given(st.integers(0, 10**6))
@@ -268,14 +187,14 @@ def test_any_asynchronous_history(seed: int):
     rng = random.Random(seed)
     keys = churn(rng, ("train", "commit", "transfer"))
     nodes = keys["cluster"]["nodes"]["target"]
-    check(record(rng.choice([None, 1, nodes + 2]), algorithm="test_draws_alone", **keys))
+    check(record(rng.choice([None, 1, nodes + 2]), algorithm=ALONE, **keys))
 
 
 # --- data that stay where they are, and other laws --------------------------------------------------------------------
 
 
 def test_what_a_node_owns_is_drawn_by_nobody_else_and_is_lost_with_it():
-    task = {"name": "test_numbered", "owned": True}
+    task = {"name": NUMBERED, "owned": True}
     ran = record(rounds=16, task=task, cluster=cluster(), faults={"events": kills(1, *range(1, 16))})
     assert ran.error is None
     assert not ran.sought("plan")
