@@ -90,6 +90,8 @@ class History:
     _steps: list[Step] = field(default_factory=list)
     """Since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)
+    _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
+    """How many messages and readings of the clock belong to committed rounds of each node."""
 
     @staticmethod
     def read(run_dir: str | Path) -> History:
@@ -133,6 +135,11 @@ class History:
                 self.views[node, event["round"]] = _view(event, event["members"])
             case "start":
                 self.start, self.parts = tuple(event["nodes"]), event.get("parts")
+            case "again":
+                self._again(node)
+            case "resume":
+                # What brought nodes back is nothing that happened between rounds.
+                self._steps = []
             case "lost":
                 self.lost.add(node)
             case "left" | "up":
@@ -158,10 +165,18 @@ class History:
                     late=frozenset(begun["view"]).difference(event["committed"]),
                 )
             case "commit":
+                self._whole[node] = len(self.received[node]), len(self.seen[node])
                 self.rounds[node] += 1
                 self.last = self.last if node == SERVER else node
             case _:
                 pass
+
+    def _again(self, node: NodeId) -> None:
+        """The node was stopped in mid-round, for a checkpoint, and did its round again."""
+        received, seen = self._whole.get(node, (0, 0))
+        while len(self.received[node]) > received:
+            self.received[node].pop()
+        del self.seen[node][seen:]
 
 
 def _view(event: dict[str, Any], members: list[NodeId]) -> View:

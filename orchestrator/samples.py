@@ -121,13 +121,13 @@ class Samples:
             "committed": self.num_committed,
         }
 
-    def load(self, data: Mapping[str, Any]) -> None:
+    def revive(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``to_json`` gave, with other processes.
 
-        The data have to be divided into as many parts (``Runtime.num_parts``, before ``start``), however many nodes
-        there are now: those beyond the parts have none, and parts without a node are drawn by the others.
+        If the data are divided into other parts now, all of them begin anew.
         """
-        self.ledger = None if data["ledger"] is None else DataLedger.from_json(data["ledger"])
-        self._positions = {int(node): Position(*position) for node, position in data["positions"].items()}
-        self.num_drawn, self.num_committed = data["drawn"], data["committed"]
-        self._heard = {}
+        self.num_drawn, self.num_committed = state["drawn"], state["committed"]
+        if state["parts"] == self.num_parts:
+            self._positions = {int(node): Position(*position) for node, position in state["positions"].items()}
+            if self.ledger is not None and state["ledger"] is not None:
+                self.ledger = DataLedger.from_json(state["ledger"])
