@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import parse
+from orchestrator import api, progress, simulator
+from orchestrator.config import Config, parse
 from orchestrator.controller import Controller
 from orchestrator.data_ledger import DataLedger
 from orchestrator.errors import RunError, StarlingError
+from orchestrator.records import Observer, RoundRecord
+from orchestrator.samples import Samples
 from orchestrator.simulator import Simulator
 from tests import draws
 from tests.draws import expected, num_complete
@@ -238,3 +242,78 @@ def test_training_counts_batches_too():
     ran = simulate(algorithm="test_silent", rounds=3, data={"batch_size": 5}, nodes=2)
     assert ran.summary is not None
     assert ran.summary.samples == {"drawn": 30, "committed": 30, "redrawn": 0, "lost": 0}
+
+
+# --- resumed runs -----------------------------------------------------------------------------------------------------
+
+
+class Watched(Observer):
+    """Counts what a run commits, by rounds of the run, and ends it after one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int = 10**6) -> None:
+        self.drawn: dict[int, Counter[int]] = {}
+        self._last, self._at = last, -1
+        watched = self
+
+        class Kept(Samples):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                watched.samples = self
+
+        class Seen(Simulator):
+            def __init__(self, config: Config) -> None:
+                super().__init__(config)
+                watched.runtime, watched.config = self, config
+
+        monkeypatch.setattr(progress, "Samples", Kept)
+        monkeypatch.setattr(simulator, "Simulator", Seen)
+
+    samples: Samples
+    runtime: Simulator
+    config: Config
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "commit":
+            for node in event["committed"]:
+                count = self.drawn.setdefault(event["round"], Counter())
+                count.update(self.runtime.host.replicas[node].local["drawn"])
+
+    def on_round(self, record: RoundRecord) -> None:
+        if record.round == self._last:
+            raise RuntimeError
+
+
+@pytest.mark.parametrize(("nodes", "events"), [(4, True), (4, False), (2, False), (7, True), (1, False)])
+def test_a_resumed_run_goes_on_exactly(nodes: int, events: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With as many nodes with the same bits, and with another number still each sample exactly once per epoch."""
+    faults = [*kills(1, *range(1, 12)), {"kind": "late_join", "node": 3, "round": 6}] if events else []
+    config = {
+        "algorithm": DRAWS,
+        "task": NUMBERED,
+        "tracking": "none",
+        "rounds": 24,
+        "data": {"batch_size": 2},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "cluster": cluster(),
+        "faults": {"events": faults},
+        "network": {"start_s": 0.01, "latency_ms": 10},
+        "checkpoint": {"every_rounds": 4},
+    }
+    whole = api.simulate(config, run_dir=tmp_path / "whole")
+    before = Watched(monkeypatch, last=13)
+    with pytest.raises(RuntimeError):
+        api.simulate(config, run_dir=tmp_path / "run", observers=[before])
+    after = Watched(monkeypatch)
+    overrides = [] if nodes == 4 else [f"cluster.nodes.target={nodes}"]
+    summary = api.resume(tmp_path / "run", overrides, observers=[after])
+    assert min(after.drawn) == 12
+    count = sum((drawn for number, drawn in before.drawn.items() if number < 12), Counter[int]())
+    count = sum(after.drawn.values(), count)
+    ledger = after.samples.ledger
+    assert ledger is not None
+    assert count == expected(ledger, after.config)
+    assert min(count[number] for number in range(40)) >= num_complete(ledger) >= 5
+    assert summary.samples["committed"] == count.total()
+    if nodes == 4 and not events:  # else who was away is there at once
+        assert summary.digest == whole.digest
+        assert summary.samples == whole.samples
