@@ -140,8 +140,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"checkpoint": {"uri": "ftp://me:secret@there/x"}},
-        "checkpoint.uri must be a folder or an address (file://, s3://, gs://, gcs://, abfs://, hdfs://), got "
-        "'ftp://me:***@there/x'",
+        (
+            "checkpoint.uri must be a folder or an address (file://, s3://, gs://, gcs://, abfs://, hdfs://), got "
+            "'ftp://me:***@there/x'"
+        ),
     ),
 ]
 
