@@ -359,6 +359,7 @@ _NO_RUN: dict[str, Any] = {
     "seconds": 0.0,
     "virtual_seconds": None,
     "baselines": {},
+    "checkpoints": None,
 }
 """What ``--json`` says of a run that could not begin."""
 
