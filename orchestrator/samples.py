@@ -73,9 +73,9 @@ class Samples:
                 self.ledger.committed(moved)
             except ValueError as error:
                 raise RunError(f"round {number}: samples would be committed twice, or not at all: {error}") from None
-        for report in reports.values():
-            self.num_drawn += report.num_drawn + report.num_void
-            self.num_committed += report.num_drawn
+        committed = sum(report.num_drawn for report in reports.values())
+        self.num_committed += committed
+        self.num_drawn += committed + sum(report.num_void for report in reports.values())
         if not self._is_epoch:
             draws = {node: (*self.position(node)[:2], one.num_drawn) for node, one in reports.items() if one.num_drawn}
             if draws:
