@@ -134,6 +134,10 @@ def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
     print_summary(output, summary("interrupted", run_dir=str(tmp_path), digest=None, metrics={}), configuration())
     assert "mlflow" not in file.getvalue()
     assert "interrupted after 4 rounds" in file.getvalue()
+    tracking = {"name": "mlflow", "uri": "https://me:secret@example.com"}
+    print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
+    assert "tracked in       https://me:***@example.com" in file.getvalue()
+    assert "mlflow ui" not in file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,3 @@ def test_what_is_said_of_samples(counts: tuple[int, ...], said: str):
     samples = dict(zip(("drawn", "committed", "redrawn", "lost"), counts, strict=True))
     print_summary(output, summary(samples=samples), configuration())
     assert f"samples          {said}\n" in file.getvalue()
-    tracking = {"name": "mlflow", "uri": "https://me:secret@example.com"}
-    print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
-    assert "tracked in       https://me:***@example.com" in file.getvalue()
-    assert "mlflow ui" not in file.getvalue()
