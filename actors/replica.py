@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actors.data import Indices, Position, Sampler
+    from actors.data import Indices, Place, Position, Sampler
     from actors.tasks import Samples
     from actors.workbench import ModelTensors
     from algorithms.api import Evaluate, NodeId, State
@@ -69,6 +69,7 @@ class Replica(Learner):
         self.local = StagedState("local")
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
+        self._drawn_before = 0
         self._committed_place = self._place()
         self._committed_optimizer: State = None
         if spec.optimizer.rollback:
@@ -148,6 +149,7 @@ class Replica(Learner):
         self.round, self.view, self.skipping = number, view, False
         self.participates = self.id in cohort
         self._draws = {}
+        self._drawn_before = self.num_drawn
 
     def stage(self) -> None:
         """End the round's program: what it assigned waits for the commit.
@@ -207,6 +209,16 @@ class Replica(Learner):
     def committed_step(self) -> int:
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
+
+    @property
+    def num_drawn_in_round(self) -> int:
+        """Samples of training data drawn in this attempt at the round."""
+        return self.num_drawn - self._drawn_before
+
+    def replan(self, place: Place) -> None:
+        """Draw as ``place`` says, from the last commit on."""
+        self.plan(place)
+        self._committed_place = self._place()
 
     def catch_up(self, number: int, step: int, position: Position | None = None) -> None:
         """Commit what was loaded as that of round ``number``.

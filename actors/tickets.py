@@ -100,6 +100,10 @@ class Returned(NamedTuple):
     """``Algorithm.sealed``."""
     position: Position | None = None
     """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
+    num_drawn: int = 0
+    """Samples of training data that it has drawn in this round, from whatever sampler."""
+    total_drawn: int = 0
+    """The same, of its process so far: in rounds that were given up too."""
 
 
 @dataclass(frozen=True)

@@ -383,11 +383,13 @@ _NO_RUN: dict[str, Any] = {
     "metrics": {},
     "bytes": {"payload": 0, "recovery": 0, "per_round": 0, "transport": None},
     "nodes": {"started": 0, "joined": 0, "lost": 0, "drained": 0},
+    "samples": {"drawn": 0, "committed": 0, "redrawn": 0, "lost": 0},
     "replicas": None,
     "digest": None,
     "seconds": 0.0,
     "virtual_seconds": None,
     "baselines": {},
+    "checkpoints": None,
 }
 """What ``--json`` says of a run that could not begin."""
 

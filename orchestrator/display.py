@@ -239,6 +239,9 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         rows.append(("recovery", f"{bytes_text(recovery)} for nodes that had missed something"))
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
+    uncommitted = (f"{summary.samples[what]:,} {what}" for what in ("redrawn", "lost") if summary.samples[what])
+    committed = f"{summary.samples['committed']:,} of {summary.samples['drawn']:,} drawn committed"
+    rows.append(("samples", ", ".join([committed, *uncommitted])))
     if summary.replicas is not None:
         rows.append(("replicas", f"{summary.replicas} at every commit"))
     virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"

@@ -15,7 +15,7 @@ import shlex
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -144,6 +144,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "seconds/evaluate": record.evaluate_seconds if record.metrics is not None else None,
         "seconds/total": record.seconds,
     }
+    values |= {f"samples/{name}": count for name, count in record.samples.items()}
     values |= {f"eval/{name}": value for name, value in (record.metrics or {}).items()}
     for name, (least, most) in record.spread.items():
         values |= {f"eval/nodes/{name}_min": least, f"eval/nodes/{name}_max": most}
@@ -212,7 +213,8 @@ class _Writer:
             }
             run = self._client.create_run(self._experiment(), run_name=started.run_id, tags=tags)
         self._run_id = run.info.run_id
-        (self._run_dir / _NAME).write_text(json.dumps({"uri": without_password(self.uri), "run_id": self._run_id}))
+        with suppress(OSError):
+            (self._run_dir / _NAME).write_text(json.dumps({"uri": without_password(self.uri), "run_id": self._run_id}))
         values = started.config.flat() | {
             f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
         }
