@@ -52,7 +52,7 @@ directions; its plain loop does the same forward passes and makes the same noise
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
 pool's decisions; rounds with and without it take turns ([what is promised under losses](failure-semantics.md)).
-*Saved* is a round beside which the checkpoint of the one before is written (`benchmarks/saving.py`, [checkpoints](checkpoints.md)).
+*Saved* is a round beside which the checkpoint of the one before is written ([checkpoints](checkpoints.md)).
 """
 
 
