@@ -1,7 +1,7 @@
 """What checkpoints cost a run, and how long it takes until a large one goes on.
 
 The cost: rounds of one run on Ray, of which every other one is followed by a checkpoint, which is written while the
-next trains. Compared is from commit to commit, so that what saving takes between rounds counts, and what it takes from the
+next trains. Compared is from commit to commit: what saving takes between rounds counts, and what it takes from the
 training beside it.
 
 Going on: everything but the start of processes, from a cold object store: the checkpoint is read and checked, and all
