@@ -17,7 +17,8 @@ from algorithms.codecs import FP4, Identity
 from algorithms.errors import SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.low_communication import StreamingDiLoCo
-from algorithms.low_communication.fragments import fragments_of, gather, known, modules_of, scatter, size_of
+from algorithms.low_communication.anchors import known
+from algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
 from tests.toys import Ran, attempt, replica, simulate
