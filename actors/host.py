@@ -306,6 +306,7 @@ class Host(Exchanges):
             train_seconds=seconds,
             record=replica.spec.algorithm.sealed(replica),
             position=replica.position if replica.position != replica.committed_position else None,
+            unsent=replica.spec.algorithm.unsent(replica),
         )
 
     def _digest(self, replica: Replica) -> str:

@@ -100,6 +100,8 @@ class Returned(NamedTuple):
     """``Algorithm.sealed``."""
     position: Position | None = None
     """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
+    unsent: float = 0.0
+    """``Algorithm.unsent``."""
 
 
 @dataclass(frozen=True)

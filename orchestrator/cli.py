@@ -332,6 +332,7 @@ _NO_RUN: dict[str, Any] = {
     "digest": None,
     "seconds": 0.0,
     "virtual_seconds": None,
+    "lost": {"residuals": 0, "residual_norm": 0.0},
     "baselines": {},
 }
 """What ``--json`` says of a run that could not begin."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +53,12 @@ class Progress:
         """Left as they were told to."""
         self.num_healed = 0
         """Commits at which replicas differed, and some were given what most had."""
+        self.has_residuals = False
+        """Nodes have left out some of what they sent, and send it later."""
+        self.lost_residuals: list[float] = []
+        """The norm of what each node that was lost had still to send."""
+        self._told_residuals = 0
+        """Of those, how many are in a round's record."""
         self.may_commit: Callable[[], None] = lambda: None
         """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
@@ -84,6 +91,11 @@ class Progress:
         self.num_lost += 1
         self.record("lost", round=number, node=node, reason=reason)
         return f"{self.name(node)} was lost in round {number}: {reason}"
+
+    def lose_residual(self, number: int, node: NodeId, norm: float) -> None:
+        """What ``node`` had still to send is gone with it, in round ``number``."""
+        self.lost_residuals.append(norm)
+        self.record("residual_lost", round=number, node=node, norm=norm)
 
     def leave(self, node: NodeId, number: int, nbytes: int) -> None:
         """``node`` has left as it was told to, in round ``number``; ``nbytes`` of its state are kept."""
@@ -150,6 +162,8 @@ class Progress:
             if config.per_node and not alike:
                 node_metrics = self._of_each(tuple(committed))
             evaluate_seconds = time.monotonic() - began
+        residuals = self.lost_residuals[self._told_residuals :]
+        self._told_residuals += len(residuals)
         losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
         self.observer.on_round(
@@ -170,6 +184,8 @@ class Progress:
                 evaluate_seconds=evaluate_seconds,
                 metrics=metrics,
                 node_metrics=node_metrics,
+                residuals_lost=len(residuals) if self.has_residuals else None,
+                residual_norm_lost=math.hypot(*residuals) if self.has_residuals else None,
             )
         )
 
@@ -248,6 +264,7 @@ class Progress:
                 "lost": self.num_lost,
                 "drained": self.num_drained,
             },
+            lost={"residuals": len(self.lost_residuals), "residual_norm": math.hypot(*self.lost_residuals)},
             replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,

@@ -52,6 +52,12 @@ class RoundRecord:
     node_metrics: dict[int, dict[str, float]] | None = None
     """Of each node's own model, where they differ and ``evaluation.per_node`` asks for it."""
 
+    residuals_lost: int | None = None
+    """Nodes that were lost since the last commit with something that they had still to send, as codecs that need error
+    feedback leave it; ``None`` if there is no such thing in the run."""
+    residual_norm_lost: float | None = None
+    """The norm of all that."""
+
     @property
     def spread(self) -> dict[str, tuple[float, float]]:
         """The least and the greatest value of each metric among the nodes."""
@@ -84,6 +90,8 @@ class Summary:
     """Of the final model's tensors; ``None`` if there is none."""
     seconds: float
     virtual_seconds: float | None
+    lost: dict[str, int | float] = field(default_factory=dict)
+    """``residuals``: how often a node was lost with something that it had still to send; ``residual_norm``: of it."""
     baselines: dict[str, float] = field(default_factory=dict)
     """What the validation loss compares with, by name."""
 
