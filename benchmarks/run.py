@@ -19,6 +19,7 @@ from benchmarks import (
     recovery,
     round_overhead,
     simulator,
+    staging,
     streaming,
     zeroth_order,
 )
@@ -45,6 +46,9 @@ digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.S
 started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
 trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
 a few row groups, and reads no other node's.
+*Throttled* nodes have the network that `network.bandwidth_mbps` says; what is lost is the share of a round in which
+nothing is computed, outer steps and bookkeeping included (`benchmarks/streaming.py`). Where there is a GPU
+`benchmarks/staging.py` adds two rows.
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
 *Stall* is by how much longer it takes from one
@@ -64,7 +68,7 @@ def line(row: Row) -> str:
 
 def main() -> None:
     rows: list[Row] = []
-    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
+    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, staging, memory, parquet
     for module in (*first, recovery):
         for row in module.main():
             print(row, flush=True)
