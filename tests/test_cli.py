@@ -30,7 +30,7 @@ tracking: none
 
 KEYS = [
     *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
-    *("replicas", "digest", "seconds", "virtual_seconds", "baselines", "error"),
+    *("replicas", "digest", "seconds", "virtual_seconds", "lost", "baselines", "error"),
 ]
 
 
