@@ -177,7 +177,8 @@ def measure(begin: Path, known: dict[str, Any], kept: Path | None, jobs: int) ->
         runs = {rate: known[f"{name} at {rate:g}"] for rate in RATES}
         rate = min(runs, key=lambda one: runs[one]["loss"])
         best, times = runs[rate], {mbit: known[f"{name} on {mbit}"] for mbit in MBITS}
-        assert all(one["payload"] == best["payload"] for one in times.values())
+        # An outlier contributes nothing, so that what EDiT sends depends a little on the gradients.
+        assert all(abs(one["payload"] / best["payload"] - 1) < 0.01 for one in times.values())
         losses = {one: run["loss"] for one, run in runs.items()}
         seconds = {mbit: one["seconds"] for mbit, one in times.items()}
         found[name] = Measured(best["loss"], rate, best["payload"], best["curve"], losses, seconds)
