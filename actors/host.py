@@ -314,6 +314,7 @@ class Host(Exchanges):
             position=replica.position if replica.position != replica.committed_position else None,
             num_drawn=replica.num_drawn - replica.num_void,
             num_void=replica.num_void,
+            unsent=replica.spec.algorithm.unsent(replica),
         )
 
     def _digest(self, replica: Replica) -> str:

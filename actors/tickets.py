@@ -104,6 +104,8 @@ class Returned(NamedTuple):
     """Samples of training data that it has drawn in this round, from whatever sampler."""
     num_void: int = 0
     """The same, in rounds since its last commit that were given up."""
+    unsent: float = 0.0
+    """``Algorithm.unsent``."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,18 @@
-"""Measure everything and write the table in docs/benchmarks.md: ``make bench``."""
+"""Measure everything and write the table in docs/benchmarks.md: ``make bench``.
+
+With names of benchmarks (``python benchmarks/run.py codecs streaming``) only these are measured, and their rows
+replaced, with the day after each.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import os
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +28,7 @@ from benchmarks import (
     round_overhead,
     saving,
     simulator,
+    staging,
     streaming,
     zeroth_order,
 )
@@ -46,6 +55,9 @@ digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.S
 started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
 trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
 a few row groups, and reads no other node's.
+*Throttled* nodes have the network that `network.bandwidth_mbps` says; what is lost is the share of a round in which
+nothing is computed, outer steps and bookkeeping included (`benchmarks/streaming.py`). Where there is a GPU
+`benchmarks/staging.py` adds two rows.
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
 *Stall* is by how much longer it takes from one
@@ -64,13 +76,44 @@ def line(row: Row) -> str:
     return f"| {row.what} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
 
 
+def _key(text: str) -> str:
+    """What a row of the table is about, without what was found and when."""
+    return re.sub(r"\([^)]*\)|\s", "", text.removeprefix("|").partition("|")[0])
+
+
+def replaced(page: str, rows: Sequence[Row], day: str) -> str:
+    """The page with these rows in the place of older ones, or behind the others."""
+    lines = page.splitlines(keepends=True)
+    for row in rows:
+        new = line(dataclasses.replace(row, what=f"{row.what} ({day})"))
+        table = [place for place, text in enumerate(lines) if text.startswith("| ")]
+        old = [place for place in table if _key(lines[place]) == _key(new)]
+        if old:
+            lines[old[0]] = new
+        else:
+            lines.insert(table[-1] + 1, new)
+    return "".join(lines)
+
+
 def main() -> None:
+    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, staging, memory, parquet
+    modules = {module.__name__.rpartition(".")[2]: module for module in (*first, recovery, saving)}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(modules)}; all, by default.")
+    names: list[str] = parser.parse_args().names
+    unknown = [name for name in names if name not in modules]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]} (there are: {', '.join(modules)})")
     rows: list[Row] = []
-    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
-    for module in (*first, recovery, saving):
-        for row in module.main():
+    for name in names or modules:
+        for row in modules[name].main():
             print(row, flush=True)
             rows.append(row)
+    if names:
+        day = str(datetime.now(UTC).date())
+        PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), rows, day), encoding="utf-8")
+        print(f"written: {PAGE}")
+        return
     head = HEAD.format(
         date=datetime.now(UTC).date(),
         machine=platform.machine(),

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import ConfigError, DivergedError
+from orchestrator.errors import DivergedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +63,6 @@ def run(
         KeyboardInterrupt: it was interrupted (SIGINT, or SIGTERM while Ray runs), and closed cleanly.
     """
     resolved = resolve(config, overrides)
-    refuse_simulated_network(resolved)
     from orchestrator.cluster import Cluster
     from orchestrator.run_directory import RunDirectory
 
@@ -185,25 +184,6 @@ def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
     if isinstance(config, Config):
         return parse(config.dump(), overrides) if overrides else config
     return parse(config, overrides) if isinstance(config, Mapping) else load(config, overrides)
-
-
-def refuse_simulated_network(config: Config) -> None:
-    """Refuse what only the simulator does, instead of leaving it out in silence.
-
-    Raises:
-        ConfigError: the configuration asks for a slow network.
-    """
-    network = config.network
-    for key, value, off in (
-        ("bandwidth_mbps", network.bandwidth_mbps, "null"),
-        ("latency_ms", network.latency_ms, "0"),
-        ("links", network.links, "[]"),
-    ):
-        if value:
-            raise ConfigError(
-                f"network.{key} is set, and throttling a real cluster is not built yet; "
-                f"set network.{key}: {off}, or use starling simulate"
-            )
 
 
 def _drive(

@@ -388,6 +388,7 @@ _NO_RUN: dict[str, Any] = {
     "digest": None,
     "seconds": 0.0,
     "virtual_seconds": None,
+    "lost": {"residuals": 0, "residual_norm": 0.0},
     "baselines": {},
     "checkpoints": None,
 }

@@ -19,6 +19,7 @@ from algorithms.api import INLINE_LIMIT_BYTES, SERVER
 from orchestrator.data_plane import DataPlane
 from orchestrator.errors import NodeFailedError, NodeGoneError, RunError
 from orchestrator.mailroom import Delivery
+from orchestrator.network import Cast
 from orchestrator.ray_session import reason_of
 from orchestrator.runtime import Arrived, FinalModel, Kept, Loaded, NotLoaded, Retired, Unreadable, Vanished
 
@@ -64,8 +65,13 @@ class Cluster(DataPlane):
     def dispatch(self, envelope: Envelope) -> None:
         key = envelope.sender, envelope.letter
         sending, _ = self._letters[key]
+        due = self._arrivals(lambda: [Cast({envelope.sender: envelope.nbytes}, [envelope.to])]).get(envelope.to)
+
+        def arrive() -> None:
+            self._at(due, lambda: self._ready.append(Arrived(envelope)))
+
         if sending.inline is not None:
-            self._ready.append(Arrived(envelope))
+            arrive()
             return
         home = self._home[envelope.sender]
         done, data = home.handle.outbox.options(num_returns=2).remote(envelope.letter)
@@ -73,7 +79,7 @@ class Cluster(DataPlane):
         self._call(
             home,
             done,
-            lambda _actor, _done: self._ready.append(Arrived(envelope)),
+            lambda _actor, _done: arrive(),
             on_error=lambda: self._ready.append(Vanished(envelope)),
         )
 
@@ -254,18 +260,33 @@ class Cluster(DataPlane):
 
     def _await_load(self, node: NodeId, source: NodeId, call: ObjectRef[Any]) -> None:
         self._loading[node] = source
+        actor, began = self._home[node], self.now
 
         def done(actor: Actor, result: int | Failed | None) -> None:
             self._loading.pop(node, None)
             if isinstance(result, Failed):
                 self._lost(actor, RuntimeError(result.message))
+            elif result is None:
+                self._ready.append(NotLoaded(node, source))
             else:
-                self._ready.append(NotLoaded(node, source) if result is None else Loaded(node, source, result))
+                self._at(self._loaded_at(node, source, result, began), lambda: loaded(result))
 
-        actor = self._home[node]
+        def loaded(nbytes: int) -> None:
+            # Whoever has died meanwhile, and was embodied anew, has none of it.
+            if actor.alive and self._home[node] is actor:
+                self._ready.append(Loaded(node, source, nbytes))
+
         self._call(actor, call, done)
         # A donor has as long to hand it over as this one to take it.
         self._limit(actor, call, "it did not take over the state", times=2)
+
+    def _loaded_at(self, node: NodeId, source: NodeId, nbytes: int, began: float) -> float | None:
+        """When the network has brought ``nbytes`` of state; what was kept of a node lies with another."""
+        if self._network.is_instant:
+            return None
+        others = (other for other, home in sorted(self._home.items()) if other != node and home.alive)
+        holder = source if source != node else next(others, node)
+        return self._network.arrivals(began, [Cast({holder: nbytes}, [node])]).get(node)
 
     def _on_gone(self, node: NodeId) -> None:
         self._loading.pop(node, None)

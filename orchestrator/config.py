@@ -149,7 +149,10 @@ class LinkConfig(Section):
 
 
 class NetworkConfig(Section):
-    """What the simulator assumes about time. On a cluster time is real."""
+    """How slow the network is, in the simulator, and on a cluster that is throttled to it.
+
+    What takes time besides is the simulator's alone: on a cluster that is real.
+    """
 
     bandwidth_mbps: PositiveFloat | None = None
     """Of each node's access link, each way; ``null`` is infinite."""

@@ -240,6 +240,9 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
     rows.append(("samples", _samples(summary)))
+    if summary.lost.get("residuals"):
+        norm = number_text(summary.lost["residual_norm"])
+        rows.append(("lost", f"{_plural(int(summary.lost['residuals']), 'residual')} of norm {norm}"))
     if summary.replicas is not None:
         rows.append(("replicas", f"{summary.replicas} at every commit"))
     virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"

@@ -62,6 +62,8 @@ class Members:
         """There already, for nodes that are leaving."""
         self._kept: dict[NodeId, int] = {}
         """The round of what was kept of nodes that have left."""
+        self._unsent: dict[NodeId, float] = {}
+        """The norm of what each node had still to send then: its residuals."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Members:
             case Retired(node, nbytes):
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
-                self._transferred(happening)
+                self._transferred(number, happening)
             case Kept(node, kept_number, nbytes):
                 self._kept[node] = kept_number
                 self._progress.ledger.book("recovery", nbytes)
@@ -101,9 +103,10 @@ class Members:
         self.act()
         return True
 
-    def _transferred(self, happening: Loaded | NotLoaded) -> None:
+    def _transferred(self, number: int, happening: Loaded | NotLoaded) -> None:
         if isinstance(happening, NotLoaded) and happening.source == happening.node:
             self._kept.pop(happening.node, None)  # it cannot be read
+            self._forfeit(number, happening.node)
         match self.transfers.take(happening):
             case (node, True):
                 # For its program, and everybody else's, nothing has happened.
@@ -130,10 +133,18 @@ class Members:
         message = self._progress.lose(node, reason, number)
         again = self._pool.lost(node, self._runtime.now)
         advice = "it is started again" if again else "it has died too often to be started again"
+        if node not in self._kept:  # its predecessor's residuals are, until it has committed itself
+            self._forfeit(number, node)
         self._gone(node)
         self.recoveries.lost(node)
         self._say(node, f"{message}; {advice}")
         self._succeed(node)
+
+    def _forfeit(self, number: int, node: NodeId) -> None:
+        """What ``node`` had still to send is lost with it."""
+        norm = self._unsent.pop(node, 0.0)
+        if norm:
+            self._progress.lose_residual(number, node, norm)
 
     def _noticed(self, number: int, node: NodeId, deadline: float, reason: str) -> None:
         if node in self.leaving or node in self._progress.down:
@@ -210,6 +221,8 @@ class Members:
         self._pool.committed(reports)
         self.recoveries.committed(number, reports)
         self._progress.samples.committed(number, reports)
+        self._unsent |= {node: report.unsent for node, report in reports.items()}
+        self._progress.has_residuals |= any(report.unsent for report in reports.values())
         self.new.difference_update(reports)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:

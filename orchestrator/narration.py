@@ -25,6 +25,8 @@ def told(event: Mapping[str, Any]) -> str | None:
     match event["event"]:
         case "lost":
             return f"{when}{who} lost: {event['reason']}"
+        case "residual_lost":
+            return f"{when}what {who} had still to send is lost with it, a residual of norm {event['norm']:.3g}"
         case "notice":
             return f"{when}{who} is to leave within {seconds_text(event['left_s'])}: {event['reason']}"
         case "left":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -58,6 +59,12 @@ class Progress:
         """Left as they were told to."""
         self.num_healed = 0
         """Commits at which replicas differed, and some were given what most had."""
+        self.has_residuals = False
+        """Nodes have left out some of what they sent, and send it later."""
+        self.lost_residuals: list[float] = []
+        """The norm of what each node that was lost had still to send."""
+        self._told_residuals = 0
+        """Of those, how many are in a round's record."""
         self.may_commit: Callable[[], None] = lambda: None
         """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
@@ -91,6 +98,11 @@ class Progress:
         self.num_lost += 1
         self.record("lost", round=number, node=node, reason=reason)
         return f"{self.name(node)} was lost in round {number}: {reason}"
+
+    def lose_residual(self, number: int, node: NodeId, norm: float) -> None:
+        """What ``node`` had still to send is gone with it, in round ``number``."""
+        self.lost_residuals.append(norm)
+        self.record("residual_lost", round=number, node=node, norm=norm)
 
     def leave(self, node: NodeId, number: int, nbytes: int) -> None:
         """``node`` has left as it was told to, in round ``number``; ``nbytes`` of its state are kept."""
@@ -157,6 +169,8 @@ class Progress:
             if config.per_node and not alike:
                 node_metrics = self._of_each(tuple(committed))
             evaluate_seconds = time.monotonic() - began
+        residuals = self.lost_residuals[self._told_residuals :]
+        self._told_residuals += len(residuals)
         losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
         self.observer.on_round(
@@ -178,6 +192,8 @@ class Progress:
                 metrics=metrics,
                 node_metrics=node_metrics,
                 samples=self._samples(),
+                residuals_lost=len(residuals) if self.has_residuals else None,
+                residual_norm_lost=math.hypot(*residuals) if self.has_residuals else None,
             )
         )
 
@@ -267,6 +283,7 @@ class Progress:
             "joined": self.num_joined,
             "drained": self.num_drained,
             "healed": self.num_healed,
+            "residuals": self.lost_residuals if self.has_residuals else None,
             "metrics": self._metrics,
             "samples": self.samples.to_json(),
         }
@@ -277,6 +294,9 @@ class Progress:
         self.ledger.revive(state["booked"])
         self.num_started, self.num_lost = state["started"], state["lost"]
         self.num_joined, self.num_drained, self.num_healed = state["joined"], state["drained"], state["healed"]
+        self.has_residuals = state["residuals"] is not None
+        self.lost_residuals = state["residuals"] or []
+        self._told_residuals = len(self.lost_residuals)
         self._metrics = state["metrics"]
         self.samples.revive(state["samples"])
         self._began = time.monotonic() - state["seconds"]
@@ -315,6 +335,7 @@ class Progress:
                 "drained": self.num_drained,
             },
             samples=self._samples(),
+            lost={"residuals": len(self.lost_residuals), "residual_norm": math.hypot(*self.lost_residuals)},
             replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,

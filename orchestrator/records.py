@@ -54,6 +54,12 @@ class RoundRecord:
     samples: dict[str, int] = field(default_factory=dict)
     """As in ``Summary``, up to this round."""
 
+    residuals_lost: int | None = None
+    """Nodes that were lost since the last commit with something that they had still to send, as codecs that need error
+    feedback leave it; ``None`` if there is no such thing in the run."""
+    residual_norm_lost: float | None = None
+    """The norm of all that."""
+
     @property
     def spread(self) -> dict[str, tuple[float, float]]:
         """The least and the greatest value of each metric among the nodes."""
@@ -90,6 +96,8 @@ class Summary:
     """Of the final model's tensors; ``None`` if there is none."""
     seconds: float
     virtual_seconds: float | None
+    lost: dict[str, int | float] = field(default_factory=dict)
+    """``residuals``: how often a node was lost with something that it had still to send; ``residual_norm``: of it."""
     baselines: dict[str, float] = field(default_factory=dict)
     """What the validation loss compares with, by name."""
     checkpoints: dict[str, int] | None = None

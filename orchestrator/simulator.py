@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -38,6 +37,7 @@ from actors.tickets import (
 )
 from actors.transfer import StateExport, copied
 from algorithms.api import INLINE_LIMIT_BYTES, SERVER, Evaluate, Gradient, Loss, Message, TrainReport
+from orchestrator import phases
 from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
@@ -184,10 +184,7 @@ class Simulator(SimulatedProcesses):
 
     def _secure(self, secures: Sequence[Secure]) -> None:
         """One phase: each member's part to whoever reduces it."""
-        phase = [
-            Cast({node: self._exchanges[one.seq].posted[node].part_nbytes[one.part] for node in one.members}, [one.by])
-            for one in secures
-        ]
+        phase = phases.securing(secures, lambda seq: self._exchanges[seq].posted)
         arrivals = self._network.arrivals(self._now, phase)
         for one in secures:
             exchange = self._exchanges[one.seq]
@@ -204,11 +201,8 @@ class Simulator(SimulatedProcesses):
 
     def _deliver(self, decision: Deliver) -> None:
         """One phase: each reduced part from its maker to everybody."""
-        sizes = self._exchanges[decision.seq].posted[decision.closed[0]].result_nbytes
-        made: Counter[NodeId] = Counter()
-        for part, maker in enumerate(decision.makers):
-            made[maker] += sizes[part]
-        arrivals = self._network.arrivals(self._now, [Cast(made, decision.nodes)])
+        phase = phases.delivering(decision, self._exchanges[decision.seq].posted)
+        arrivals = self._network.arrivals(self._now, phase)
         for node in decision.nodes:
             self._at(arrivals.get(node, self._now), node, Delivered(decision.seq, node, decision.generation))
 
@@ -218,7 +212,7 @@ class Simulator(SimulatedProcesses):
         exchange = self._exchanges[seq]
         first = decision.closed[0]
         if decision.inline and not self._network.is_instant:
-            exchange.arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
+            exchange.arrivals = self._network.arrivals(self._now, phases.inline(decision.closed, exchange.posted))
         if exchange.posted[first].signature.operation != "AllReduce":
             self.host.conclude_here(decision.closed, seq)
             self.host.release(seq)
@@ -243,17 +237,6 @@ class Simulator(SimulatedProcesses):
         now, arrivals = self._now, self._exchanges[decision.seq].arrivals
         for node in decision.nodes:
             self._resume_at(max(now, arrivals.get(node, now)) if arrivals else now, node, None, decision.seq)
-
-    def _inline_phase(self, decision: Close) -> list[Cast]:
-        posted = self._exchanges[decision.seq].posted
-        sizes = {node: posted[node].nbytes for node in decision.closed}
-        receivers = sorted(posted)
-        if posted[decision.closed[0]].wants is None:
-            return [Cast(sizes, receivers)]
-        return [
-            Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
-            for node in receivers
-        ]
 
     # --- messages ----------------------------------------------------------------------------------------------------
 

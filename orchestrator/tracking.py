@@ -139,6 +139,8 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "nodes/contributing": record.contributing,
         "nodes/committed": record.nodes,
         "nodes/late": record.late,
+        "lost/residuals": record.residuals_lost,
+        "lost/residual_norm": record.residual_norm_lost,
         "seconds/train": record.train_seconds,
         "seconds/exchange": record.exchange_seconds,
         "seconds/evaluate": record.evaluate_seconds if record.metrics is not None else None,

@@ -30,7 +30,7 @@ tracking: none
 
 KEYS = [
     *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
-    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "baselines", "checkpoints", "error"),
+    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "lost", "baselines", "checkpoints", "error"),
 ]
 
 
@@ -205,13 +205,9 @@ def test_a_used_run_directory(folder: Path):
     assert line.startswith(f"run directory {folder}/used is in use: it is not empty; name another one")
 
 
-def test_a_slow_network_is_for_the_simulator():
-    line = refused("run", "run.yaml", "--set", "network.bandwidth_mbps=100")
-    assert line == (
-        "network.bandwidth_mbps is set, and throttling a real cluster is not built yet; "
-        "set network.bandwidth_mbps: null, or use starling simulate"
-    )
-    assert starling("simulate", "run.yaml", "--set", "network.bandwidth_mbps=100").exit_code == 0
+def test_a_network_without_bandwidth_is_refused():
+    line = refused("run", "run.yaml", "--set", "network.bandwidth_mbps=0")
+    assert line == "--set network.bandwidth_mbps=0: network.bandwidth_mbps should be greater than 0, got 0"
 
 
 def test_a_schedule_longer_than_the_run():
@@ -319,7 +315,7 @@ def test_check_predicts_what_is_sent():
 
 def test_check_knows_where_a_run_can_be_made():
     plan = json.loads(starling("check", "run.yaml", "--json", "--set", "network.latency_ms=50").stdout)
-    assert plan["runtimes"] == ["simulator"]
+    assert plan["runtimes"] == ["cluster", "simulator"]
 
 
 @pytest.mark.parametrize(("command", "names"), [("algorithms", {"diloco", "fedavg"}), ("tasks", {"digits", "text_lm"})])

@@ -105,6 +105,12 @@ def test_a_run_that_never_began(terminal: bool):
     assert "starting 2 nodes here" in file.getvalue()
 
 
+def test_residuals_that_were_lost_are_in_the_summary():
+    output, file = console()
+    print_summary(output, summary(lost={"residuals": 2, "residual_norm": 0.25}), configuration())
+    assert "lost             2 residuals of norm 0.25" in file.getvalue()
+
+
 def test_the_summary_names_where_to_look(tmp_path: Path):
     output, file = console()
     path = tmp_path / ("a-long-name-" * 8)
@@ -121,6 +127,7 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     assert "recovery" not in rows
     assert rows["nodes"] == "4 started, lost 1"
     assert rows["samples"] == "5,600 drawn and committed"
+    assert "lost" not in rows
     assert rows["replicas"] == "identical at every commit"
     assert rows["time"] == "7.0 s"
     assert rows["digest"] == "d" * 64
