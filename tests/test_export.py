@@ -44,7 +44,13 @@ def digest_of(path: Path) -> str:
     return json.loads((path / "summary.json").read_text())["digest"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = {"diloco", "streaming_diloco", "dsgd", "fedbuff", "async_diloco", "random_walk"}
+"""One for each way in which a run comes to its model."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, id=one.name, marks=() if one.name in QUICK else pytest.mark.slow) for one in CASES]
+)
 def test_a_checkpoint_has_the_model_that_the_run_would_end_with(case: Case, tmp_path: Path):
     more = {"rounds": 3, "evaluation": {"every_rounds": 0}, "checkpoint": {"every_rounds": 1}, "tracking": "none"}
     summary = simulate(case.config | more, run_dir=tmp_path / "run")
