@@ -169,7 +169,9 @@ def test_the_command(finished: Path, tmp_path: Path):
 
 def test_bad_input_is_refused_in_one_line(finished: Path, tmp_path: Path):
     assert refused(tmp_path).endswith(": this is no run directory (it has no config.yaml)")
-    assert refused(finished, "--round", 1).endswith("there is no checkpoint of round 1; there are rounds 2, 3")
+    assert refused(finished, "--round", 1).endswith(
+        "there is no checkpoint of round 1; there are rounds 2, 3, counted from 0"
+    )
     assert refused(finished, "--format", "hf").startswith(
         "--format hf: the task digits has no form that Hugging Face's"
     )
