@@ -312,8 +312,8 @@ class Host(Exchanges):
             train_seconds=seconds,
             record=replica.spec.algorithm.sealed(replica),
             position=replica.position if replica.position != replica.committed_position else None,
-            num_drawn=replica.num_drawn_in_round,
-            total_drawn=replica.num_drawn,
+            num_drawn=replica.num_drawn - replica.num_void,
+            num_void=replica.num_void,
         )
 
     def _digest(self, replica: Replica) -> str:

@@ -123,7 +123,7 @@ class Learner:
         self._law = sampler
         self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
         self.num_drawn = 0
-        """Samples of training data that it has drawn, those of rounds that were given up too."""
+        """Samples of training data that it has drawn since its last commit, those of rounds that were given up too."""
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0

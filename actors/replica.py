@@ -69,7 +69,8 @@ class Replica(Learner):
         self.local = StagedState("local")
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
-        self._drawn_before = 0
+        self.num_void = 0
+        """Samples drawn since the last commit, in rounds that were given up."""
         self._committed_place = self._place()
         self._committed_optimizer: State = None
         if spec.optimizer.rollback:
@@ -149,7 +150,7 @@ class Replica(Learner):
         self.round, self.view, self.skipping = number, view, False
         self.participates = self.id in cohort
         self._draws = {}
-        self._drawn_before = self.num_drawn
+        self.num_void = self.num_drawn
 
     def stage(self) -> None:
         """End the round's program: what it assigned waits for the commit.
@@ -182,6 +183,7 @@ class Replica(Learner):
             self._committed_optimizer = self.optimizer.state()
         self.committed_round = self.round
         self.staged_round = None
+        self.num_drawn = 0
 
     def rollback(self) -> None:
         """Go back to the last commit; the optimizer's own state only with ``optimizer.rollback``."""
@@ -210,11 +212,6 @@ class Replica(Learner):
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
 
-    @property
-    def num_drawn_in_round(self) -> int:
-        """Samples of training data drawn in this attempt at the round."""
-        return self.num_drawn - self._drawn_before
-
     def replan(self, place: Place) -> None:
         """Draw as ``place`` says, from the last commit on."""
         self.plan(place)
@@ -228,8 +225,9 @@ class Replica(Learner):
         self._step = max(self._step, step)
         if position is not None:
             self.position = position
+        drawn = self.num_drawn  # in a round that it has missed
         self.commit()
-        self.committed_round = number
+        self.committed_round, self.num_drawn = number, drawn
 
 
 class _Committed:

@@ -57,10 +57,11 @@ class DataLedger:
         Raises:
             ValueError: one is behind what it had committed before, or ahead of what it was handed.
         """
+        nowhere = Position()
         for node, position in positions.items():
-            before = self._positions.get(node, Position())
+            before = self._positions.get(node, nowhere)
             count = self._drawn(node, position) - self._drawn(node, before)
-            handed = sum(one.size for one in self._extras.get(node, ()))
+            handed = sum(one.size for one in self._extras[node]) if node in self._extras else 0
             is_ahead = position.extra > handed or (position.extra < handed and position[:2] != before[:2])
             if count < 0 or position.extra < before.extra or is_ahead:
                 raise ValueError(f"node {node} cannot be at {position}: it was at {before}, and is handed {handed}")
@@ -226,8 +227,9 @@ class DataLedger:
         return Segment(part, epoch, offset, self._sizes[part])
 
     def _drawn(self, node: NodeId, position: Position) -> int:
+        epoch, offset, extra = position
         size = self._sizes[node] if node < len(self._sizes) else 0
-        return position.epoch * size + position.offset + position.extra
+        return epoch * size + offset + extra
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain data."""

@@ -36,8 +36,6 @@ class Samples:
         self.script: Callable[[NodeId, int], Place | None] | None = None
         """What a log says that a node is to draw from a round on."""
         self._positions: dict[NodeId, Position] = {}
-        self._heard: dict[NodeId, int] = {}
-        """What each process that is there has drawn in all, as of its last commit."""
         self.num_drawn = 0
         self.num_committed = 0
 
@@ -75,10 +73,9 @@ class Samples:
                 self.ledger.committed(moved)
             except ValueError as error:
                 raise RunError(f"round {number}: samples would be committed twice, or not at all: {error}") from None
-        for node, report in reports.items():
-            self.num_drawn += report.total_drawn - self._heard.get(node, 0)
-            self._heard[node] = report.total_drawn
-            self.num_committed += report.num_drawn
+        committed = sum(report.num_drawn for report in reports.values())
+        self.num_committed += committed
+        self.num_drawn += committed + sum(report.num_void for report in reports.values())
         if not self._is_epoch:
             draws = {node: (*self.position(node)[:2], one.num_drawn) for node, one in reports.items() if one.num_drawn}
             if draws:
@@ -86,7 +83,6 @@ class Samples:
 
     def gone(self, node: NodeId) -> None:
         """The process of ``node`` is gone."""
-        self._heard.pop(node, None)
         if self.ledger is not None:
             self.ledger.gone(node)
 
