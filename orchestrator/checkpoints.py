@@ -212,7 +212,8 @@ class CheckpointStore:
         if not rounds:
             raise CheckpointReadError(f"{where}: there is no checkpoint that was written to its end")
         if number is not None and number not in rounds:
-            raise CheckpointReadError(f"{where}: there is no checkpoint of round {number}; there are {_listed(rounds)}")
+            there = f"there are {_listed(rounds)}, counted from 0"
+            raise CheckpointReadError(f"{where}: there is no checkpoint of round {number}; {there}")
         if from_previous and len(rounds) == 1:
             raise CheckpointReadError(
                 f"{where}: there is no checkpoint before that of round {rounds[0]}; leave out --from-previous"

@@ -295,7 +295,9 @@ def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, finished or not.")],
     number: Annotated[
         int | None,
-        typer.Option("--round", metavar="ROUND", min=0, help="Of a checkpoint; by default the final model."),
+        typer.Option(
+            "--round", metavar="ROUND", min=0, help="Of a checkpoint, counted from 0; by default the final model."
+        ),
     ] = None,
     form: Annotated[
         Literal["safetensors", "torch", "hf"],

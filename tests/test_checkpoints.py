@@ -210,7 +210,8 @@ def test_the_last_ones_are_kept(tmp_path: Path):
     assert is_of(store.read(from_previous=True), 5)
     assert is_of(store.read(number=5), 5)
     assert (
-        refused(store, number=4) == f"{tmp_path}/checkpoints: there is no checkpoint of round 4; there are rounds 5, 9"
+        refused(store, number=4)
+        == f"{tmp_path}/checkpoints: there is no checkpoint of round 4; there are rounds 5, 9, counted from 0"
     )
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["round-000005", "round-000009"]
 

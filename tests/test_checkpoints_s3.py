@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from moto.server import DomainDispatcherApplication, create_backend_app
 from pyarrow.fs import FileSelector, FileSystem
-from werkzeug.serving import make_server
 
 from orchestrator import storage
 from orchestrator.checkpoint_writer import CheckpointWriter
@@ -29,6 +27,10 @@ class Server:
     """moto's, with a door: requests are counted, and from one on refused."""
 
     def __init__(self) -> None:
+        # Here, as it takes a second, which every process that looks for tests would spend.
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

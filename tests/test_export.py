@@ -44,7 +44,13 @@ def digest_of(path: Path) -> str:
     return json.loads((path / "summary.json").read_text())["digest"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = {"diloco", "streaming_diloco", "dsgd", "fedbuff", "async_diloco", "random_walk"}
+"""One for each way in which a run comes to its model."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, id=one.name, marks=() if one.name in QUICK else pytest.mark.slow) for one in CASES]
+)
 def test_a_checkpoint_has_the_model_that_the_run_would_end_with(case: Case, tmp_path: Path):
     more = {"rounds": 3, "evaluation": {"every_rounds": 0}, "checkpoint": {"every_rounds": 1}, "tracking": "none"}
     summary = simulate(case.config | more, run_dir=tmp_path / "run")
@@ -163,7 +169,9 @@ def test_the_command(finished: Path, tmp_path: Path):
 
 def test_bad_input_is_refused_in_one_line(finished: Path, tmp_path: Path):
     assert refused(tmp_path).endswith(": this is no run directory (it has no config.yaml)")
-    assert refused(finished, "--round", 1).endswith("there is no checkpoint of round 1; there are rounds 2, 3")
+    assert refused(finished, "--round", 1).endswith(
+        "there is no checkpoint of round 1; there are rounds 2, 3, counted from 0"
+    )
     assert refused(finished, "--format", "hf").startswith(
         "--format hf: the task digits has no form that Hugging Face's"
     )

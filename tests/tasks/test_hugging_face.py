@@ -314,7 +314,7 @@ def test_listing_the_tasks_needs_none_of_it():
     assert json.loads(done.stdout.strip().lower()) is False
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), {"rank": 2}])
 def test_a_checkpoint_is_exported(folder: Path, tmp_path: Path, lora: dict[str, Any] | None):
     raw = {
         "rounds": 1,
