@@ -56,7 +56,7 @@ class Storage(Protocol):
         ...
 
     def put_whole(self, path: str, data: bytes) -> None:
-        """The same, of a file that is there whole or, or as it was, at each moment."""
+        """The same, of a file that is there whole, or as it was before, at each moment."""
         ...
 
     def get(self, path: str, most: int) -> Bytes:
@@ -127,8 +127,10 @@ class LocalStorage(_Stoppable):
 
     def folders(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for folder in self._root.iterdir():
+        if not self._root.exists():
+            return found
+        for folder in self._root.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
                 if folder.is_dir():
                     found[folder.name] = {path.name for path in folder.iterdir()}
         return found

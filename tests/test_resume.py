@@ -273,6 +273,18 @@ def test_asynchronous_simulations_do_not_depend_on_this_machines_clock(tmp_path:
     assert one.checkpoints["written"] >= 2
 
 
+def test_the_tracker_has_one_run(tmp_path: Path):
+    from mlflow import MlflowClient
+
+    path = stopped(tmp_path / "runs" / "one", raw=DIGITS | {"tracking": "mlflow"})
+    api.resume(path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("starling").experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {metric.step for metric in history} == set(range(8))
+
+
 def test_a_directory_in_which_a_run_is_cannot_be_taken_by_another(tmp_path: Path):
     path = stopped(tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="is in use"):
