@@ -18,6 +18,7 @@ from benchmarks import (
     parquet,
     recovery,
     round_overhead,
+    saving,
     simulator,
     streaming,
     zeroth_order,
@@ -51,6 +52,7 @@ directions; its plain loop does the same forward passes and makes the same noise
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
 pool's decisions; rounds with and without it take turns ([what is promised under losses](failure-semantics.md)).
+*Saved* is a round beside which the checkpoint of the one before is written ([checkpoints](checkpoints.md)).
 """
 
 
@@ -65,7 +67,7 @@ def line(row: Row) -> str:
 def main() -> None:
     rows: list[Row] = []
     first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
-    for module in (*first, recovery):
+    for module in (*first, recovery, saving):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)
