@@ -408,3 +408,28 @@ def test_an_interrupted_run_ends_cleanly(folder: Path, number):
     assert answer["rounds"] > 0
     assert "Traceback" not in stderr
     assert json.loads((folder / "here" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_run_goes_on(folder: Path):
+    first = json.loads(starling("simulate", "run.yaml", "--json", "--run-dir", "one", "--set", "rounds=2").stdout)
+    told = starling("resume", "one", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == first
+    longer = starling("resume", "one", "--json", "--set", "rounds=3")
+    assert longer.exit_code == 0, longer.output
+    assert "going on after round 2" in longer.stderr
+    assert json.loads(longer.stdout)["rounds"] == 3
+    assert "starling resume" not in longer.stderr
+    assert (folder / "one" / "curves.png").exists()
+
+
+def test_what_cannot_go_on_is_refused_in_a_line(folder: Path):
+    assert refused("resume", "nowhere").startswith("nowhere: this is no run directory")
+    starling("simulate", "run.yaml", "--run-dir", "one", "--set", "checkpoint.every_rounds=0")
+    (folder / "one" / "summary.json").unlink()
+    assert "there is no checkpoint that was written to its end" in refused("resume", "one")
+    starling("simulate", "run.yaml", "--run-dir", "two")
+    assert "--set seed=7: the checkpoint is of a run with seed: 0" in refused("resume", "two", "--set", "seed=7")
+    (manifest,) = sorted((folder / "two" / "checkpoints").glob("*/manifest.json"))[-1:]
+    manifest.write_text("{")
+    assert "manifest.json" in refused("resume", "two", "--set", "rounds=5")
