@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actors.data import DataConfig, EpochSampler
+from actors.data import DataConfig, Epoch, EpochSampler, blocks_of
+from actors.data.samplers import BlockDraws
 from actors.setup import load_data
 from actors.tasks import Task, TensorSamples
 from algorithms.api import Algorithm, AllReduce, Batch, Layout, Node, Sleep
@@ -101,13 +102,20 @@ def expected(ledger: DataLedger, config: Config) -> Counter[int]:
     """How often each sample was committed."""
     num_parts = len(ledger.to_json()["sizes"])
     data = load_data(config.task, DataConfig(batch_size=1), num_parts, config.seed)
+
+    def numbers(part: int, epoch: int, start: int, stop: int) -> list[int]:
+        if start == stop:
+            return []
+        order = Epoch().begin(data.parts[part], config.seed, part, blocks_of(data.train))
+        assert isinstance(order, EpochSampler | BlockDraws)
+        return data.train.batch(torch.from_numpy(order.read(epoch, start, stop - start)))[1].tolist()
+
     count: Counter[int] = Counter()
     for part in range(num_parts):
-        position, order = ledger.position(part), EpochSampler(data.parts[part], config.seed, part)
+        position = ledger.position(part)
         for epoch in range(position.epoch):
-            count.update(order.read(epoch, 0, 10**6).tolist())
-        count.update(order.read(position.epoch, 0, position.offset).tolist())
-    for part, epoch, start, stop in rest(ledger):
-        order = EpochSampler(data.parts[part], config.seed, part)
-        count.subtract(order.read(epoch, start, stop - start).tolist())
+            count.update(numbers(part, epoch, 0, len(data.parts[part])))
+        count.update(numbers(part, position.epoch, 0, position.offset))
+    for segment in rest(ledger):
+        count.subtract(numbers(*segment))
     return +count

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import simulate
+from orchestrator import simulate, simulator
 from orchestrator.api import replay
 from orchestrator.errors import ConfigError, DivergedError, RunError
 from tests import operations
@@ -16,6 +16,8 @@ from tests.conformance import Case
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from orchestrator.config import Config
 
 HERE = operations.__name__
 
@@ -140,6 +142,27 @@ def test_who_draws_what_of_others_is_repeated(tmp_path: Path):
     edit(tmp_path / "run", lambda events: [event for event in events if event["event"] != "plan"])
     with pytest.raises(RunError, match="samples would be committed twice, or not at all"):
         replay(tmp_path / "run", run_dir=tmp_path / "other")
+
+
+def test_an_asynchronous_run_with_room_for_fewer_nodes_than_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody comes or goes, and yet nodes are handed what nobody else draws: when, the log says."""
+
+    class Crowded(simulator.Simulator):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.num_parts = 5
+
+    keys = {"task": "digits", "data": {"batch_size": 80}, "network": {"speeds": {0: 0.3}, "latency_ms": 7}}
+    once_config = config("Counting", rounds=20, algorithm={"name": "fedbuff", "steps": 3}, **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(simulator, "Simulator", Crowded)
+        once = simulate(once_config, run_dir=tmp_path / "run")
+    plans = logged(tmp_path / "run", "plan")
+    assert {part for one in plans for part, *_ in one["extras"]} == {3, 4}
+    # At other speeds others are there first; the log says who drew what.
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace(": 0.3\n", ": 2.0\n"))
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
 
 
 def test_an_asynchronous_run_that_lost_nodes_is_refused(tmp_path: Path):

@@ -7,6 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +162,24 @@ def test_training_on_nothing_takes_no_gradient():
         assert ran.error is None
         assert ran.summary is not None
         assert ran.ledger.position(0).epoch >= 2
+
+
+def test_rows_of_parquet_files(tmp_path: Path):
+    """Ranges of an order that goes by row groups; whoever is handed one reads the row groups that it is in."""
+    table = pa.table({"x": np.arange(200.0), "y": np.arange(200.0)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=9)
+    task = {"name": "parquet", "path": str(tmp_path / "rows.parquet"), "label": "y"}
+    events = [*kills(1, *range(1, 40)), {"kind": "late_join", "node": 3, "round": 20}]
+    network = {"start_s": 0.01, "latency_ms": 500}
+    keys = {"data": {"batch_size": 5}, "evaluation": {"every_rounds": 0}, "network": network}
+    ran = record(rounds=40, cluster=cluster(), task=task, faults={"events": events}, **keys)
+    assert ran.error is None
+    assert ran.sought("plan")
+    assert ran.count == expected(ran.ledger, ran.config)
+    complete = num_complete(ran.ledger)
+    assert complete >= 2
+    assert len(ran.count) > 150
+    assert min(ran.count.values()) >= complete
 
 
 def test_without_churn_nobody_is_handed_anything():
