@@ -32,7 +32,7 @@ def trained(rounds: int) -> tuple[list[bytes], dict[int, torch.Tensor]]:
     for number in range(rounds):
         begin(one, number)
         codes = ALGORITHM.code.encode([0.5 * number - 1, 0.25], one.rng("rounding"))
-        ALGORITHM._step(one, {0: codes}, ALGORITHM.lr)
+        ALGORITHM._step(one, {0: codes}, ALGORITHM.lr).apply(one.parameters)
         records.append(ALGORITHM.sealed(one))
         one.stage()
         one.commit()
