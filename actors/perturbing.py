@@ -1,29 +1,31 @@
 """Losses next to a node's parameters without a copy of them: each operation takes its parameters perturbed.
 
 ``Perturbing`` stands between torch's operations and their kernels. Whatever an operation is given of a node's flat
-parameters (a weight as it is, tied, transposed, sliced, through ``.data`` or in a list; by its own layer or by another's
-code) is replaced by the same part of θ + ε z, made for this operation and gone when nothing uses it any more. So what is in
-memory besides θ is the largest tensor that one operation takes, and not a bit differs from the loss at a whole θ + ε z.
+parameters is replaced by the same part of θ + ε z, made for this operation and gone when nothing uses it any more: a
+weight as it is, tied, transposed, sliced, through ``.data`` or in a list; by its own layer or by another's code. So
+what is in memory besides θ is the largest tensor that one operation takes, and not a bit differs from the loss at a
+whole θ + ε z.
 
-What does not come through here would take θ itself: kernels that were compiled into one, and values that are read out of a
-parameter into Python. Both are refused.
+What does not come through here would take θ itself: kernels that were compiled into one, and values that are read out
+of a parameter into Python. Both are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from algorithms.layout import Layout
     from algorithms.noise import Perturbed
@@ -70,17 +72,18 @@ class _Parameters:
         self._low = flat.data_ptr()
         self._high = self._low + flat.nbytes
 
-    def has(self, value: object) -> bool:
+    def has(self, value: object) -> TypeGuard[Tensor]:
         """Whether it is a view of them."""
-        return isinstance(value, Tensor) and value.layout is torch.strided and self._low <= value.data_ptr() < self._high
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return False
+        return self._low <= value.data_ptr() < self._high
 
     def first(self, view: Tensor) -> int:
         """Where its first value is."""
         return (view.data_ptr() - self._low) // self.flat.itemsize
 
-    def refuse(self, view: Tensor, what: str) -> ProgramError:
-        """What to raise of an operation."""
-        place = self.first(view)
+    def refuse(self, place: int, what: str) -> ProgramError:
+        """What to raise of an operation on the parameter that has value ``place``."""
         name = next((one.name for one in self._layout.entries if one.start <= place < one.stop), "?")
         layer = name.rpartition(".")[0] or "the model itself"
         message = f"parameter {name} of layer {layer} is {what}, and cannot be perturbed as it is used; {_INSTEAD}"
@@ -94,19 +97,32 @@ class Perturbing(TorchDispatchMode):
         super().__init__()
         self._parameters = parameters
         self._point = point
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        """What was made, by its storage, whose name is not given to another as long as there is the reference."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - whatever torch's operations take and return
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, which takes seconds and a hundred megabytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - whatever torch's operations take and return
         del types
         # What is done here is not the model's doing: ``_Reading`` need not see it.
         with torch._C.DisableTorchFunction():  # noqa: SLF001 - torch's way to say so
+            named = kwargs or {}
             for place, name in _written(func):
-                value = args[place] if place < len(args) else (kwargs or {}).get(name)
+                value = args[place] if place < len(args) else named.get(name)
                 for one in value if isinstance(value, list | tuple) else (value,):
-                    if self._parameters.has(one):
-                        raise self._parameters.refuse(one, f"written to by {func}")
-            return func(*map(self._given, args), **{key: self._given(value) for key, value in (kwargs or {}).items()})
+                    self._check_written(one, f"written to by {func}")
+            return func(*map(self._given, args), **{key: self._given(value) for key, value in named.items()})
+
+    def _check_written(self, value: object, what: str) -> None:
+        """A write to parameters, or to what was made of them, would be lost with it."""
+        if self._parameters.has(value):
+            raise self._parameters.refuse(self._parameters.first(value), what)
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            made = self._made.get(value.untyped_storage()._cdata)  # noqa: SLF001 - names a storage
+            if made is not None:
+                raise self._parameters.refuse(made[1], what)
 
     def _given(self, value: Any) -> Any:  # noqa: ANN401 - as above
         if isinstance(value, list | tuple):
@@ -115,16 +131,19 @@ class Perturbing(TorchDispatchMode):
 
     def _perturbed(self, view: Tensor) -> Tensor:
         parameters = self._parameters
-        if view.dtype != parameters.flat.dtype:
-            raise parameters.refuse(view, f"looked at as {view.dtype}")
         first = parameters.first(view)
         size = 1 + sum((length - 1) * stride for length, stride in zip(view.shape, view.stride(), strict=True))
-        if view.numel() == 0 or first + size <= self._point.start or first >= self._point.stop:
+        last = first + -(-size * view.itemsize // parameters.flat.itemsize)
+        if view.numel() == 0 or last <= self._point.start or first >= self._point.stop:
             return view
+        if view.dtype != parameters.flat.dtype:
+            raise parameters.refuse(first, f"looked at as {view.dtype}")
         center = parameters.flat[first : first + size]
         apart = first % (_ALIGNMENT // center.itemsize)
         made = torch.empty(apart + size, dtype=center.dtype, device=center.device)[apart:]
         self._point.write(made, center, first)
+        storage = made.untyped_storage()
+        self._made[storage._cdata] = StorageWeakRef(storage), first  # noqa: SLF001 - as above
         return made.as_strided(view.shape, view.stride(), made.storage_offset())
 
 
@@ -135,12 +154,10 @@ class _Reading(TorchFunctionMode):
         super().__init__()
         self._parameters = parameters
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - as above
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401 - as above
         del types
         if func in _READERS and args and self._parameters.has(args[0]):
-            raise self._parameters.refuse(args[0], f"read by {func.__name__}")
+            raise self._parameters.refuse(self._parameters.first(args[0]), f"read by {func.__name__}")
         return func(*args, **(kwargs or {}))
 
 

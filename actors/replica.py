@@ -164,7 +164,7 @@ class Replica(Learner):
         self.local.check_unwritten()
         if record is not None and self.spec.algorithm.steps_at_commit:
             if self.parameters._version != self._version:  # noqa: SLF001 - torch's counter of writes
-                raise ProgramError("the round wrote to node.parameters, and its step is made on commit (steps_at_commit)")
+                raise ProgramError("the round wrote to node.parameters, though its step is made on commit")
             self._due = record
         self.staged_round = self.round
 

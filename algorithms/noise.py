@@ -42,9 +42,9 @@ _QUANTILES_SHA256 = "e8cfff23047b7e58f6ae180f798c0bd13cfa7a46c5e6db7985968656620
 
 @dataclass(frozen=True)
 class Perturbed:
-    """A point next to the parameters θ of a node: θ + ``scale`` · z in a range, and θ elsewhere. It is never made whole.
+    """A point next to the parameters θ of a node: θ + ``scale`` · z in a range, and θ elsewhere.
 
-    z_i is value i of stream ``key``, counted from the first of all parameters.
+    z_i is value i of stream ``key``, counted from the first of all parameters. The point is never made whole.
     """
 
     scale: float

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId, Perturbed
@@ -80,34 +79,29 @@ class SPSA(Algorithm):
     async def _probe(self, node: Node, batch: DataBatch, key: int, span: tuple[int, int], scale: float) -> float:
         start, stop = span
         if self.perturb == "on_use":
-            return await Loss(at=Perturbed(scale, self.distribution, key, start, stop), batch=batch, probe=True)
+            return await Loss(at=Perturbed(scale, self.distribution, key, *span), batch=batch, probe=True)
         perturb(node.parameters[start:stop], node.committed[start:stop], scale, self.distribution, key, start)
         return await Loss(batch=batch, probe=True)
 
     def _key(self, node: Node, of: NodeId, sample: int) -> int:
-        """Names a direction: a pure function of (run, round, node, sample).
-
-        N nodes with K samples each have those of one with N·K.
-        """
+        """Names a direction, by (run, round, node, sample); N nodes with K samples have those of one with N·K."""
         return derive_seed("direction", node.seed, node.round, of * self.samples + sample)
 
     def _spans(self, layout: Layout) -> list[tuple[int, int]]:
         """What has an estimate of its own, as ranges of the parameters: all, or the layers."""
         return layers_of(layout) if self.layerwise else [(0, layout.num_values)]
 
-    # --- the step ----------------------------------------------------------------------------------------------------
-
     @property
     def steps_at_commit(self) -> bool:
         return self.perturb == "on_use"
 
     def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> Step:
-        """What the list that all nodes have comes to, in the order of (node, sample); it is noted in the shared state."""
-        spans = self._spans(node.layout)
+        """What the list that all nodes have comes to, in the order of (node, sample); the shared state has it then."""
+        spans, size = self._spans(node.layout), self._num_bytes(node.layout)
         found = [
             (self._key(node, member, number // len(spans)), number % len(spans), value)
             for member, codes in sealed.items()
-            for number, value in enumerate(self._decoded(member, codes, len(spans)))
+            for number, value in enumerate(self.code.decode(records.checked(member, codes, size)))
         ]
         moved = [
             Moved.by(span, [(key, value) for key, place, value in found if place == here], lr, self.normalizer)
@@ -121,13 +115,9 @@ class SPSA(Algorithm):
             node.shared["parameters"] = step.digest(node.parameters)
         return step
 
-    def _decoded(self, member: NodeId, codes: Tensor, num_spans: int) -> list[float]:
-        expected = self.samples * num_spans * self.code.nbytes
-        if codes.dtype != torch.uint8 or codes.numel() != expected:
-            raise ProgramError(f"node {member} has {codes.numel()} bytes of codes; it must have {expected}")
-        return self.code.decode(codes)
-
-    # --- the log -----------------------------------------------------------------------------------------------------
+    def _num_bytes(self, layout: Layout) -> int:
+        """That a node sends to each other."""
+        return self.samples * len(self._spans(layout)) * self.code.nbytes
 
     def sealed(self, node: Node) -> bytes:
         codes = cast("Mapping[str, Tensor]", node.shared["codes"])
@@ -135,14 +125,13 @@ class SPSA(Algorithm):
         return records.pack(self.lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
 
     def replay(self, node: Node, record: bytes) -> None:
-        size = self.samples * len(self._spans(node.layout)) * self.code.nbytes
+        size = self._num_bytes(node.layout)
         found = records.unpack(record, size, with_digest=self._verifies(node))
         if found is None:
             what = f"{len(record)} bytes, and not those of codes of {size} bytes"
             raise ProgramError(f"round {node.round} cannot be replayed: its record has {what}")
         step = self._step(node, found.codes, found.lr)
-        digest = node.shared.get("parameters", "")
-        if digest != found.digest:
+        if (digest := node.shared.get("parameters", "")) != found.digest:
             message = f"it gives parameters with digest {digest}, the run had {found.digest}"
             raise ProgramError(f"round {node.round} cannot be replayed: {message}")
         step.apply(node.parameters)
@@ -152,7 +141,7 @@ class SPSA(Algorithm):
         return self.verify_every > 0 and (node.round + 1) % self.verify_every == 0
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return num_nodes * (num_nodes - 1) * self.samples * len(self._spans(layout)) * self.code.nbytes
+        return num_nodes * (num_nodes - 1) * self._num_bytes(layout)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size

@@ -57,7 +57,7 @@ class Step:
         for first in range(0, parameters.numel(), _AT_ONCE):
             values = parameters[first : first + _AT_ONCE].clone()
             self._apply(values, first)
-            sha.update(values.cpu().numpy())
+            sha.update(values.cpu().numpy().data)
         return sha.hexdigest()
 
     def _apply(self, values: Tensor, first: int) -> None:
