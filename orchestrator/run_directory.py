@@ -118,10 +118,11 @@ class RunDirectory(Observer):
         except OSError as error:
             raise self._failure(sealed_log.NAME, error) from None
 
-    def on_snapshot(self, number: int, model: FinalModel) -> None:
+    def on_snapshot(self, number: int, model: FinalModel) -> Path:
         (self.path / sealed_log.SNAPSHOTS).mkdir(exist_ok=True)
         self._whole(sealed_log.snapshot_name(number), model.safetensors)
         self.on_sealed(Snapshot(number, model.digest))
+        return self.path / sealed_log.snapshot_name(number)
 
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)
