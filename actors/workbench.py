@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actors import optimizers, perturbing
-from actors.modules import compile_in_place, initial_module
+from actors.modules import compile_in_place, give_back_memory, initial_module
 from actors.tasks import Task
 from actors.together import update_of
 from algorithms.errors import DataError, ProgramError, SettingsError
@@ -198,11 +198,7 @@ class Workbench:
             self.attach(tensors)
 
     def perturbed(self, tensors: ModelTensors, point: Perturbed) -> contextlib.AbstractContextManager[None]:
-        """Compute at a point next to a node's parameters, of which no copy is made.
-
-        Raises:
-            ProgramError: the module reads its parameters by itself.
-        """
+        """Compute at a point next to a node's parameters, without a copy; ``ProgramError`` if the module cannot."""
         perturbing.check(self.module, compiled=self.config.compile)
         self.attach(tensors)
         return perturbing.perturbing(tensors.parameters, self.layout, point)
@@ -389,6 +385,7 @@ class Slab:
         ]
         # Before the copy below: what the module was built with is freed.
         bench.attach(self.current[0])
+        give_back_memory()
         self._keeps_copy = keeps_copy
         self._committed_parameters = self._parameters.clone() if keeps_copy else self._parameters
         self._committed_buffers = self._buffers.clone()

@@ -1,9 +1,10 @@
-"""Measure everything and write the table in docs/benchmarks.md: ``make bench``."""
+"""Measure everything and write the table in docs/benchmarks.md: ``make bench``; or some, ``make bench ONLY=codecs``."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,7 +47,8 @@ started before a `Train` that takes no core, and waited for after it. *Memory ab
 trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
 a few row groups, and reads no other node's.
 *One-byte SPSA* is a round of one node with two
-directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
+directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`). Its
+memory is what a process has in a round above what it has without a model; a *chunk* is 10 MB, in which noise is made.
 *Stall* is by how much longer it takes from one
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
@@ -54,29 +56,52 @@ pool's decisions; rounds with and without it take turns ([what is promised under
 """
 
 
-def line(row: Row) -> str:
+def line(row: Row, date: str = "") -> str:
     ours = f"{row.ours_s:.4g} {row.unit}".strip()
     reference = f"{row.reference_s:.4g} {row.unit}" if row.reference_s else ""
     ratio = f"{row.ours_s / row.reference_s:.2f}×" if row.reference_s else ""
     kept = "" if row.kept is None else "yes" if row.kept else "**no**"
-    return f"| {row.what} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
+    return f"| {row.what}{date} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
+
+
+ALL = (
+    *(zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet),
+    recovery,
+)
 
 
 def main() -> None:
+    """Measure all, or only what is in the modules that are named, and keep the page's other rows."""
+    names = sys.argv[1:]
     rows: list[Row] = []
-    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
-    for module in (*first, recovery):
-        for row in module.main():
-            print(row, flush=True)
-            rows.append(row)
-    head = HEAD.format(
-        date=datetime.now(UTC).date(),
-        machine=platform.machine(),
-        cores=os.cpu_count(),
-        python=platform.python_version(),
-    )
-    PAGE.write_text(head + "".join(map(line, rows)) + TAIL, encoding="utf-8")
+    for module in ALL:
+        if not names or module.__name__.rpartition(".")[2] in names:
+            for row in module.main():
+                print(row, flush=True)
+                rows.append(row)
+    today = datetime.now(UTC).date()
+    if names:
+        text = with_rows(PAGE.read_text(encoding="utf-8"), {row.what: line(row, f" ({today})") for row in rows})
+    else:
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+        text = HEAD.format(date=today, **machine) + "".join(map(line, rows)) + TAIL
+    PAGE.write_text(text, encoding="utf-8")
     print(f"written: {PAGE}")
+
+
+def with_rows(page: str, lines: dict[str, str]) -> str:
+    """A page with these lines in its table, by what they are of: in the place of older ones, or at its end."""
+    left = dict(lines)
+    out: list[str] = []
+    in_table = False
+    for old in page.splitlines(keepends=True):
+        if in_table and not old.startswith("|"):
+            out += left.values()
+            left = {}
+        in_table = old.startswith("|")
+        what = re.sub(r" \(\d{4}-\d\d-\d\d\)$", "", old.split("|")[1].strip()) if in_table else ""
+        out.append(left.pop(what, old))
+    return "".join(out)
 
 
 if __name__ == "__main__":
