@@ -344,32 +344,38 @@ def test_mezo_is_one_node_with_four_bytes():
     assert MeZO().expected_bytes(mezo.replicas[0].layout, 1) == 0
 
 
+LEARNED: dict[str, dict[str, Any]] = {
+    "digits": {
+        "task": {"name": "digits", "model": {"name": "mlp", "width": 32}},
+        "lr": 0.07,  # up to 0.1 serves, with 16 directions; docs/algorithms.md has why
+        "rounds": 200,
+        "distribution": "rademacher",
+    },
+    "text_lm": {
+        "task": {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
+        "lr": 0.05,
+        "rounds": 60,
+        "evaluation": {"every_rounds": 0, "max_batches": 4},
+    },
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "keys"),
-    [
-        (
-            {"name": "digits", "model": {"name": "mlp", "width": 32}},
-            {"lr": 0.05, "rounds": 300, "distribution": "rademacher"},
-        ),
-        (
-            {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
-            {"lr": 0.05, "rounds": 60, "evaluation": {"every_rounds": 0, "max_batches": 4}},
-        ),
-    ],
-    ids=["digits", "text_lm"],
-)
-def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(task: Any, keys: dict[str, Any]):
-    """At equal function evaluations: 4 · 4 directions a round, of the same size of batch."""
-    losses: list[float] = []
-    start = spsa(1, name="mezo", task=task, **keys | {"rounds": 1, "lr": 1e-12}).summary
-    for nodes, name in ((1, "mezo"), (4, "just_one_byte")):
-        ran = spsa(nodes, name=name, task=task, samples=16 // nodes, data={"batch_size": 32}, **keys)
+@pytest.mark.parametrize(("name", "seeds"), [("digits", (0, 1, 2)), ("text_lm", (0,))])
+def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(name: str, seeds: tuple[int, ...]):
+    """At equal function evaluations: 4 · 4 directions a round, of the same size of batch; the mean over seeds."""
+
+    def loss(nodes: int, algorithm: str, **keys: Any) -> float:
+        found = LEARNED[name] | {"data": {"batch_size": 32}} | keys
+        ran = spsa(nodes, name=algorithm, samples=16 // nodes, **found)
         assert ran.summary is not None
-        losses.append(ran.summary.metrics["loss"])
-    assert start is not None
-    assert losses[0] < 0.9 * start.metrics["loss"]
-    assert losses[1] < losses[0] + 0.1 * (start.metrics["loss"] - losses[0])
+        return ran.summary.metrics["loss"]
+
+    start = loss(1, "mezo", rounds=1, lr=1e-12)
+    alone = sum(loss(1, "mezo", seed=seed) for seed in seeds) / len(seeds)
+    together = sum(loss(4, "just_one_byte", seed=seed) for seed in seeds) / len(seeds)
+    assert alone < (0.4 if name == "digits" else 0.9) * start
+    assert abs(together - alone) < 0.1 * (start - alone)
 
 
 # --- bytes and memory -----------------------------------------------------------------------------------------------
