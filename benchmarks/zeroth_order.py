@@ -212,7 +212,8 @@ def main() -> list[Row]:
     name = f"A round of one-byte SPSA, {num_values / 1e6:.1f} M parameters, against a plain loop"
     rows.append(Row(name, ours, loop, "≤ 1.1×", ours / loop <= 1.1))
     ours, loop, num_values = measure({"perturb": "on_use"})
-    name = f"A round of one-byte SPSA, {num_values / 1e6:.1f} M parameters perturbed as they are used, against a plain loop"
+    size = f"{num_values / 1e6:.1f} M parameters perturbed as they are used"
+    name = f"A round of one-byte SPSA, {size}, against a plain loop"
     rows.append(Row(name, ours, loop))
     replayed, trained = measure_replay()
     name = "A round replayed from the log, against training it"
