@@ -77,8 +77,8 @@ test-slow: install ## the slow tests
 	@$(call pytest-or-none,slow)
 
 .PHONY: bench
-bench: install ## measure, and compare with what we promise
-	$(BIN)/python benchmarks/run.py
+bench: install ## measure, and compare with what we promise (ONLY="zeroth_order codecs": some, and keep the other rows)
+	$(BIN)/python benchmarks/run.py $(ONLY)
 
 .venv/.installed-docs: .venv/.installed
 	$(PIP_INSTALL) '.[dev,docs]'

@@ -304,22 +304,23 @@ class Host(Exchanges):
             loss += report.loss
             num_samples += report.num_samples
             seconds += report.seconds
+        record = replica.spec.algorithm.sealed(replica)
         return Returned(
-            digest=self._digest(replica),
+            digest=self._digest(replica, record),
             num_collectives=len(program.exchanges),
             loss=loss / len(reports) if reports else None,
             num_samples=num_samples,
             train_seconds=seconds,
-            record=replica.spec.algorithm.sealed(replica),
+            record=record,
             position=replica.position if replica.position != replica.committed_position else None,
             num_drawn=replica.num_drawn - replica.num_void,
             num_void=replica.num_void,
             unsent=replica.spec.algorithm.unsent(replica),
         )
 
-    def _digest(self, replica: Replica) -> str:
+    def _digest(self, replica: Replica, record: bytes | None) -> str:
         """Stage a node's round; bits that equal those of a node staged before need not be hashed again."""
-        replica.stage()
+        replica.stage(record)
         if not replica.spec.algorithm.replicated or replica.id == SERVER:
             return ""
         mine = replica.shared.leaves()

@@ -22,7 +22,7 @@ from actors.data import PlannedDraws, Position, blocks_of
 from actors.modules import seeded
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned
-from algorithms.api import SERVER, Batch, GradientReport, TrainReport
+from algorithms.api import SERVER, Batch, GradientReport, Perturbed, TrainReport
 from algorithms.errors import ProgramError, StarlingError
 from algorithms.rules import DataBatch, LocalProblem
 from algorithms.seeds import derive_seed, generator
@@ -87,6 +87,10 @@ class ReplicaSpec:
     def bench(self, device: torch.device) -> Workbench:
         """A workbench for nodes of this run."""
         return Workbench(self.task, self.optimizer, self.seed, device)
+
+    def slab(self, device: torch.device, num_rows: int = 1) -> Slab:
+        """A workbench and the tensors of ``num_rows`` nodes of this run."""
+        return Slab(self.bench(device), num_rows, keeps_copy=not self.algorithm.steps_at_commit)
 
 
 class Learner:
@@ -389,10 +393,12 @@ class Learner:
         """
         batch = self.batch(Batch()) if operation.batch is None else operation.batch
         bench = self.bench
+        at = operation.at
         if operation.probe:
             probes.check(bench)
         total = 0.0
-        with self._seeded_for_batch(), bench.at(self.tensors, operation.at), torch.no_grad():
+        place = bench.perturbed(self.tensors, at) if isinstance(at, Perturbed) else bench.at(self.tensors, at)
+        with self._seeded_for_batch(), torch.no_grad(), place:
             bench.mode(training=True)
             for part in self._split(batch) if batch.num_samples else ():
                 total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)

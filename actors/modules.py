@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -57,6 +58,13 @@ def compile_in_place(module: nn.Module, device: torch.device) -> None:
 
     # By itself inductor keeps a pool of processes; nodes of one machine share its cores anyway.
     module.forward = torch.compile(compiled, options={"compile_threads": 1})
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps what is smaller than the largest block that was freed before."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from actors.data import Epoch
 from actors.digest import digest_tensors
 from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec
 from actors.state import StagedState
-from actors.workbench import Slab
 from algorithms.api import TrainReport, View
 from algorithms.errors import ProgramError
 from algorithms.seeds import generator
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from actors.data import Indices, Place, Position, Sampler
     from actors.tasks import Samples
-    from actors.workbench import ModelTensors
+    from actors.workbench import ModelTensors, Slab
     from algorithms.api import Evaluate, NodeId, State
 
 __all__ = ["Fence", "Interrupted", "NonFiniteLossError", "Replica", "ReplicaSpec", "virtual"]
@@ -56,7 +55,7 @@ class Replica(Learner):
         row: tuple[Slab, int] | None = None,
         sampler: Sampler | None = None,
     ) -> None:
-        row = row or (Slab(spec.bench(device or torch.device("cpu"))), 0)
+        row = row or (spec.slab(device or torch.device("cpu")), 0)
         super().__init__(node, spec, samples, indices, row, sampler or Epoch())
         self.incarnation = 0
         self.num_rounds = spec.rounds
@@ -64,6 +63,8 @@ class Replica(Learner):
         self.participates = True
         self.clock: Callable[[], float] = time.monotonic
         self.staged_round: int | None = None
+        self._due: bytes | None = None
+        """What the staged round does to the parameters, if it is to be done by the commit."""
         self.committed_round = NOT_STARTED
         self.shared = StagedState("shared")
         self.local = StagedState("local")
@@ -151,15 +152,23 @@ class Replica(Learner):
         self.participates = self.id in cohort
         self._draws = {}
         self.num_void = self.num_drawn
+        self._version = self.parameters._version  # noqa: SLF001 - torch's counter of writes
 
-    def stage(self) -> None:
+    def stage(self, record: bytes | None = None) -> None:
         """End the round's program: what it assigned waits for the commit.
 
+        Args:
+            record: what ``Algorithm.sealed`` gives, of a round whose program has run.
+
         Raises:
-            ProgramError: shared or local state was written in place.
+            ProgramError: shared or local state was written in place, or parameters that the round was to leave alone.
         """
         self.shared.check_unwritten()
         self.local.check_unwritten()
+        if record is not None and self.spec.algorithm.steps_at_commit:
+            if self.parameters._version != self._version:  # noqa: SLF001 - torch's counter of writes
+                raise ProgramError("the round wrote to node.parameters, though its step is made on commit")
+            self._due = record
         self.staged_round = self.round
 
     def settle(self, committed: int) -> bool:
@@ -171,11 +180,18 @@ class Replica(Learner):
 
     def commit(self) -> None:
         """Make parameters, state and data position current."""
+        self.make_step()
         self.slab.commit(self.row, self.row + 1)
         self.commit_state()
 
+    def make_step(self) -> None:
+        """Do to the parameters what the staged round does, if that was left to the commit."""
+        if self._due is not None:
+            record, self._due = self._due, None
+            self.spec.algorithm.replay(self, record)
+
     def commit_state(self) -> None:
-        """All of ``commit`` but the row of the slab."""
+        """All of ``commit`` but the parameters and the row of the slab."""
         self.shared.commit()
         self.local.commit()
         self._committed_place = self._place()
@@ -193,7 +209,7 @@ class Replica(Learner):
         self.position, self._step = self._committed_place
         if self.spec.optimizer.rollback:
             self.optimizer.load(self._committed_optimizer)
-        self.staged_round = None
+        self.staged_round = self._due = None
 
     def _place(self) -> tuple[Position, int]:
         return self.position, self._step

@@ -10,7 +10,6 @@ import torch
 from actors.data import Epoch, Place, assign, files
 from actors.data.federated import Federated
 from actors.replica import Replica
-from actors.workbench import Slab
 from algorithms.api import SERVER
 from algorithms.errors import DataError
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from actors.data import DataConfig, Indices, Sampler
     from actors.replica import ReplicaSpec
     from actors.tasks import Samples, Task
+    from actors.workbench import Slab
     from algorithms.api import NodeId
 
 
@@ -87,7 +87,7 @@ def build_replicas(
         places.setdefault(device, []).append(place)
     rows: dict[int, tuple[Slab, int]] = {}
     for device, here in places.items():
-        slab = Slab(spec.bench(device), len(here))
+        slab = spec.slab(device, len(here))
         rows |= {place: (slab, row) for row, place in enumerate(here)}
     nobodys: Indices = torch.empty(0, dtype=torch.int64)
     is_planned = data.part_sizes is not None

@@ -70,6 +70,8 @@ def settle_all(replicas: Iterable[Replica], committed: int) -> list[Replica]:
 
 def commit_all(replicas: Sequence[Replica]) -> None:
     """``Replica.commit`` of several."""
+    for replica in replicas:
+        replica.make_step()
     for slab, start, stop in _runs(replicas):
         slab.commit(start, stop)
     for replica in replicas:

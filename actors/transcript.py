@@ -82,5 +82,6 @@ def load_model(replica: Replica, data: bytes) -> None:
         value = tensors.get(entry.name)
         if value is None or tuple(value.shape) != entry.shape:
             raise ProgramError(f"the model to begin with has no tensor {entry.name} of shape {list(entry.shape)}")
-        replica.parameters[entry.start : entry.stop].copy_(value.reshape(-1))
+    for entry in replica.layout.entries:
+        replica.parameters[entry.start : entry.stop].copy_(tensors[entry.name].reshape(-1))
     replica.commit()

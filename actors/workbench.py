@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actors import optimizers
-from actors.modules import compile_in_place, initial_module
+from actors import optimizers, perturbing
+from actors.modules import compile_in_place, give_back_memory, initial_module
 from actors.tasks import Task
 from actors.together import update_of
 from algorithms.errors import DataError, ProgramError, SettingsError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples
+    from algorithms.noise import Perturbed
     from algorithms.rules import DataBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -127,7 +128,9 @@ class Workbench:
         module = self.module if self._is_fresh else self._build()
         trainable = [one for one in module.parameters() if one.requires_grad]
         for place, parameter in zip(self._places, trainable, strict=True):
-            place.of(parameters).copy_(parameter.detach())
+            view = place.of(parameters)
+            # One by one they take the place of what the module was built with: there are never two whole models.
+            parameter.data = view.copy_(parameter.detach())
         floating, counting = _buffer_slots(module)
         for place, slot in zip(self._buffer_places, floating, strict=True):
             place.of(buffers).copy_(slot.tensor)
@@ -193,6 +196,12 @@ class Workbench:
             yield point
         finally:
             self.attach(tensors)
+
+    def perturbed(self, tensors: ModelTensors, point: Perturbed) -> contextlib.AbstractContextManager[None]:
+        """Compute at a point next to a node's parameters, without a copy; ``ProgramError`` if the module cannot."""
+        perturbing.check(self.module, compiled=self.config.compile)
+        self.attach(tensors)
+        return perturbing.perturbing(tensors.parameters, self.layout, point)
 
     def _like(self, value: Tensor, own: Tensor, what: str) -> Tensor:
         """A tensor as the module can have it; the same one if it already is."""
@@ -346,9 +355,15 @@ class Workbench:
 
 
 class Slab:
-    """The tensors of several nodes as rows, so that many are copied in one call; current and committed ones."""
+    """The tensors of several nodes as rows, so that many are copied in one call; current and committed ones.
 
-    def __init__(self, bench: Workbench, num_rows: int = 1) -> None:
+    Args:
+        bench: whose module they are for.
+        num_rows: how many nodes.
+        keeps_copy: of the committed parameters; without one they are the current ones, which no round may write to.
+    """
+
+    def __init__(self, bench: Workbench, num_rows: int = 1, *, keeps_copy: bool = True) -> None:
         self.bench = bench
         layout = bench.layout
         self._parameters = _rows(num_rows, layout.num_values, bench)
@@ -370,7 +385,10 @@ class Slab:
         ]
         # Before the copy below: what the module was built with is freed.
         bench.attach(self.current[0])
-        self._committed_parameters, self._committed_buffers = self._parameters.clone(), self._buffers.clone()
+        give_back_memory()
+        self._keeps_copy = keeps_copy
+        self._committed_parameters = self._parameters.clone() if keeps_copy else self._parameters
+        self._committed_buffers = self._buffers.clone()
         self._committed_counters = [[counter.clone() for counter in one.counters] for one in self.current]
         self._layout = layout
 
@@ -386,7 +404,8 @@ class Slab:
 
     def commit(self, start: int, stop: int) -> None:
         """Make the current values of a range of rows the committed ones."""
-        self._committed_parameters[start:stop] = self._parameters[start:stop]
+        if self._keeps_copy:
+            self._committed_parameters[start:stop] = self._parameters[start:stop]
         if self._layout.num_buffer_values:
             self._committed_buffers[start:stop] = self._buffers[start:stop]
         if not self._committed_counters[start]:
@@ -398,7 +417,8 @@ class Slab:
     def restore(self, row: int) -> None:
         """Go back to the committed values."""
         committed, current = self.committed(row), self.current[row]
-        current.parameters.copy_(committed.parameters)
+        if self._keeps_copy:
+            current.parameters.copy_(committed.parameters)
         current.buffers.copy_(committed.buffers)
         for counter, value in zip(current.counters, committed.counters, strict=True):
             counter.copy_(value)

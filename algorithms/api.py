@@ -41,6 +41,7 @@ from algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: P
 from algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
 from algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
 from algorithms.layout import Layout
+from algorithms.noise import Perturbed as Perturbed  # noqa: PLC0414 - offered here
 from algorithms.registry import Part
 from algorithms.rules import DataBatch, Rule
 
@@ -246,11 +247,14 @@ class Step(Operation[TrainReport]):
 class Loss(Operation[float]):
     """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only.
 
+    At a ``Perturbed`` point each operation of the model takes its parameters perturbed, and they are dropped after it:
+    what is in memory is the largest of them, and the bits are those at a tensor with the same values.
+
     With ``probe`` it is one of several that are compared with one another: a model whose loss depends on chance, or
     that keeps statistics, is refused with the layer's name, and a loss that is not finite is the program's to handle.
     """
 
-    at: Tensor | None = None
+    at: Tensor | Perturbed | None = None
     batch: DataBatch | None = None
     probe: bool = False
 
@@ -501,6 +505,14 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
 
     def sealed(self, node: Node) -> bytes | None:
         """What the run's log keeps of the round that ``node`` has just done, the same on all members: a few bytes."""
+
+    @property
+    def steps_at_commit(self) -> bool:
+        """Whether rounds leave ``node.parameters`` alone, and ``replay`` does to them what ``sealed`` says on commit.
+
+        Nodes then keep no committed copy of the parameters, as there is nothing to go back to.
+        """
+        return False
 
     def replay(self, node: Node, record: bytes) -> None:
         """Do to ``node``'s parameters and shared state what the round of ``record``, ``node.round``, did to them."""

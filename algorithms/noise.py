@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import statistics
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -37,6 +38,28 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 _PER_WORD: dict[Distribution, int] = {"gaussian": 4, "rademacher": 64}
 _QUANTILES_SHA256 = "e8cfff23047b7e58f6ae180f798c0bd13cfa7a46c5e6db798596865662071226"
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """A point next to the parameters θ of a node: θ + ``scale`` · z in a range, and θ elsewhere.
+
+    z_i is value i of stream ``key``, counted from the first of all parameters. The point is never made whole.
+    """
+
+    scale: float
+    distribution: Distribution
+    key: int
+    start: int
+    stop: int
+    """Of the range."""
+
+    def write(self, out: Tensor, center: Tensor, first: int) -> None:
+        """Make the part that ``center``, shape (n,), is of θ, which begins at its value ``first``."""
+        low, high = (min(max(end - first, 0), out.numel()) for end in (self.start, self.stop))
+        out[:low].copy_(center[:low])
+        perturb(out[low:high], center[low:high], self.scale, self.distribution, self.key, first + low)
+        out[high:].copy_(center[high:])
 
 
 def fill(out: Tensor, distribution: Distribution, key: int, start: int = 0) -> Tensor:

@@ -59,7 +59,8 @@ a few row groups, and reads no other node's.
 nothing is computed, outer steps and bookkeeping included (`benchmarks/streaming.py`). Where there is a GPU
 `benchmarks/staging.py` adds two rows.
 *One-byte SPSA* is a round of one node with two
-directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
+directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`). Its
+memory is what a process has in a round above what it has without a model; a *chunk* is 10 MB, in which noise is made.
 *Stall* is by how much longer it takes from one
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
@@ -74,11 +75,6 @@ def line(row: Row) -> str:
     ratio = f"{row.ours_s / row.reference_s:.2f}×" if row.reference_s else ""
     kept = "" if row.kept is None else "yes" if row.kept else "**no**"
     return f"| {row.what} | {ours} | {reference} | {ratio} | {row.promise} | {kept} |\n"
-
-
-def _key(text: str) -> str:
-    """What a row of the table is about, without what was found and when."""
-    return re.sub(r"\([^)]*\)|\s", "", text.removeprefix("|").partition("|")[0])
 
 
 def replaced(page: str, rows: Sequence[Row], day: str) -> str:

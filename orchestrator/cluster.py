@@ -52,9 +52,9 @@ class Cluster(DataPlane):
         """All that was committed by nodes that have left, and by the server; the last has the shared state."""
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
-        self._base: tuple[bytes, ObjectRef[Any]] | None = None
-        """The model from which rounds are replayed, and where it is in the store."""
         self.keeps_letters = False
+        self._base: tuple[int, ObjectRef[Any]] | None = None
+        """The first round that is replayed, and where the model before it is in the store."""
 
     def close(self) -> None:
         self._contributions, self._reduced, self._kept, self._letters = {}, {}, {}, {}
@@ -218,8 +218,8 @@ class Cluster(DataPlane):
         base: bytes | None,
         position: Position | None = None,
     ) -> None:
-        if base is not None and (self._base is None or self._base[0] is not base):
-            self._base = base, ray.put(base)
+        if base is not None and (self._base is None or self._base[0] != transcript.first):
+            self._base = transcript.first, ray.put(base)
         refs = [] if base is None or self._base is None else [self._base[1]]
         actor = self._home[joiner]
         records = list(transcript.records)

@@ -20,6 +20,7 @@ from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from actors.host import Returned
     from algorithms.api import NodeId, View
@@ -50,8 +51,8 @@ class Progress:
         """Lost, and not there again."""
         self._records: list[bytes] = []
         """Of the sealed rounds since the last snapshot, or all."""
-        self._base: bytes | None = None
-        """The model then, as safetensors."""
+        self._base: Path | None = None
+        """The file of the model then, as safetensors."""
         self.num_started = 0
         self.num_lost = 0
         self.num_joined = 0
@@ -219,15 +220,19 @@ class Progress:
         every = self.config.replay.snapshot_every
         if every and (number + 1) % every == 0:
             self.runtime.settle(dict.fromkeys(nodes, number))
-            model = self.fetch(nodes, alike=True)
-            self.observer.on_snapshot(number, model)
-            self._base, self._records = bytes(model.safetensors), []
+            file = self.observer.on_snapshot(number, self.fetch(nodes, alike=True))
+            if file is not None:
+                self._base, self._records = file, []
 
     def transcript(self) -> tuple[Transcript, bytes | None] | None:
         """How a node catches up by itself, where the algorithm offers it: rounds, and the model before them."""
         if self._base is None and not self._records:
             return None
-        return Transcript(self.committed + 1 - len(self._records), tuple(self._records)), self._base
+        try:
+            base = None if self._base is None else self._base.read_bytes()
+        except OSError:
+            return None  # gone: a donor has the model too
+        return Transcript(self.committed + 1 - len(self._records), tuple(self._records)), base
 
     def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
         """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""

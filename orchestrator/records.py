@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from algorithms.api import Layout
     from orchestrator.config import Config
@@ -152,8 +153,8 @@ class Observer:
         """A checkpoint is made of the run as it is now: plain data of one's own to go into it."""
         return {}
 
-    def on_snapshot(self, number: int, model: FinalModel) -> None:
-        """The model after round ``number``, from which rounds may be replayed."""
+    def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
+        """The model after round ``number``, from which rounds may be replayed; return the file with it, if any."""
 
     def on_model(self, model: FinalModel) -> None:
         """The final model is here."""
@@ -194,9 +195,9 @@ class Observers(Observer):
             saved |= observer.on_saving()
         return saved
 
-    def on_snapshot(self, number: int, model: FinalModel) -> None:
-        for observer in self._observers:
-            observer.on_snapshot(number, model)
+    def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
+        files = [observer.on_snapshot(number, model) for observer in self._observers]
+        return next((file for file in files if file is not None), None)
 
     def on_model(self, model: FinalModel) -> None:
         for observer in self._observers:

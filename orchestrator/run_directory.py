@@ -148,10 +148,11 @@ class RunDirectory(Observer):
         here = {"round": self._rounds[-1].round if self._rounds else -1, "events": events.stat().st_size}
         return {"directory": here, "config": self._config.dump()}
 
-    def on_snapshot(self, number: int, model: FinalModel) -> None:
+    def on_snapshot(self, number: int, model: FinalModel) -> Path:
         (self.path / sealed_log.SNAPSHOTS).mkdir(exist_ok=True)
         self._whole(sealed_log.snapshot_name(number), model.safetensors)
         self.on_sealed(Snapshot(number, model.digest))
+        return self.path / sealed_log.snapshot_name(number)
 
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,8 +12,15 @@ from actors.data import Position
 from actors.transcript import Transcript, catch_up
 from algorithms.errors import ProgramError
 from algorithms.zeroth_order import JustOneByte
+from orchestrator.config import parse
+from orchestrator.controller import Controller
+from orchestrator.run_directory import RunDirectory
+from orchestrator.simulator import Simulator
 from tests import toys
 from tests.toys import Ran, begin, replica, simulate
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ALGORITHM = JustOneByte(lr=0.05, samples=2, verify_every=3)
 KEYS: dict[str, Any] = {
@@ -32,7 +39,7 @@ def trained(rounds: int) -> tuple[list[bytes], dict[int, torch.Tensor]]:
     for number in range(rounds):
         begin(one, number)
         codes = ALGORITHM.code.encode([0.5 * number - 1, 0.25], one.rng("rounding"))
-        ALGORITHM._step(one, {0: codes}, ALGORITHM.lr)
+        ALGORITHM._step(one, {0: codes}, ALGORITHM.lr).apply(one.parameters)
         records.append(ALGORITHM.sealed(one))
         one.stage()
         one.commit()
@@ -101,8 +108,9 @@ def lost(every: int, **keys: Any) -> Ran:
 
 
 @pytest.mark.parametrize("every", [0, 3])
-def test_a_replacement_catches_up_without_a_donors_state(every: int):
-    ran = lost(every)
+@pytest.mark.parametrize("perturb", ["copy", "on_use"])
+def test_a_replacement_catches_up_without_a_donors_state(every: int, perturb: str):
+    ran = lost(every, algorithm=KEYS["algorithm"] | {"perturb": perturb})
     (transfer,) = ran.sought("transfer")
     assert transfer["node"] == 1
     record = 18 + 2 * (4 + 2)
@@ -113,6 +121,27 @@ def test_a_replacement_catches_up_without_a_donors_state(every: int):
     assert len({one.model_digest() for one in ran.replicas.values()}) == 1
     assert len({one.shared.digest() for one in ran.replicas.values()}) == 1
     assert ran.digest == lost(99).digest
+
+
+def test_snapshots_lie_in_the_run_directory_and_not_in_the_controllers_memory(tmp_path: Path):
+    config = parse(
+        {"rounds": 5, "replay": {"snapshot_every": 2}, "tracking": "none", "cluster": {"nodes": {"target": 2}}}
+        | {key: KEYS[key] for key in ("algorithm", "task")}
+    )
+    directory = RunDirectory(config, tmp_path / "run")
+    runtime = Simulator(config)
+    controller = Controller(config, runtime, directory, run_id="run", run_dir=str(directory.path))
+    directory.on_end(controller.run())
+    runtime.close()
+    progress = controller._progress
+    found = progress.transcript()
+    assert found is not None
+    transcript, base = found
+    assert (transcript.first, len(transcript.records)) == (4, 1)
+    assert base == (directory.path / "snapshots/round-000003.safetensors").read_bytes()
+    assert not any(isinstance(value, bytes) for value in vars(progress).values())
+    (directory.path / "snapshots/round-000003.safetensors").unlink()
+    assert progress.transcript() is None, "a donor's state is given instead"
 
 
 def test_it_ends_as_a_run_in_which_a_donor_gave_its_state(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,8 @@ codes stand for, their own included (η = ``lr``, λ = ``weight_decay``):
     θ ← θ - η (λ θ + (1/c) Σ_mj decode(code(ĝ_mj)) z_mj)          c = Σ_m K, or its root
 
 The sum is in the order of (m, j). θ itself is never perturbed: what is probed is made from the committed copy, and
-thrown away. So all nodes hold the same bits, and the codes of a round are all that is needed to repeat it.
+thrown away; or, with ``perturb: on_use``, tensor by tensor as the model's operations take them, to the same bits. So
+all nodes hold the same bits, and the codes of a round are all that is needed to repeat it.
 Deviations: the code is of one byte, where the authors' has nine bits and is rounded but not used; c = √(Σ_m K) is
 theirs, the mean the default here. Seeds come from (run, round, node, sample) instead of clocks; the noise has the same
 bits on a CPU and a GPU. A sample whose loss is not finite is dropped, on all nodes alike, and not counted in c. λ
@@ -17,7 +18,8 @@ Elasticity: θ is shared state. A node that is lost is not in the round's list, 
 takes θ from a member, or applies the rounds that it missed from the log, without a forward pass.
 Cost: K bytes from each to each other, N·(N-1)·K in a round whatever P is (``layerwise``: times the layers); the log has
 31 bytes a round and 4 + K for each node, and 32 more every ``verify_every`` rounds. State: P values, and the committed
-copy; no gradient, no moments. 2·K forward passes (``one_sided``: K + 1), and N·K noise vectors to apply.
+copy (``on_use``: none, but for the largest tensor that an operation takes); no gradient, no moments. 2·K forward passes
+(``one_sided``: K + 1), and N·K noise vectors to apply.
 Reference: Zelikman et al., "Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language Model
 Finetuning Using Shared Randomness", 2023, arXiv:2306.10015.
 """

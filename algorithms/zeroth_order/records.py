@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from algorithms.errors import ProgramError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -34,6 +36,18 @@ class Record:
     """uint8, by contributor, sorted."""
     digest: str
     """Hex, of the parameters afterwards; empty if it was not taken."""
+
+
+def checked(member: NodeId, codes: Tensor, size: int) -> Tensor:
+    """The codes of ``member``, if they are ``size`` bytes.
+
+    Raises:
+        ProgramError: they are not.
+    """
+    if codes.dtype != torch.uint8 or codes.numel() != size:
+        kind = "bytes" if codes.dtype == torch.uint8 else f"values of {codes.dtype}"
+        raise ProgramError(f"node {member} has {codes.numel()} {kind} of codes; it must have {size} bytes")
+    return codes
 
 
 def pack(lr: float, eps: float, codes: Mapping[NodeId, Tensor], digest: str) -> bytes:

@@ -1,20 +1,19 @@
-"""What methods of simultaneous perturbation have in common: probes, codes, and the step that all nodes take alike."""
+"""What methods of simultaneous perturbation have in common: probes, codes, and the log; the step is in ``steps``."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING, Literal, cast
 
-import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId
+from algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId, Perturbed
 from algorithms.errors import ProgramError
-from algorithms.noise import Distribution, accumulate, perturb
+from algorithms.noise import Distribution, perturb
 from algorithms.seeds import derive_seed
 from algorithms.zeroth_order import records
 from algorithms.zeroth_order.codes import Log8, ScalarCode
+from algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +31,12 @@ class SPSA(Algorithm):
     samples: PositiveInt = 1  # K, directions of a node in a round, each with a batch of its own
     distribution: Distribution = "gaussian"  # of the values of a direction; rademacher: −1 or 1
     one_sided: bool = False  # L(θ) instead of L(θ − εz); the round's samples then share one batch
-    normalizer: Literal["mean", "sqrt"] = "mean"  # c: the number of estimates in a round, or its root
+    normalizer: Normalizer = "mean"  # c: the number of estimates in a round, or its root
     code: ScalarCode = Log8()  # what an estimate looks like as bytes; fp16, fp32
     clip: PositiveFloat | None = None  # largest size of an estimate; null: none
     weight_decay: NonNegativeFloat = 0.0  # λ, of tensors with two dimensions or more: not of biases and norms
     layerwise: bool = False  # an estimate for each layer, of its values alone, instead of one for all
+    perturb: Literal["copy", "on_use"] = "copy"  # on_use: tensor by tensor, as the model takes them; no copy is kept
     verify_every: NonNegativeInt = 64  # rounds between two comparisons of all nodes' parameters; 0: never
 
     def init(self, node: Node) -> None:
@@ -45,8 +45,9 @@ class SPSA(Algorithm):
     async def round(self, node: Node) -> None:
         estimates = await self._estimates(node)
         codes = self.code.encode(estimates, node.rng("rounding"))
-        sealed = await AllGather(codes)
-        self._step(node, sealed, self.lr)
+        step = self._step(node, await AllGather(codes), self.lr)
+        if not self.steps_at_commit:
+            step.apply(node.parameters)
         dropped = sum(math.isnan(value) for value in estimates)
         if dropped:
             words = f"{dropped} of {len(estimates)} estimates were not finite, and are dropped"
@@ -62,79 +63,61 @@ class SPSA(Algorithm):
         for sample in range(self.samples):
             samples = batch or await Batch()
             key = self._key(node, node.id, sample)
-            for start, stop in self._spans(node.layout):
-                above = await self._probe(node, samples, key, (start, stop), self.eps)
+            for span in self._spans(node.layout):
+                above = await self._probe(node, samples, key, span, self.eps)
                 below = at_model
                 if below is None:
-                    below = await self._probe(node, samples, key, (start, stop), -self.eps)
-                # Nothing is subtracted from what was added: the model is what was committed, and is copied from there.
-                node.parameters[start:stop].copy_(node.committed[start:stop])
-                estimates.append(self._clipped((above - below) / (self.eps if self.one_sided else 2 * self.eps)))
-        return estimates
+                    below = await self._probe(node, samples, key, span, -self.eps)
+                if self.perturb == "copy":
+                    # Nothing is subtracted from what was added: the model is copied from what was committed.
+                    node.parameters[span[0] : span[1]].copy_(node.committed[span[0] : span[1]])
+                estimates.append((above - below) / (self.eps if self.one_sided else 2 * self.eps))
+        if self.clip is None:
+            return estimates
+        return [min(max(one, -self.clip), self.clip) if math.isfinite(one) else one for one in estimates]
 
     async def _probe(self, node: Node, batch: DataBatch, key: int, span: tuple[int, int], scale: float) -> float:
         start, stop = span
+        if self.perturb == "on_use":
+            return await Loss(at=Perturbed(scale, self.distribution, key, *span), batch=batch, probe=True)
         perturb(node.parameters[start:stop], node.committed[start:stop], scale, self.distribution, key, start)
         return await Loss(batch=batch, probe=True)
 
-    def _clipped(self, estimate: float) -> float:
-        if self.clip is None or not math.isfinite(estimate):
-            return estimate
-        return min(max(estimate, -self.clip), self.clip)
-
     def _key(self, node: Node, of: NodeId, sample: int) -> int:
-        """Names a direction: a pure function of (run, round, node, sample).
-
-        N nodes with K samples each have those of one with N·K.
-        """
+        """Names a direction, by (run, round, node, sample); N nodes with K samples have those of one with N·K."""
         return derive_seed("direction", node.seed, node.round, of * self.samples + sample)
 
     def _spans(self, layout: Layout) -> list[tuple[int, int]]:
         """What has an estimate of its own, as ranges of the parameters: all, or the layers."""
-        if not self.layerwise:
-            return [(0, layout.num_values)]
-        spans: list[tuple[int, int]] = []
-        last = None
-        for entry in layout.entries:
-            layer = entry.name.rpartition(".")[0]
-            start = spans.pop()[0] if layer == last else entry.start
-            spans.append((start, entry.stop))
-            last = layer
-        return spans
+        return layers_of(layout) if self.layerwise else [(0, layout.num_values)]
 
-    # --- the step ----------------------------------------------------------------------------------------------------
+    @property
+    def steps_at_commit(self) -> bool:
+        return self.perturb == "on_use"
 
-    def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> None:
-        """Apply the list that all nodes have, in the order of (node, sample)."""
-        spans = self._spans(node.layout)
-        estimates = {member: self._decoded(member, codes, len(spans)) for member, codes in sealed.items()}
-        parameters = node.parameters
-        if self.weight_decay:
-            for entry in node.layout.entries:
-                if len(entry.shape) > 1:
-                    parameters[entry.start : entry.stop].mul_(1 - lr * self.weight_decay)
-        for place, (start, stop) in enumerate(spans):
-            found = [
-                (self._key(node, member, sample), values[sample * len(spans) + place])
-                for member, values in estimates.items()
-                for sample in range(self.samples)
-            ]
-            counted = [(key, value) for key, value in found if not math.isnan(value)]
-            scale = lr / (math.sqrt(len(counted)) if self.normalizer == "sqrt" else len(counted)) if counted else 0.0
-            terms = [(key, -scale * value) for key, value in counted if value]
-            accumulate(parameters[start:stop], terms, self.distribution, start)
+    def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> Step:
+        """What the list that all nodes have comes to, in the order of (node, sample); the shared state has it then."""
+        spans, size = self._spans(node.layout), self._num_bytes(node.layout)
+        found = [
+            (self._key(node, member, number // len(spans)), number % len(spans), value)
+            for member, codes in sealed.items()
+            for number, value in enumerate(self.code.decode(records.checked(member, codes, size)))
+        ]
+        moved = [
+            Moved.by(span, [(key, value) for key, place, value in found if place == here], lr, self.normalizer)
+            for here, span in enumerate(spans)
+        ]
+        decayed = matrices_of(node.layout) if self.weight_decay else []
+        step = Step(moved, decayed, 1 - lr * self.weight_decay, self.distribution)
         node.shared["codes"] = {str(member): codes for member, codes in sealed.items()}
         node.shared.pop("parameters", None)  # of an earlier round, which a joiner need not have done
         if self._verifies(node):
-            node.shared["parameters"] = hashlib.sha256(parameters.cpu().numpy().tobytes()).hexdigest()
+            node.shared["parameters"] = step.digest(node.parameters)
+        return step
 
-    def _decoded(self, member: NodeId, codes: Tensor, num_spans: int) -> list[float]:
-        expected = self.samples * num_spans * self.code.nbytes
-        if codes.dtype != torch.uint8 or codes.numel() != expected:
-            raise ProgramError(f"node {member} has {codes.numel()} bytes of codes; it must have {expected}")
-        return self.code.decode(codes)
-
-    # --- the log -----------------------------------------------------------------------------------------------------
+    def _num_bytes(self, layout: Layout) -> int:
+        """That a node sends to each other."""
+        return self.samples * len(self._spans(layout)) * self.code.nbytes
 
     def sealed(self, node: Node) -> bytes:
         codes = cast("Mapping[str, Tensor]", node.shared["codes"])
@@ -142,23 +125,23 @@ class SPSA(Algorithm):
         return records.pack(self.lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
 
     def replay(self, node: Node, record: bytes) -> None:
-        size = self.samples * len(self._spans(node.layout)) * self.code.nbytes
+        size = self._num_bytes(node.layout)
         found = records.unpack(record, size, with_digest=self._verifies(node))
         if found is None:
             what = f"{len(record)} bytes, and not those of codes of {size} bytes"
             raise ProgramError(f"round {node.round} cannot be replayed: its record has {what}")
-        self._step(node, found.codes, found.lr)
-        digest = node.shared.get("parameters", "")
-        if digest != found.digest:
+        step = self._step(node, found.codes, found.lr)
+        if (digest := node.shared.get("parameters", "")) != found.digest:
             message = f"it gives parameters with digest {digest}, the run had {found.digest}"
             raise ProgramError(f"round {node.round} cannot be replayed: {message}")
+        step.apply(node.parameters)
 
     def _verifies(self, node: Node) -> bool:
         """Whether all nodes' parameters are compared at the end of this round."""
         return self.verify_every > 0 and (node.round + 1) % self.verify_every == 0
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return num_nodes * (num_nodes - 1) * self.samples * len(self._spans(layout)) * self.code.nbytes
+        return num_nodes * (num_nodes - 1) * self._num_bytes(layout)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -12,20 +12,27 @@ from torch import Tensor, nn
 from actors.tasks import Task, TensorSamples
 from actors.tasks.logistic import Logistic
 from actors.tasks.quadratic import Quadratic
+from actors.together import NodeOptimizer
+from actors.workbench import Workbench
 from algorithms.api import Node
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
 from algorithms.zeroth_order import JustOneByte, MeZO
+from orchestrator import simulate as run_simulation
 from orchestrator.errors import ConfigError
+from orchestrator.rebuild import rebuild
+from orchestrator.sealed_log import NAME, Sealed, read
 from tests.membership import scripted
 from tests.toys import Ran, attempt, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from actors.replica import Replica
 
+TABLE = f"{__name__}:Table"
 SAME: dict[str, Any] = {"name": "quadratic", "dimension": 12, "heterogeneity": 0.0}  # all nodes' samples are alike
 FP64: dict[str, Any] = {"precision": "fp64"}
 
@@ -179,10 +186,10 @@ def members(watch: dict[int, dict[int, Tensor]]) -> Callable[[int, Mapping[int, 
     return look
 
 
-def changing(views: Sequence[tuple[int, ...]]) -> dict[int, dict[int, Tensor]]:
+def changing(views: Sequence[tuple[int, ...]], **keys: Any) -> dict[int, dict[int, Tensor]]:
     seen: dict[int, dict[int, Tensor]] = {}
     task = {"name": "test_toy", "model": "mlp"}
-    scripted(views, members(seen), algorithm={"name": "just_one_byte", "samples": 2, "lr": 0.05}, task=task)
+    scripted(views, members(seen), algorithm={"name": "just_one_byte", "samples": 2, "lr": 0.05} | keys, task=task)
     return seen
 
 
@@ -208,14 +215,17 @@ def test_flapping_members_stay_equal():
     last = changing(views)[6]
     assert torch.equal(last[0], last[1])
     assert torch.equal(last[0], last[2])
+    assert all(torch.equal(last[0], one) for one in changing(views, perturb="on_use")[6].values())
 
 
+@pytest.mark.parametrize("perturb", ["copy", "on_use"])
 @pytest.mark.parametrize("phase", ["train", "post", "commit"])
-def test_a_crash_costs_what_the_lost_node_would_have_sent(phase: str):
+def test_a_crash_costs_what_the_lost_node_would_have_sent(phase: str, perturb: str):
     faults = {"events": [{"kind": "kill", "node": 2, "round": 2, "phase": phase}]}
     cluster = {"nodes": {"target": 3}}
     task = {"name": "test_toy", "model": "mlp"}
-    ran = simulate(algorithm={"name": "just_one_byte"}, task=task, rounds=6, nodes=3, faults=faults, cluster=cluster)
+    algorithm = {"name": "just_one_byte", "perturb": perturb}
+    ran = simulate(algorithm=algorithm, task=task, rounds=6, nodes=3, faults=faults, cluster=cluster)
     assert ran.summary is not None
     assert ran.summary.nodes["lost"] == 1
     last = ran.sought("commit")[-1]["committed"]
@@ -223,22 +233,97 @@ def test_a_crash_costs_what_the_lost_node_would_have_sent(phase: str):
     assert len({ran.replicas[node].model_digest() for node in last}) == 1
 
 
+PERTURBED: list[dict[str, Any]] = [
+    {},
+    {"one_sided": True, "distribution": "rademacher", "weight_decay": 0.1},
+    {"layerwise": True, "clip": 0.5, "code": {"name": "log8", "rounding": "stochastic"}},
+    {"name": "mezo", "normalizer": "sqrt"},
+]
+
+
+@pytest.mark.parametrize("options", PERTURBED, ids=str)
+@pytest.mark.parametrize("task", ["digits", "text_lm"])
+def test_without_a_copy_a_run_has_the_same_bits(task: str, options: dict[str, Any], tmp_path: Path):
+    """The model, the log of rounds with its digests, and what they are rebuilt to."""
+    tasks: dict[str, dict[str, Any]] = {
+        "digits": {"model": {"name": "mlp", "width": 16}},
+        "text_lm": {"context": 8, "model": {"layers": 1, "width": 8, "heads": 2}, "max_bytes": 100_000},
+    }
+    logs: list[list[Sealed]] = []
+    digests: set[str | None] = set()
+    for perturb in ("copy", "on_use"):
+        algorithm = {"name": "just_one_byte", "lr": 0.02, "samples": 2, "verify_every": 2, "perturb": perturb} | options
+        config = {"algorithm": algorithm, "task": {"name": task} | tasks[task], "rounds": 4, "tracking": "none"}
+        more = {"cluster": {"nodes": {"target": 3}}, "evaluation": {"every_rounds": 2, "max_batches": 1}}
+        digests.add(run_simulation(config | more, run_dir=tmp_path / perturb).digest)
+        logs.append([one for one in read(tmp_path / perturb / NAME) if isinstance(one, Sealed)])
+        digests.add(rebuild(tmp_path / perturb).digest)
+    assert len(digests) == 1
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("perturb", ["copy", "on_use"])
+def test_a_round_that_is_given_up_leaves_nothing(perturb: str):
+    """Too few are left once a code was sent: everybody goes back, and the round is done again with all."""
+    faults = {"events": [{"kind": "kill", "node": 2, "round": 2, "phase": "post"}]}
+    cluster = {"nodes": {"target": 3, "min": 3}}
+    keys: dict[str, Any] = {"algorithm": {"name": "just_one_byte", "lr": 0.05, "perturb": perturb}, "rounds": 6}
+    ran = simulate(keys, task={"name": "test_toy", "model": "mlp"}, nodes=3, faults=faults, cluster=cluster)
+    assert ran.sought("abort")
+    undisturbed = {"name": "just_one_byte", "lr": 0.05}
+    assert ran.digest == simulate(keys | {"algorithm": undisturbed}, nodes=3, cluster=cluster).digest
+
+
 # --- what it does on average ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_expected_contraction(samples: int, distribution: str):
-    """Z7: E‖θ⁺‖² = (1 − 2η + η²(1 + (P + κ)/K))‖θ‖² on ½‖θ‖², κ = 1 for gaussians, −1 for signs."""
+ENDS: list[float] = []
+
+
+class Again(JustOneByte):
+    """Begins each round at θ = 1, and notes ‖θ‖²/P after it."""
+
+    def init(self, node: Node) -> None:
+        super().init(node)
+        node.parameters.fill_(1.0)
+
+    async def round(self, node: Node) -> None:
+        await super().round(node)
+        ENDS.append(float(node.parameters.square().mean()))
+        node.parameters.fill_(1.0)
+
+
+class Bowl(Task):
+    """½‖θ‖²."""
+
+    size: int = 10
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        return TensorSamples(torch.zeros(4 * num_nodes, 1))
+
+    validation_samples = train_samples
+
+    def build(self) -> nn.Module:
+        return nn.Linear(self.size, 1, bias=False)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return sum((one.square().sum() / 2 for one in module.parameters()), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "samples", "distribution"), [(1, 1, "gaussian"), (1, 2, "rademacher"), (2, 1, "rademacher")]
+)
+def test_expected_contraction(nodes: int, samples: int, distribution: str):
+    """Z7: E‖θ⁺‖² = (1 − 2η + η²(1 + (P + κ)/(N·K)))‖θ‖² on ½‖θ‖², κ = 1 for gaussians, −1 for signs; 2000 rounds."""
     size, rate, trials = 10, 0.1, 2000
-    theta = torch.ones(size, dtype=torch.float64)
-    total = torch.zeros(trials, dtype=torch.float64)
-    for trial in range(trials):
-        zs = [direction(trial, sample, size, distribution=distribution) for sample in range(samples)]
-        after = theta - rate / samples * torch.stack([(z @ theta) * z for z in zs]).sum(0)
-        total[trial] = after.square().sum() / theta.square().sum()
+    ENDS.clear()
+    keys: dict[str, Any] = {"code": "fp32", "distribution": distribution, "verify_every": 0, "optimizer": FP64}
+    task = {"name": f"{__name__}:Bowl", "size": size}
+    spsa(nodes, name=f"{__name__}:Again", task=task, rounds=trials, lr=rate, samples=samples, **keys)
+    total = torch.tensor(ENDS[::nodes], dtype=torch.float64)
+    assert len(total) == trials
     kurtosis = 1 if distribution == "gaussian" else -1
-    expected = 1 - 2 * rate + rate**2 * (1 + (size + kurtosis) / samples)
+    expected = 1 - 2 * rate + rate**2 * (1 + (size + kurtosis) / (nodes * samples))
     assert abs(float(total.mean()) - expected) < 3 * float(total.std()) / math.sqrt(trials)
 
 
@@ -259,32 +344,38 @@ def test_mezo_is_one_node_with_four_bytes():
     assert MeZO().expected_bytes(mezo.replicas[0].layout, 1) == 0
 
 
+LEARNED: dict[str, dict[str, Any]] = {
+    "digits": {
+        "task": {"name": "digits", "model": {"name": "mlp", "width": 32}},
+        "lr": 0.07,  # up to 0.1 serves, with 16 directions; docs/algorithms.md has why
+        "rounds": 200,
+        "distribution": "rademacher",
+    },
+    "text_lm": {
+        "task": {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
+        "lr": 0.05,
+        "rounds": 60,
+        "evaluation": {"every_rounds": 0, "max_batches": 4},
+    },
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "keys"),
-    [
-        (
-            {"name": "digits", "model": {"name": "mlp", "width": 32}},
-            {"lr": 0.05, "rounds": 300, "distribution": "rademacher"},
-        ),
-        (
-            {"name": "text_lm", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}},
-            {"lr": 0.05, "rounds": 60, "evaluation": {"every_rounds": 0, "max_batches": 4}},
-        ),
-    ],
-    ids=["digits", "text_lm"],
-)
-def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(task: Any, keys: dict[str, Any]):
-    """At equal function evaluations: 4 · 4 directions a round, of the same size of batch."""
-    losses: list[float] = []
-    start = spsa(1, name="mezo", task=task, **keys | {"rounds": 1, "lr": 1e-12}).summary
-    for nodes, name in ((1, "mezo"), (4, "just_one_byte")):
-        ran = spsa(nodes, name=name, task=task, samples=16 // nodes, data={"batch_size": 32}, **keys)
+@pytest.mark.parametrize(("name", "seeds"), [("digits", (0, 1, 2)), ("text_lm", (0,))])
+def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(name: str, seeds: tuple[int, ...]):
+    """At equal function evaluations: 4 · 4 directions a round, of the same size of batch; the mean over seeds."""
+
+    def loss(nodes: int, algorithm: str, **keys: Any) -> float:
+        found = LEARNED[name] | {"data": {"batch_size": 32}} | keys
+        ran = spsa(nodes, name=algorithm, samples=16 // nodes, **found)
         assert ran.summary is not None
-        losses.append(ran.summary.metrics["loss"])
-    assert start is not None
-    assert losses[0] < 0.9 * start.metrics["loss"]
-    assert losses[1] < losses[0] + 0.1 * (start.metrics["loss"] - losses[0])
+        return ran.summary.metrics["loss"]
+
+    start = loss(1, "mezo", rounds=1, lr=1e-12)
+    alone = sum(loss(1, "mezo", seed=seed) for seed in seeds) / len(seeds)
+    together = sum(loss(4, "just_one_byte", seed=seed) for seed in seeds) / len(seeds)
+    assert alone < (0.4 if name == "digits" else 0.9) * start
+    assert abs(together - alone) < 0.1 * (start - alone)
 
 
 # --- bytes and memory -----------------------------------------------------------------------------------------------
@@ -292,24 +383,63 @@ def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(task: Any, keys: dict
 
 @pytest.mark.parametrize(("code", "nbytes"), [("log8", 1), ("fp16", 2), ("fp32", 4)])
 def test_payload_is_the_samples_alone_whatever_the_model(code: str, nbytes: int):
-    """Z9: P = 10⁴ and 10⁶, and by formula 10⁸."""
-    for width in (133, 13_333):
-        task = {"name": "digits", "model": {"name": "mlp", "width": width}}
-        ran = spsa(3, task=task, rounds=1, samples=5, code=code)
-        assert ran.rounds[0].payload_bytes == 3 * 2 * 5 * nbytes
-    huge = Layout((LayoutEntry("w", 0, 10**8, (10**8,), ""),), torch.float32)
-    assert JustOneByte.model_validate({"samples": 5, "code": code}).expected_bytes(huge, 3) == 3 * 2 * 5 * nbytes
+    """Z9, by the ledger: P = 10⁴ and 10⁶."""
+    for rows in (100, 10_000):
+        ran = spsa(3, task={"name": TABLE, "rows": rows}, rounds=1, samples=5, code=code)
+        assert ran.replicas[0].layout.num_values == 100 * rows
+        assert ran.rounds[0].payload_bytes == 3 * 2 * 5 * nbytes == ran.expected_bytes
 
 
-def test_gradients_and_moments_are_never_allocated():
-    ran = spsa(2, task={"name": "test_toy", "model": "mlp"}, optimizer={"name": "adam"})
+@pytest.mark.slow
+def test_a_hundred_million_parameters_send_the_same_bytes():
+    """Z9: 400 MB of parameters at each of two nodes, and no copy of them; the model moves, and both agree on it."""
+    task = {"name": TABLE, "rows": 1_000_000}
+    ran = spsa(2, task=task, rounds=2, samples=1, perturb="on_use", verify_every=2, lr=1e-6)
+    assert ran.replicas[0].layout.num_values == 10**8
+    assert [record.payload_bytes for record in ran.rounds] == [2 * 1 * 1 * 1] * 2
+    one, other = (replica.parameters for replica in ran.replicas.values())
+    assert torch.equal(one, other)
+    assert float(one.abs().max()) > 0
+    assert len(cast("str", ran.replicas[0].shared["parameters"])) == 64
+
+
+@pytest.mark.parametrize("perturb", ["copy", "on_use"])
+def test_gradients_and_moments_are_never_allocated(perturb: str, monkeypatch: pytest.MonkeyPatch):
+    def forbidden(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a gradient was asked for")
+
+    for name in ("_ready_gradient", "differentiate"):
+        monkeypatch.setattr(Workbench, name, forbidden)
+    monkeypatch.setattr(NodeOptimizer, "step", forbidden)
+    monkeypatch.setattr(Tensor, "backward", forbidden)
+    task = {"name": "test_toy", "model": "mlp"}
+    ran = spsa(2, task=task, optimizer={"name": "adam"}, perturb=perturb, verify_every=1)
     for one in ran.replicas.values():
         assert one.bench.gradient is None
-        assert one.optimizer.moments == {}
+        assert (one.optimizer.moments, one.optimizer.age) == ({}, 0)
         assert all(parameter.grad is None for parameter in one.bench.module.parameters())
+        rows = {slab.data_ptr() for slab in (one.slab._parameters, one.slab._committed_parameters)}
+        assert len(rows) == (2 if perturb == "copy" else 1)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
+
+
+class Table(Task):
+    """An embedding of ``rows`` · 100 values, of which a batch looks at a few; it begins at zero."""
+
+    rows: int = 100
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        return TensorSamples(torch.arange(8 * num_nodes) % 50, torch.linspace(-1, 1, 8 * num_nodes))
+
+    validation_samples = train_samples
+
+    def build(self) -> nn.Module:
+        return nn.Embedding(self.rows, 100, _weight=torch.zeros(self.rows, 100))
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return (module(batch[0]).sum(dim=1) - batch[1]).square().mean()
 
 
 class Wall(Task):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.errors import ProgramError
+from algorithms.zeroth_order import records
 from algorithms.zeroth_order.codes import Half, Log8, ScalarCode, Single
 
 CODES: tuple[ScalarCode, ...] = (Log8(), Log8(rounding="stochastic"), Half(), Single())
@@ -103,3 +104,12 @@ def test_an_infinite_code_is_refused(code: Any):
     codes = torch.tensor([math.inf], dtype=code.dtype).view(torch.uint8)
     with pytest.raises(ProgramError, match=rf"^code {code.name}: \[inf\] has an infinite number, which is no code$"):
         code.decode(codes)
+
+
+def test_codes_of_another_size_or_kind_are_refused():
+    codes = torch.zeros(3, dtype=torch.uint8)
+    assert records.checked(1, codes, 3) is codes
+    with pytest.raises(ProgramError, match=r"^node 1 has 3 bytes of codes; it must have 4 bytes$"):
+        records.checked(1, codes, 4)
+    with pytest.raises(ProgramError, match=r"^node 2 has 3 values of torch\.float32 of codes; it must have 3 bytes$"):
+        records.checked(2, torch.zeros(3), 3)

@@ -22,12 +22,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 ALGORITHM: dict[str, Any] = {"name": "just_one_byte", "lr": 0.05, "samples": 3, "verify_every": 2}
 
 
-@pytest.mark.parametrize("every", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_replacement_catches_up_by_the_log(every: int, config: Callable[..., Config], tmp_path: Path):
+@pytest.mark.parametrize(
+    ("every", "perturb"),
+    [
+        (0, "copy"),
+        pytest.param(2, "copy", marks=pytest.mark.slow),
+        pytest.param(0, "on_use", marks=pytest.mark.slow),
+        pytest.param(2, "on_use", marks=pytest.mark.slow),
+    ],
+)
+def test_a_replacement_catches_up_by_the_log(every: int, perturb: str, config: Callable[..., Config], tmp_path: Path):
     # With all four needed the round is done again with all four: it is as if nobody had been lost.
     kill = [{"kind": "kill", "node": 2, "round": 3, "phase": "post"}]
     keys = ["rounds=6", "cluster.nodes.min=4", "cluster.nodes_per_actor=1", f"replay.snapshot_every={every}"]
-    settings = config(ALGORITHM, *keys, f"faults.events={json.dumps(kill)}")
+    settings = config(ALGORITHM | {"perturb": perturb}, *keys, f"faults.events={json.dumps(kill)}")
     summary = run(settings, run_dir=tmp_path / "run")
     assert (summary.nodes["lost"], summary.nodes["joined"]) == (1, 1)
     assert summary.digest == simulate(config(ALGORITHM, *keys), run_dir=tmp_path / "simulated").digest

@@ -150,6 +150,9 @@ def test_a_model_is_tuned_with_forward_passes_alone(folder: Path, tmp_path: Path
     assert losses[-1] < losses[0]
     assert rebuild(tmp_path / "run").digest == ran.digest
     assert ran.bytes["payload"] == 0
+    # Without a copy of the parameters: transformers' layers, the tied embedding and peft's adapters have the same bits.
+    raw["algorithm"] |= {"perturb": "on_use"}
+    assert simulate(raw, run_dir=tmp_path / "on_use").digest == ran.digest
 
 
 def test_dropout_that_is_on_is_named_where_losses_are_compared(folder: Path, tmp_path: Path):
