@@ -120,5 +120,10 @@ def main() -> None:
     print(f"written: {PAGE}")
 
 
+def _key(text: str) -> str:
+    """What a row of the table is about, without what was found and when."""
+    return re.sub(r"\([^)]*\)|\s", "", text.removeprefix("|").partition("|")[0])
+
+
 if __name__ == "__main__":
     main()
