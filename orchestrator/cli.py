@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from orchestrator import submit
 from orchestrator.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -280,6 +281,9 @@ def replay(
         return {"status": "ok"} | rebuilt.to_json()
 
     _answer(act, as_json=as_json)
+
+
+app.command("submit", epilog=_EXIT_CODES)(submit.command)
 
 
 def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:

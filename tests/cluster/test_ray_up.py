@@ -1,0 +1,88 @@
+"""Ray's cluster launcher for real: machines reached by ssh, a training submitted to them, and all of it taken down."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from orchestrator import simulate
+from tests.cluster import sandbox
+from tests.cluster.sandbox import ROOT, Sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+HEAD, WORKER = "10.77.0.1", "10.77.0.2"
+TINY = ["rounds=2", "cluster.nodes.target=2", "tracking=none", "evaluation.every_rounds=0"]
+
+
+@pytest.fixture
+def machines() -> Iterator[Sandbox]:
+    lacking = sandbox.lacks()
+    if lacking is not None:
+        pytest.skip(f"no machines of one's own on this computer: {lacking}")
+    here = Sandbox(HEAD, WORKER, "10.77.0.9")
+    yield here
+    here.close()
+    assert not here.folder.exists()
+
+
+def test_from_ray_up_to_ray_down(machines: Sandbox, tmp_path: Path):
+    head, worker, laptop = machines.machines
+    # The cluster of examples/clusters/on-premises.yaml, with these machines and this computer's size.
+    config = yaml.safe_load((ROOT / "examples/clusters/on-premises.yaml").read_text())
+    config["provider"] |= {"head_ip": HEAD, "worker_ips": [WORKER]}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": machines.key}
+    config["setup_commands"] = []  # it is installed
+    for commands, address, cpus in (
+        ("head_start_ray_commands", HEAD, 0),
+        ("worker_start_ray_commands", WORKER, 2),
+    ):
+        config[commands] = [
+            line.replace("ray start ", f"ray start --node-ip-address={address} --num-cpus={cpus} ")
+            for line in config[commands]
+        ]
+    (laptop.home / "cluster.yaml").write_text(yaml.safe_dump(config))
+    token = laptop.run("ray", "get-auth-token", "--generate")
+    assert token.returncode == 0, token.stdout
+    (laptop.home / ".ray/auth_token").chmod(0o600)
+
+    up = laptop.run("ray", "up", "-y", "cluster.yaml", RAY_UP_enable_autoscaler_v2="0", timeout_s=90)
+    assert up.returncode == 0, up.stdout
+    for machine in (head,):
+        assert (machine.home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+
+    # The worker is started by the head, through ssh as well.
+    deadline = time.monotonic() + 60
+    while (nodes := head.run("ray", "status").stdout).count("local.cluster.node") < 1 or "0.0/2.0 CPU" not in nodes:
+        assert time.monotonic() < deadline, nodes
+        time.sleep(0.5)
+    assert (worker.home / ".ray/auth_token").read_text() == (laptop.home / ".ray/auth_token").read_text()
+
+    # The dashboard listens on the head's loopback alone: here all machines share one, as through a tunnel.
+    submit = [
+        "starling", "submit", str(ROOT / "examples/fedavg.yaml"), "--working-dir", str(ROOT / "examples"), "--json",
+        *(word for setting in TINY for word in ("--set", setting)),
+    ]  # fmt: skip
+    job = laptop.run(*submit, timeout_s=90)
+    assert job.returncode == 0, job.stdout
+    answer = json.loads(job.stdout.splitlines()[-1])
+    assert answer["status"] == "finished"
+    summary = json.loads((head.home / answer["run_dir"].removeprefix("~/") / "summary.json").read_text())
+    assert summary["digest"] == simulate(ROOT / "examples/fedavg.yaml", TINY, run_dir=tmp_path / "simulated").digest
+    assert (
+        f"on {WORKER}" in job.stdout
+        or WORKER in (head.home / answer["run_dir"].removeprefix("~/") / "logs/node-000.log").read_text()
+    )
+
+    down = laptop.run("ray", "down", "-y", "cluster.yaml", timeout_s=60)
+    assert down.returncode == 0, down.stdout
+    assert "No nodes remaining" in down.stdout
+    assert "gcs_server" not in head.run("ps", "-A", "-o", "args").stdout
