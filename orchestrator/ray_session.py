@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import ray
 import ray.exceptions
 from ray import _raylet
 from ray._private import ray_constants, state, worker
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 from orchestrator.errors import ClusterError
 
@@ -160,6 +161,16 @@ def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
     return total
 
 
+def brings_machines() -> bool:
+    """Whether Ray's autoscaler looks after this cluster, and may bring machines for processes without a place.
+
+    Only version 2 says so: the one that ``ray up`` and KubeRay start.
+    """
+    with contextlib.suppress(Exception):
+        return is_autoscaler_v2(fetch_from_server=True, gcs_client=worker.global_worker.gcs_client)
+    return False
+
+
 def connect(
     address: str, *, num_cpus: float, num_gpus: int | None = None, runtime_env: dict[str, Any] | None = None
 ) -> Session:
@@ -206,11 +217,16 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
     # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
     base = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="starling-", dir=base if len(base) <= _MAX_BASE_LENGTH else "/tmp"))  # noqa: S108
+    token = folder / "auth_token"
+    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_TOKEN)
     environment = _set(
         {
-            # Only processes of this run may talk to it, and nothing is written to ~/.ray.
+            # Only processes of this run may talk to it, and nothing is written to ~/.ray. A file and not a variable:
+            # variables are in error reports, and in what `ps e` shows.
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": _TOKEN,
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN": None,  # it would be preferred
             "RAY_USAGE_STATS_ENABLED": "0",
             # Bind to loopback. Ray does so by itself on systems where it does not support clusters of machines.
             ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
@@ -288,10 +304,10 @@ def _quiet() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _set(variables: dict[str, str]) -> dict[str, str | None]:
-    """Set environment variables; return what they were."""
+def _set(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables, or take them away; return what they were."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _restore(variables)
     return before
 
 
@@ -302,7 +318,7 @@ def _read_authentication_again() -> None:
     core.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _restore(variables: dict[str, str | None]) -> None:
+def _restore(variables: Mapping[str, str | None]) -> None:
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)

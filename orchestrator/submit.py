@@ -43,6 +43,9 @@ _RUNS = "~/starling/runs"
 _STOP_S = 60
 """Ray gives a job that it stops three seconds, in which no run can close."""
 
+_AGENT_S = 60
+"""A head that has just come up takes jobs a little later than it answers."""
+
 _REQUEST_TIMEOUT_S = 30.0
 _STATUS_PERIOD_S = 5.0
 _RECONNECTS = 5
@@ -166,13 +169,18 @@ def submit(
     from ray.exceptions import AuthenticationError
 
     name, command, environment = planned
-    try:
-        client.submit_job(entrypoint=command, runtime_env=environment, submission_id=name)
-    except AuthenticationError as error:
-        raise ClusterError(_refusal(address, str(error))) from None
-    except (RuntimeError, ValueError, requests.exceptions.RequestException) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise ClusterError(f"--address {address}: the job was not accepted: {reason}") from None
+    deadline = time.monotonic() + _AGENT_S
+    while True:
+        try:
+            client.submit_job(entrypoint=command, runtime_env=environment, submission_id=name)
+            break
+        except AuthenticationError as error:
+            raise ClusterError(_refusal(address, str(error))) from None
+        except (RuntimeError, ValueError, requests.exceptions.RequestException) as error:
+            reason = str(error).strip().partition("\n")[0][:300]
+            if "No available agent" not in reason or time.monotonic() > deadline:
+                raise ClusterError(f"--address {address}: the job was not accepted: {reason}") from None
+            time.sleep(1)
     job = Job(name, address, f"{_RUNS}/{name}")
     shown(f"job {name} at {address}; its run is written to {job.run_dir} on the head")
     return job

@@ -1,7 +1,7 @@
 """Machines in a sandbox: a network of their own, and for each its own processes, /tmp, home and ssh server.
 
-What runs in them cannot touch anything outside: ``ray stop`` sees the processes of its machine alone, ports are free, and
-the network leads nowhere. What they leave is gone when they are. Linux namespaces do it; no container runtime is needed.
+What runs in them cannot touch anything outside: ``ray stop`` sees the processes of its machine alone, ports are free,
+and the network leads nowhere. What they leave is gone when they are. Linux namespaces do it; no containers are needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def lacks() -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed"
     tried = subprocess.run(
-        [*_UNSHARE, "--net", "--mount", "--pid", "--fork", "--mount-proc", "true"], capture_output=True
+        [*_UNSHARE, "--net", "--mount", "--pid", "--fork", "--mount-proc", "true"], check=False, capture_output=True
     )
     return None if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.decode().strip()}"
 
@@ -85,6 +85,11 @@ class Machine:
             out, _ = process.communicate()
             raise AssertionError(f"{command} took longer than {timeout_s} s:\n{out}") from None
         return subprocess.CompletedProcess(command, process.returncode, out)
+
+    def log(self, name: str, num_lines: int = 40) -> str:
+        """The end of a log of Ray's, for those who look into a failure."""
+        found = self.folder.glob(f"ray/session_2*/logs/{name}")
+        return "\n".join(line for path in found for line in path.read_text().splitlines()[-num_lines:])
 
     def close(self) -> None:
         """End it, and all that runs in it."""
@@ -162,6 +167,8 @@ def _machine(sandbox: Path, address: str) -> None:
     # ssh asks this file, and not HOME, where a user's home is.
     users = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
     (folder / "passwd").write_text("\n".join(["root:x:0:0:root:/tmp/home:/bin/bash", *users, ""]))
+    # Ray asks for the address of its machine's name where no network leads outside.
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
     shutil.copy(sandbox / "user", folder / "key")
     names = {"PATH": f"/tmp/bin:{Path(sys.executable).parent}:$PATH", "PYTHONPATH": str(ROOT)}
     exports = "".join(f"export {name}={value}\n" for name, value in (names | {"RAY_USAGE_STATS_ENABLED": "0"}).items())
@@ -172,6 +179,7 @@ def _machine(sandbox: Path, address: str) -> None:
             (folder / needed.relative_to("/tmp")).mkdir(parents=True, exist_ok=True)
             _mount(needed, folder / needed.relative_to("/tmp"))
     _mount(folder / "passwd", Path("/etc/passwd"))
+    _mount(folder / "hosts", Path("/etc/hosts"))
     _mount(folder, Path("/tmp"))
     asyncio.run(_serve(address, *keys))
 
