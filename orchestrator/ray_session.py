@@ -23,6 +23,7 @@ import ray.exceptions
 from ray import _raylet
 from ray._private import ray_constants, state, worker
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental import internal_kv
 
 from orchestrator.errors import ClusterError
 
@@ -167,7 +168,7 @@ def brings_machines() -> bool:
     Only version 2 says so: the one that ``ray up`` and KubeRay start.
     """
     with contextlib.suppress(Exception):
-        return is_autoscaler_v2(fetch_from_server=True, gcs_client=worker.global_worker.gcs_client)
+        return is_autoscaler_v2(fetch_from_server=True, gcs_client=internal_kv.internal_kv_get_gcs_client())
     return False
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 HEAD = "10.77.0.1"
-HEAD_ID = "f" * 51 + "00000"
-"""That of Ray's provider of machines that are only processes."""
+HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
+"""Those of Ray's provider of machines that are only processes."""
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
         | {"node_config": {}, "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100_000_000}}
         for name, one in config["available_node_types"].items()
     }
-    types[config["head_node_type"]]["resources"] = {"CPU": 0}
+    types[HEAD_TYPE] = types.pop(config["head_node_type"]) | {"resources": {"CPU": 0}}
     fake = {
         "cluster_name": "fake",
         "max_workers": config["max_workers"],
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": config["upscaling_speed"],
         "available_node_types": types,
-        "head_node_type": config["head_node_type"],
+        "head_node_type": HEAD_TYPE,
         "provider": {
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
@@ -69,7 +69,7 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
         RAY_enable_autoscaler_v2="1",
         RAY_CLOUD_INSTANCE_ID=HEAD_ID,
         RAY_OVERRIDE_NODE_ID_FOR_TESTING=HEAD_ID,
-        RAY_NODE_TYPE_NAME=config["head_node_type"],
+        RAY_NODE_TYPE_NAME=HEAD_TYPE,
         AUTOSCALER_UPDATE_INTERVAL_S="1",
     )  # fmt: skip
     assert started.returncode == 0, started.stdout
