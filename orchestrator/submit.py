@@ -279,12 +279,15 @@ class Follower:
 
     def _stop(self) -> int:
         self._note(f"stopping the job; its nodes have {_STOP_S} s to close")
-        self._client.stop_job(self._job.name)
         deadline = time.monotonic() + _STOP_S + _REQUEST_TIMEOUT_S
-        with contextlib.suppress(KeyboardInterrupt):  # the impatient: it has been told to stop
-            while self._status() not in _ENDED and time.monotonic() < deadline:
-                time.sleep(0.5)
-        self._note(f"the job is {self._status().lower()}")
+        try:
+            self._client.stop_job(self._job.name)
+            with contextlib.suppress(KeyboardInterrupt):  # the impatient: it has been told to stop
+                while self._status() not in _ENDED and time.monotonic() < deadline:
+                    time.sleep(0.5)
+            self._note(f"the job is {self._status().lower()}")
+        except (OSError, RuntimeError) as error:
+            raise ClusterError(f"the job may go on: it could not be asked to stop ({error}); {self._how()}") from None
         return EXIT_INTERRUPTED
 
 
