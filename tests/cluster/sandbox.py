@@ -28,7 +28,7 @@ _NSENTER = ["nsenter", *(["--user", "--preserve-credentials"] if _ROOTLESS else 
 
 def lacks() -> str | None:
     """What this computer lacks for it."""
-    for program in ("unshare", "nsenter", "mount", "ssh", "bash"):
+    for program in ("unshare", "nsenter", "mount", "ssh", "ssh-keygen", "bash"):
         if shutil.which(program) is None:
             return f"{program} is not installed"
     tried = subprocess.run(
