@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import shlex
@@ -169,6 +170,9 @@ def submit(
     from ray.exceptions import AuthenticationError
 
     name, command, environment = planned
+    for log in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(log).setLevel(logging.WARNING)
+    shown(f"sending {environment['working_dir']} to {address}")
     deadline = time.monotonic() + _AGENT_S
     while True:
         try:
