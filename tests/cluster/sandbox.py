@@ -80,10 +80,10 @@ class Machine:
         process = self.start(*command, **environment)
         try:
             out, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, _ = process.communicate()
-            raise AssertionError(f"{command} took longer than {timeout_s} s:\n{out}") from None
+        except subprocess.TimeoutExpired as error:
+            process.kill()  # what it runs inside goes on, with its output, until the machine ends
+            said = error.output.decode() if isinstance(error.output, bytes) else error.output
+            raise AssertionError(f"{command} took longer than {timeout_s} s:\n{said}") from None
         return subprocess.CompletedProcess(command, process.returncode, out)
 
     def log(self, name: str, num_lines: int = 40) -> str:
@@ -107,6 +107,7 @@ class Sandbox:
         here = [sys.executable, __file__]
         self._network = subprocess.Popen(
             [*_UNSHARE, "--net", "--fork", "--kill-child", *here, "network", *addresses],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -120,7 +121,10 @@ class Sandbox:
             # bash, the first process, reaps what others leave behind.
             first = ["bash", "-c", '"$@"; exit', "bash", *here, "machine", str(self.folder), address]
             process = subprocess.Popen(
-                [*_NSENTER, "--target", pid, "--net", *inside, *first], stdout=subprocess.PIPE, text=True
+                [*_NSENTER, "--target", pid, "--net", *inside, *first],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             self.machines.append(Machine(address, folder, process))
 
@@ -152,8 +156,7 @@ def _network(addresses: list[str]) -> None:
             name = f"lo:{number}".encode()
             fcntl.ioctl(control, address, struct.pack("16sHH4s8x", name, socket.AF_INET, 0, socket.inet_aton(one)))
     print("ready", flush=True)  # noqa: T201
-    while True:
-        time.sleep(3600)
+    sys.stdin.read()  # until the tests end, however that is
 
 
 def _machine(sandbox: Path, address: str) -> None:
@@ -235,7 +238,7 @@ async def _serve(address: str, host_key: str, user_key: str) -> None:
         line_editor=False,
     )
     print("ready", flush=True)  # noqa: T201
-    await asyncio.Event().wait()
+    await asyncio.to_thread(sys.stdin.read)  # until the tests end, however that is
 
 
 if __name__ == "__main__":
