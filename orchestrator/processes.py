@@ -170,7 +170,8 @@ class Processes:
         if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
             return there
         if ray_session.brings_machines():
-            return min(-(-cluster.nodes.min // len(places[0])), len(places))
+            sizes = itertools.accumulate(len(members) for members in places)
+            return next((count for count, size in enumerate(sizes, 1) if size >= cluster.nodes.min), len(places))
         available = ray.cluster_resources()
         for resource, each in (("GPU", cluster.num_gpus), ("CPU", cluster.num_cpus)):
             if each * max(cluster.nodes.min, 1) > available.get(resource, 0.0) + 1e-6:

@@ -78,9 +78,9 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
 
     # Nobody has a place when it begins; two are enough to go on; the third comes when it is there.
     settings = [
-        "cluster.address=auto", "cluster.num_gpus=1", "cluster.num_cpus=1", "cluster.nodes={min: 2, target: 3}", "cluster.nodes_per_actor=1",
-        "cluster.start_timeout_s=90", "algorithm={name: fedavg, steps: 1}", "rounds=200", "tracking=none",
-        "evaluation.every_rounds=0",
+        "cluster.address=auto", "cluster.num_gpus=1", "cluster.num_cpus=1", "cluster.nodes={min: 2, target: 3}",
+        "cluster.nodes_per_actor=1", "cluster.start_timeout_s=90", "algorithm={name: fedavg, steps: 1}", "rounds=200",
+        "tracking=none", "evaluation.every_rounds=0",
     ]  # fmt: skip
     run = head.run(
         "starling", "run", str(ROOT / "examples/fedavg.yaml"), "--run-dir", "run", "--json",
