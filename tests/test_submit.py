@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -98,6 +100,26 @@ def test_an_address_without_a_job_server(address: str, said: str, monkeypatch: p
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:2")
     with pytest.raises(ClusterError, match=f"--address {address}: .*{said}") as caught:
         connect(address)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "wants a token"), (403, "does not accept this token")])
+def test_a_token_that_is_missing_or_wrong(status: int, said: str):
+    class Guard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            ClusterError, match=f"--address {address}: the cluster {said}; set RAY_AUTH_MODE=token"
+        ) as caught:
+            connect(address)
+        server.shutdown()
     assert "\n" not in str(caught.value)
 
 
