@@ -34,7 +34,10 @@ _TOKEN = secrets.token_hex(32)
 
 _PROBE_TIMEOUT_S = 3
 
-_MAX_BASE_LENGTH = 24
+_MAX_BASE_LENGTH = 20
+
+_RAYS = "r"
+"""Ray's part of our temporary folder: it lets everybody write to its own."""
 
 _MACHINES_PERIOD_S = 0.4
 
@@ -71,7 +74,7 @@ class Session:
         if self._folder is None:
             return []
         lines: list[str] = []
-        for path in self._folder.glob(f"session_latest/logs/worker-*-{pid}.err"):
+        for path in self._folder.glob(f"{_RAYS}/session_latest/logs/worker-*-{pid}.err"):
             with contextlib.suppress(OSError):
                 lines += path.read_text(errors="replace").splitlines()[-num_lines:]
         return lines
@@ -248,7 +251,7 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
                 logging_level=logging.ERROR,
                 namespace="starling",
                 runtime_env=runtime_env,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / _RAYS),
                 _system_config=_SYSTEM_CONFIG,
             )
     except BaseException:

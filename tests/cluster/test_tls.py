@@ -85,7 +85,10 @@ def handshake(address: str, variables: dict[str, str], *, shows: bool = True) ->
         context.wrap_socket(plain, server_hostname=host) as secure,
     ):
         secure.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
-        return secure.recv(9)
+        said = secure.recv(9)
+    if not said:
+        raise ConnectionError("closed")
+    return said
 
 
 def test_who_has_no_certificate_of_the_authority_is_refused(
