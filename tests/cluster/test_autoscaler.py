@@ -94,10 +94,9 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
     assert summary["nodes"]["lost"] == 0
     assert summary["replicas"] == "identical"
     # Spot machines before the others, as their priority says.
-    status = head.run("ray", "status").stdout
-    there = re.findall(r"^ (\d+) (gpu\.\w+)$", status, re.MULTILINE)
-    assert {kind for _, kind in there} == {"gpu.spot"}, status
-    assert sum(int(count) for count, _ in there) == 3, status
+    launched = re.findall(r"Launched (\d+) nodes of type (\S+)\.", log := head.log("monitor.log", 10_000))
+    assert {kind for _, kind in launched} == {"gpu.spot"}, log
+    assert sum(int(count) for count, _ in launched) == 3, log
 
     deadline = time.monotonic() + 60
     while num_machines(head):
