@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 HEAD = """
-import os, sys, ray
+import sys, ray
+from ray._private import parameter
+
+class Params(parameter.RayParams):
+    def __init__(self, **options):
+        # By default a fixed port: of two Rays on one computer one would take no jobs.
+        super().__init__(**options | {"dashboard_agent_listen_port": 0})
+
+parameter.RayParams = Params
 ray.init(address="local", num_cpus=4, _temp_dir=sys.argv[1], include_dashboard=True, dashboard_host="127.0.0.1",
          dashboard_port=int(sys.argv[2]), log_to_driver=False)
 print("ready", flush=True)
