@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from orchestrator import submit
 from orchestrator.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -320,6 +321,9 @@ def export(
         return {"status": "ok"} | exported.to_json()
 
     _answer(act, as_json=as_json)
+
+
+app.command("submit", epilog=_EXIT_CODES)(submit.command)
 
 
 def _train(

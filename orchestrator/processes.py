@@ -164,7 +164,7 @@ class Processes:
         return self._config.cluster.num_cpus * num_nodes, self._config.cluster.num_gpus * num_nodes
 
     def _room_for(self, places: Sequence[tuple[NodeId, ...]]) -> int:
-        """How many of the processes find a place; the others begin when there is one.
+        """How many of the processes find a place, or will with machines that the autoscaler brings; others begin later.
 
         Raises:
             ClusterError: those that do are fewer than ``nodes.min``. An endless wait for a place would say less.
@@ -173,6 +173,9 @@ class Processes:
         there = min(ray_session.places(*self._each(len(places[0]))), len(places))
         if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
             return there
+        if ray_session.brings_machines():
+            sizes = itertools.accumulate(len(members) for members in places)
+            return next((count for count, size in enumerate(sizes, 1) if size >= cluster.nodes.min), len(places))
         available = ray.cluster_resources()
         for resource, each in (("GPU", cluster.num_gpus), ("CPU", cluster.num_cpus)):
             if each * max(cluster.nodes.min, 1) > available.get(resource, 0.0) + 1e-6:

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ import ray
 import ray.exceptions
 from ray import _raylet
 from ray._private import ray_constants, state, worker
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental import internal_kv
 
 from orchestrator.errors import ClusterError
 
@@ -32,7 +34,10 @@ _TOKEN = secrets.token_hex(32)
 
 _PROBE_TIMEOUT_S = 3
 
-_MAX_BASE_LENGTH = 24
+_MAX_BASE_LENGTH = 20
+
+_RAYS = "r"
+"""Ray's part of our temporary folder: it lets everybody write to its own."""
 
 _MACHINES_PERIOD_S = 0.4
 
@@ -69,7 +74,7 @@ class Session:
         if self._folder is None:
             return []
         lines: list[str] = []
-        for path in self._folder.glob(f"session_latest/logs/worker-*-{pid}.err"):
+        for path in self._folder.glob(f"{_RAYS}/session_latest/logs/worker-*-{pid}.err"):
             with contextlib.suppress(OSError):
                 lines += path.read_text(errors="replace").splitlines()[-num_lines:]
         return lines
@@ -160,6 +165,16 @@ def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
     return total
 
 
+def brings_machines() -> bool:
+    """Whether Ray's autoscaler looks after this cluster, and may bring machines for processes without a place.
+
+    Only version 2 says so: the one that ``ray up`` and KubeRay start.
+    """
+    with contextlib.suppress(Exception):
+        return is_autoscaler_v2(fetch_from_server=True, gcs_client=internal_kv.internal_kv_get_gcs_client())
+    return False
+
+
 def connect(
     address: str, *, num_cpus: float, num_gpus: int | None = None, runtime_env: dict[str, Any] | None = None
 ) -> Session:
@@ -206,11 +221,16 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
     # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
     base = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="starling-", dir=base if len(base) <= _MAX_BASE_LENGTH else "/tmp"))  # noqa: S108
+    token = folder / "auth_token"
+    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_TOKEN)
     environment = _set(
         {
-            # Only processes of this run may talk to it, and nothing is written to ~/.ray.
+            # Only processes of this run may talk to it, and nothing is written to ~/.ray. A file and not a variable:
+            # variables are in error reports, and in what `ps e` shows.
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": _TOKEN,
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN": None,  # it would be preferred
             "RAY_USAGE_STATS_ENABLED": "0",
             # Bind to loopback. Ray does so by itself on systems where it does not support clusters of machines.
             ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
@@ -231,7 +251,7 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
                 logging_level=logging.ERROR,
                 namespace="starling",
                 runtime_env=runtime_env,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / _RAYS),
                 _system_config=_SYSTEM_CONFIG,
             )
     except BaseException:
@@ -288,10 +308,10 @@ def _quiet() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _set(variables: dict[str, str]) -> dict[str, str | None]:
-    """Set environment variables; return what they were."""
+def _set(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables, or take them away; return what they were."""
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    _restore(variables)
     return before
 
 
@@ -302,7 +322,7 @@ def _read_authentication_again() -> None:
     core.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _restore(variables: dict[str, str | None]) -> None:
+def _restore(variables: Mapping[str, str | None]) -> None:
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)

@@ -126,7 +126,7 @@ def test_another_process_reaches_a_running_ray_by_its_address(tmp_path, shared_r
         "--json",
         cwd=tmp_path,
         RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"],
+        RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
     )
     out, err = program.communicate(timeout=200)
     assert program.returncode == 0, err
@@ -164,7 +164,7 @@ def test_a_runtime_env_takes_the_users_module_to_the_nodes(tmp_path, shared_ray:
         environment,
         cwd=tmp_path,
         RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"],
+        RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
         PYTHONPATH=f"{ROOT}:{folder}",
     )
     _, err = program.communicate(timeout=200)

@@ -1,0 +1,226 @@
+"""Trainings submitted to a running cluster through its job server: a real head on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from orchestrator import simulate
+from tests.cluster.conftest import ROOT, Processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+HEAD = """
+import sys, ray
+from ray._private import parameter
+
+class Params(parameter.RayParams):
+    def __init__(self, **options):
+        # By default a fixed port: of two Rays on one computer one would take no jobs.
+        super().__init__(**options | {"dashboard_agent_listen_port": 0})
+
+parameter.RayParams = Params
+ray.init(address="local", num_cpus=4, _temp_dir=sys.argv[1], include_dashboard=True, dashboard_host="127.0.0.1",
+         dashboard_port=int(sys.argv[2]), log_to_driver=False)
+print("ready", flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+SUBMIT = """
+import signal
+from orchestrator.cli import main
+# A shell's background jobs, as these tests may be, do not hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+STATUS_AND_STOP = """
+import sys
+from orchestrator.submit import connect
+client = connect(sys.argv[1])
+print(client.get_job_status(sys.argv[2]).value)
+client.stop_job(sys.argv[2])
+"""
+TINY = """
+rounds: 2
+algorithm: fedavg
+task: digits
+optimizer: {name: sgd, lr: 0.1}
+evaluation: {every_rounds: 0}
+cluster: {nodes: {target: 2}}
+tracking: none
+"""
+
+
+class Head:
+    """A Ray of its own with a job server, and what is needed to reach it."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="st-", dir="/tmp")
+        self.home = Path(self._folder.name)
+        self.processes = Processes(self.home)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.token = self.home / "token"
+        self.token.write_text("5" * 64)
+        self.token.chmod(0o600)
+        self.environment = {
+            **os.environ,
+            "HOME": str(self.home),
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "STARLING_TEST_MARK": self.processes.mark,
+            "COLUMNS": "200",
+        }
+        self.environment.pop("RAY_AUTH_TOKEN", None)
+        command = [sys.executable, "-c", HEAD, str(self.home / "r"), str(port)]
+        self._process = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        while self._process.stdout.readline() != "ready\n":
+            assert self._process.poll() is None
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+        left = self.processes.wait_until_gone()
+        self._folder.cleanup()
+        assert left == []
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    one = Head()
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def submit(head: Head, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Begins ``starling submit`` in a folder that has a tiny configuration."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+
+    def start(*arguments: str, stdin: int = subprocess.DEVNULL, stderr: int = subprocess.PIPE, **environment: str):
+        command = [sys.executable, "-c", SUBMIT, "submit", "tiny.yaml", "--address", head.address, *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**head.environment, **environment},
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+
+    return start
+
+
+def until(condition: Callable[[], object], limit_s: float = 90) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_job_trains_to_the_simulators_digest(
+    head: Head, submit: Callable[..., subprocess.Popen[str]], tmp_path: Path
+):
+    out, err = (job := submit("--set", "seed=3", "--json")).communicate(timeout=120)
+    assert job.returncode == 0, out + err
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["status"] == "finished"
+    assert answer["exit_code"] == 0
+    assert "round 2/2" in err  # the job's log, followed
+    assert answer["run_dir"] == f"~/starling/runs/{answer['job_id']}"
+    summary = json.loads((head.home / "starling/runs" / answer["job_id"] / "summary.json").read_text())
+    simulated = simulate(tmp_path / "tiny.yaml", ["seed=3"], run_dir=tmp_path / "simulated")
+    assert summary["digest"] == simulated.digest
+
+
+def test_the_exit_code_is_the_jobs(submit: Callable[..., subprocess.Popen[str]]):
+    out, _ = (job := submit("--set", "optimizer.lr=1.0e+30")).communicate(timeout=120)
+    assert job.returncode == 3, out
+    assert "error: node" in out
+
+
+def test_ctrl_c_asks_and_stops_the_job(head: Head, submit: Callable[..., subprocess.Popen[str]]):
+    ours, theirs = pty.openpty()
+    job = submit("--set", "rounds=100000", stdin=theirs, stderr=theirs)
+    os.close(theirs)
+    said = bytearray()
+    os.set_blocking(ours, False)
+
+    def hears(text: bytes) -> bool:
+        with contextlib.suppress(OSError):
+            said.extend(os.read(ours, 65536))
+        return text in said
+
+    assert job.stdout is not None
+    while "round " not in (line := job.stdout.readline()):
+        assert line, said
+    threading.Thread(target=job.stdout.read, daemon=True).start()  # a full pipe would hold it up
+    for answer in (b"f\n", b"s\n"):
+        asked = said.count(b"[f]ollowing")
+        job.send_signal(signal.SIGINT)
+        until(lambda: (hears(b""), said.count(b"[f]ollowing") > asked)[1])  # noqa: B023
+        os.write(ours, answer)
+    until(lambda: hears(b"the job is stopped"), 60)
+    assert job.wait(timeout=30) == 130
+    os.close(ours)
+    # Its run was told to end, and closed.
+    (run,) = [
+        one for one in (head.home / "starling/runs").iterdir() if "interrupted" in (one / "summary.json").read_text()
+    ]
+    assert (run / "config.yaml").exists()
+
+
+def test_without_a_terminal_an_interrupted_submitter_leaves_the_job_running(
+    head: Head, submit: Callable[..., subprocess.Popen[str]]
+):
+    job = submit("--set", "rounds=100000", "--json")
+    assert job.stderr is not None
+    while not (line := job.stderr.readline()).startswith("job run-"):
+        assert line
+    name = line.split()[1]
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 130, err
+    assert f"ray job stop --address {head.address} {name}" in err
+    assert json.loads(out.splitlines()[-1])["status"] == "interrupted"
+    said = subprocess.run(
+        [sys.executable, "-c", STATUS_AND_STOP, head.address, name],
+        env=head.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert said.stdout.strip() in ("PENDING", "RUNNING")
+
+
+def test_a_wrong_token_is_refused_in_one_line(submit: Callable[..., subprocess.Popen[str]]):
+    _, err = (job := submit(RAY_AUTH_TOKEN="6" * 64)).communicate(timeout=60)
+    assert job.returncode == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "the cluster does not accept this token; set RAY_AUTH_MODE=token" in line
+    assert "Traceback" not in err
