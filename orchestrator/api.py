@@ -62,7 +62,7 @@ def run(
     refuse_simulated_network(resolved)
     from orchestrator.cluster import Cluster
 
-    return _drive(resolved, Cluster, run_dir, observers)
+    return drive(resolved, Cluster, run_dir, observers)
 
 
 def simulate(
@@ -76,7 +76,7 @@ def simulate(
     resolved = resolve(config, overrides)
     from orchestrator.simulator import Simulator
 
-    return _drive(resolved, Simulator, run_dir, observers)
+    return drive(resolved, Simulator, run_dir, observers)
 
 
 def replay(
@@ -104,7 +104,7 @@ def replay(
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)
     history = History.read(history_dir)
-    summary = _drive(resolved, Simulator, run_dir, observers, functools.partial(ReplayController, history=history))
+    summary = drive(resolved, Simulator, run_dir, observers, functools.partial(ReplayController, history=history))
     if summary.digest != history.digest:
         raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
     return summary
@@ -153,15 +153,18 @@ def refuse_simulated_network(config: Config) -> None:
             )
 
 
-def _drive(
+def drive(
     config: Config,
     make: Callable[[Config], Runtime],
     run_dir: str | Path | None,
     observers: Sequence[Observer],
-    drive: Callable[..., Controller] | None = None,
+    control: Callable[..., Controller] | None = None,
+    track: Callable[[Config, Path], Observer | None] | None = None,
 ) -> Summary:
-    """Run to the end, whatever that is; leave nothing behind but the run directory."""
-    from orchestrator.config import MLflowTracking
+    """Run to the end, whatever that is; leave nothing behind but the run directory.
+
+    ``track`` makes what records the run elsewhere, by default in what ``tracking`` names.
+    """
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
     from orchestrator.records import Observers
@@ -172,14 +175,10 @@ def _drive(
     with contextlib.ExitStack() as stack:
         lease = Lease(directory.path)
         stack.callback(lease.release)
-        trackers: list[Observer] = []
-        if isinstance(config.tracking, MLflowTracking):
-            from orchestrator.tracking import MLflowTracker
-
-            trackers.append(MLflowTracker(config.tracking, directory.path))
-        everyone = Observers([directory, *trackers, *observers])
+        tracker = (track or _tracker)(config, directory.path)
+        everyone = Observers([directory, *([tracker] if tracker else []), *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        controller = (drive or Controller)(config, runtime, everyone, **names, may_commit=lease.check)
+        controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check)
         stack.enter_context(_kept_handlers())
         try:
             summary = controller.run()
@@ -201,6 +200,16 @@ def _drive(
         with _undisturbed():
             everyone.on_end(summary)
     return summary
+
+
+def _tracker(config: Config, run_dir: Path) -> Observer | None:
+    from orchestrator.config import MLflowTracking
+
+    if not isinstance(config.tracking, MLflowTracking):
+        return None
+    from orchestrator.tracking import MLflowTracker
+
+    return MLflowTracker(config.tracking, run_dir)
 
 
 def _end_badly(everyone: Observer, summary: Summary) -> None:

@@ -357,6 +357,10 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
     return description.to_json()
 
 
+from orchestrator import sweep_cli  # noqa: E402 - it uses what is above, and what is below
+
+app.command(epilog=_EXIT_CODES)(sweep_cli.sweep)
+
 # --- what all commands do alike -------------------------------------------------------------------------------------
 
 

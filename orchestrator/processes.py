@@ -115,11 +115,7 @@ class Processes:
         per_process = cluster.nodes_per_actor
         # Our own Ray has room for spares, and for one more process, in which a node goes on whose own is to end.
         extra = (cluster.warm_spares + 1) * per_process + config.algorithm.has_server
-        self._session = ray_session.connect(
-            cluster.address,
-            num_cpus=cluster.num_cpus * (config.num_nodes + extra),
-            runtime_env=cluster.runtime_env or None,
-        )
+        self._session = self._connect(cluster.num_cpus * (config.num_nodes + extra))
         nodes = self._nodes_with_room()
         places = self._places(nodes)
         self._data_parts = config.num_nodes if cluster.nodes.target != "auto" else len(nodes)
@@ -139,13 +135,30 @@ class Processes:
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
+    def _connect(self, num_cpus: float) -> ray_session.Session:
+        """``num_cpus`` are those of a Ray of our own."""
+        cluster = self._config.cluster
+        return ray_session.connect(cluster.address, num_cpus=num_cpus, runtime_env=cluster.runtime_env or None)
+
+    def _strategy(self) -> Any:  # noqa: ANN401 - a name, or an object of Ray's
+        """Where Ray places processes."""
+        return "SPREAD"
+
+    def _count_places(self, num_nodes: int, *, free: bool = False) -> int:
+        """How many processes of so many nodes there is room for, or (``free``) room left for."""
+        return ray_session.places(*self._each(num_nodes), free=free)
+
+    def _sys_path(self) -> tuple[str, ...]:
+        """Where processes are to look for modules: as we do, if they are on this machine."""
+        return tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else ()
+
     def _nodes_with_room(self) -> list[NodeId]:
         """The nodes that the run begins with."""
         nodes, config = [*self._config.initial_nodes], self._config
         if config.cluster.nodes.target != "auto":
             return nodes
         per_process = config.cluster.nodes_per_actor
-        free = ray_session.places(*self._each(per_process), free=True) * per_process
+        free = self._count_places(per_process, free=True) * per_process
         return nodes[: max(free, config.cluster.nodes.min)]
 
     def _places(self, nodes: Iterable[NodeId]) -> list[tuple[NodeId, ...]]:
@@ -166,7 +179,7 @@ class Processes:
             ClusterError: those that do are fewer than ``nodes.min``. An endless wait for a place would say less.
         """
         cluster = self._config.cluster
-        there = min(ray_session.places(*self._each(len(places[0]))), len(places))
+        there = min(self._count_places(len(places[0])), len(places))
         if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
             return there
         available = ray.cluster_resources()
@@ -295,7 +308,7 @@ class Processes:
             "num_gpus": 0 if SERVER in nodes else num_gpus,
             "num_cpus": num_cpus,
             "max_restarts": 0,  # Ray would start it again without its state
-            "scheduling_strategy": "SPREAD",
+            "scheduling_strategy": self._strategy(),
         }
         handle = remote_class().options(**options).remote()
         actor = Actor(len(self._actors), nodes, handle, self.now, self._count_embodiment(nodes))
@@ -324,7 +337,7 @@ class Processes:
             drain_s=self._config.cluster.drain_s,
             versions=versions(),
             incarnation=actor.incarnation,
-            sys_path=tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else (),
+            sys_path=self._sys_path(),
         )
 
     def _on_place(self, actor: Actor, _: object) -> None:
@@ -405,8 +418,7 @@ class Processes:
                 drain_s = self._config.cluster.drain_s if left_s is None else left_s
                 self._notice(actor, self.now + drain_s, "its machine is to be taken away (drain)")
         if self._config.cluster.nodes.target == "auto":
-            each = self._each(self._config.cluster.nodes_per_actor)
-            self._ready.append(Room(ray_session.places(*each, free=True)))
+            self._ready.append(Room(self._count_places(self._config.cluster.nodes_per_actor, free=True)))
 
     def probe(self, nodes: Sequence[NodeId]) -> None:
         for actor, _ in self._by_actor(nodes):
