@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from algorithms.registry import Part
     from orchestrator.config import Config
     from orchestrator.display import Display
+    from orchestrator.sweep_display import SweepDisplay
 
 _EXIT_CODES = (
     f"Exit codes: 0 finished, {EXIT_USAGE} bad usage, configuration, data or cluster, "
@@ -359,7 +360,8 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
 
 from orchestrator import sweep_cli  # noqa: E402 - it uses what is above, and what is below
 
-app.command(epilog=_EXIT_CODES)(sweep_cli.sweep)
+for _command in (sweep_cli.sweep, sweep_cli.track):
+    app.command(epilog=_EXIT_CODES)(_command)
 
 # --- what all commands do alike -------------------------------------------------------------------------------------
 
@@ -465,7 +467,7 @@ def _interruptible() -> Iterator[None]:
 class _Notes(logging.Handler):
     """Shows warnings without tearing the live view."""
 
-    def __init__(self, view: Display) -> None:
+    def __init__(self, view: Display | SweepDisplay) -> None:
         super().__init__(logging.WARNING)
         self._view = view
 
@@ -475,7 +477,7 @@ class _Notes(logging.Handler):
 
 
 @contextlib.contextmanager
-def _warnings_shown_by(view: Display) -> Iterator[None]:
+def _warnings_shown_by(view: Display | SweepDisplay) -> Iterator[None]:
     logger = logging.getLogger("starling")
     handler = _Notes(view)
     propagate, logger.propagate = logger.propagate, False

@@ -98,7 +98,12 @@ class Samples(Searcher):
     """
 
     def __init__(
-        self, board: Board, source: Source, num_samples: int, seeds: Sequence[int], spec: Callable[[Trial], dict[str, Any]]
+        self,
+        board: Board,
+        source: Source,
+        num_samples: int,
+        seeds: Sequence[int],
+        spec: Callable[[Trial], dict[str, Any]],
     ) -> None:
         objective = board.objectives[0]
         super().__init__(metric=objective.metric, mode=objective.mode)
@@ -133,7 +138,7 @@ class Samples(Searcher):
         row = next((one for one in self._board.rows() if one.first.sample == trial.sample), None)
         self._source.tell(trial.sample, trial.values, row)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401 - a config, or a word of Tune's
         trial = next(self._trials, None)
         if trial is None:
             return Searcher.FINISHED
@@ -166,7 +171,7 @@ class Given(Searcher):
         self._trials = iter([one for one in trials if one.end is None])
         self._spec = spec
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401 - a config, or a word of Tune's
         trial = next(self._trials, None)
         if trial is None:
             return Searcher.FINISHED

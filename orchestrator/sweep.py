@@ -29,25 +29,27 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
 from orchestrator import ray_session
 from orchestrator.api import refuse_simulated_network, resolve
-from orchestrator.config import load
+from orchestrator.config import MLflowTracking, load
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
 from orchestrator.lease import Lease
 from orchestrator.searchers import Given, OptunaSource, RandomSource, Samples
 from orchestrator.sweep_board import Board, Objective, Trial
 from orchestrator.sweep_result import SweepResult, write
 from orchestrator.sweep_space import check
+from orchestrator.tracking import probe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from orchestrator.api import Source
     from orchestrator.config import Config
+    from orchestrator.sweep_tracking import SweepTracking
     from orchestrator.tuning import Scheduler, Watcher
 
 _MOST = 1000
@@ -171,6 +173,8 @@ def _refuse(config: Config, options: Options) -> None:
     check(tune_spaces.find(options.space), options.space, config, seeds=options.seeds)
     if not options.simulate:
         refuse_simulated_network(config)
+    if isinstance(config.tracking, MLflowTracking):
+        probe(config.tracking)
 
 
 def _made(config: Config, options: Options, path: str | Path | None) -> Path:
@@ -207,6 +211,7 @@ def _carry_out(
     began = time.monotonic()
     lease = Lease(folder)
     status = "failed"
+    tracked = _tracking(folder, config, options)
     try:
         watcher = watch(board, options, folder) if watch else Watcher()
         _search(folder, config, options, board, watcher)
@@ -222,12 +227,23 @@ def _carry_out(
         if board.trials:
             write(result, board, config)
             on_result(result)
+        if tracked is not None:
+            tracked.end(result)
         lease.release()
     if result.best is None:
         first = next((trial for trial in board.trials.values() if trial.error), None)
         reason = f"; the first said: {first.error}" if first else ""
         raise RunError(f"no trial of the sweep came to a result{reason} ({folder})")
     return result
+
+
+def _tracking(folder: Path, config: Config, options: Options) -> SweepTracking | None:
+    import tune_spaces
+    from orchestrator.sweep_tracking import SweepTracking
+
+    if not isinstance(config.tracking, MLflowTracking):
+        return None
+    return SweepTracking(config.tracking, folder, config, options, tune_spaces.find(options.space))
 
 
 def _search(folder: Path, config: Config, options: Options, board: Board, watcher: Watcher) -> None:
@@ -292,7 +308,7 @@ class _Ray:
         self.room = 0
         self._machine: str | None = None
 
-    def __enter__(self) -> _Ray:
+    def __enter__(self) -> Self:
         import ray
 
         from orchestrator.trial import bundles, count_fitting, machine_of_driver
@@ -323,12 +339,13 @@ class _Ray:
             return
         what = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         of = "the simulator" if self._simulated else f"{self._config.num_nodes} nodes"
-        raise ClusterError(
-            f"--max-concurrent {asked}: {fits} trials fit at a time, each of which asks for {what} ({of}); "
-            "lower it, or cluster.num_cpus, or add machines (ray status)"
-            if asked
-            else f"cluster: no trial fits: it asks for {what} ({of}); lower cluster.num_cpus, or add machines (ray status)"
-        )
+        least = "lower cluster.num_cpus, or add machines (ray status)"
+        if asked:
+            raise ClusterError(
+                f"--max-concurrent {asked}: {fits} trials fit at a time, each of which asks for {what} ({of}); "
+                f"take that many, {least}"
+            )
+        raise ClusterError(f"cluster: no trial fits: it asks for {what} ({of}); {least}")
 
     def spec(self, folder: Path, trial: Trial, *, stepwise: bool) -> dict[str, Any]:
         """What Tune is to call the config of a trial."""

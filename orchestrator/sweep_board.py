@@ -120,7 +120,7 @@ class Board:
     """All trials of a sweep; with a ``path``, also on disk."""
 
     def __init__(self, objectives: Sequence[Objective], path: Path | None = None) -> None:
-        self.objectives = tuple(objectives)
+        self.objectives: tuple[Objective, ...] = tuple(objectives)
         self.trials: dict[int, Trial] = {}
         self._path = path
         self._file: IO[str] | None = None
@@ -263,7 +263,7 @@ class Board:
         return next(iter(self.rows(stage)), None)
 
     def front(self, stage: Stage = "search") -> list[Row]:
-        """The Pareto front of samples that went to their end: no other is better in one objective and as good in all."""
+        """The Pareto front of samples that went to their end: none other is better in one objective and as good in all."""
         rows = [row for row in self.rows(stage) if all(trial.end == "finished" for trial in row.trials)]
         rows = [row for row in rows if all(metric in row.means for metric in self.metrics)]
         points = [tuple(one.sign * row.means[one.metric] for one in self.objectives) for row in rows]

@@ -133,3 +133,24 @@ def sweep(
 
     cli._answer(act, failed, as_json=as_json)
 
+
+def track(
+    run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run or a sweep.")],
+    timeout_s: Annotated[float, typer.Option(min=1, help="How long to try.")] = 120.0,
+    as_json: cli.AsJson = False,
+) -> None:
+    """Send what a tracker that was away has missed of a run, or of a sweep and its trials."""
+
+    def act(console: Console) -> dict[str, Any]:
+        folder = run_dir.expanduser().resolve()
+        config = cli._load(folder / "config.yaml", None)
+        from orchestrator.errors import RunError
+        from orchestrator.tracking import send_left
+
+        num_runs, done = send_left(folder, config, timeout_s)
+        if not done:
+            raise RunError(f"{folder}: not all could be sent within {timeout_s:g} s; what is left waits there")
+        console.print(f"{num_runs} runs had something left; all is sent", highlight=False)
+        return {"status": "ok", "runs": num_runs}
+
+    cli._answer(act, as_json=as_json)

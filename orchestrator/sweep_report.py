@@ -26,7 +26,7 @@ _MOST_PATHS = 3
 
 def draw(path: Path, result: SweepResult, board: Board, config: Config) -> None:
     """Draw a sweep into a png file: curves, then the front, or the objective over what was varied."""
-    objectives = board.objectives
+    objectives: tuple[Objective, ...] = board.objectives
     paths = _numeric_paths(result)
     panels = 2 if len(objectives) > 1 or not paths else 1 + len(paths)
     figure = Figure(figsize=(4.8 + 3.4 * (panels - 1), 4.2), layout="constrained")
@@ -62,7 +62,11 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
         best = _is_best(result, trial)
         color = _BEST if best else _STOPPED if trial.end != "finished" else _OTHER
         axes.plot(
-            *zip(*points, strict=True), color=color, linewidth=2.2 if best else 1.0, marker="o", markersize=3,
+            *zip(*points, strict=True),
+            color=color,
+            linewidth=2.2 if best else 1.0,
+            marker="o",
+            markersize=3,
             alpha=1.0 if best else 0.6,
         )
         values += [value for _, value in points]
@@ -78,7 +82,9 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
 def _over(axes: Axes, result: SweepResult, objective: Objective, name: str) -> None:
     values: list[float] = []
     for row in result.rows:
-        color = _BEST if row is result.best or row == result.best else _OTHER if row.first.end == "finished" else _STOPPED
+        color = (
+            _BEST if row is result.best or row == result.best else _OTHER if row.first.end == "finished" else _STOPPED
+        )
         axes.plot(row.first.values[name], row.means[objective.metric], "o", color=color, markersize=5)
         values.append(row.first.values[name])
     axes.set_xlabel(name)

@@ -157,7 +157,7 @@ def _write_config(result: SweepResult, config: Config, path: Path) -> None:
     values = ", ".join(f"{name}={value}" for name, value in trial.values.items())
     metrics = ", ".join(f"{name} {best.means[name]:.6g}" for name in board_metrics(result) if name in best.means)
     head = (
-        f"# The best of {len(result.rows)} samples of the space {result.options.space}, trial {trial.number}: {metrics}\n"
+        f"# The best of {len(result.rows)} samples of {result.options.space}, trial {trial.number}: {metrics}\n"
         f"# {values}\n"
     )
     body = yaml.safe_dump(resolved.dump(), sort_keys=False, allow_unicode=True)

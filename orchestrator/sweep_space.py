@@ -1,4 +1,4 @@
-"""What a search space does to a configuration: its keys are paths of it, its values are checked before anything runs."""
+"""What a search space does to a configuration: its keys are paths of it, and its values are checked beforehand."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import api, ray_session
 from orchestrator.cluster import Cluster
-from orchestrator.config import load
+from orchestrator.config import MLflowTracking, load
 from orchestrator.errors import StarlingError
 from orchestrator.simulator import Simulator
 from orchestrator.sweep_board import TRIALS, name_of
 from orchestrator.sweep_space import assigned
+from orchestrator.tracking import MLflowTracker
 from orchestrator.trial_run import TrialRun
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def machine_of_driver() -> str | None:
 def count_fitting(wanted: list[Bundle], limit: int) -> int:
     """How many trials of ``wanted`` there is room for at a time on the machines of the cluster, at most ``limit``."""
     free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    order = sorted(wanted, key=lambda one: (-len([name for name in one if ":" in name]), -one.get("GPU", 0), -sum(one.values())))
+    # The largest first: GPUs, then what else there is.
+    order = sorted(wanted, key=lambda one: (-one.get("GPU", 0.0), -sum(one.values())))
     for count in range(limit):
         for bundle in order:
             machine = next(
@@ -146,8 +148,14 @@ class StarlingTrial(tune.Trainable):
             make = functools.partial(TrialCluster, group=group, sys_path=tuple(facts["sys_path"]))
         run_dir = folder / TRIALS / name_of(spec["number"])
 
+        def track(config: Config, run_dir: Path) -> Observer | None:
+            if not isinstance(config.tracking, MLflowTracking):
+                return None
+            tags = {"sweep": folder.name, "trial": str(spec["number"])}
+            return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
+
         def train(observer: Observer) -> Summary:
-            return api.drive(config, make, run_dir, [observer], track=lambda *_: None)
+            return api.drive(config, make, run_dir, [observer], track=track)
 
         return TrialRun(train, config.rounds, stepwise=spec["stepwise"], stop_file=folder / STOP_FILE)
 
@@ -176,7 +184,7 @@ class TrialCluster(Cluster):
     def _count_places(self, num_nodes: int, *, free: bool = False) -> int:
         wanted = dict(zip(("CPU", "GPU"), self._each(num_nodes), strict=True))
         if not any(wanted.values()):
-            return self._config.num_actors
+            return self._config.cluster.num_actors
         table = placement_group_table(self._group)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         sizes = self._group.bundle_specs

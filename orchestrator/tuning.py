@@ -137,9 +137,7 @@ class Interrupt(Stopper):
 class _Callback(tune.Callback):
     """Tells the board and the watcher what Tune tells."""
 
-    def __init__(
-        self, board: Board, searcher: Samples | Given, watcher: Watcher, interrupt: Interrupt
-    ) -> None:
+    def __init__(self, board: Board, searcher: Samples | Given, watcher: Watcher, interrupt: Interrupt) -> None:
         self._board, self._searcher, self._watcher, self._interrupt = board, searcher, watcher, interrupt
 
     def _trial(self, trial: Any) -> Trial:  # noqa: ANN401 - Tune's
@@ -152,7 +150,12 @@ class _Callback(tune.Callback):
         self._watcher.on_trial_start(known)
 
     def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: object  # noqa: ANN401
+        self,
+        iteration: int,
+        trials: list[Any],
+        trial: Any,  # noqa: ANN401
+        result: Mapping[str, Any],
+        **_: object,
     ) -> None:
         known = self._trial(trial)
         report = {name: result[name] for name in result.get("reported", ()) if name in result}
