@@ -274,6 +274,8 @@ class Sender:
         return self._experiment_id
 
     def _log_model(self, outbox: Outbox, run_dir: Path) -> None:
+        if not (run_dir / "model.safetensors").exists():
+            return
         import tempfile
 
         from orchestrator.model_export import save_for_mlflow

@@ -1,7 +1,7 @@
 """The spool: what is to be recorded of a run, in a file of its directory, until a tracker has taken it.
 
 Whoever trains appends lines to ``tracking.jsonl`` and waits for nobody; whoever sends them to the tracker (one thread,
-for one run or for all runs of a sweep) notes in ``tracking.json`` how far it has come. So a tracker that goes away
+for one run or for all runs of a sweep) notes in ``mlflow.json`` how far it has come. So a tracker that goes away
 delays nothing, one that comes back misses nothing, and what is left when the process dies is sent another time.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SPOOL, STATE = "tracking.jsonl", "tracking.json"
+SPOOL, STATE = "tracking.jsonl", "mlflow.json"
 
 _READ_BYTES = 4_000_000
 """At a time."""
