@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
     from orchestrator.config import Config
     from orchestrator.controller import Controller
+    from orchestrator.lease import Lease
     from orchestrator.records import Observer, Summary
+    from orchestrator.revival import Revival
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.runtime import Runtime
 
     Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
@@ -61,8 +64,9 @@ def run(
     resolved = resolve(config, overrides)
     refuse_simulated_network(resolved)
     from orchestrator.cluster import Cluster
+    from orchestrator.run_directory import RunDirectory
 
-    return drive(resolved, Cluster, run_dir, observers)
+    return drive(resolved, Cluster(resolved), RunDirectory(resolved, run_dir), observers)
 
 
 def simulate(
@@ -74,9 +78,53 @@ def simulate(
 ) -> Summary:
     """Train in this process, under a virtual clock and a model of the network. Arguments and errors as for ``run``."""
     resolved = resolve(config, overrides)
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 
-    return drive(resolved, Simulator, run_dir, observers)
+    return drive(resolved, Simulator(resolved), RunDirectory(resolved, run_dir), observers)
+
+
+def resume(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    from_previous: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Go on with a run that was interrupted, or failed, from its last checkpoint, where it ran: on Ray, or simulated.
+
+    With the same number of nodes it ends with the bits with which it would have ended.
+
+    Args:
+        run_dir: of the run. A finished one is only told of, unless ``overrides`` change it (``rounds=200``).
+        overrides: ``a.b=c`` each, applied to the run's configuration.
+        from_previous: go on from the checkpoint before the last.
+        observers: as for ``run``.
+
+    Raises:
+        StarlingError: as for ``run``; also if there is no checkpoint that can be used.
+    """
+    from orchestrator import resumption
+    from orchestrator.lease import Lease
+    from orchestrator.run_directory import RunDirectory
+
+    path = resumption.directory(run_dir)
+    finished = None if overrides else resumption.finished(path)
+    if finished is not None:
+        return finished
+    lease = Lease(path)
+    try:
+        revival, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
+        directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
+        if is_virtual:
+            from orchestrator.simulator import Simulator as Kind
+        else:
+            from orchestrator.cluster import Cluster as Kind
+        runtime = Kind(revival.config)
+    except BaseException:
+        lease.release()
+        raise
+    return drive(revival.config, runtime, directory, observers, lease=lease, revival=revival)
 
 
 def replay(
@@ -99,12 +147,16 @@ def replay(
     """
     from pathlib import Path
 
+    from orchestrator.config import CheckpointConfig
     from orchestrator.replay import History, ReplayController
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)
     history = History.read(history_dir)
-    summary = drive(resolved, Simulator, run_dir, observers, functools.partial(ReplayController, history=history))
+    resolved = resolved.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
+    directory, controller = RunDirectory(resolved, run_dir), functools.partial(ReplayController, history=history)
+    summary = drive(resolved, Simulator(resolved), directory, observers, controller)
     if summary.digest != history.digest:
         raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
     return summary
@@ -155,30 +207,35 @@ def refuse_simulated_network(config: Config) -> None:
 
 def drive(
     config: Config,
-    make: Callable[[Config], Runtime],
-    run_dir: str | Path | None,
+    runtime: Runtime,
+    directory: RunDirectory,
     observers: Sequence[Observer],
     control: Callable[..., Controller] | None = None,
+    *,
+    lease: Lease | None = None,
+    revival: Revival | None = None,
     track: Callable[[Config, Path], Observer | None] | None = None,
 ) -> Summary:
     """Run to the end, whatever that is; leave nothing behind but the run directory.
 
     ``track`` makes what records the run elsewhere, by default in what ``tracking`` names.
     """
+    from orchestrator.checkpointing import checkpointing
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
     from orchestrator.records import Observers
-    from orchestrator.run_directory import RunDirectory
 
-    runtime = make(config)
-    directory = RunDirectory(config, run_dir)
     with contextlib.ExitStack() as stack:
-        lease = Lease(directory.path)
+        lease = lease or Lease(directory.path)
         stack.callback(lease.release)
         tracker = (track or _tracker)(config, directory.path)
         everyone = Observers([directory, *([tracker] if tracker else []), *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check)
+        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime)
+        if checkpoints is not None:
+            stack.callback(checkpoints.close)
+        more = {} if control else {"checkpoints": checkpoints, "revival": revival}
+        controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
         stack.enter_context(_kept_handlers())
         try:
             summary = controller.run()
@@ -186,6 +243,10 @@ def drive(
             # Ray's handler of SIGTERM raises SystemExit.
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with _undisturbed():
+                if interrupted:
+                    controller.save()
+                if checkpoints is not None:
+                    checkpoints.close()  # while the nodes are there: it may be waiting for what they hold
                 summary = controller.summary("interrupted" if interrupted else "failed")
                 runtime.close()
                 lease.release()

@@ -6,18 +6,19 @@ programs stand still.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from actors.data import Position
 from algorithms.api import SERVER
+from orchestrator.errors import RunError
 from orchestrator.membership import Launch, Pool, StandBy
 from orchestrator.recoveries import Recoveries
 from orchestrator.runtime import Died, Kept, Loaded, Notice, NotLoaded, NotUp, Retired, Room, SpareLost, Up
 from orchestrator.transfers import Transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from actors.data import Position
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import FaultEvent
@@ -264,3 +265,43 @@ class Members:
         is_new = node in self.new
         position = self._positions.get(node) if is_new else None
         self.transfers.begin(number, node, position, self._kept.get(node) if is_new else None)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def to_save(self) -> list[NodeId]:
+        """Of whom there is state to be saved: who is there and has more than the initial one, and whose was kept."""
+        there = [node for node in self._progress.nodes if node not in self.new]
+        return sorted({*there, *self._kept} - {SERVER})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for ``bring_back``."""
+        return {str(node): list(position) for node, position in self._positions.items()}
+
+    def bring_back(self, positions: Mapping[str, Sequence[int]], rounds: Mapping[NodeId, int]) -> None:
+        """Give those that are there what a checkpoint has of them; they go on as if they had never been away.
+
+        Args:
+            positions: what ``to_json`` gave.
+            rounds: the committed rounds of those whose state is in the checkpoint.
+
+        Raises:
+            RunError: they do not take it in time.
+        """
+        progress, cluster = self._progress, self._progress.config.cluster
+        self._positions = {int(node): Position(*place) for node, place in positions.items()}
+        self._kept = dict(rounds)
+        is_async = not progress.config.algorithm.synchronous
+        # Who had been away at the last commit is given its own, and a donor's on top, before the next round.
+        whole = {node for node in progress.facts if node in rounds and (is_async or rounds[node] == progress.committed)}
+        self.new = set(progress.facts)
+        for node in sorted(whole):
+            self.give_state(progress.committed, node)
+        deadline = self._runtime.now + cluster.min_nodes_timeout_s
+        while whole & set(self.transfers.pending):
+            happening = self._runtime.next(deadline)
+            if happening is None:
+                names = ", ".join(map(str, self.transfers.pending))
+                raise RunError(f"nodes {names} do not take over the state of the checkpoint; waited for {deadline:g} s")
+            _ = self.take(progress.committed, happening) or progress.note(happening)
+        self.new -= whole - progress.down
+        self.loaded -= whole

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.transcript import Transcript
 from algorithms.api import SERVER
+from orchestrator.checkpointing import MAIL
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
     from actors.host import Returned
     from algorithms.api import NodeId, View
+    from orchestrator.checkpointing import Checkpointing
     from orchestrator.config import Config
+    from orchestrator.mail import Mail
     from orchestrator.records import Observer, Status
     from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
 
@@ -63,6 +67,7 @@ class Progress:
         self._run_dir = run_dir
         self._metrics: dict[str, float] = {}
         self.digest: str | None = None
+        self.checkpoints: Checkpointing | None = None
         self._began = time.monotonic()
 
     @property
@@ -221,6 +226,58 @@ class Progress:
                 self.ledger.book("evaluation", (len(asked) - 1) * (layout.nbytes + layout.buffer_nbytes))
                 return answer
 
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, loop: Mapping[str, Any], nodes: Sequence[NodeId], shared: NodeId | None, mail: Mail) -> None:
+        """Have the run saved as it is between two rounds: ``nodes``, what the ``loop`` knows, and what is in boxes."""
+        assert self.checkpoints is not None
+        envelopes = mail.room.waiting()
+        letters = self.runtime.letters(envelopes) if envelopes else iter(())
+        states = self.runtime.snapshot(nodes, shared)
+        saved = itertools.chain(states, ((MAIL, export) for export in letters))
+        self.record("saving", round=self.committed, nodes=sorted(nodes))
+        mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}
+        self.checkpoints.save(self.committed, {**self.observer.on_saving(), **mine}, saved)
+        self.note_checkpoints()
+
+    def note_checkpoints(self) -> None:
+        """Put what has become of checkpoints into the record."""
+        if self.checkpoints is not None:
+            outcomes, self.checkpoints.outcomes = self.checkpoints.outcomes, []
+            for outcome in outcomes:
+                self.record("checkpoint", **outcome)
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "committed": self.committed,
+            "members": self.members,
+            "elapsed_s": self.runtime.now - self.zero,
+            "transport_nbytes": self.runtime.transport_nbytes,
+            "seconds": time.monotonic() - self._began,
+            "booked": self.ledger.to_json(),
+            "started": self.num_started,
+            "lost": self.num_lost,
+            "joined": self.num_joined,
+            "drained": self.num_drained,
+            "healed": self.num_healed,
+            "metrics": self._metrics,
+        }
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.committed, self.members = state["committed"], tuple(state["members"])
+        self.ledger.revive(state["booked"])
+        self.num_started, self.num_lost = state["started"], state["lost"]
+        self.num_joined, self.num_drained, self.num_healed = state["joined"], state["drained"], state["healed"]
+        self._metrics = state["metrics"]
+        self._began = time.monotonic() - state["seconds"]
+
+    def set_forward(self, state: Mapping[str, Any]) -> None:
+        """Let the clock show the time that the run had taken when it was saved."""
+        elapsed = state["elapsed_s"]
+        self.runtime.set_forward(elapsed, state["transport_nbytes"])
+        self.zero = self.runtime.now - elapsed
+
     def _replicas(self) -> str | None:
         if not self.config.algorithm.replicated or self.committed < 0:
             return None
@@ -253,4 +310,5 @@ class Progress:
             seconds=time.monotonic() - self._began,
             virtual_seconds=self.runtime.now if self.runtime.virtual else None,
             baselines=dict(self.runtime.baselines) if self.facts else {},
+            checkpoints=None if self.checkpoints is None else self.checkpoints.counts,
         )

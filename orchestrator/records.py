@@ -86,6 +86,8 @@ class Summary:
     virtual_seconds: float | None
     baselines: dict[str, float] = field(default_factory=dict)
     """What the validation loss compares with, by name."""
+    checkpoints: dict[str, int] | None = None
+    """``written``, ``failed``, ``retries``, and the ``last_round`` that was saved; ``None``: there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; JSON knows no NaN."""
@@ -110,6 +112,8 @@ class Started:
     layout: Layout
     baselines: Mapping[str, float]
     virtual: bool
+    resumed_after: int | None = None
+    """The round of the checkpoint with which it goes on."""
 
 
 class Observer:
@@ -129,6 +133,10 @@ class Observer:
 
     def on_sealed(self, entry: Entry) -> None:
         """A round whose record is kept was committed; also its members, if they changed."""
+
+    def on_saving(self) -> Mapping[str, Any]:
+        """A checkpoint is made of the run as it is now: plain data of one's own to go into it."""
+        return {}
 
     def on_snapshot(self, number: int, model: FinalModel) -> None:
         """The model after round ``number``, from which rounds may be replayed."""
@@ -165,6 +173,12 @@ class Observers(Observer):
     def on_sealed(self, entry: Entry) -> None:
         for observer in self._observers:
             observer.on_sealed(entry)
+
+    def on_saving(self) -> Mapping[str, Any]:
+        saved: dict[str, Any] = {}
+        for observer in self._observers:
+            saved |= observer.on_saving()
+        return saved
 
     def on_snapshot(self, number: int, model: FinalModel) -> None:
         for observer in self._observers:

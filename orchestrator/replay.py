@@ -86,6 +86,8 @@ class History:
     _steps: list[Step] = field(default_factory=list)
     """Since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)
+    _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
+    """How many messages and readings of the clock belong to committed rounds of each node."""
 
     @staticmethod
     def read(run_dir: str | Path) -> History:
@@ -129,6 +131,15 @@ class History:
                 self.views[node, event["round"]] = _view(event, event["members"])
             case "start":
                 self.start = tuple(event["nodes"])
+            case "again":
+                # The node was stopped in mid-round, for a checkpoint, and did its round again.
+                received, seen = self._whole.get(node, (0, 0))
+                while len(self.received[node]) > received:
+                    self.received[node].pop()
+                del self.seen[node][seen:]
+            case "resume":
+                # What brought nodes back is nothing that happened between rounds.
+                self._steps = []
             case "lost":
                 self.lost.add(node)
             case "left" | "up":
@@ -152,6 +163,7 @@ class History:
                     late=frozenset(begun["view"]).difference(event["committed"]),
                 )
             case "commit":
+                self._whole[node] = len(self.received[node]), len(self.seen[node])
                 self.rounds[node] += 1
                 self.last = self.last if node == SERVER else node
             case _:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from actors.consensus import mean_model
 from actors.host import Host, failure
+from actors.letters import packed, unpacked
 from actors.replica import virtual
 from actors.setup import build_replicas, load_data
 from actors.tickets import (
@@ -34,7 +35,8 @@ from actors.tickets import (
     Ticket,
     Waiting,
 )
-from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
+from actors.transfer import StateExport, copied
+from algorithms.api import INLINE_LIMIT_BYTES, SERVER, Evaluate, Gradient, Loss, Message, TrainReport
 from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
@@ -99,6 +101,7 @@ class Simulator(SimulatedProcesses):
         self._large: dict[int, Buffer] = {}
         self._threads = torch.get_num_threads()
         self._is_synchronous = config.algorithm.synchronous
+        self.keeps_letters = False
 
     def start(self) -> list[NodeFacts]:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
@@ -266,11 +269,28 @@ class Simulator(SimulatedProcesses):
             envelope = outcome.envelope
             sending = self._letters[envelope.letter]
             data = self.host.outbox[envelope.letter] if sending.inline is None else sending.inline
-            if handover.node != SERVER:  # which may have to be handed it again
+            if handover.node != SERVER and not self.keeps_letters:  # else it may have to be handed over again
                 self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
             result = Message(envelope.sender, payload, outcome.staleness)
         self._resume_at(self._now, handover.node, result)
+
+    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+        sendings = [self._letters[one.letter] for one in envelopes]
+        data = [
+            self.host.outbox[one.letter] if sending.inline is None else sending.inline
+            for one, sending in zip(envelopes, sendings, strict=True)
+        ]
+        return iter([copied(packed([one.specs for one in sendings], data))])
+
+    def put_back(self, envelopes: Sequence[Envelope], letters: StateExport) -> None:
+        payloads = list(unpacked(letters))
+        for one in envelopes:
+            specs, data = payloads[-1 - one.letter]
+            is_inline = one.nbytes <= INLINE_LIMIT_BYTES
+            self._letters[one.letter] = Sending(one.to, one.letter, specs, one.nbytes, data if is_inline else None)
+            if not is_inline:
+                self.host.outbox[one.letter] = data
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

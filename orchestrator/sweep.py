@@ -251,7 +251,7 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
     from orchestrator.tuning import scheduler_of, tune_all
 
     space = tune_spaces.find(options.space)
-    scheduler = scheduler_of(options.scheduler, config, board)
+    scheduler = scheduler_of(options.scheduler, config, board, space)
     source = (
         OptunaSource(space, board.objectives, config.seed)
         if options.search == "optuna"
@@ -293,7 +293,7 @@ def _confirm(folder: Path, config: Config, options: Options, board: Board, watch
             folder,
             board,
             searcher,
-            scheduler_of("none", config, board),
+            scheduler_of("none", config, board, {}),
             num_trials=len(trials),
             max_concurrent=min(place.room, len(trials)),
             watcher=watcher,
@@ -357,6 +357,7 @@ class _Ray:
             "simulated": self._simulated,
             "machine": self._machine,
             "stepwise": stepwise,
+            "clones": self._options.scheduler == "pbt" and trial.stage == "search",
         }
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator import cli
+from orchestrator.terminal import interruptible, warnings_shown_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,11 +97,11 @@ def sweep(
 
         def watch(board: Any, options: Any, folder: Path) -> SweepDisplay:  # noqa: ANN401 - Board and Options
             displays.append(SweepDisplay(console, board, options, folder))
-            stack.enter_context(cli._warnings_shown_by(displays[-1]))
+            stack.enter_context(warnings_shown_by(displays[-1]))
             return displays[-1]
 
         stack = contextlib.ExitStack()
-        stack.enter_context(cli._interruptible())
+        stack.enter_context(interruptible())
         try:
             if resume is not None:
                 result = sweeps.resume_sweep(resume, watcher=watch, on_result=results.append)

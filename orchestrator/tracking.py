@@ -113,6 +113,8 @@ class MLflowTracker(Observer):
             | self._tags,
             parent=self._parent,
         )
+        if started.resumed_after is not None:
+            return  # it has all that does not change, and parameters cannot be
         values = started.config.flat() | {
             f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
         }

@@ -17,9 +17,9 @@ from ray import tune
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator import api, ray_session
+from orchestrator import api, ray_session, resumption, trial_state
 from orchestrator.cluster import Cluster
-from orchestrator.config import MLflowTracking, load
+from orchestrator.config import CheckpointConfig, MLflowTracking, load
 from orchestrator.errors import StarlingError
 from orchestrator.simulator import Simulator
 from orchestrator.sweep_board import TRIALS, name_of
@@ -28,8 +28,6 @@ from orchestrator.tracking import MLflowTracker
 from orchestrator.trial_run import TrialRun
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ray.util.placement_group import PlacementGroup
 
     from orchestrator.config import Config
@@ -96,13 +94,19 @@ def _base(folder: str) -> tuple[Config, dict[str, Any]]:
 def config_of(spec: dict[str, Any]) -> Config:
     """The configuration of a trial's run; ``spec`` is what Tune calls its config."""
     base, _ = _base(spec["folder"])
-    return assigned(base, {"seed": spec["seed"], **spec["values"]})
+    config = assigned(base, {"seed": spec["seed"], **spec["values"]})
+    if spec["clones"]:  # from the last round, and where it can be copied from
+        return config.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=1)})
+    if spec["simulated"]:  # which is done again sooner than it is saved
+        return config.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
+    return config
 
 
 class StarlingTrial(tune.Trainable):
     """One run after the other: Tune gives the actor of a trial that is over to the next one.
 
-    Its config has ``folder`` (the sweep's), ``number``, ``values``, ``seed``, ``simulated``, ``machine``, ``stepwise``.
+    Its config has ``folder`` (the sweep's), ``number``, ``values``, ``seed``, ``simulated``, ``machine``, ``stepwise``,
+    ``clones``.
     """
 
     @classmethod
@@ -136,17 +140,36 @@ class StarlingTrial(tune.Trainable):
         if run is not None:
             run.stop()
 
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        trial_state.save(self._run_dir, Path(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:  # noqa: ANN401 - a path, of what is saved as files
+        self.cleanup()
+        trial_state.load(Path(checkpoint), self._run_dir)
+
+    @property
+    def _run_dir(self) -> Path:
+        return Path(self._spec["folder"]) / TRIALS / name_of(self._spec["number"])
+
     def _begin(self) -> TrialRun:
-        spec = self._spec
-        config = config_of(spec)
+        spec, run_dir = self._spec, self._run_dir
         folder = Path(spec["folder"])
+        config = config_of(spec)
         _, facts = _base(spec["folder"])
-        make: Callable[[Config], Runtime] = Simulator
-        if not spec["simulated"]:
+        done = resumption.finished(run_dir)
+        if done is not None:  # when the sweep was killed, and nobody heard of it
+            return TrialRun(
+                functools.partial(trial_state.tell, run_dir, done),
+                config.rounds,
+                stepwise=False,
+                stop_file=folder / STOP_FILE,
+            )
+        if spec["simulated"]:
+            runtime: Runtime = Simulator(config)
+        else:
             group = ray.util.get_current_placement_group()
             assert group is not None
-            make = functools.partial(TrialCluster, group=group, sys_path=tuple(facts["sys_path"]))
-        run_dir = folder / TRIALS / name_of(spec["number"])
+            runtime = TrialCluster(config, group=group, sys_path=tuple(facts["sys_path"]))
 
         def track(config: Config, run_dir: Path) -> Observer | None:
             if not isinstance(config.tracking, MLflowTracking):
@@ -155,7 +178,9 @@ class StarlingTrial(tune.Trainable):
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 
         def train(observer: Observer) -> Summary:
-            return api.drive(config, make, run_dir, [observer], track=track)
+            directory, lease, revival = trial_state.opened(config, run_dir)
+            resolved = config if revival is None else revival.config
+            return api.drive(resolved, runtime, directory, [observer], lease=lease, revival=revival, track=track)
 
         return TrialRun(train, config.rounds, stepwise=spec["stepwise"], stop_file=folder / STOP_FILE)
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import queue
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import StarlingError
-from orchestrator.records import Observer
+from orchestrator.records import Observer, RoundRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
-    from orchestrator.records import RoundRecord, Summary
+    from orchestrator.records import Started, Summary
 
 _POLL_S = 0.25
 _STOP_TIMEOUT_S = 30.0
@@ -103,7 +104,12 @@ class _Reporter(Observer):
         self._reported_at = time.monotonic()
         self._metrics: dict[str, float] = {}
 
-    def on_round(self, record: RoundRecord) -> None:
+    def on_start(self, started: Started) -> None:
+        if started.resumed_after is not None:
+            for record in recorded(Path(started.run_dir)):
+                self._take(record)
+
+    def _take(self, record: RoundRecord) -> None:
         self._bytes += record.payload_bytes
         self._seconds += record.seconds
         self._metrics = record.metrics or self._metrics
@@ -115,6 +121,9 @@ class _Reporter(Observer):
             "seconds": self._seconds,
         }
         self.last["reported"] = list(self.last)
+
+    def on_round(self, record: RoundRecord) -> None:
+        self._take(record)
         if record.metrics is None or record.round + 1 == self._last_round:
             return
         now = time.monotonic()
@@ -147,3 +156,10 @@ class _Reporter(Observer):
 
     def on_end(self, summary: Summary) -> None:
         self.summary = summary
+
+
+def recorded(run_dir: Path) -> Iterator[RoundRecord]:
+    """The rounds of a run, as its directory has them."""
+    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            yield RoundRecord(**json.loads(line))

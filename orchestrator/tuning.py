@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ray import tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, SearchGenerator
+from ray.tune.search.sample import Float, Integer
 from ray.tune.stopper import Stopper
 
 from orchestrator.errors import ConfigError
+from orchestrator.sweep_space import plain
 from orchestrator.trial import STOP_FILE, StarlingTrial
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from orchestrator.config import Config
     from orchestrator.searchers import Given, Samples
     from orchestrator.sweep_board import Board, Trial
+    from tune_spaces import Space
 
 Scheduler: TypeAlias = Literal["asha", "pbt", "hyperband", "none"]
 
@@ -58,7 +62,7 @@ class Watcher:
         """A trial is over."""
 
 
-def scheduler_of(kind: Scheduler, config: Config, board: Board) -> TrialScheduler:
+def scheduler_of(kind: Scheduler, config: Config, board: Board, space: Space) -> TrialScheduler:
     """Tune's scheduler; asynchronous ones count in rounds.
 
     ``hyperband`` is asynchronous Hyperband: ASHA with three brackets, of which the later ones stop nobody early.
@@ -75,6 +79,16 @@ def scheduler_of(kind: Scheduler, config: Config, board: Board) -> TrialSchedule
             f"--scheduler {kind}: trials are compared when they are evaluated, and with evaluation.every_rounds: "
             f"{every} of {rounds} rounds that is at their end alone; set it lower, or use --scheduler none"
         )
+    if kind == "pbt":
+        return Population(
+            time_attr="round",
+            metric=objective.metric,
+            mode=objective.mode,
+            perturbation_interval=every,
+            hyperparam_mutations={"values": dict(space)},
+            require_attrs=False,
+            log_config=False,
+        )
     found = AsyncHyperBandScheduler(
         time_attr="round",
         metric=objective.metric,
@@ -89,6 +103,37 @@ def scheduler_of(kind: Scheduler, config: Config, board: Board) -> TrialSchedule
         if trial.end in ("finished", "stopped"):
             _tell(found, trial)
     return found
+
+
+class Population(PopulationBasedTraining):
+    """Population based training: who is behind goes on from a better one's checkpoint, with values a bit off its own.
+
+    Reference: Jaderberg et al., "Population Based Training of Neural Networks", 2017, arXiv:1711.09846.
+    """
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ANN401 - Tune's
+        """Whoever it goes on from, it stays itself; and it stays inside of the space."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        domains = self._hyperparam_mutations["values"]
+        values = {path: _inside(domains[path], value) for path, value in config["values"].items()}
+        return {**trial.config, "values": values}, operations
+
+
+def _inside(domain: Any, value: Any) -> Any:  # noqa: ANN401 - a domain and what it holds
+    if isinstance(domain, Float | Integer):
+        most = domain.upper - 1 if isinstance(domain, Integer) else domain.upper
+        return domain.cast(min(max(value, domain.lower), most))
+    return plain(value)
+
+
+class Unlimited:
+    """A search generator that population based training does not take for one, as it refuses those."""
+
+    def __init__(self, inner: SearchGenerator) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever Tune asks for
+        return getattr(self._inner, name)
 
 
 class _Known:
@@ -207,6 +252,7 @@ def tune_all(
         ConfigError: the trials do not report what they are to be judged by; as above.
     """
     interrupt = Interrupt(folder / STOP_FILE)
+    algorithm: Any = SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=max_concurrent))
     storage = folder / ".tune"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
@@ -219,10 +265,9 @@ def tune_all(
             StarlingTrial,
             name="trials",
             storage_path=str(storage),
-            search_alg=searcher,
+            search_alg=Unlimited(algorithm) if isinstance(scheduler, Population) else algorithm,
             scheduler=scheduler,
             num_samples=num_trials,
-            max_concurrent_trials=max_concurrent,
             stop=interrupt,
             reuse_actors=True,
             callbacks=[_Callback(board, searcher, watcher, interrupt)],
