@@ -27,7 +27,7 @@ from actors.versions import versions
 from algorithms.api import SERVER
 from orchestrator import ray_session
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
-from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up
+from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up, Used
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +48,9 @@ _STOP_TIMEOUT_S = 10.0
 
 _MAX_STARTS = 3
 """Of a node, before the run begins."""
+
+_USAGE_PERIOD_S, _FIRST_USAGE_S = 10.0, 2.0
+"""Between two looks at what processes use."""
 
 _FIRST_WAVE = 8
 """Processes that are started before any others."""
@@ -70,6 +73,8 @@ class Actor:
     alive: bool = True
     leaving: bool = False
     """It has had notice of its end."""
+    is_asked: bool = False
+    """What it uses; it has not answered yet."""
 
     @property
     def is_spare(self) -> bool:
@@ -133,7 +138,20 @@ class Processes:
         first = self._facts_of(up[0])
         self.layout, self.baselines = first.layout, first.baselines
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
+        self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
+
+    def _measure(self) -> None:
+        """Ask all processes what they use; one that has not answered yet is not asked again."""
+        self._after(_USAGE_PERIOD_S, self._measure)
+        for actor in self._actors:
+            if actor.alive and actor.ready is not None and actor.nodes and not actor.is_asked:
+                actor.is_asked = True
+                self._call(actor, actor.handle.usage.remote(), self._on_usage)
+
+    def _on_usage(self, actor: Actor, values: dict[str, float]) -> None:
+        actor.is_asked = False
+        self._ready.extend(Used(node, values) for node in actor.nodes if self._home[node] is actor)
 
     def _connect(self, num_cpus: float) -> ray_session.Session:
         """``num_cpus`` are those of a Ray of our own."""

@@ -95,6 +95,10 @@ class Options:
             problems.append("--confirm goes with --simulate: what is swept on the cluster needs no confirmation")
         if self.scheduler == "pbt" and (self.search != "random" or self.seeds > 1):
             problems.append("--scheduler pbt begins with random samples, of one seed each, and makes its own of them")
+        if self.scheduler == "pbt" and self.max_concurrent is not None:
+            problems.append(
+                "--scheduler pbt takes no --max-concurrent: a population goes on together, as many at a time as fit"
+            )
         if self.scheduler == "pbt" and self.samples < 2:
             problems.append(f"--scheduler pbt: a population has at least 2 samples, got --samples {self.samples}")
         if problems:
@@ -270,7 +274,8 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
             searcher,
             scheduler,
             num_trials=num_trials,
-            max_concurrent=min(place.room, num_trials),
+            # Those that pause for others count too.
+            max_concurrent=num_trials if options.scheduler == "pbt" else min(place.room, num_trials),
             watcher=watcher,
         )
 

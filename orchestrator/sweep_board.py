@@ -263,7 +263,7 @@ class Board:
         return next(iter(self.rows(stage)), None)
 
     def front(self, stage: Stage = "search") -> list[Row]:
-        """The Pareto front of those that went to their end: none is better in one objective and as good in the others."""
+        """The Pareto front of those that went to their end: nobody is as good in all objectives and better in one."""
         rows = [row for row in self.rows(stage) if all(trial.end == "finished" for trial in row.trials)]
         rows = [row for row in rows if all(metric in row.means for metric in self.metrics)]
         points = [tuple(one.sign * row.means[one.metric] for one in self.objectives) for row in rows]

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from algorithms.api import SERVER
 from orchestrator.config import MLflowTracking, without_password
 from orchestrator.errors import ConfigError
 from orchestrator.records import Observer
@@ -92,6 +93,7 @@ class MLflowTracker(Observer):
         self._model_nbytes = 0
         self._sent = 0
         self._virtual_s = 0.0
+        self._measured: Counter[int] = Counter()
         self._broken = False
         self._sender = (
             Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: [run_dir])
@@ -131,6 +133,14 @@ class MLflowTracker(Observer):
         if record.transport_bytes is None:
             values["seconds/virtual_total"] = self._virtual_s
         self._put("metrics", values=values, step=record.round, at=_now())
+
+    def on_usage(self, node: int, values: Mapping[str, float]) -> None:
+        if self._started:
+            who = "server" if node == SERVER else f"node-{node:03}"
+            step = self._measured[node]
+            self._measured[node] += 1
+            named = {f"system/{who}/{name}": value for name, value in values.items()}
+            self._put("metrics", values=named, step=step, at=_now())
 
     def on_model(self, model: FinalModel) -> None:
         self._model_nbytes = len(model.safetensors)
