@@ -178,7 +178,7 @@ class StarlingTrial(tune.Trainable):
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 
         def train(observer: Observer) -> Summary:
-            directory, lease, revival = trial_state.opened(config, run_dir)
+            directory, lease, revival = trial_state.opened(config, run_dir, picture=not spec["simulated"])
             resolved = config if revival is None else revival.config
             return api.drive(resolved, runtime, directory, [observer], lease=lease, revival=revival, track=track)
 

@@ -29,8 +29,11 @@ _WAIT_S = 30.0
 """For a first checkpoint to be there."""
 
 
-def opened(config: Config, run_dir: Path) -> tuple[RunDirectory, Lease | None, Revival | None]:
-    """The run directory of a trial, and what it goes on from; made anew if there is nothing."""
+def opened(config: Config, run_dir: Path, *, picture: bool) -> tuple[RunDirectory, Lease | None, Revival | None]:
+    """The run directory of a trial, and what it goes on from; made anew if there is nothing.
+
+    Without ``picture`` none is drawn, which takes longer than a small simulated run.
+    """
     if (run_dir / "config.yaml").is_file():
         lease = Lease(run_dir)
         try:
@@ -38,12 +41,16 @@ def opened(config: Config, run_dir: Path) -> tuple[RunDirectory, Lease | None, R
             before = parse(checkpoint.controller["config"], source=checkpoint.where)
             if checkpoint.number + 1 < config.rounds:
                 revival = Revival(checkpoint, config, before)
-                return RunDirectory(revival.config, run_dir, resumed=checkpoint.controller), lease, revival
+                return (
+                    RunDirectory(revival.config, run_dir, resumed=checkpoint.controller, picture=picture),
+                    lease,
+                    revival,
+                )
         except ConfigError:
             pass  # it has none, or none that can be used
         lease.release()
         shutil.rmtree(run_dir)
-    return RunDirectory(config, run_dir), None, None
+    return RunDirectory(config, run_dir, picture=picture), None, None
 
 
 def _checkpoint(config: Config, run_dir: Path) -> Checkpoint:
