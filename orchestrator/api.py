@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from orchestrator.checkpoints import CheckpointStore
     from orchestrator.config import Config
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
@@ -114,7 +115,7 @@ def resume(
         return finished
     lease = Lease(path)
     try:
-        revival, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
+        revival, store, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
         directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
         if is_virtual:
             from orchestrator.simulator import Simulator as Kind
@@ -124,7 +125,7 @@ def resume(
     except BaseException:
         lease.release()
         raise
-    return drive(revival.config, runtime, directory, observers, lease=lease, revival=revival)
+    return drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
 
 
 def replay(
@@ -213,6 +214,7 @@ def drive(
     control: Callable[..., Controller] | None = None,
     *,
     lease: Lease | None = None,
+    store: CheckpointStore | None = None,
     revival: Revival | None = None,
     track: Callable[[Config, Path], Observer | None] | None = None,
 ) -> Summary:
@@ -231,7 +233,7 @@ def drive(
         tracker = (track or _tracker)(config, directory.path)
         everyone = Observers([directory, *([tracker] if tracker else []), *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime)
+        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
         more = {} if control else {"checkpoints": checkpoints, "revival": revival}

@@ -6,6 +6,7 @@ committed. It is written behind the run's back, and storage that fails or is slo
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.config import CheckpointConfig, Config
     from orchestrator.runtime import Runtime
 
+_LOG = logging.getLogger("starling")
+
 _COST_FRACTION = 0.01
 """Of the time that a run takes: what its checkpoints may, where nothing else is asked for."""
 
@@ -31,14 +34,16 @@ MAIL: NodeId = -2
 """Stands for the messages that nobody has received yet, among the nodes of a checkpoint."""
 
 
-def checkpointing(config: Config, run_dir: Path, run_id: str, runtime: Runtime) -> Checkpointing | None:
-    """The checkpoints of a run, if it has any."""
+def checkpointing(
+    config: Config, run_dir: Path, run_id: str, runtime: Runtime, store: CheckpointStore | None = None
+) -> Checkpointing | None:
+    """The checkpoints of a run, if it has any; in the ``store`` from which it goes on, if it does."""
     is_auto = config.checkpoint.every_rounds == "auto" and config.checkpoint.every_s is None
     # To be saved, nodes with rounds of their own have to stand still: by the machine's clock, which a simulation must
     # not depend on.
     if not config.checkpoint.is_on or (runtime.virtual and not config.algorithm.synchronous and is_auto):
         return None
-    store = CheckpointStore(config.checkpoint.uri, run_dir, run_id, keep=config.checkpoint.keep)
+    store = store or CheckpointStore(config.checkpoint.uri, run_dir, run_id, keep=config.checkpoint.keep)
     return Checkpointing(config.checkpoint, store, runtime)
 
 
@@ -85,7 +90,7 @@ class Checkpointing:
     def __init__(self, config: CheckpointConfig, store: CheckpointStore, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cadence = Cadence(config, 0.0)
-        self._writer = CheckpointWriter(store)
+        self._writer = CheckpointWriter(store, _warn)
         self.outcomes: list[Mapping[str, Any]] = []
         """Of those that are written or given up, for the run's record."""
         self.last = -1
@@ -144,4 +149,13 @@ class Checkpointing:
             self.outcomes.append(outcome)
             if outcome["error"] is None:
                 self.last = max(self.last, outcome["round"])
-                self._cadence.took(outcome["seconds"] + self._waited)
+                # What is written beside training takes processor time from it, at most; waiting for storage does not.
+                self._cadence.took(outcome["cpu_seconds"] + self._waited)
+
+
+def _warn(what: str, facts: Mapping[str, Any]) -> None:
+    """Say at once what the storage refuses; called in the writer's thread."""
+    if what == "checkpoint_retry":
+        _LOG.warning("%s; tried again in %g s", facts["error"], facts["pause_s"])
+    elif what == "checkpoint_written" and facts["untidy"]:
+        _LOG.warning("%s", facts["untidy"])

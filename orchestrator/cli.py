@@ -382,10 +382,7 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
     return description.to_json()
 
 
-from orchestrator import sweep_cli  # noqa: E402 - it uses what is above, and what is below
-
-for _command in (sweep_cli.sweep, sweep_cli.track):
-    app.command(epilog=_EXIT_CODES)(_command)
+from orchestrator import sweep_cli  # noqa: E402, F401 - it enters its commands, and uses what is above
 
 # --- what all commands do alike -------------------------------------------------------------------------------------
 

@@ -37,8 +37,10 @@ def finished(path: Path) -> Summary | None:
     return summary if summary.status == "finished" else None
 
 
-def revival(path: Path, overrides: Sequence[str], *, from_previous: bool = False) -> tuple[Revival, bool]:
-    """The checkpoint from which a run goes on, and whether that is in the simulator.
+def revival(
+    path: Path, overrides: Sequence[str], *, from_previous: bool = False
+) -> tuple[Revival, CheckpointStore, bool]:
+    """What a run goes on from, where its checkpoints are, and whether it runs in the simulator.
 
     Raises:
         ConfigError: there is none, it cannot be used, or not with ``overrides``.
@@ -49,4 +51,5 @@ def revival(path: Path, overrides: Sequence[str], *, from_previous: bool = False
     before = parse(checkpoint.controller["config"], source=checkpoint.where)
     if checkpoint.number + 1 > config.rounds:
         raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
-    return Revival(checkpoint, config, before), checkpoint.controller["progress"]["transport_nbytes"] is None
+    is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
+    return Revival(checkpoint, config, before), store, is_virtual

@@ -35,6 +35,7 @@ class SearchName(StrEnum):
     OPTUNA = "optuna"
 
 
+@cli.app.command(epilog=cli._EXIT_CODES)
 def sweep(
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG]", help=cli._CONFIG_HELP, show_default=False)
@@ -135,6 +136,7 @@ def sweep(
     cli._answer(act, failed, as_json=as_json)
 
 
+@cli.app.command(epilog=cli._EXIT_CODES)
 def track(
     run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run or a sweep.")],
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to try.")] = 120.0,

@@ -178,9 +178,11 @@ class StarlingTrial(tune.Trainable):
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 
         def train(observer: Observer) -> Summary:
-            directory, lease, revival = trial_state.opened(config, run_dir, picture=not spec["simulated"])
+            directory, lease, revival, store = trial_state.opened(config, run_dir, picture=not spec["simulated"])
             resolved = config if revival is None else revival.config
-            return api.drive(resolved, runtime, directory, [observer], lease=lease, revival=revival, track=track)
+            return api.drive(
+                resolved, runtime, directory, [observer], lease=lease, store=store, revival=revival, track=track
+            )
 
         return TrialRun(train, config.rounds, stepwise=spec["stepwise"], stop_file=folder / STOP_FILE)
 

@@ -29,7 +29,9 @@ _WAIT_S = 30.0
 """For a first checkpoint to be there."""
 
 
-def opened(config: Config, run_dir: Path, *, picture: bool) -> tuple[RunDirectory, Lease | None, Revival | None]:
+def opened(
+    config: Config, run_dir: Path, *, picture: bool
+) -> tuple[RunDirectory, Lease | None, Revival | None, CheckpointStore | None]:
     """The run directory of a trial, and what it goes on from; made anew if there is nothing.
 
     Without ``picture`` none is drawn, which takes longer than a small simulated run.
@@ -37,31 +39,28 @@ def opened(config: Config, run_dir: Path, *, picture: bool) -> tuple[RunDirector
     if (run_dir / "config.yaml").is_file():
         lease = Lease(run_dir)
         try:
-            checkpoint = _checkpoint(config, run_dir)
+            store, checkpoint = _checkpoint(config, run_dir)
             before = parse(checkpoint.controller["config"], source=checkpoint.where)
             if checkpoint.number + 1 < config.rounds:
                 revival = Revival(checkpoint, config, before)
-                return (
-                    RunDirectory(revival.config, run_dir, resumed=checkpoint.controller, picture=picture),
-                    lease,
-                    revival,
-                )
+                directory = RunDirectory(revival.config, run_dir, resumed=checkpoint.controller, picture=picture)
+                return directory, lease, revival, store
         except ConfigError:
             pass  # it has none, or none that can be used
         lease.release()
         shutil.rmtree(run_dir)
-    return RunDirectory(config, run_dir, picture=picture), None, None
+    return RunDirectory(config, run_dir, picture=picture), None, None, None
 
 
-def _checkpoint(config: Config, run_dir: Path) -> Checkpoint:
-    """The last one: of its own or, before it had one, of the trial that it was cloned from."""
+def _checkpoint(config: Config, run_dir: Path) -> tuple[CheckpointStore | None, Checkpoint]:
+    """The last one: of its own, with its store, or, before it had one, of the trial that it was cloned from."""
     names = [run_dir.name]
     if (run_dir / _ORIGIN).exists():
         names.append(json.loads((run_dir / _ORIGIN).read_text(encoding="utf-8"))["run_id"])
     for name in names:
         store = CheckpointStore(config.checkpoint.uri, run_dir, name, keep=config.checkpoint.keep)
         try:
-            return store.read()
+            return (store if name == run_dir.name else None), store.read()
         except CheckpointReadError:
             if name == names[-1]:
                 raise

@@ -113,7 +113,7 @@ def sends_what_it_says(case: Case) -> None:
                 assert math.isclose(sum(sent), rounds * ran.expected_bytes, rel_tol=case.bytes_within)
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """A run was ended from outside, and has saved nothing on the way."""
 
 
@@ -126,7 +126,7 @@ class Stopper(Observer):
     def on_round(self, record: RoundRecord) -> None:
         """Raise, if it is that round."""
         if record.round == self._last:
-            raise Stopped
+            raise StoppedError
 
 
 def resumes(case: Case) -> None:
@@ -136,7 +136,7 @@ def resumes(case: Case) -> None:
     config |= {"rounds": 7, "network": network, "checkpoint": {"every_rounds": 3}}
     with TemporaryDirectory() as folder:
         whole = api.simulate(config, run_dir=Path(folder, "whole"))
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(StoppedError):
             api.simulate(config, run_dir=Path(folder, "stopped"), observers=[Stopper(4)])
         resumed = api.resume(Path(folder, "stopped"))
         files = [Path(folder, name, "metrics.jsonl").read_text(encoding="utf-8") for name in ("whole", "stopped")]
