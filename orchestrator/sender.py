@@ -28,6 +28,8 @@ _LOG = logging.getLogger("starling")
 _IDLE_S = 0.5
 """Between two looks for what others append."""
 _RETRY_S, _LONGEST_RETRY_S = 0.5, 10.0
+AWAY_S = 5.0
+"""How long the end waits for a tracker that does not answer."""
 _BATCH_WAIT_S = 0.5
 """How long metrics wait for company."""
 
@@ -85,8 +87,12 @@ class Sender:
         """Send what is left; say whether all was, within that time."""
         self._closing.set()
         self._wake.set()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self._left()
+        began = time.monotonic()
+        while self._thread.is_alive() and (left_s := began + timeout_s - time.monotonic()) > 0:
+            self._thread.join(min(left_s, 0.2))
+            if self._away and time.monotonic() - began > AWAY_S:
+                break  # it may be away for days, and what is left can be sent then
+        return not self._left()
 
     def _left(self) -> list[Path]:
         return [folder for folder in self._folders() if not self._outbox(folder).is_empty]

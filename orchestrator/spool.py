@@ -45,6 +45,7 @@ class Spool:
             OSError: the disk is full, say.
         """
         line = json.dumps(finite({"op": operation, **facts}), ensure_ascii=False) + "\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line)
         self._on_append()

@@ -134,7 +134,6 @@ def sweep(
         KeyboardInterrupt: it was interrupted; ``resume_sweep`` goes on with it.
     """
     resolved = resolve(config, overrides)
-    board = Board(options.objectives)
     _refuse(resolved, options)
     folder = _made(resolved, options, sweep_dir)
     board = Board(options.objectives, folder)
@@ -173,8 +172,11 @@ def _refuse(config: Config, options: Options) -> None:
         StarlingError: one line for each thing that is wrong.
     """
     import tune_spaces
+    from orchestrator.tuning import scheduler_of
 
-    check(tune_spaces.find(options.space), options.space, config, seeds=options.seeds)
+    space = tune_spaces.find(options.space)
+    check(space, options.space, config, seeds=options.seeds)
+    scheduler_of(options.scheduler, config, Board(options.objectives), space)
     if not options.simulate:
         refuse_simulated_network(config)
     if isinstance(config.tracking, MLflowTracking):
@@ -263,6 +265,9 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
     )
     seeds = [config.seed + number for number in range(options.seeds)]
     num_trials = options.samples * len(seeds)
+    there = board.of_stage("search")
+    if len(there) == num_trials and all(trial.end is not None for trial in there):
+        return
     with _Ray(config, options, simulated=options.simulate) as place:
         stepwise = options.scheduler != "none"
         searcher = Samples(
@@ -292,6 +297,8 @@ def _confirm(folder: Path, config: Config, options: Options, board: Board, watch
                     Trial(len(board.trials), trial.sample, trial.seed, trial.values, stage="confirm", of=trial.number)
                 )
     trials = board.of_stage("confirm")
+    if all(trial.end is not None for trial in trials):
+        return
     with _Ray(config, options, simulated=False) as place:
         searcher = Given(trials, lambda trial: place.spec(folder, trial, stepwise=False))
         tune_all(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from orchestrator.sweep_result import SweepResult
 
 _MAX_LINES = 200
+_WIDEST = 1000
 _MAX_ROWS = 20
 """Of the table at the end; results.csv has all."""
 
@@ -145,7 +146,10 @@ def print_result(console: Console, result: SweepResult) -> None:
         table.add_row(*cells, style="bold" if place == 0 else None)
     if result.rows:
         # As wide as it is: a terminal folds it, a file keeps it.
-        console.print(table, width=1000, crop=False, no_wrap=True, highlight=False)
+        width = console.width
+        console.width = _WIDEST
+        console.print(table, highlight=False)
+        console.width = width
     more = len(result.rows) - _MAX_ROWS
     if more > 0:
         print_line(console, f"[dim]and {more} more in results.csv[/]")

@@ -40,6 +40,8 @@ _LOG = logging.getLogger("starling")
 CLOSE_TIMEOUT_S = 30.0
 """How long the end of a run waits for what is not written yet; large models are given more."""
 _CLOSE_BYTES_PER_S = 20e6
+_IDLE_CLOSE_S = 1.0
+"""Where there is nothing to send."""
 _PROBE_TIMEOUT_S = 3.0
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -157,7 +159,7 @@ class MLflowTracker(Observer):
         if self._sender is None:
             return
         limit = CLOSE_TIMEOUT_S + self._model_nbytes / _CLOSE_BYTES_PER_S
-        close(self._sender, limit if self._started else 0, self._run_dir)
+        close(self._sender, limit if self._started else _IDLE_CLOSE_S, self._run_dir)
 
     def _put(self, operation: str, **facts: Any) -> None:  # noqa: ANN401 - plain data of any kind
         if self._broken or (self._sender is not None and self._sender.failed):
@@ -171,7 +173,7 @@ class MLflowTracker(Observer):
 
 def close(sender: Sender, limit_s: float, folder: Path) -> None:
     """Let a sender come to its end; say what it could not do in that time."""
-    if not sender.close(limit_s) and not sender.failed and limit_s:
+    if not sender.close(limit_s) and not sender.failed:
         sender.failed = True
         _LOG.warning(
             "tracking: %s did not take everything within %.0f s; what is missing there waits: starling track %s",

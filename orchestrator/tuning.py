@@ -34,6 +34,8 @@ Scheduler: TypeAlias = Literal["asha", "pbt", "hyperband", "none"]
 REDUCTION = 3
 """Of the trials that come to a rung, one in three goes on: Li et al., arXiv:1603.06560, section 3.6, has 3 or 4."""
 _BRACKETS = 3
+_MAX_LOSSES = 2
+"""Of a trial's controller."""
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # csv, json and TensorBoard files: the board has all of it
@@ -270,6 +272,8 @@ def tune_all(
             num_samples=num_trials,
             stop=interrupt,
             reuse_actors=True,
+            # A run that fails says so; what raises is the death of its controller's process. It goes on elsewhere.
+            max_failures=_MAX_LOSSES,
             callbacks=[_Callback(board, searcher, watcher, interrupt)],
             trial_dirname_creator=lambda trial: trial.trial_id,
             raise_on_failed_trial=False,

@@ -129,7 +129,7 @@ def test_a_tracker_that_comes_back_has_missed_nothing(tmp_path: Path, flaky: Fla
 
 
 def test_what_could_not_be_sent_is_sent_another_time(tmp_path: Path, flaky: Flaky, monkeypatch, caplog):
-    monkeypatch.setattr("orchestrator.tracking.CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("orchestrator.sender.AWAY_S", 0.2)
     folder = tmp_path / "run"
     folder.mkdir()
     config = configuration(tracking={"name": "mlflow", "uri": "http://localhost:1"})

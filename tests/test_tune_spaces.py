@@ -58,7 +58,10 @@ def test_a_sample_depends_on_its_number_alone():
 @pytest.mark.parametrize(
     ("space", "line"),
     [
-        ({"optimizer.lrr": tune.uniform(0, 1)}, "--space mine: optimizer.lrr is not a field of optimizer"),
+        (
+            {"optimizer.lrr": tune.uniform(0, 1)},
+            "--space mine: optimizer: lrr is not an option of sgd (did you mean lr?)",
+        ),
         ({"algorithm.mu": tune.uniform(0, 1)}, "--space mine: algorithm.mu is not a field of fedavg"),
         ({"optimizer.lr": tune.uniform(-1, 1)}, "--space mine: optimizer.lr should be greater than 0"),
         ({"algorithm.epochs": tune.choice([1, "x"])}, "--space mine: algorithm.epochs should be a valid integer"),
@@ -87,7 +90,7 @@ def test_a_space_of_ones_own(tmp_path: Path, monkeypatch):
         ("my_own_spaces:none", "optimizer.lr must be a domain of ray.tune"),
         ("no_such_module_here:mine", "cannot import 'no_such_module_here'"),
         (f"{tmp_path}/nowhere.py:mine", "there is no file"),
-        ("dilocoo", "no space is called 'dilocoo' (did you mean diloco?)"),
+        ("dilocoo", "no space is called 'dilocoo' (did you mean diloco or eager_diloco?)"),
     ]:
         with pytest.raises(SettingsError) as refused:
             tune_spaces.find(name)

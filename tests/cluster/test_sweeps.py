@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -259,7 +258,7 @@ def test_a_tracker_that_goes_away_and_comes_back_has_all(tmp_path: Path, server:
             if self.ended == 2:
                 server.kill()
             if self.ended == 4:
-                threading.Thread(target=server.start).start()
+                server.start()
 
     options = Options(space=f"{tmp_path}/spaces.py:lr", samples=6, simulate=True, max_concurrent=1)
     result = sweep(config, options, sweep_dir=tmp_path / "sweep", watcher=lambda *_: Killer())
