@@ -20,7 +20,7 @@ from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.sweep import Options, resume_sweep, sweep
 from tests.cluster.conftest import Processes
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SPACE = """
 from ray import tune
@@ -36,14 +36,17 @@ algorithm: diloco
 task: digits
 optimizer: {name: sgd, lr: 0.1}
 evaluation: {every_rounds: 2}
-cluster: {address: ADDRESS, nodes: {target: 2}, num_cpus: 0.5}
+cluster: {address: ADDRESS, nodes: {target: 2}, num_cpus: 0.5, nodes_per_actor: NODES}
 tracking: TRACKING
 """
 
 
-def write(folder: Path, *, address: str = "local", tracking: str = "none", rounds: int = 6) -> Path:
+def write(
+    folder: Path, *, address: str = "local", tracking: str = "none", rounds: int = 6, nodes_per_actor: int = 2
+) -> Path:
     (folder / "spaces.py").write_text(SPACE)
     text = CONFIG.replace("ADDRESS", address).replace("TRACKING", tracking).replace("rounds: 6", f"rounds: {rounds}")
+    text = text.replace("NODES", str(nodes_per_actor))
     (folder / "config.yaml").write_text(text.replace("diloco", "{name: diloco, inner_steps: 5}"))
     return folder / "config.yaml"
 
@@ -68,9 +71,9 @@ def wait_until_nothing_is_left(limit_s: float = 30) -> list[str]:
 def test_on_a_shared_ray(tmp_path: Path, shared_ray: str):
     """Trials are the runs that they would be alone, some are stopped, one fails; nothing is left."""
     del shared_ray
-    config = resolve(write(tmp_path, address="auto"))
+    config = resolve(write(tmp_path, address="auto", nodes_per_actor=1))
     options = Options(
-        space=f"{tmp_path}/spaces.py:lr", samples=5, scheduler="asha", max_concurrent=2, metrics=("loss", "bytes")
+        space=f"{tmp_path}/spaces.py:lr", samples=4, scheduler="asha", max_concurrent=2, metrics=("loss", "bytes")
     )
     result = sweep(config, options, sweep_dir=tmp_path / "sweep")
     assert wait_until_nothing_is_left() == []
@@ -155,12 +158,12 @@ def test_one_that_is_ended_leaves_nothing_and_goes_on(tmp_path: Path, processes:
     )
     program = start(processes, tmp_path, "--samples", "2", "--max-concurrent", "1")
     trial = tmp_path / "sweep" / "trials" / "trial-0000"
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while len(list(trial.glob("checkpoints/*/manifest.json"))) < 3 and time.monotonic() < deadline:
         assert program.poll() is None, program.communicate()[1]
         time.sleep(0.05)
     program.send_signal(number)
-    out, err = program.communicate(timeout=60)
+    out, err = program.communicate(timeout=120)
     assert processes.wait_until_gone(limit_s=100) == []
     if number == signal.SIGINT:
         assert program.returncode == 130, err
@@ -170,7 +173,7 @@ def test_one_that_is_ended_leaves_nothing_and_goes_on(tmp_path: Path, processes:
     done = len((trial / "metrics.jsonl").read_text().splitlines())
     assert 2 < done < 40
     again = processes.start("sweep", "--resume", "sweep", "--json", cwd=tmp_path)
-    out, err = again.communicate(timeout=150)
+    out, err = again.communicate(timeout=400)
     assert again.returncode == 0, err
     answer = json.loads(out.splitlines()[-1])
     assert [one["status"] for one in answer["trials"]] == ["finished", "finished"]
@@ -210,7 +213,7 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1).close()
@@ -290,7 +293,7 @@ def test_a_simulated_sweep_is_confirmed_on_the_cluster(tmp_path: Path, processes
     program = start(
         processes, tmp_path, "--samples", "4", "--seeds", "2", "--search", "optuna", "--simulate", "--confirm", "1"
     )
-    out, err = program.communicate(timeout=200)
+    out, err = program.communicate(timeout=400)
     assert program.returncode == 0, err
     answer = json.loads(out.splitlines()[-1])
     assert [one["stage"] for one in answer["trials"]] == ["search"] * 8 + ["confirm"] * 2
