@@ -169,6 +169,7 @@ class NodeActor:
             layout=replicas[0].layout if replicas else Layout((), torch.float32),
             baselines=baselines,
             warnings=warnings,
+            part_sizes=self._data.part_sizes,
             pid=os.getpid(),
             machine=ray.get_runtime_context().get_node_id(),
             import_s=time.monotonic() - self._began,
@@ -189,7 +190,13 @@ class NodeActor:
         self._epoch = round_.epoch
         self._forget()
         self._host.begin(
-            round_.number, round_.view, round_.committed, nodes, repair=round_.repair, joiners=round_.joiners
+            round_.number,
+            round_.view,
+            round_.committed,
+            nodes,
+            repair=round_.repair,
+            joiners=round_.joiners,
+            places=round_.places,
         )
         return self._with_parts(self._reply(self._host.drive([(node, None) for node in nodes])), expected)
 

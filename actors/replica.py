@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actors.data import Indices, Position, Sampler
+    from actors.data import Indices, Place, Position, Sampler
     from actors.tasks import Samples
     from actors.workbench import ModelTensors
     from algorithms.api import Evaluate, NodeId, State
@@ -69,6 +69,8 @@ class Replica(Learner):
         self.local = StagedState("local")
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
+        self.num_void = 0
+        """Samples drawn since the last commit, in rounds that were given up."""
         self._committed_place = self._place()
         self._committed_optimizer: State = None
         if spec.optimizer.rollback:
@@ -148,6 +150,7 @@ class Replica(Learner):
         self.round, self.view, self.skipping = number, view, False
         self.participates = self.id in cohort
         self._draws = {}
+        self.num_void = self.num_drawn
 
     def stage(self) -> None:
         """End the round's program: what it assigned waits for the commit.
@@ -180,6 +183,7 @@ class Replica(Learner):
             self._committed_optimizer = self.optimizer.state()
         self.committed_round = self.round
         self.staged_round = None
+        self.num_drawn = 0
 
     def rollback(self) -> None:
         """Go back to the last commit; the optimizer's own state only with ``optimizer.rollback``."""
@@ -208,6 +212,11 @@ class Replica(Learner):
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
 
+    def replan(self, place: Place) -> None:
+        """Draw as ``place`` says, from the last commit on."""
+        self.plan(place)
+        self._committed_place = self._place()
+
     def catch_up(self, number: int, step: int, position: Position | None = None) -> None:
         """Commit what was loaded as that of round ``number``.
 
@@ -216,8 +225,9 @@ class Replica(Learner):
         self._step = max(self._step, step)
         if position is not None:
             self.position = position
+        drawn = self.num_drawn  # in a round that it has missed
         self.commit()
-        self.committed_round = number
+        self.committed_round, self.num_drawn = number, drawn
 
 
 class _Committed:

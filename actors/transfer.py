@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.buffers import as_buffer, as_tensor
-from actors.data import Position
+from actors.data import Place, Position
 from actors.learner import NOT_STARTED
 from algorithms.errors import ProgramError
 
@@ -63,6 +63,8 @@ def export_state(replica: Replica, *, everything: bool = False, shared: bool = T
         "local": _pack(replica.local.committed(), leaves) if everything else None,
         "optimizer": _pack(replica.optimizer.state(), leaves) if with_optimizer else None,
         "position": list(replica.committed_position) if everything else None,
+        "extras": [list(one) for one in replica.extras] if everything else [],
+        "num_void": replica.num_drawn if everything and replica.staged_round is None else 0,
     }
     meta["tensors"] = [{"dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)} for leaf in leaves]
     return StateExport(meta, [as_buffer(leaf.detach().cpu().contiguous()) for leaf in leaves])
@@ -141,8 +143,11 @@ def load_state(replica: Replica, export: StateExport, position: Position | None 
         replica.optimizer.load(_unpack(meta["optimizer"], leaves, replica.device))
     if meta["position"] is not None:
         position = Position(*meta["position"])
+        if meta["extras"]:
+            replica.plan(Place.of(meta["extras"], position))
     replica.incarnation = meta.get("incarnation", replica.incarnation)
     replica.catch_up(meta["round"], meta["step"], position)
+    replica.num_drawn += meta["num_void"]
 
 
 def _pack(state: State, leaves: list[Tensor]) -> dict[str, Any]:

@@ -115,7 +115,14 @@ class Asynchronous:
         # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
         repair = changed and seen is not None and number > 0
         self._runtime.begin(
-            0, number, view, number - 1, (node,), repair=repair, joiners=(node,) if joins and node != SERVER else ()
+            0,
+            number,
+            view,
+            number - 1,
+            (node,),
+            repair=repair,
+            joiners=(node,) if joins and node != SERVER else (),
+            places=self._progress.samples.begin(number, (node,), self._present),
         )
         self._strike("train", node)
 
@@ -409,7 +416,6 @@ class Asynchronous:
             "contributed": sorted(self._contributed),
             "mark": [value - then for value, then in zip(now, self._mark, strict=True)],
             "faults": self._faults.to_json(),
-            "positions": self._members.to_json(),
         }
         server = [SERVER] if SERVER in self._entered else []
         self._progress.save(state, [*self._members.to_save(), *server], None, self._mail)
@@ -417,7 +423,7 @@ class Asynchronous:
     def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
         """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
         self._is_revived = True
-        self._members.bring_back(state["positions"], rounds)
+        self._members.bring_back(rounds)
         self._entered = {node for node in self._progress.facts if node in rounds and node not in self._members.new}
         self._present = self._entered - {SERVER}
         self._view_number = state["view"] + (self._present != set(state["present"]))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CheckpointError, StarlingError
+from orchestrator.storage import LONGEST_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ class CheckpointWriter:
             self._waiting.append(_Job(number, controller, _Kept(nodes)))
             if self._thread is None:
                 # After pyarrow has registered the end of its S3 client, and so called before it.
-                atexit.register(self.close, _AT_EXIT_S)
+                atexit.register(self._end)
                 self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -100,15 +101,27 @@ class CheckpointWriter:
             return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Begin nothing more and repeat nothing; wait for what is being written; say whether the thread has ended."""
+        """Begin nothing more and repeat nothing; give up what is being written after ``timeout_s``.
+
+        Returns:
+            Whether the thread has ended. If not, the process's end waits for it, ``storage.LONGEST_S`` at most.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread is None:
             return True
         self._thread.join(timeout_s)
-        atexit.unregister(self.close)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            self._store.stop()
+            return False
+        atexit.unregister(self._end)
+        return True
+
+    def _end(self) -> None:
+        # A thread that is within pyarrow's S3 client when the interpreter goes takes the process with it (SIGABRT).
+        if not self.close(_AT_EXIT_S) and self._thread is not None:
+            self._thread.join(LONGEST_S)
 
     def take(self) -> list[Mapping[str, Any]]:
         """What has become of checkpoints since the last call.
@@ -177,6 +190,8 @@ class CheckpointWriter:
 
     def _pause(self, number: int, error: str | None, retries: int) -> bool:
         """Wait before the next attempt; say whether there is to be one."""
+        if self._is_closing:
+            return False
         pause_s = self._pauses_s[retries]
         self._tell("checkpoint_retry", {"round": number, "error": error, "pause_s": pause_s})
         with self._changed:

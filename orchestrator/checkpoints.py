@@ -128,6 +128,10 @@ class CheckpointStore:
         """The checkpoints lie, for people; without a password."""
         return self._storage.shown
 
+    def stop(self) -> None:
+        """Refuse all from now on: what another thread is writing fails within ``storage.LONGEST_S``."""
+        self._storage.stop()
+
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, number: int, controller: Mapping[str, Any], nodes: Iterable[tuple[NodeId, StateExport]]) -> int:

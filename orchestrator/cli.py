@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -290,6 +290,36 @@ def replay(
     _answer(act, as_json=as_json)
 
 
+@app.command(epilog=_EXIT_CODES)
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, finished or not.")],
+    number: Annotated[
+        int | None,
+        typer.Option("--round", metavar="ROUND", min=0, help="Of a checkpoint; by default the final model."),
+    ] = None,
+    form: Annotated[
+        Literal["safetensors", "torch", "hf"],
+        typer.Option("--format", help="torch: a state_dict; hf: a folder for Hugging Face's libraries."),
+    ] = "safetensors",
+    to: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The file, or the folder; by default in RUN_DIR/exported.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model, or that of one of its checkpoints, into a file for others."""
+
+    def act(console: Console) -> dict[str, Any]:
+        _add_to_path(Path.cwd())
+        from orchestrator.export import export as write
+        from orchestrator.pages import print_exported
+
+        exported = write(run_dir, number, form, to)
+        print_exported(console, exported)
+        return {"status": "ok"} | exported.to_json()
+
+    _answer(act, as_json=as_json)
+
+
 def _train(
     command: str,
     path: Path,
@@ -353,11 +383,13 @@ _NO_RUN: dict[str, Any] = {
     "metrics": {},
     "bytes": {"payload": 0, "recovery": 0, "per_round": 0, "transport": None},
     "nodes": {"started": 0, "joined": 0, "lost": 0, "drained": 0},
+    "samples": {"drawn": 0, "committed": 0, "redrawn": 0, "lost": 0},
     "replicas": None,
     "digest": None,
     "seconds": 0.0,
     "virtual_seconds": None,
     "baselines": {},
+    "checkpoints": None,
 }
 """What ``--json`` says of a run that could not begin."""
 

@@ -62,13 +62,16 @@ class Controller:
         """
         progress = self._progress
         config, runtime = progress.config, progress.runtime
+        if self._revival is not None:
+            runtime.num_parts = self._revival.num_parts
         facts = runtime.start()
         progress.facts = {one.node: one for one in facts}
+        progress.samples.start(runtime.num_parts, runtime.part_sizes)
         progress.num_started = len(facts)
         progress.zero = runtime.now
         loop = self._loop()
         if self._revival is None:
-            progress.record("start", nodes=sorted(progress.facts))
+            progress.record("start", nodes=sorted(progress.facts), parts=runtime.num_parts)
         else:
             self._revival.revive(progress, loop)
         started = Started(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.data.plans import NOTHING_NEW
 from actors.messages import Expected, Inline, Reply, Round, SecureJob, Stored
 from actors.tickets import (
     Contributed,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
+    from actors.data import Place
     from actors.tickets import Ticket
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
@@ -88,12 +90,13 @@ class DataPlane(Processes):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         self._epoch, self._members = epoch, view.members
         self._starts.update(nodes)
         self._posted.clear()
         self._contributions, self._reduced, self._fetching = {}, {}, {}
-        round_ = Round(epoch, number, view, committed, repair, tuple(joiners))
+        round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places))
         for actor, mine in self._by_actor(nodes):
             self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
 

@@ -239,6 +239,7 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         rows.append(("recovery", f"{bytes_text(recovery)} for nodes that had missed something"))
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
+    rows.append(("samples", _samples(summary)))
     if summary.replicas is not None:
         rows.append(("replicas", f"{summary.replicas} at every commit"))
     virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"
@@ -269,6 +270,13 @@ def _checkpoints(counts: Mapping[str, int]) -> str:
     failed = f", {counts['failed']} could not be" if counts["failed"] else ""
     last = f", the last after round {counts['last_round'] + 1}" if counts["last_round"] >= 0 else ""
     return f"{counts['written']} written{failed}{last}"
+
+
+def _samples(summary: Summary) -> str:
+    counts = summary.samples
+    if counts["drawn"] == counts["committed"] and not counts["lost"]:
+        return f"{counts['drawn']:,} drawn and committed"
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what in ("drawn", "committed"))
 
 
 def _two_columns() -> Table:

@@ -6,9 +6,8 @@ programs stand still.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from actors.data import Position
 from algorithms.api import SERVER
 from orchestrator.errors import RunError
 from orchestrator.membership import Launch, Pool, StandBy
@@ -17,7 +16,7 @@ from orchestrator.runtime import Died, Kept, Loaded, Notice, NotLoaded, NotUp, R
 from orchestrator.transfers import Transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from actors.tickets import Returned
     from algorithms.api import NodeId
@@ -63,8 +62,6 @@ class Members:
         """There already, for nodes that are leaving."""
         self._kept: dict[NodeId, int] = {}
         """The round of what was kept of nodes that have left."""
-        self._positions: dict[NodeId, Position] = {}
-        """Where in its data each node was when it last committed a round."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -155,6 +152,7 @@ class Members:
         self._succeed(node)
 
     def _gone(self, node: NodeId) -> None:
+        self._progress.samples.gone(node)
         self.leaving.pop(node, None)
         self._retiring.discard(node)
         self._withdrawn.discard(node)
@@ -211,7 +209,7 @@ class Members:
         """The nodes of ``reports`` have committed round ``number``."""
         self._pool.committed(reports)
         self.recoveries.committed(number, reports)
-        self._positions |= {node: report.position for node, report in reports.items() if report.position is not None}
+        self._progress.samples.committed(number, reports)
         self.new.difference_update(reports)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:
@@ -263,7 +261,7 @@ class Members:
             RunError: nobody has it.
         """
         is_new = node in self.new
-        position = self._positions.get(node) if is_new else None
+        position = self._progress.samples.position(node) if is_new else None
         self.transfers.begin(number, node, position, self._kept.get(node) if is_new else None)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -273,22 +271,16 @@ class Members:
         there = [node for node in self._progress.nodes if node not in self.new]
         return sorted({*there, *self._kept} - {SERVER})
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``bring_back``."""
-        return {str(node): list(position) for node, position in self._positions.items()}
-
-    def bring_back(self, positions: Mapping[str, Sequence[int]], rounds: Mapping[NodeId, int]) -> None:
+    def bring_back(self, rounds: Mapping[NodeId, int]) -> None:
         """Give those that are there what a checkpoint has of them; they go on as if they had never been away.
 
         Args:
-            positions: what ``to_json`` gave.
             rounds: the committed rounds of those whose state is in the checkpoint.
 
         Raises:
             RunError: they do not take it in time.
         """
         progress, cluster = self._progress, self._progress.config.cluster
-        self._positions = {int(node): Position(*place) for node, place in positions.items()}
         self._kept = dict(rounds)
         is_async = not progress.config.algorithm.synchronous
         # Who had been away at the last commit is given its own, and a donor's on top, before the next round.

@@ -14,6 +14,7 @@ from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
 from orchestrator.runtime import Log, Raised, Seen, Used
+from orchestrator.samples import Samples
 from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Progress:
         self.runtime = runtime
         self.observer = observer
         self.ledger = Ledger()
+        self.samples = Samples(config.data.sampler, self.record)
         self.facts: dict[NodeId, NodeFacts] = {}
         self.committed = -1
         """The last committed round."""
@@ -177,8 +179,13 @@ class Progress:
                 evaluate_seconds=evaluate_seconds,
                 metrics=metrics,
                 node_metrics=node_metrics,
+                samples=self._samples(),
             )
         )
+
+    def _samples(self) -> dict[str, int]:
+        away = [facts for node, facts in self.facts.items() if node in self.down and node != SERVER]
+        return self.samples.counts(self.nodes, away)
 
     def _of_each(self, nodes: Sequence[NodeId]) -> dict[NodeId, dict[str, float]]:
         """The metrics of each node's own model; who dies meanwhile is left out."""
@@ -263,6 +270,7 @@ class Progress:
             "drained": self.num_drained,
             "healed": self.num_healed,
             "metrics": self._metrics,
+            "samples": self.samples.to_json(),
         }
 
     def revive(self, state: Mapping[str, Any]) -> None:
@@ -272,6 +280,7 @@ class Progress:
         self.num_started, self.num_lost = state["started"], state["lost"]
         self.num_joined, self.num_drained, self.num_healed = state["joined"], state["drained"], state["healed"]
         self._metrics = state["metrics"]
+        self.samples.revive(state["samples"])
         self._began = time.monotonic() - state["seconds"]
 
     def set_forward(self, state: Mapping[str, Any]) -> None:
@@ -307,6 +316,7 @@ class Progress:
                 "lost": self.num_lost,
                 "drained": self.num_drained,
             },
+            samples=self._samples(),
             replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,

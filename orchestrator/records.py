@@ -51,6 +51,8 @@ class RoundRecord:
     """Of the model after the round, if it was evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
     """Of each node's own model, where they differ and ``evaluation.per_node`` asks for it."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """As in ``Summary``, up to this round."""
 
     @property
     def spread(self) -> dict[str, tuple[float, float]]:
@@ -78,6 +80,10 @@ class Summary:
     """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
     nodes: dict[str, int]
     """``started``, ``joined`` (later), ``lost``, and ``drained``: left as they were told to."""
+    samples: dict[str, int]
+    """``drawn``, as far as nodes lived to tell, of these ``committed``, and ``redrawn``: drawn in rounds that were not
+    committed, and therefore again later. ``lost``: of epochs that all others have completed, what nobody else may draw
+    and whose node is away."""
     replicas: str | None
     """``identical`` or ``healed``: what comparing their shared state showed; ``None`` if it is not replicated."""
     digest: str | None

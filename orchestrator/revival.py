@@ -35,7 +35,9 @@ class Revival:
     before: Config
     """As it was when the checkpoint was written."""
     same_data: bool = field(init=False)
-    """Each node owns the samples that it owned."""
+    """The data are divided into the parts into which they were divided."""
+    num_parts: int | None = field(init=False)
+    """How many these are; ``None``: as many as there are nodes now."""
 
     def __post_init__(self) -> None:
         was, now = self.before.dump(), self.config.dump()
@@ -44,9 +46,11 @@ class Revival:
             if then != given:
                 message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"
                 raise ConfigError(f"{message}; begin another run for that")
-        self.same_data = all(_at(was, key) == _at(now, key) for key in _DIVISION) and (
-            self.before.num_nodes == self.config.num_nodes
-        )
+        samples = self.checkpoint.controller["progress"]["samples"]
+        # Parts that others may draw are kept, however many nodes there are now: no sample is drawn twice, or left out.
+        as_many = self.before.num_nodes == self.config.num_nodes or samples["ledger"] is not None
+        self.same_data = as_many and all(_at(was, key) == _at(now, key) for key in _DIVISION)
+        self.num_parts = samples["parts"] if self.same_data else None
         faults = self.config.faults.model_copy(update={"events": self._pending()})
         self.config = self.config.model_copy(update={"faults": faults})
 
@@ -70,11 +74,11 @@ class Revival:
         if there != here:
             where = f"{self.checkpoint.where}: the model has {there} trained values there"
             raise ConfigError(f"{where}, and {here} as it is configured now")
+        if not self.same_data:
+            saved["progress"]["samples"]["parts"] = None
         progress.revive(saved["progress"])
         runtime.adopt(states)
         rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
-        if not self.same_data:
-            saved["loop"]["positions"] = {}
         envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
         if envelopes:
             runtime.put_back(envelopes, self.checkpoint.nodes[MAIL])
@@ -87,7 +91,7 @@ class Revival:
         """What a node of the run as it is configured now takes for its own."""
         meta = export.meta | {"run": self.config.replica_spec().fingerprint}
         if not self.same_data:
-            meta["position"] = None  # in an order of samples that are not its own any more
+            meta |= {"position": None, "extras": []}  # in an order of samples that are not its own any more
         return replace(export, meta=meta)
 
     def _record(self, progress: Progress) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from actors.data.plans import NOTHING_NEW
 from orchestrator.events import Event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from actors.data import Position
+    from actors.data import Place, Position
     from actors.host import Returned
     from actors.transcript import Transcript
     from actors.transfer import StateExport
@@ -268,6 +269,10 @@ class Runtime(Protocol):
     """Whether a payload that was handed over is kept until it is told to ``discard`` it; else only the server's is."""
     baselines: dict[str, float]
     """What the task's validation loss compares with; known once ``start`` has returned."""
+    num_parts: int | None
+    """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
+    part_sizes: tuple[int, ...] | None
+    """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
 
     @property
     def now(self) -> float:
@@ -338,11 +343,12 @@ class Runtime(Protocol):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         """Begin a round on ``nodes``; ``committed`` is the last committed round.
 
         With ``repair`` programs begin with ``on_view_change``; those of ``joiners``, which were given another node's
-        state, with ``join`` before it.
+        state, with ``join`` before it. ``places`` says of whom there is news what it is to draw.
         """
         ...
 

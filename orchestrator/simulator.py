@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 
 from actors.consensus import mean_model
+from actors.data.plans import NOTHING_NEW
 from actors.host import Host, failure
 from actors.letters import packed, unpacked
 from actors.replica import virtual
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
+    from actors.data import Place
     from actors.tickets import Compute
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
@@ -89,11 +91,13 @@ class Simulator(SimulatedProcesses):
 
     virtual = True
     transport_nbytes = None
+    part_sizes: tuple[int, ...] | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.initial: tuple[NodeId, ...] = ()
         """The nodes to begin with, if a log says so."""
+        self.num_parts: int | None = None
         self._step_ms = config.network.step_ms
         self._speeds = config.network.speeds
         self._exchanges: dict[int, _Exchange] = {}
@@ -110,8 +114,9 @@ class Simulator(SimulatedProcesses):
         server = [SERVER] if self._config.algorithm.has_server else []
         nodes = [*(self.initial or self._config.initial_nodes), *server]
         with user_code(0, 0):
-            data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
-            self._data, self._validation = data, data.validation
+            self.num_parts = self.num_parts or num_nodes
+            data = load_data(self._spec.task, self._config.data, self.num_parts, self._spec.seed)
+            self._data, self._validation, self.part_sizes = data, data.validation, data.part_sizes
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
@@ -135,12 +140,13 @@ class Simulator(SimulatedProcesses):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         del epoch
         self._exchanges = {}
         nodes = [node for node in nodes if node in self._present and node not in self._hung]
         if nodes:
-            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners)
+            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners, places=places)
         for node in nodes:
             self._attempts[node] += 1
             self._resume_at(self._now, node)

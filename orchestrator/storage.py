@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 Piece: TypeAlias = bytes | memoryview
 
-CONNECT_TIMEOUT_S = 5.0
-REQUEST_TIMEOUT_S = 20.0
+CONNECT_TIMEOUT_S = 3.0
+REQUEST_TIMEOUT_S = 5.0
 """Without a byte from an object store; its client makes a request three times at most."""
+LONGEST_S = 30.0
+"""After ``Storage.stop`` whoever waits for the storage waits no longer than this."""
 
 _FLAT = ("s3", "gcs", "abfs")
 """Stores of objects, in which folders need not be made."""
@@ -54,7 +56,7 @@ class Storage(Protocol):
         ...
 
     def put_whole(self, path: str, data: bytes) -> None:
-        """The same, of a file that is there whole or, or as it was, at each moment."""
+        """The same, of a file that is there whole, or as it was before, at each moment."""
         ...
 
     def get(self, path: str, most: int) -> Bytes:
@@ -67,6 +69,10 @@ class Storage(Protocol):
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder and what is in it."""
+        ...
+
+    def stop(self) -> None:
+        """Refuse all from now on: what is under way in another thread fails as soon as it can."""
         ...
 
 
@@ -93,7 +99,26 @@ def open_storage(uri: str | None, default: Path, *below: str) -> Storage:
     return RemoteStorage(_bounded(filesystem), f"{root.rstrip('/')}/{place}", f"{address.rstrip('/')}/{place}")
 
 
-class LocalStorage:
+class _Stoppable:
+    _stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def _go_on(self) -> None:
+        if self._stopped:
+            raise OSError("given up, as the run has ended")
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        self._go_on()
+        try:
+            yield
+        except pa.ArrowException as error:
+            raise OSError(one_line(error)) from None
+
+
+class LocalStorage(_Stoppable):
     """A folder of this machine. Contents are on the disk (fsync) before a name refers to them for good."""
 
     def __init__(self, root: Path) -> None:
@@ -102,8 +127,10 @@ class LocalStorage:
 
     def folders(self) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        with contextlib.suppress(FileNotFoundError):
-            for folder in self._root.iterdir():
+        if not self._root.exists():
+            return found
+        for folder in self._root.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
                 if folder.is_dir():
                     found[folder.name] = {path.name for path in folder.iterdir()}
         return found
@@ -112,7 +139,8 @@ class LocalStorage:
         place = self._root / path
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("wb") as file:
-            for piece in pieces:
+            for piece in _chunks(pieces):
+                self._go_on()
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
@@ -141,7 +169,7 @@ class LocalStorage:
             place.rmdir()
 
 
-class RemoteStorage:
+class RemoteStorage(_Stoppable):
     """A file system of pyarrow. On stores of objects a file appears when it was written to its end, whole."""
 
     def __init__(self, filesystem: FileSystem, root: str, shown: str, *, is_flat: bool | None = None) -> None:
@@ -151,7 +179,7 @@ class RemoteStorage:
         self.shown = shown
 
     def folders(self) -> dict[str, set[str]]:
-        with _as_os_error():
+        with self._operation():
             infos = self._filesystem.get_file_info(FileSelector(self._root, allow_not_found=True, recursive=True))
         found: dict[str, set[str]] = {}
         for info in infos:
@@ -163,12 +191,13 @@ class RemoteStorage:
 
     def put(self, path: str, pieces: Iterable[Piece]) -> None:
         place = f"{self._root}/{path}"
-        with _as_os_error():
+        with self._operation():
             if not self._is_flat:
                 self._filesystem.create_dir(place.rpartition("/")[0], recursive=True)
             with self._filesystem.open_output_stream(place, compression=None) as stream:
                 pending = 0
                 for piece in _chunks(pieces):
+                    self._go_on()
                     stream.write(piece)
                     pending += len(piece)
                     if pending >= _WINDOW:
@@ -181,19 +210,19 @@ class RemoteStorage:
             return
         partial = f"{path}.partial"
         self.put(partial, [data])
-        with _as_os_error():
+        with self._operation():
             self._filesystem.move(f"{self._root}/{partial}", f"{self._root}/{path}")
 
     def get(self, path: str, most: int) -> Bytes:
-        with _as_os_error(), self._filesystem.open_input_file(f"{self._root}/{path}") as file:
+        with self._operation(), self._filesystem.open_input_file(f"{self._root}/{path}") as file:
             return _filled(file, min(file.size(), most))
 
     def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _as_os_error():
+        with contextlib.suppress(FileNotFoundError), self._operation():
             self._filesystem.delete_file(f"{self._root}/{path}")
 
     def remove_folder(self, folder: str) -> None:
-        with contextlib.suppress(FileNotFoundError), _as_os_error():
+        with contextlib.suppress(FileNotFoundError), self._operation():
             self._filesystem.delete_dir(f"{self._root}/{folder}")
 
 
@@ -237,14 +266,6 @@ def _without(uri: str, text: str) -> str:
     for secret in {password, unquote(password)} if password else ():
         text = text.replace(secret, "***")
     return text
-
-
-@contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    try:
-        yield
-    except pa.ArrowException as error:
-        raise OSError(one_line(error)) from None
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------------

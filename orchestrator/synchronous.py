@@ -128,7 +128,6 @@ class Synchronous:
             "view": [view.number, view.members, view.joined, view.left],
             "epoch": self._epoch,
             "faults": self._faults.to_json(),
-            "positions": self._members.to_json(),
         }
         shared = min(self.result) if self._config.algorithm.replicated else None
         self._progress.save(state, self._members.to_save(), shared, self._mail)
@@ -137,7 +136,7 @@ class Synchronous:
         """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
         self._view = View(state["view"][0], *map(tuple, state["view"][1:]))
         self._epoch = state["epoch"]
-        self._members.bring_back(state["positions"], rounds)
+        self._members.bring_back(rounds)
         return self._mail.room.revive(mail)
 
     def stand_still(self) -> None:
@@ -192,7 +191,16 @@ class Synchronous:
         )
         for node in view.members:
             self._mail.room.begin(node, number)
-        self._runtime.begin(self._epoch, number, view, progress.committed, view.members, repair=repair, joiners=joiners)
+        self._runtime.begin(
+            self._epoch,
+            number,
+            view,
+            progress.committed,
+            view.members,
+            repair=repair,
+            joiners=joiners,
+            places=progress.samples.begin(number, view.members, view.members),
+        )
         self._strike("train", number)
         try:
             while not rendezvous.over:

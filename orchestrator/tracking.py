@@ -281,6 +281,7 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "seconds/evaluate": record.evaluate_seconds if record.metrics is not None else None,
         "seconds/total": record.seconds,
     }
+    values |= {f"samples/{name}": count for name, count in record.samples.items()}
     values |= {f"eval/{name}": value for name, value in (record.metrics or {}).items()}
     for name, (least, most) in record.spread.items():
         values |= {f"eval/nodes/{name}_min": least, f"eval/nodes/{name}_max": most}

@@ -214,11 +214,31 @@ def test_closing_waits_for_what_is_being_written(store: CheckpointStore, heard: 
     writer = CheckpointWriter(store, heard)
     writer.submit(1, {"seed": 1}, nodes())
     assert began.wait(LONG_S)
-    assert not writer.close(0.01)
-    go_on.set()
+    threading.Timer(0.05, go_on.set).start()
     assert writer.close(LONG_S)
     assert is_of(store.read(), 1)
     assert CheckpointWriter(store, heard).close(0)
+
+
+def test_closing_gives_up_what_takes_too_long(tmp_path: Path, heard: Heard):
+    began, go_on = threading.Event(), threading.Event()
+
+    def nodes() -> Any:
+        began.set()
+        assert go_on.wait(LONG_S)
+        yield from states(2)
+
+    store = CheckpointStore(None, tmp_path, "r1", file_bytes=1)
+    writer = CheckpointWriter(store, heard)
+    writer.submit(1, {"seed": 1}, states(1))
+    writer.submit(2, {"seed": 2}, nodes())
+    assert began.wait(LONG_S)
+    assert not writer.close(0.01)
+    go_on.set()
+    assert writer.close(LONG_S)
+    assert "cannot be written: given up, as the run has ended" in writer.take()[1]["error"]
+    assert heard.names == ["written", "failed"]
+    assert is_of(CheckpointStore(None, tmp_path, "r1").read(), 1)
 
 
 def test_what_was_written_is_let_go(writer: CheckpointWriter):

@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
 from actors.digest import digest_state
 from actors.transfer import _unpack, export_state, load_state
 from algorithms.api import SERVER
 from orchestrator.checkpoints import CheckpointStore, _checksum
 from orchestrator.errors import CheckpointError, CheckpointReadError, ConfigError, exit_code
-from orchestrator.storage import open_storage
+from orchestrator.storage import RemoteStorage, open_storage
 from tests.checkpoints import LostAnswerError, ObjectStore, contents, export_of, is_of, packed, states
 from tests.test_transfer import donor, joiner
 
@@ -537,6 +538,23 @@ def test_a_store_that_cannot_be_read_says_so():
     assert "round-000002/manifest.json: cannot be read: When reading" in message
     assert message.endswith("; --from-previous uses round 1's")
     assert issubclass(LostAnswerError, OSError)
+
+
+def test_a_remote_file_system_with_folders(tmp_path: Path):
+    """As HDFS has them: they are made first, and the manifest is moved into its place."""
+    storage = RemoteStorage(LocalFileSystem(), str(tmp_path / "some/where"), "remote://", is_flat=False)
+    store = CheckpointStore(None, Path(), "r1", keep=2, storage=storage, file_bytes=200)
+    assert store.rounds() == []
+    for seed in (1, 2, 3, 3, 3):
+        store.write(seed, {"seed": seed}, states(seed))
+        assert store.untidy is None
+        assert is_of(store.read(), seed)
+    assert store.rounds() == [2, 3]
+    names = {path.name for path in (tmp_path / "some/where").rglob("*") if path.is_file()}
+    assert not any("partial" in name for name in names)
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 8
+    (tmp_path / "some/where/round-000003/manifest.json").unlink()
+    assert is_of(store.read(), 2)
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ tracking: none
 
 KEYS = [
     *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
-    *("replicas", "digest", "seconds", "virtual_seconds", "baselines", "error"),
+    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "baselines", "checkpoints", "error"),
 ]
 
 

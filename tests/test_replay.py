@@ -114,6 +114,34 @@ def test_a_synchronous_run_that_lost_nodes_is_repeated_to_the_same_digest(case: 
         assert simulate(tmp_path / "run/config.yaml", run_dir=tmp_path / "other").digest != once.digest
 
 
+def test_who_draws_what_of_others_is_repeated(tmp_path: Path):
+    """Plans made for attempts that were given up hold too; parts of nodes that never came are drawn by others."""
+    events = [
+        {"kind": "late_join", "node": 4, "round": 9},
+        *({"kind": "kill", "node": 1, "round": number} for number in range(1, 30)),
+        *({"kind": "kill", "node": node, "round": 12, "phase": "post"} for node in (2, 3)),
+        {"kind": "preempt", "node": 0, "round": 15},
+    ]
+    keys = {
+        "algorithm": {"name": "fedavg", "steps": 4},
+        "task": {"name": "digits"},
+        "data": {"batch_size": 40},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "faults": {"events": events},
+        "cluster": {"nodes": {"target": 5}, "drain_s": 50, "quorum_fraction": 0.7},
+        "network": {"start_s": 0.02, "latency_ms": 300},
+    }
+    once = simulate(config("Counting", rounds=30, **keys), run_dir=tmp_path / "run")
+    plans, aborted = logged(tmp_path / "run", "plan"), logged(tmp_path / "run", "abort")
+    assert {one["node"] for one in plans} == {0, 1, 2, 3, 4}
+    assert any(one["extras"] for one in plans)
+    assert {one["round"] for one in aborted} == {12}
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
+    edit(tmp_path / "run", lambda events: [event for event in events if event["event"] != "plan"])
+    with pytest.raises(RunError, match="samples would be committed twice, or not at all"):
+        replay(tmp_path / "run", run_dir=tmp_path / "other")
+
+
 def test_an_asynchronous_run_that_lost_nodes_is_refused(tmp_path: Path):
     faults = {"events": [{"kind": "kill", "node": 1, "round": 1}]}
     simulate(config("Counting", faults=faults), run_dir=tmp_path / "run")
