@@ -20,6 +20,7 @@ from benchmarks import (
     round_overhead,
     simulator,
     streaming,
+    sweeps,
     zeroth_order,
 )
 from benchmarks.harness import Row
@@ -47,6 +48,7 @@ trains on 1 GB of Parquet, over that of a node of the same run on a small file (
 a few row groups, and reads no other node's.
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
+*A trial of a sweep* is compared with calling `run` for the same configuration, both on one Ray (`benchmarks/sweeps.py`).
 *Stall* is by how much longer it takes from one
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
@@ -65,7 +67,7 @@ def line(row: Row) -> str:
 def main() -> None:
     rows: list[Row] = []
     first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, memory, parquet
-    for module in (*first, recovery):
+    for module in (*first, recovery, sweeps):
         for row in module.main():
             print(row, flush=True)
             rows.append(row)
