@@ -48,7 +48,7 @@ trains on 1 GB of Parquet, over that of a node of the same run on a small file (
 a few row groups, and reads no other node's.
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`).
-*A trial of a sweep* is compared with calling `run` for the same configuration, both on one Ray (`benchmarks/sweeps.py`).
+*A trial of a sweep* is compared with calling `run` for the same configuration, on one Ray (`benchmarks/sweeps.py`).
 *Stall* is by how much longer it takes from one
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
