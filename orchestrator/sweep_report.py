@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from orchestrator.units import number_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ _MOST_PATHS = 3
 
 def draw(path: Path, result: SweepResult, board: Board, config: Config) -> None:
     """Draw a sweep into a png file: curves, then the front, or the objective over what was varied."""
-    objectives: tuple[Objective, ...] = board.objectives
+    objectives: Sequence[Objective] = list(board.objectives)
     paths = _numeric_paths(result)
     panels = 2 if len(objectives) > 1 or not paths else 1 + len(paths)
     figure = Figure(figsize=(4.8 + 3.4 * (panels - 1), 4.2), layout="constrained")
@@ -94,7 +95,7 @@ def _over(axes: Axes, result: SweepResult, objective: Objective, name: str) -> N
     _scale(axes, [row.means[objective.metric] for row in result.rows])
 
 
-def _front(axes: Axes, result: SweepResult, objectives: tuple[Objective, ...]) -> None:
+def _front(axes: Axes, result: SweepResult, objectives: Sequence[Objective]) -> None:
     first, second = objectives[0].metric, objectives[1].metric
     rows = [row for row in result.rows if second in row.means]
     for row in rows:

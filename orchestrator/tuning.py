@@ -116,7 +116,7 @@ class Population(PopulationBasedTraining):
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ANN401 - Tune's
         """Whoever it goes on from, it stays itself; and it stays inside of the space."""
         config, operations = super()._get_new_config(trial, trial_to_clone)
-        domains = self._hyperparam_mutations["values"]
+        domains: Any = self._hyperparam_mutations["values"]
         values = {path: _inside(domains[path], value) for path, value in config["values"].items()}
         return {**trial.config, "values": values}, operations
 
@@ -255,6 +255,8 @@ def tune_all(
     """
     interrupt = Interrupt(folder / STOP_FILE)
     algorithm: Any = SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=max_concurrent))
+    if isinstance(scheduler, Population):
+        algorithm = Unlimited(algorithm)
     storage = folder / ".tune"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
@@ -267,7 +269,7 @@ def tune_all(
             StarlingTrial,
             name="trials",
             storage_path=str(storage),
-            search_alg=Unlimited(algorithm) if isinstance(scheduler, Population) else algorithm,
+            search_alg=algorithm,
             scheduler=scheduler,
             num_samples=num_trials,
             stop=interrupt,
