@@ -43,9 +43,9 @@ def save_for_mlflow(run_dir: Path, path: Path) -> None:
         for name, one in zip(names, inputs, strict=True)
     ]
     pytorch.save_model(
-        _Positional(module, names),
+        _positional(module, names),
         str(path),
-        input_example=inputs,
+        input_example=inputs[0] if len(inputs) == 1 else [one.numpy() for one in inputs],
         signature=ModelSignature(inputs=Schema(specs)),
         pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
         serialization_format="pt2",
@@ -72,16 +72,33 @@ def _inputs(task: Any, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[li
     return [*tensors], [*tensors.values()]
 
 
-class _Positional(nn.Module):
-    """The model, called with tensors in order; of what answers with several things, the outputs alone."""
+class _Named(nn.Module):
+    """A model that is called with names, called with tensors in order; its answer's logits, if it has several parts."""
 
     def __init__(self, module: nn.Module, names: list[str]) -> None:
         super().__init__()
         self.module = module
         self._names = names
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        by_place = [one for name, one in zip(self._names, inputs, strict=True) if name.isdigit()]
-        by_name = {name: one for name, one in zip(self._names, inputs, strict=True) if not name.isdigit()}
-        answer: Any = self.module(*by_place, **by_name)
+    def _answer(self, *inputs: Tensor) -> Tensor:
+        answer: Any = self.module(**dict(zip(self._names, inputs, strict=True)))
         return answer if isinstance(answer, Tensor) else answer.logits
+
+
+# torch.export wants to know how many there are.
+class _OneNamed(_Named):
+    def forward(self, first: Tensor) -> Tensor:
+        return self._answer(first)
+
+
+class _TwoNamed(_Named):
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self._answer(first, second)
+
+
+def _positional(module: nn.Module, names: list[str]) -> nn.Module:
+    if all(name.isdigit() for name in names):
+        return module
+    if len(names) > 2 or any(name.isdigit() for name in names):
+        raise TypeError(f"its inputs {', '.join(names)} are more than two, or some of them have no name")
+    return (_OneNamed if len(names) == 1 else _TwoNamed)(module, names)
