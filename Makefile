@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install \
 	--disable-pip-version-check --quiet --constraint constraints.txt --editable
 # What the packages' docstrings show is run as well.
-TESTED := tests algorithms actors orchestrator
+TESTED := tests algorithms actors tune_spaces orchestrator
 PYTEST = $(BIN)/pytest --doctest-modules $(TESTED)
 
 # Ray and MLflow report their use to their makers unless told not to.

@@ -42,6 +42,7 @@ from actors.tasks import Task
 from actors.tickets import Failed, Posted, Stale, Ticket
 from actors.transcript import Transcript, catch_up
 from actors.transfer import StateExport, export_state, load_state, snapshot, with_shared
+from actors.usage import Usage
 from actors.versions import difference
 from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
@@ -71,6 +72,7 @@ class NodeActor:
         self._drain_s = 0.0
         # Ray runs this in the process's main thread, which alone may set handlers. Ray's own would end it at once.
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._usage = Usage()
         self._epoch = -1
         self._reduced: dict[tuple[int, int], Buffer] = {}
         self._results: dict[int, list[Buffer]] = {}
@@ -494,6 +496,11 @@ class NodeActor:
     def ping(self) -> bool:
         """Answer."""
         return True
+
+    @ray.method(concurrency_group="control")
+    def usage(self) -> dict[str, float]:
+        """What this process and its machine use; see ``actors.usage``."""
+        return self._usage.measure()
 
     @ray.method(concurrency_group="control")
     def cancel(self, epoch: int, nodes: Sequence[NodeId]) -> None:

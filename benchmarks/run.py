@@ -30,6 +30,7 @@ from benchmarks import (
     simulator,
     staging,
     streaming,
+    sweeps,
     zeroth_order,
 )
 from benchmarks.harness import Row
@@ -61,6 +62,7 @@ nothing is computed, outer steps and bookkeeping included (`benchmarks/streaming
 *One-byte SPSA* is a round of one node with two
 directions; its plain loop does the same forward passes and makes the same noise (`benchmarks/zeroth_order.py`). Its
 memory is what a process has in a round above what it has without a model; a *chunk* is 10 MB, in which noise is made.
+*A trial of a sweep* is compared with calling `run` for the same configuration, on one Ray (`benchmarks/sweeps.py`).
 *Stall* is by how much longer it takes from one
 commit to the next when a node is killed in between, at the named moment; the median of three kills each.
 *Elasticity* is what every round does in case a node dies: committed copies, digests, asking Ray for its machines, the
@@ -93,7 +95,7 @@ def replaced(page: str, rows: Sequence[Row], day: str) -> str:
 
 def main() -> None:
     first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, staging, memory, parquet
-    modules = {module.__name__.rpartition(".")[2]: module for module in (*first, recovery, saving)}
+    modules = {module.__name__.rpartition(".")[2]: module for module in (*first, recovery, saving, sweeps)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(modules)}; all, by default.")
     names: list[str] = parser.parse_args().names

@@ -66,7 +66,7 @@ def run(
     from orchestrator.cluster import Cluster
     from orchestrator.run_directory import RunDirectory
 
-    return _drive(resolved, Cluster(resolved), RunDirectory(resolved, run_dir), observers)
+    return drive(resolved, Cluster(resolved), RunDirectory(resolved, run_dir), observers)
 
 
 def simulate(
@@ -81,7 +81,7 @@ def simulate(
     from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 
-    return _drive(resolved, Simulator(resolved), RunDirectory(resolved, run_dir), observers)
+    return drive(resolved, Simulator(resolved), RunDirectory(resolved, run_dir), observers)
 
 
 def resume(
@@ -124,7 +124,7 @@ def resume(
     except BaseException:
         lease.release()
         raise
-    return _drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
+    return drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
 
 
 def replay(
@@ -156,7 +156,7 @@ def replay(
     history = History.read(history_dir)
     resolved = resolved.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
     directory, controller = RunDirectory(resolved, run_dir), functools.partial(ReplayController, history=history)
-    summary = _drive(resolved, Simulator(resolved), directory, observers, controller)
+    summary = drive(resolved, Simulator(resolved), directory, observers, controller)
     if summary.digest != history.digest:
         raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
     return summary
@@ -186,20 +186,23 @@ def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
     return parse(config, overrides) if isinstance(config, Mapping) else load(config, overrides)
 
 
-def _drive(
+def drive(
     config: Config,
     runtime: Runtime,
     directory: RunDirectory,
     observers: Sequence[Observer],
-    drive: Callable[..., Controller] | None = None,
+    control: Callable[..., Controller] | None = None,
     *,
     lease: Lease | None = None,
     store: CheckpointStore | None = None,
     revival: Revival | None = None,
+    track: Callable[[Config, Path], Observer | None] | None = None,
 ) -> Summary:
-    """Run to the end, whatever that is; leave nothing behind but the run directory."""
+    """Run to the end, whatever that is; leave nothing behind but the run directory.
+
+    ``track`` makes what records the run elsewhere, by default in what ``tracking`` names.
+    """
     from orchestrator.checkpointing import checkpointing
-    from orchestrator.config import MLflowTracking
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
     from orchestrator.records import Observers
@@ -207,18 +210,14 @@ def _drive(
     with contextlib.ExitStack() as stack:
         lease = lease or Lease(directory.path)
         stack.callback(lease.release)
-        trackers: list[Observer] = []
-        if isinstance(config.tracking, MLflowTracking):
-            from orchestrator.tracking import MLflowTracker
-
-            trackers.append(MLflowTracker(config.tracking, directory.path))
-        everyone = Observers([directory, *trackers, *observers])
+        tracker = (track or _tracker)(config, directory.path)
+        everyone = Observers([directory, *([tracker] if tracker else []), *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
         checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
-        more = {} if drive else {"checkpoints": checkpoints, "revival": revival}
-        controller = (drive or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
+        more = {} if control else {"checkpoints": checkpoints, "revival": revival}
+        controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
         stack.enter_context(_kept_handlers())
         try:
             summary = controller.run()
@@ -244,6 +243,16 @@ def _drive(
         with _undisturbed():
             everyone.on_end(summary)
     return summary
+
+
+def _tracker(config: Config, run_dir: Path) -> Observer | None:
+    from orchestrator.config import MLflowTracking
+
+    if not isinstance(config.tracking, MLflowTracking):
+        return None
+    from orchestrator.tracking import MLflowTracker
+
+    return MLflowTracker(config.tracking, run_dir)
 
 
 def _end_badly(everyone: Observer, summary: Summary) -> None:

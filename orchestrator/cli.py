@@ -421,6 +421,8 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
     return description.to_json()
 
 
+from orchestrator import sweep_cli  # noqa: E402, F401 - it enters its commands, and uses what is above
+
 # --- what all commands do alike -------------------------------------------------------------------------------------
 
 

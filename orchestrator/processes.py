@@ -27,7 +27,7 @@ from actors.versions import versions
 from algorithms.api import SERVER
 from orchestrator import ray_session
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
-from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up
+from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up, Used
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +48,9 @@ _STOP_TIMEOUT_S = 10.0
 
 _MAX_STARTS = 3
 """Of a node, before the run begins."""
+
+_USAGE_PERIOD_S, _FIRST_USAGE_S = 10.0, 2.0
+"""Between two looks at what processes use."""
 
 _FIRST_WAVE = 8
 """Processes that are started before any others."""
@@ -70,6 +73,8 @@ class Actor:
     alive: bool = True
     leaving: bool = False
     """It has had notice of its end."""
+    is_asked: bool = False
+    """What it uses; it has not answered yet."""
 
     @property
     def is_spare(self) -> bool:
@@ -117,11 +122,7 @@ class Processes:
         per_process = cluster.nodes_per_actor
         # Our own Ray has room for spares, and for one more process, in which a node goes on whose own is to end.
         extra = (cluster.warm_spares + 1) * per_process + config.algorithm.has_server
-        self._session = ray_session.connect(
-            cluster.address,
-            num_cpus=cluster.num_cpus * (config.num_nodes + extra),
-            runtime_env=cluster.runtime_env or None,
-        )
+        self._session = self._connect(cluster.num_cpus * (config.num_nodes + extra))
         nodes = self._nodes_with_room()
         places = self._places(nodes)
         # Nodes that come later are handed what others leave; federated data are each node's own.
@@ -141,7 +142,37 @@ class Processes:
         first = self._facts_of(up[0])
         self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
+        self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
+
+    def _measure(self) -> None:
+        """Ask all processes what they use; one that has not answered yet is not asked again."""
+        self._after(_USAGE_PERIOD_S, self._measure)
+        for actor in self._actors:
+            if actor.alive and actor.ready is not None and actor.nodes and not actor.is_asked:
+                actor.is_asked = True
+                self._call(actor, actor.handle.usage.remote(), self._on_usage)
+
+    def _on_usage(self, actor: Actor, values: dict[str, float]) -> None:
+        actor.is_asked = False
+        self._ready.extend(Used(node, values) for node in actor.nodes if self._home[node] is actor)
+
+    def _connect(self, num_cpus: float) -> ray_session.Session:
+        """``num_cpus`` are those of a Ray of our own."""
+        cluster = self._config.cluster
+        return ray_session.connect(cluster.address, num_cpus=num_cpus, runtime_env=cluster.runtime_env or None)
+
+    def _strategy(self) -> Any:  # noqa: ANN401 - a name, or an object of Ray's
+        """Where Ray places processes."""
+        return "SPREAD"
+
+    def _count_places(self, num_nodes: int, *, free: bool = False) -> int:
+        """How many processes of so many nodes there is room for, or (``free``) room left for."""
+        return ray_session.places(*self._each(num_nodes), free=free)
+
+    def _sys_path(self) -> tuple[str, ...]:
+        """Where processes are to look for modules: as we do, if they are on this machine."""
+        return tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else ()
 
     def _nodes_with_room(self) -> list[NodeId]:
         """The nodes that the run begins with."""
@@ -149,7 +180,7 @@ class Processes:
         if config.cluster.nodes.target != "auto":
             return nodes
         per_process = config.cluster.nodes_per_actor
-        free = ray_session.places(*self._each(per_process), free=True) * per_process
+        free = self._count_places(per_process, free=True) * per_process
         return nodes[: max(free, config.cluster.nodes.min)]
 
     def _places(self, nodes: Iterable[NodeId]) -> list[tuple[NodeId, ...]]:
@@ -170,7 +201,7 @@ class Processes:
             ClusterError: those that do are fewer than ``nodes.min``. An endless wait for a place would say less.
         """
         cluster = self._config.cluster
-        there = min(ray_session.places(*self._each(len(places[0]))), len(places))
+        there = min(self._count_places(len(places[0])), len(places))
         if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
             return there
         if ray_session.brings_machines():
@@ -302,7 +333,7 @@ class Processes:
             "num_gpus": 0 if SERVER in nodes else num_gpus,
             "num_cpus": num_cpus,
             "max_restarts": 0,  # Ray would start it again without its state
-            "scheduling_strategy": "SPREAD",
+            "scheduling_strategy": self._strategy(),
         }
         handle = remote_class().options(**options).remote()
         actor = Actor(len(self._actors), nodes, handle, self.now, self._count_embodiment(nodes))
@@ -331,7 +362,7 @@ class Processes:
             drain_s=self._config.cluster.drain_s,
             versions=versions(),
             incarnation=actor.incarnation,
-            sys_path=tuple(folder for folder in sys.path if folder) if self._session and self._session.is_local else (),
+            sys_path=self._sys_path(),
         )
 
     def _on_place(self, actor: Actor, _: object) -> None:
@@ -412,8 +443,7 @@ class Processes:
                 drain_s = self._config.cluster.drain_s if left_s is None else left_s
                 self._notice(actor, self.now + drain_s, "its machine is to be taken away (drain)")
         if self._config.cluster.nodes.target == "auto":
-            each = self._each(self._config.cluster.nodes_per_actor)
-            self._ready.append(Room(ray_session.places(*each, free=True)))
+            self._ready.append(Room(self._count_places(self._config.cluster.nodes_per_actor, free=True)))
 
     def probe(self, nodes: Sequence[NodeId]) -> None:
         for actor, _ in self._by_actor(nodes):

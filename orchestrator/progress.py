@@ -14,7 +14,7 @@ from orchestrator.checkpointing import MAIL
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
-from orchestrator.runtime import Log, Raised, Seen
+from orchestrator.runtime import Log, Raised, Seen, Used
 from orchestrator.samples import Samples
 from orchestrator.sealed_log import Members, Sealed
 
@@ -127,6 +127,8 @@ class Progress:
         match happening:
             case Log(node, lines):
                 self.observer.on_log(node, lines)
+            case Used(node, values):
+                self.observer.on_usage(node, values)
             case Seen(node, values):
                 self.record("seen", node=node, values=values)
             case Raised(_, message, traceback):

@@ -140,6 +140,9 @@ class Observer:
     def on_log(self, node: int, lines: Sequence[str]) -> None:
         """A node wrote to its log."""
 
+    def on_usage(self, node: int, values: Mapping[str, float]) -> None:
+        """What a node's process and machine use, every few seconds; on a cluster."""
+
     def on_event(self, event: Mapping[str, Any]) -> None:
         """A line of the controller's record."""
 
@@ -176,6 +179,10 @@ class Observers(Observer):
     def on_log(self, node: int, lines: Sequence[str]) -> None:
         for observer in self._observers:
             observer.on_log(node, lines)
+
+    def on_usage(self, node: int, values: Mapping[str, float]) -> None:
+        for observer in self._observers:
+            observer.on_usage(node, values)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         for observer in self._observers:

@@ -64,9 +64,15 @@ class RunDirectory(Observer):
     """
 
     def __init__(
-        self, config: Config, path: str | Path | None = None, *, resumed: Mapping[str, Any] | None = None
+        self,
+        config: Config,
+        path: str | Path | None = None,
+        *,
+        resumed: Mapping[str, Any] | None = None,
+        picture: bool = True,
     ) -> None:
         """A new one, or, if it is ``resumed``, one that goes on: with what it had itself put into a checkpoint."""
+        self._has_picture = picture
         self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
         self._config = config
         self._started: Started | None = None
@@ -170,7 +176,7 @@ class RunDirectory(Observer):
             self._discard()
             return
         self._whole("summary.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
-        if self._rounds:
+        if self._rounds and self._has_picture:
             try:
                 from orchestrator.report import draw
 

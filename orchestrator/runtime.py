@@ -206,6 +206,14 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Used:
+    """What a node's process and machine use, by name."""
+
+    node: NodeId
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Log:
     """Lines for a node's log."""
 
@@ -236,6 +244,7 @@ Happening: TypeAlias = (
     | Receives
     | Sleeps
     | Seen
+    | Used
     | Log
 )
 """What a runtime reports: an event for the rendezvous, or something that only the controller understands."""

@@ -369,9 +369,6 @@ def command(
     def act(_: object) -> dict[str, Any]:
         nonlocal code
         resolved = _load(config, overrides)
-        from orchestrator.api import refuse_simulated_network
-
-        refuse_simulated_network(resolved)
         planned = plan(resolved, config, overrides or [], working_dir)
         client = connect(address)
 

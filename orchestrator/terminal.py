@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from orchestrator.display import Display
+    from orchestrator.sweep_display import SweepDisplay
 
 _DEAF_S = 5.0
 """To a repeated Ctrl-C."""
@@ -68,7 +69,7 @@ def interruptible() -> Iterator[None]:
 class _Notes(logging.Handler):
     """Shows warnings without tearing the live view."""
 
-    def __init__(self, view: Display) -> None:
+    def __init__(self, view: Display | SweepDisplay) -> None:
         super().__init__(logging.WARNING)
         self._view = view
 
@@ -78,7 +79,7 @@ class _Notes(logging.Handler):
 
 
 @contextlib.contextmanager
-def warnings_shown_by(view: Display) -> Iterator[None]:
+def warnings_shown_by(view: Display | SweepDisplay) -> Iterator[None]:
     """Let ``view`` show our warnings meanwhile."""
     logger = logging.getLogger("starling")
     handler = _Notes(view)

@@ -1,35 +1,37 @@
-"""Tracking: parameters, metrics and files of a run in MLflow, through one thread that writes behind the run's back.
+"""Tracking: parameters, metrics and files of a run in MLflow, through a spool in the run's directory.
 
-MLflow takes seconds to import and a database takes its time, so nothing here is waited for but the end, and that in
-bounded time. What goes wrong is said once, in one line, and the run goes on: the run directory has everything.
+Nothing here is waited for but the end, and that in bounded time. What goes wrong is said once, in one line, and the run
+goes on: the run directory has everything, and ``starling track RUN_DIR`` sends what a tracker has missed.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import os
-import queue
+import platform
 import re
 import shlex
+import socket
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import yaml
 
+from algorithms.api import SERVER
 from orchestrator.config import MLflowTracking, without_password
+from orchestrator.errors import ConfigError
 from orchestrator.records import Observer
+from orchestrator.sender import Sender
+from orchestrator.spool import SPOOL, Outbox, Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Mapping
 
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
-
+    from orchestrator.config import Config
     from orchestrator.records import RoundRecord, Started, Summary
     from orchestrator.runtime import FinalModel
 
@@ -38,19 +40,11 @@ _LOG = logging.getLogger("starling")
 CLOSE_TIMEOUT_S = 30.0
 """How long the end of a run waits for what is not written yet; large models are given more."""
 _CLOSE_BYTES_PER_S = 20e6
-_FLUSH_S = 1.0
-"""Longest that a metric stays in memory."""
-
-# MLflow's own limits; what is over them fails the whole batch.
-_PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
-_KEY_CHARACTERS, _VALUE_CHARACTERS = 250, 6000
-
-_NAME = "mlflow.json"
-"""In the run directory: which of the tracker's runs is this one."""
+_IDLE_CLOSE_S = 1.0
+"""Where there is nothing to send."""
+_PROBE_TIMEOUT_S = 3.0
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
-
-_Job: TypeAlias = "Callable[[_Writer], None]"
 
 
 def store_of(tracking: MLflowTracking, run_dir: Path) -> str:
@@ -77,23 +71,62 @@ def ui_command(store: str) -> str | None:
 
 
 class MLflowTracker(Observer):
-    """Hands everything to the writer; ``on_end`` waits for it."""
+    """Writes a run's spool, and has it sent; ``on_end`` waits for that.
 
-    def __init__(self, tracking: MLflowTracking, run_dir: Path) -> None:
+    Args:
+        tracking: where to.
+        run_dir: of the run, where the spool is.
+        sweep_dir: of the sweep that the run belongs to; then the spool is there, and its sender takes care of it.
+        tags: of the run, besides ours.
+    """
+
+    def __init__(
+        self,
+        tracking: MLflowTracking,
+        run_dir: Path,
+        *,
+        sweep_dir: Path | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         self._run_dir = run_dir
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._writer = _Writer(tracking, run_dir)
+        self._parent = sweep_dir
+        self._tags = dict(tags or {})
         self._started = False
         self._model_nbytes = 0
         self._sent = 0
         self._virtual_s = 0.0
-        # A daemon: a server that does not answer must not keep the process from its end.
-        self._thread = threading.Thread(target=self._writer.work, args=(self._jobs,), name="tracking", daemon=True)
-        self._thread.start()
+        self._measured: Counter[int] = Counter()
+        self._broken = False
+        self._sender = (
+            Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: [run_dir])
+            if sweep_dir is None
+            else None
+        )
+        self._spool = Spool(
+            run_dir if sweep_dir is None else spool_of(sweep_dir, run_dir.name),
+            self._sender.wake if self._sender else lambda: None,
+        )
 
     def on_start(self, started: Started) -> None:
         self._started = True
-        self._put(lambda writer: writer.start(started))
+        begin(
+            self._spool,
+            started.run_id,
+            tags_of(started.config)
+            | {"runtime": "simulator" if started.virtual else "cluster", "run_dir": started.run_dir}
+            | self._tags,
+            parent=self._parent,
+        )
+        if started.resumed_after is not None:
+            return  # it has all that does not change, and parameters cannot be
+        values = started.config.flat() | {
+            f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
+        }
+        values["parameters"] = str(started.layout.num_values)
+        self._put("params", values=values)
+        if self._parent is None:
+            text = yaml.safe_dump(started.config.public(), sort_keys=False, allow_unicode=True)
+            self._put("text", name="config.yaml", text=text)
 
     def on_round(self, record: RoundRecord) -> None:
         self._sent += record.payload_bytes
@@ -101,30 +134,134 @@ class MLflowTracker(Observer):
         values = metrics_of(record) | {"bytes/payload_total": float(self._sent)}
         if record.transport_bytes is None:
             values["seconds/virtual_total"] = self._virtual_s
-        now = int(time.time() * 1000)
-        self._put(lambda writer: writer.add(values, record.round, now))
+        self._put("metrics", values=values, step=record.round, at=_now())
+
+    def on_usage(self, node: int, values: Mapping[str, float]) -> None:
+        if self._started:
+            who = "server" if node == SERVER else f"node-{node:03}"
+            step = self._measured[node]
+            self._measured[node] += 1
+            named = {f"system/{who}/{name}": value for name, value in values.items()}
+            self._put("metrics", values=named, step=step, at=_now())
 
     def on_model(self, model: FinalModel) -> None:
         self._model_nbytes = len(model.safetensors)
 
     def on_end(self, summary: Summary) -> None:
         if self._started:
-            self._put(lambda writer: writer.end(summary.status))
-        self._jobs.put(None)
+            self._put("tags", values=fault_tags(summary))
+            if self._parent is None:
+                for name in ("curves.png", "model.safetensors"):
+                    self._put("file", path=str(self._run_dir / name))
+                if summary.digest is not None:
+                    self._put("model", run_dir=str(self._run_dir))
+            self._put("end", status=_STATUS[summary.status], at=_now())
+        if self._sender is None:
+            return
         limit = CLOSE_TIMEOUT_S + self._model_nbytes / _CLOSE_BYTES_PER_S
-        self._thread.join(limit if self._started else 0)
-        if self._started and self._thread.is_alive():
-            self._writer.failed = True
-            _LOG.warning(
-                "tracking: %s did not take everything within %.0f s; what is missing there is in %s",
-                without_password(self._writer.uri),
-                limit,
-                self._run_dir,
-            )
+        close(self._sender, limit if self._started else _IDLE_CLOSE_S, self._run_dir)
 
-    def _put(self, job: _Job) -> None:
-        if not self._writer.failed:
-            self._jobs.put(job)
+    def _put(self, operation: str, **facts: Any) -> None:  # noqa: ANN401 - plain data of any kind
+        if self._broken or (self._sender is not None and self._sender.failed):
+            return
+        try:
+            self._spool.append(operation, **facts)
+        except OSError as error:
+            self._broken = True
+            _LOG.warning("tracking: %s cannot be written (%s); the run goes on without it", SPOOL, error.strerror)
+
+
+def close(sender: Sender, limit_s: float, folder: Path) -> None:
+    """Let a sender come to its end; say what it could not do in that time."""
+    if not sender.close(limit_s) and not sender.failed:
+        sender.failed = True
+        _LOG.warning(
+            "tracking: %s did not take everything within %.0f s; what is missing there waits: starling track %s",
+            without_password(sender.uri),
+            limit_s,
+            folder,
+        )
+
+
+def begin(spool: Spool, name: str, tags: Mapping[str, str], *, parent: Path | None = None) -> None:
+    """Begin a run's spool, or go on with it."""
+    now = _now()
+    with contextlib.suppress(OSError):
+        spool.append(
+            "run",
+            name=name,
+            key=f"{platform.node()}:{name}:{now}",
+            at=now,
+            parent=None if parent is None else str(parent),
+            tags={**tags, "mlflow.source.name": "starling", "mlflow.source.type": "LOCAL"},
+        )
+
+
+def tags_of(config: Config) -> dict[str, str]:
+    """What runs are compared by."""
+    planned = Counter(event.kind for event in config.faults.events)
+    return {
+        "algorithm": config.algorithm.name,
+        "task": config.task.name,
+        "nodes": str(config.num_nodes),
+        "faults": ", ".join(f"{count} {kind}" for kind, count in sorted(planned.items())) or "none",
+    }
+
+
+def fault_tags(summary: Summary) -> dict[str, str]:
+    """What became of the nodes."""
+    return {f"nodes.{what}": str(summary.nodes[what]) for what in ("lost", "drained", "joined")}
+
+
+def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, bool]:
+    """Send what a tracker has missed of a run or a sweep: how many runs had something left, and whether all is sent.
+
+    Raises:
+        ConfigError: the run is not tracked.
+    """
+    if not isinstance(config.tracking, MLflowTracking):
+        raise ConfigError(f"{run_dir}: its configuration has tracking: none; there is nothing to send")
+    folders = folders_of(run_dir)
+    left = [folder for folder in folders if not Outbox(folder).is_empty]
+    tracking = config.tracking
+    sender = Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: folders)
+    return len(left), sender.close(timeout_s)
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """Where the spools of a run or a sweep are: its directory, and one for each trial."""
+    return [folder, *sorted(path.parent for path in folder.glob(f"tracking/*/{SPOOL}"))]
+
+
+def spool_of(sweep_dir: Path, trial: str) -> Path:
+    """Where the spool of a trial is: not in its run directory, which may have to be made anew."""
+    folder = sweep_dir / "tracking" / trial
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def probe(tracking: MLflowTracking) -> None:
+    """Check that somebody listens where a tracker is said to be.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    uri = tracking.uri
+    if uri is None or not uri.startswith("http"):
+        return
+    parts = urlsplit(uri)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=_PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"tracking.uri {without_password(uri)}: nothing answers there ({error}); check the address, start it "
+            "(mlflow server), or use tracking: none"
+        ) from None
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def metrics_of(record: RoundRecord) -> dict[str, float]:
@@ -153,156 +290,5 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-class _Writer:
-    """Everything that happens in the thread."""
-
-    def __init__(self, tracking: MLflowTracking, run_dir: Path) -> None:
-        self.uri = store_of(tracking, run_dir)
-        self.failed = False
-        self._tracking = tracking
-        self._run_dir = run_dir
-        self._metrics: list[Metric] = []
-        self._flushed = time.monotonic()
-        self._client: MlflowClient
-        self._run_id = ""
-
-    def work(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
-        """Do jobs until ``None`` comes or something fails."""
-        try:
-            self._import()
-            while (job := self._next(jobs)) is not None:
-                job(self)
-        except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run goes on
-            if not self.failed:
-                self.failed = True
-                _LOG.warning(
-                    "tracking: %s failed, the run goes on without it (%s keeps everything): %s: %s",
-                    without_password(self.uri),
-                    self._run_dir,
-                    type(error).__name__,
-                    _first_line(error),
-                )
-
-    def _next(self, jobs: queue.SimpleQueue[_Job | None]) -> _Job | None:
-        """The next job; metrics that wait for company are written when none comes."""
-        while True:
-            wait = max(0.0, self._flushed + _FLUSH_S - time.monotonic()) if self._metrics else None
-            try:
-                return jobs.get(timeout=wait)
-            except queue.Empty:
-                self._flush()
-
-    def _import(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        import mlflow.tracking  # noqa: F401 - while the nodes start
-
-    def start(self, started: Started) -> None:
-        """Make the run, with its parameters."""
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
-
-        with _quiet():
-            self._client = MlflowClient(tracking_uri=self.uri)
-            if started.resumed_after is not None and self._go_on():
-                return
-            tags = {
-                "algorithm": started.config.algorithm.name,
-                "task": started.config.task.name,
-                "runtime": "simulator" if started.virtual else "cluster",
-                "run_dir": started.run_dir,
-                "mlflow.source.name": "starling",
-                "mlflow.source.type": "LOCAL",
-            }
-            run = self._client.create_run(self._experiment(), run_name=started.run_id, tags=tags)
-        self._run_id = run.info.run_id
-        with suppress(OSError):
-            (self._run_dir / _NAME).write_text(json.dumps({"uri": without_password(self.uri), "run_id": self._run_id}))
-        values = started.config.flat() | {
-            f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
-        }
-        values["parameters"] = str(started.layout.num_values)
-        params: list[Param] = [Param(_key(key), _cut(value)) for key, value in values.items()]
-        for first in range(0, len(params), _PARAMS_PER_BATCH):
-            self._client.log_batch(self._run_id, params=params[first : first + _PARAMS_PER_BATCH])
-        self._client.log_text(
-            self._run_id, yaml.safe_dump(started.config.public(), sort_keys=False, allow_unicode=True), "config.yaml"
-        )
-
-    def _go_on(self) -> bool:
-        """Take up the run that this one goes on with; say whether there is one."""
-        try:
-            self._run_id = json.loads((self._run_dir / _NAME).read_text(encoding="utf-8"))["run_id"]
-        except (OSError, ValueError, KeyError):
-            return False
-        self._client.update_run(self._run_id, status="RUNNING")
-        return True
-
-    def add(self, values: dict[str, float], step: int, timestamp: int) -> None:
-        """Take a round's metrics; write when there are many, or the oldest has waited."""
-        from mlflow.entities import Metric
-
-        self._metrics += [Metric(_key(name), value, timestamp, step) for name, value in values.items()]
-        if len(self._metrics) >= _METRICS_PER_BATCH or time.monotonic() > self._flushed + _FLUSH_S:
-            self._flush()
-
-    def _flush(self) -> None:
-        for first in range(0, len(self._metrics), _METRICS_PER_BATCH):
-            self._client.log_batch(self._run_id, metrics=self._metrics[first : first + _METRICS_PER_BATCH])
-        self._metrics = []
-        self._flushed = time.monotonic()
-
-    def end(self, status: str) -> None:
-        """Write what is left; the status comes last, so that a run that is over is there whole."""
-        self._flush()
-        for name in ("curves.png", "model.safetensors"):
-            if (self._run_dir / name).exists():
-                self._client.log_artifact(self._run_id, str(self._run_dir / name))
-        self._client.set_terminated(self._run_id, _STATUS[status])
-
-    def _experiment(self) -> str:
-        """The experiment's id; made if it is not there."""
-        from mlflow.exceptions import MlflowException
-
-        name = self._tracking.experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._client.create_experiment(
-                    name, artifact_location=artifacts_of(self._tracking, self._run_dir)
-                )
-            except MlflowException:
-                # Another run made it in between; if that is not why, the next line says what is.
-                experiment = self._client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        return experiment.experiment_id
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """MLflow tells at length how it makes the tables of a new database."""
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _key(name: str) -> str:
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
-
-
-def _cut(value: str) -> str:
-    return value if len(value) <= _VALUE_CHARACTERS else f"{value[: _VALUE_CHARACTERS - 1]}…"
-
-
 def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator import simulate, tracking
 from orchestrator.config import MLflowTracking
+from orchestrator.sender import Sender
 from orchestrator.tracking import MLflowTracker, artifacts_of, metrics_of, store_of, ui_command
 from tests.observed import configuration, record, started, summary, tell
 
@@ -44,7 +45,7 @@ def test_a_run_is_there_whole(runs: Path, monkeypatch):
     assert "bytes/transport" not in run.data.metrics
     assert run.data.metrics.keys() >= {"train/loss", "eval/accuracy", "bytes/payload", "nodes/committed"}
     names = [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
-    assert names == ["config.yaml", "curves.png", "model.safetensors"]
+    assert names == ["config.yaml", "curves.png", "model", "model.safetensors"]
     copy = Path(client.download_artifacts(run.info.run_id, "model.safetensors", str(runs.parent)))
     assert copy.read_bytes() == (runs / "first" / "model.safetensors").read_bytes()
     # All beside the run directories, nothing in the current folder.
@@ -100,23 +101,23 @@ def test_a_broken_tracker_costs_a_line(tmp_path: Path, caplog):
 def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch, caplog):
     gate = threading.Event()
     monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(tracking._Writer, "start", lambda *_: gate.wait())
+    monkeypatch.setattr(Sender, "_make", lambda *_: gate.wait())
     tracker = MLflowTracker(MLflowTracking(uri="https://me:secret@example.com"), tmp_path / "run")
     tell(tracker, started(), summary())
     (message,) = caplog.messages
     assert message.startswith(
-        "tracking: https://me:***@example.com did not take everything within 0 s; what is missing"
+        "tracking: https://me:***@example.com did not take everything within 0 s; what is missing there waits: starling"
     )
-    assert message.endswith(str(tmp_path / "run"))
+    assert message.endswith(f"starling track {tmp_path / 'run'}")
     gate.set()
-    tracker._thread.join()
+    tracker._sender.failed = True
     assert len(caplog.messages) == 1
 
 
 def test_a_run_that_never_began_is_not_tracked(tmp_path: Path):
     tracker = MLflowTracker(MLflowTracking(), tmp_path / "run")
     tracker.on_end(summary("failed", rounds=0))
-    tracker._thread.join()
+    assert not tracker._sender._thread.is_alive()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,94 @@
+"""Search spaces: for each family of algorithms one file, in which each algorithm has a space of its name.
+
+A space maps paths of the configuration, as ``--set`` takes them, to domains of Ray Tune::
+
+    SPACES["diloco"] = {"algorithm.inner_steps": tune.choice([10, 30]), "optimizer.lr": tune.loguniform(1e-4, 1e-2)}
+
+It presumes nothing of the task: ranges are about an order of magnitude around the papers' values, and those of learning
+rates wider. A space of one's own is named by file (``my_spaces.py:mine``) or import path (``my_package.spaces:mine``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ray.tune.search.sample import Domain
+
+from algorithms.errors import SettingsError
+from algorithms.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+Space: TypeAlias = dict[str, Domain]
+
+
+def table() -> dict[str, Space]:
+    """All spaces of this package, by name."""
+    spaces: dict[str, Space] = {}
+    for module in sorted(one.name for one in pkgutil.iter_modules(__path__, f"{__name__}.")):
+        spaces |= getattr(importlib.import_module(module), "SPACES", {})
+    return dict(sorted(spaces.items()))
+
+
+def find(name: str) -> Space:
+    """The space called ``name``, or the one at ``path/to/file.py:name`` or ``module:name``.
+
+    Raises:
+        SettingsError: there is none, or it is no space.
+    """
+    source, colon, attribute = name.rpartition(":")
+    if not colon:
+        known = table()
+        if name not in known:
+            raise SettingsError(f"--space {name}: no space is called {name!r}{did_you_mean(name, known)}")
+        return known[name]
+    module = _from_file(Path(source), name) if source.endswith(".py") else _imported(source, name)
+    space = getattr(module, attribute, None)
+    if space is None:
+        raise SettingsError(f"--space {name}: {source} has no {attribute!r}")
+    return checked(space, name)
+
+
+def checked(space: Any, name: str) -> Space:  # noqa: ANN401 - whatever a user's file holds
+    """``space``, if it is one; ``name`` is what it is called in the error."""
+    if not isinstance(space, dict) or not space or not all(isinstance(key, str) for key in space):
+        raise SettingsError(
+            f"--space {name}: must map paths of the configuration to domains, as in "
+            '{"optimizer.lr": tune.loguniform(1e-4, 1e-1)}'
+        )
+    for key, domain in space.items():
+        if not isinstance(domain, Domain) or domain.is_function():
+            what = "a function" if isinstance(domain, Domain) else repr(domain)
+            raise SettingsError(
+                f"--space {name}: {key} must be a domain of ray.tune (choice, uniform, loguniform, randint, …), "
+                f"got {what}"
+            )
+    return dict(space)
+
+
+def _from_file(path: Path, name: str) -> ModuleType:
+    path = path.expanduser()
+    spec = importlib.util.spec_from_file_location(f"starling_space_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise SettingsError(f"--space {name}: there is no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a user's file
+        raise SettingsError(f"--space {name}: {path} cannot be loaded: {type(error).__name__}: {error}") from None
+    return module
+
+
+def _imported(source: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except ImportError as error:
+        raise SettingsError(
+            f"--space {name}: cannot import {source!r}: {error}; it must be importable from here "
+            "(PYTHONPATH, or the current folder)"
+        ) from None
