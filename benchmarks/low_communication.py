@@ -205,7 +205,8 @@ The last columns are virtual seconds; computing alone takes {STEPS * STEP_MS / 1
 
 How near a method comes to data-parallel training depends on how far both are on. With the same settings, from random
 weights, streaming with FP4 ended 7.0 % above it after 768 steps and 4.0 % after 3072; after 1008 common steps and 2064
-of its own 2.0 % (measured on 2026-11-25, each at the best of two to four learning rates). What four bits cost is the
+of its own 2.0 % (measured on 2026-11-25, each at the best of two to four learning rates). There a rate of 0.016 was
+worse than 0.012 for both. What four bits cost is the
 difference between the two lines of streaming.
 
 ![Validation loss over virtual time, one panel for each bandwidth](low_communication.png)
