@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from actors import buffers, together
+from actors.data.plans import NOTHING_NEW
 from actors.exchanges import Exchange, Exchanges, Shared
 from actors.replica import Interrupted
 from actors.state import same_bits
@@ -58,6 +59,7 @@ from algorithms.seeds import generator
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
 
+    from actors.data import Place
     from actors.replica import Replica
     from actors.tickets import Compute
     from algorithms.api import NodeId, State, View
@@ -144,10 +146,12 @@ class Host(Exchanges):
         *,
         repair: bool = False,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         """Apply what is committed and make the programs of a new round; ``resume`` runs them.
 
-        With ``repair`` they begin with ``on_view_change``, those of ``joiners`` with ``join`` before it.
+        With ``repair`` they begin with ``on_view_change``, those of ``joiners`` with ``join`` before it. ``places``
+        says of whom there is news what it is to draw, from the last commit on.
         """
         self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
@@ -160,6 +164,8 @@ class Host(Exchanges):
             fence = self.fences[node]
             if fence.is_set():
                 fence.clear()
+            if node in places:
+                replica.replan(places[node])
             replica.begin(number, view, members)
             if node == SERVER:
                 coroutine = algorithm.server(replica)
@@ -307,6 +313,9 @@ class Host(Exchanges):
             train_seconds=seconds,
             record=record,
             position=replica.position if replica.position != replica.committed_position else None,
+            num_drawn=replica.num_drawn - replica.num_void,
+            num_void=replica.num_void,
+            unsent=replica.spec.algorithm.unsent(replica),
         )
 
     def _digest(self, replica: Replica, record: bytes | None) -> str:

@@ -11,14 +11,14 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from actors import probes
-from actors.data import Position, blocks_of
+from actors.data import PlannedDraws, Position, blocks_of
 from actors.modules import seeded
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from actors.data import Draws, Indices, Sampler
+    from actors.data import Draws, Indices, Place, Sampler, Segment
+    from actors.data.plans import Order
     from actors.optimizers import OptimizerConfig
     from actors.tasks import Samples, Task
     from algorithms.api import Algorithm, Gradient, Loss, NodeId, Step, Train
@@ -123,7 +124,10 @@ class Learner:
         self.optimizer = NodeOptimizer(self.bench)
         self.samples = samples
         self._present: Callable[[Tensor], Tensor] | None = getattr(samples, "present", None)
+        self._law = sampler
         self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
+        self.num_drawn = 0
+        """Samples of training data that it has drawn since its last commit, those of rounds that were given up too."""
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -213,7 +217,9 @@ class Learner:
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward() -> tuple[Tensor, int]:
-            indices = self._readable(own.next(size) if chosen is None else self._places(rule, chosen.next(size)))
+            drawn = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
+            self.num_drawn += len(drawn)
+            indices = self._readable(drawn)
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -262,6 +268,7 @@ class Learner:
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
         drawn = self._own_data("Train").draw(self.spec.samples_per_step)
+        self.num_drawn += len(drawn)
         return drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
 
     def _own_data(self, operation: str) -> Draws:
@@ -313,6 +320,7 @@ class Learner:
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
+        self.num_drawn += len(indices)
         indices = self._readable(indices)
         return DataBatch(self.load(indices), len(indices))
 
@@ -407,7 +415,7 @@ class Learner:
 
     def _seeded_for_batch(self) -> Any:  # noqa: ANN401 - a context manager
         """Dropout of ``Gradient`` and ``Loss``: one mask for all points at which the latest batch is looked at."""
-        return seeded(derive_seed(self.spec.seed, self.round, self.id, *self.position, "batch"), self.device)
+        return seeded(derive_seed(self.spec.seed, self.round, self.id, *self.position.labels, "batch"), self.device)
 
     @property
     def position(self) -> Position:
@@ -418,6 +426,24 @@ class Learner:
     def position(self, position: Position) -> None:
         if self._sampler is not None:
             self._sampler.position = position
+
+    @property
+    def extras(self) -> tuple[Segment, ...]:
+        """What the node was handed of others' parts."""
+        return self._sampler.extras if isinstance(self._sampler, PlannedDraws) else ()
+
+    def plan(self, place: Place) -> None:
+        """Draw as ``place`` says from now on: of a process that knows all parts."""
+        draws = self._own_data("plan")
+        if not isinstance(draws, PlannedDraws):
+            own = draws if self.id < len(self.parts or ()) else None
+            draws = self._sampler = PlannedDraws(own, draws.indices, self.seed, self.id, self._order_of)
+        draws.plan(place)
+
+    def _order_of(self, part: int) -> Order:
+        assert self.parts is not None
+        # The law of a plan is that of an epoch, which is without replacement.
+        return cast("Order", self._law.begin(self.parts[part], self.seed, part, blocks_of(self.samples)))
 
 
 def _shuffled(population: int, *labels: int | str) -> Tensor:

@@ -11,9 +11,10 @@ import numpy as np
 from actors.tickets import Contributed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from actors.buffers import Buffer, TensorSpec
+    from actors.data import Place
     from actors.tickets import Ticket
     from algorithms.api import Layout, NodeId, View
 
@@ -58,6 +59,8 @@ class Ready:
     baselines: dict[str, float]
     warnings: tuple[str, ...]
     pid: int
+    part_sizes: tuple[int, ...] | None = None
+    """Samples of each part, if others may draw it while its node is away."""
     machine: str = ""
     """Ray's name for it."""
     import_s: float = 0.0
@@ -77,6 +80,8 @@ class Round:
     """Whether programs begin with ``on_view_change``."""
     joiners: tuple[NodeId, ...]
     """Those whose programs begin with ``join``."""
+    places: Mapping[NodeId, Place]
+    """Of whom there is news: what it is to draw."""
 
 
 @dataclass(frozen=True)

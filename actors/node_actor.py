@@ -41,7 +41,7 @@ from actors.setup import build_replicas, load_data
 from actors.tasks import Task
 from actors.tickets import Failed, Posted, Stale, Ticket
 from actors.transcript import Transcript, catch_up
-from actors.transfer import export_state, load_state
+from actors.transfer import StateExport, export_state, load_state, snapshot, with_shared
 from actors.versions import difference
 from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
@@ -167,6 +167,7 @@ class NodeActor:
             layout=replicas[0].layout if replicas else Layout((), torch.float32),
             baselines=baselines,
             warnings=warnings,
+            part_sizes=self._data.part_sizes,
             pid=os.getpid(),
             machine=ray.get_runtime_context().get_node_id(),
             import_s=time.monotonic() - self._began,
@@ -187,7 +188,13 @@ class NodeActor:
         self._epoch = round_.epoch
         self._forget()
         self._host.begin(
-            round_.number, round_.view, round_.committed, nodes, repair=round_.repair, joiners=round_.joiners
+            round_.number,
+            round_.view,
+            round_.committed,
+            nodes,
+            repair=round_.repair,
+            joiners=round_.joiners,
+            places=round_.places,
         )
         return self._with_parts(self._reply(self._host.drive([(node, None) for node in nodes])), expected)
 
@@ -324,15 +331,23 @@ class NodeActor:
         return [export.nbytes, export]
 
     @ray.method(concurrency_group="compute")
+    def snapshot(self, node: NodeId, shared: bool) -> StateExport:  # noqa: FBT001 - as above
+        """All that a node has committed, for a checkpoint."""
+        return snapshot(self._host.replicas[node], shared=shared)
+
+    @ray.method(concurrency_group="compute")
     def load(
-        self, node: NodeId, source: NodeId, ref: Sequence[ObjectRef[Any]], position: Position | None
+        self, node: NodeId, source: NodeId, refs: Sequence[ObjectRef[Any]], position: Position | None
     ) -> int | Failed | None:
-        """Take over the committed state of ``source``; return its size, or ``None`` if it cannot be had any more."""
+        """Take over the committed state of ``source``; return its size, or ``None`` if it cannot be had any more.
+
+        With two references its shared state is in the second.
+        """
         self._gone.discard(source)
-        fetched = self._fetch(dict.fromkeys([source], ref[0]))
-        if not fetched:
+        fetched: dict[int, Any] = self._fetch(dict(enumerate(refs)), dict.fromkeys(range(len(refs)), source))
+        if len(fetched) < len(refs):
             return None
-        export: Any = fetched[source]
+        export = with_shared(fetched[0], fetched[len(refs) - 1])
         try:
             load_state(self._host.replicas[node], export, position)
         except StarlingError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actors.data import Indices, Position, Sampler
+    from actors.data import Indices, Place, Position, Sampler
     from actors.tasks import Samples
     from actors.workbench import ModelTensors, Slab
     from algorithms.api import Evaluate, NodeId, State
@@ -70,6 +70,8 @@ class Replica(Learner):
         self.local = StagedState("local")
         for state in (self.shared, self.local):
             state.forbid_aliases_of(self.parameters, self.buffers)
+        self.num_void = 0
+        """Samples drawn since the last commit, in rounds that were given up."""
         self._committed_place = self._place()
         self._committed_optimizer: State = None
         if spec.optimizer.rollback:
@@ -150,6 +152,7 @@ class Replica(Learner):
         self.participates = self.id in cohort
         self._draws = {}
         self._version = self.parameters._version  # noqa: SLF001 - torch's counter of writes
+        self.num_void = self.num_drawn
 
     def stage(self, record: bytes | None = None) -> None:
         """End the round's program: what it assigned waits for the commit.
@@ -196,6 +199,7 @@ class Replica(Learner):
             self._committed_optimizer = self.optimizer.state()
         self.committed_round = self.round
         self.staged_round = None
+        self.num_drawn = 0
 
     def rollback(self) -> None:
         """Go back to the last commit; the optimizer's own state only with ``optimizer.rollback``."""
@@ -224,6 +228,11 @@ class Replica(Learner):
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
 
+    def replan(self, place: Place) -> None:
+        """Draw as ``place`` says, from the last commit on."""
+        self.plan(place)
+        self._committed_place = self._place()
+
     def catch_up(self, number: int, step: int, position: Position | None = None) -> None:
         """Commit what was loaded as that of round ``number``.
 
@@ -232,8 +241,9 @@ class Replica(Learner):
         self._step = max(self._step, step)
         if position is not None:
             self.position = position
+        drawn = self.num_drawn  # in a round that it has missed
         self.commit()
-        self.committed_round = number
+        self.committed_round, self.num_drawn = number, drawn
 
 
 class _Committed:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.data import Epoch, assign, files
+from actors.data import Epoch, Place, assign, files
 from actors.data.federated import Federated
 from actors.replica import Replica
 from algorithms.api import SERVER
@@ -33,6 +33,18 @@ class RunData:
     """Indices into ``train`` for each node."""
     sampler: Sampler = field(default_factory=Epoch)
     """In which order a node draws its own."""
+
+    @property
+    def part_sizes(self) -> tuple[int, ...] | None:
+        """Samples of each part, if others may draw it while its node is away.
+
+        ``None``: data that stay with their owner, or a law other than each sample once per epoch.
+        """
+        # Of a class derived from it an epoch may be anything.
+        is_epoch = type(self.sampler) is Epoch
+        if not is_epoch or isinstance(self.train, Federated) or self.train.owners is not None:
+            return None
+        return tuple(map(len, self.parts))
 
 
 def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunData:
@@ -78,12 +90,16 @@ def build_replicas(
         slab = spec.slab(device, len(here))
         rows |= {place: (slab, row) for row, place in enumerate(here)}
     nobodys: Indices = torch.empty(0, dtype=torch.int64)
+    is_planned = data.part_sizes is not None
     replicas: list[Replica] = []
     for place, node in enumerate(nodes):
-        # Nodes beyond those that the run began with read what others read, each in an order of its own.
+        # Nodes beyond the parts have none: they are handed what others leave, or, where a part is nobody's but its
+        # node's, read what others read, each in an order of its own.
         indices = nobodys if node == SERVER else data.parts[node % len(data.parts)]
         replica = Replica(node, spec, data.train, indices, row=rows[place], sampler=data.sampler)
         replica.parts, replica.validation = data.parts, data.validation
+        if node >= len(data.parts) and is_planned:
+            replica.replan(Place())
         if clock is not None:
             replica.clock = clock
         replicas.append(replica)

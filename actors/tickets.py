@@ -100,6 +100,12 @@ class Returned(NamedTuple):
     """``Algorithm.sealed``."""
     position: Position | None = None
     """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
+    num_drawn: int = 0
+    """Samples of training data that it has drawn in this round, from whatever sampler."""
+    num_void: int = 0
+    """The same, in rounds since its last commit that were given up."""
+    unsent: float = 0.0
+    """``Algorithm.unsent``."""
 
 
 @dataclass(frozen=True)

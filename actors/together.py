@@ -114,7 +114,7 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
     """Train alike nodes as one; ``None`` for those that have to be trained alone, of which nothing has changed."""
     began = time.perf_counter()
     replicas = [replica for replica, _, _ in requests]
-    positions = [replica.position for replica in replicas]
+    positions = [(replica.position, replica.num_drawn) for replica in replicas]
     steps = replicas[0].num_steps(requests[0][1])
     rows = _Rows(replicas, [fence for _, _, fence in requests])
     try:
@@ -123,7 +123,7 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
         done = False
     if not done:
         for replica, position in zip(replicas, positions, strict=True):
-            replica.position = position
+            replica.position, replica.num_drawn = position
         return [None] * len(replicas)
     losses: list[list[float]] = torch.stack(rows.losses, dim=1).tolist()
     good = rows.finite(losses)
@@ -134,7 +134,7 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
         if good[row]:
             reports.append(TrainReport(sum(losses[row]) / steps, rows.num_samples[row], steps, seconds))
         else:
-            replica.position = positions[row]
+            replica.position, replica.num_drawn = positions[row]
             reports.append(None)
     return reports
 

@@ -46,7 +46,7 @@ def catch_up(
         ProgramError: the records are not of this run.
     """
     replica.rollback()
-    nbytes = 0
+    nbytes, drawn = 0, replica.num_drawn
     if replica.committed_round + 1 < transcript.first:
         data = base()
         if data is None:
@@ -57,6 +57,7 @@ def catch_up(
         if number > replica.committed_round:
             apply(replica, number, record)
             nbytes += len(record)
+    replica.num_drawn = drawn
     replica.catch_up(max(replica.committed_round, transcript.first - 1), replica.committed_step, position)
     return nbytes
 

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from actors.buffers import as_buffer, as_tensor
-from actors.data import Position
+from actors.data import Place, Position
 from actors.learner import NOT_STARTED
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
     from actors.replica import Replica
-    from algorithms.api import State
+    from algorithms.api import NodeId, State
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class StateExport:
         return sum(array.nbytes for array in self.arrays)
 
 
-def export_state(replica: Replica, *, everything: bool = False) -> StateExport:
+def export_state(replica: Replica, *, everything: bool = False, shared: bool = True) -> StateExport:
     """What ``load_state`` needs, also while a round is open.
 
     Args:
         replica: the donor.
         everything: also its local state, its optimizer's and its place in its data, for whoever takes its place; else
             the optimizer's state only if ``optimizer.on_join`` says that a joiner has the donor's.
+        shared: with the shared state; else it is to be had of another (``with_shared``).
     """
     tensors = replica.committed_tensors()
     leaves = [tensors.parameters, tensors.buffers, *tensors.counters]
@@ -56,13 +59,55 @@ def export_state(replica: Replica, *, everything: bool = False) -> StateExport:
         "round": replica.committed_round,
         "step": replica.committed_step,
         "counters": len(tensors.counters),
-        "shared": _pack(replica.shared.committed(), leaves),
+        "shared": _pack(replica.shared.committed(), leaves) if shared else None,
         "local": _pack(replica.local.committed(), leaves) if everything else None,
         "optimizer": _pack(replica.optimizer.state(), leaves) if with_optimizer else None,
         "position": list(replica.committed_position) if everything else None,
+        "extras": [list(one) for one in replica.extras] if everything else [],
+        "num_void": replica.num_drawn if everything and replica.staged_round is None else 0,
     }
     meta["tensors"] = [{"dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)} for leaf in leaves]
     return StateExport(meta, [as_buffer(leaf.detach().cpu().contiguous()) for leaf in leaves])
+
+
+def snapshot(replica: Replica, *, shared: bool = True) -> StateExport:
+    """All that a node has committed, for a checkpoint: who goes on with it is the same incarnation."""
+    export = export_state(replica, everything=True, shared=shared)
+    export.meta["incarnation"] = replica.incarnation
+    return export
+
+
+def copied(export: StateExport) -> StateExport:
+    """The same in memory of its own."""
+    return StateExport(export.meta, [array.copy() for array in export.arrays])
+
+
+def with_shared(export: StateExport, donor: StateExport) -> StateExport:
+    """``export`` with the shared state of ``donor``, which was the same when both were made."""
+    if export.meta["shared"] is not None:
+        return export
+    forms, arrays = list(export.meta["tensors"]), list(export.arrays)
+
+    def moved(packed: dict[str, Any]) -> dict[str, Any]:
+        ((kind, content),) = packed.items()
+        match kind:
+            case "tensor":
+                forms.append(donor.meta["tensors"][content])
+                arrays.append(donor.arrays[content])
+                return {"tensor": len(arrays) - 1}
+            case "dict":
+                return {"dict": {key: moved(child) for key, child in content.items()}}
+            case "list":
+                return {"list": [moved(child) for child in content]}
+            case _:
+                return packed
+
+    return StateExport(export.meta | {"shared": moved(donor.meta["shared"]), "tensors": forms}, arrays)
+
+
+def donor_among(saved: Mapping[NodeId, StateExport]) -> StateExport:
+    """Whoever's export has the shared state, also for those that have not."""
+    return next(export for export in saved.values() if export.meta["shared"] is not None)
 
 
 def load_state(replica: Replica, export: StateExport, position: Position | None = None) -> None:
@@ -98,7 +143,11 @@ def load_state(replica: Replica, export: StateExport, position: Position | None 
         replica.optimizer.load(_unpack(meta["optimizer"], leaves, replica.device))
     if meta["position"] is not None:
         position = Position(*meta["position"])
+        if meta["extras"]:
+            replica.plan(Place.of(meta["extras"], position))
+    replica.incarnation = meta.get("incarnation", replica.incarnation)
     replica.catch_up(meta["round"], meta["step"], position)
+    replica.num_drawn += meta["num_void"]
 
 
 def _pack(state: State, leaves: list[Tensor]) -> dict[str, Any]:

@@ -498,6 +498,11 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
     async def join(self, node: Node) -> None:
         """Run after a state transfer, on the joiner."""
 
+    def unsent(self, node: Node) -> float:
+        """The norm of what ``node`` has left out of what it sent, and will send later; it is lost with the node."""
+        del node
+        return 0.0
+
     def sealed(self, node: Node) -> bytes | None:
         """What the run's log keeps of the round that ``node`` has just done, the same on all members: a few bytes."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -55,6 +55,23 @@ class ExchangeOnly(Algorithm):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 1
+
+
+class Plain(Algorithm):
+    """A round is ``steps`` steps and nothing else."""
+
+    replicated: ClassVar[bool] = False
+
+    steps: PositiveInt
+
+    async def round(self, node: Node) -> None:
+        await Train(steps=self.steps)
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return 0
+
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
+        return self.steps
 
 
 class Overlapped(Algorithm):

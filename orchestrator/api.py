@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import ConfigError, DivergedError
+from orchestrator.errors import DivergedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +29,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from orchestrator.checkpoints import CheckpointStore
     from orchestrator.config import Config
     from orchestrator.controller import Controller
+    from orchestrator.lease import Lease
     from orchestrator.records import Observer, Summary
+    from orchestrator.revival import Revival
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.runtime import Runtime
 
     Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
@@ -59,10 +63,10 @@ def run(
         KeyboardInterrupt: it was interrupted (SIGINT, or SIGTERM while Ray runs), and closed cleanly.
     """
     resolved = resolve(config, overrides)
-    refuse_simulated_network(resolved)
     from orchestrator.cluster import Cluster
+    from orchestrator.run_directory import RunDirectory
 
-    return _drive(resolved, Cluster, run_dir, observers)
+    return _drive(resolved, Cluster(resolved), RunDirectory(resolved, run_dir), observers)
 
 
 def simulate(
@@ -74,9 +78,53 @@ def simulate(
 ) -> Summary:
     """Train in this process, under a virtual clock and a model of the network. Arguments and errors as for ``run``."""
     resolved = resolve(config, overrides)
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 
-    return _drive(resolved, Simulator, run_dir, observers)
+    return _drive(resolved, Simulator(resolved), RunDirectory(resolved, run_dir), observers)
+
+
+def resume(
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    from_previous: bool = False,
+    observers: Sequence[Observer] = (),
+) -> Summary:
+    """Go on with a run that was interrupted, or failed, from its last checkpoint, where it ran: on Ray, or simulated.
+
+    With the same number of nodes it ends with the bits with which it would have ended.
+
+    Args:
+        run_dir: of the run. A finished one is only told of, unless ``overrides`` change it (``rounds=200``).
+        overrides: ``a.b=c`` each, applied to the run's configuration.
+        from_previous: go on from the checkpoint before the last.
+        observers: as for ``run``.
+
+    Raises:
+        StarlingError: as for ``run``; also if there is no checkpoint that can be used.
+    """
+    from orchestrator import resumption
+    from orchestrator.lease import Lease
+    from orchestrator.run_directory import RunDirectory
+
+    path = resumption.directory(run_dir)
+    finished = None if overrides else resumption.finished(path)
+    if finished is not None:
+        return finished
+    lease = Lease(path)
+    try:
+        revival, store, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
+        directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
+        if is_virtual:
+            from orchestrator.simulator import Simulator as Kind
+        else:
+            from orchestrator.cluster import Cluster as Kind
+        runtime = Kind(revival.config)
+    except BaseException:
+        lease.release()
+        raise
+    return _drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
 
 
 def replay(
@@ -99,12 +147,16 @@ def replay(
     """
     from pathlib import Path
 
+    from orchestrator.config import CheckpointConfig
     from orchestrator.replay import History, ReplayController
+    from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)
     history = History.read(history_dir)
-    summary = _drive(resolved, Simulator, run_dir, observers, functools.partial(ReplayController, history=history))
+    resolved = resolved.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
+    directory, controller = RunDirectory(resolved, run_dir), functools.partial(ReplayController, history=history)
+    summary = _drive(resolved, Simulator(resolved), directory, observers, controller)
     if summary.digest != history.digest:
         raise DivergedError(f"the replay ends with digest {summary.digest}, and {history_dir} with {history.digest}")
     return summary
@@ -134,43 +186,26 @@ def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
     return parse(config, overrides) if isinstance(config, Mapping) else load(config, overrides)
 
 
-def refuse_simulated_network(config: Config) -> None:
-    """Refuse what only the simulator does, instead of leaving it out in silence.
-
-    Raises:
-        ConfigError: the configuration asks for a slow network.
-    """
-    network = config.network
-    for key, value, off in (
-        ("bandwidth_mbps", network.bandwidth_mbps, "null"),
-        ("latency_ms", network.latency_ms, "0"),
-        ("links", network.links, "[]"),
-    ):
-        if value:
-            raise ConfigError(
-                f"network.{key} is set, and throttling a real cluster is not built yet; "
-                f"set network.{key}: {off}, or use starling simulate"
-            )
-
-
 def _drive(
     config: Config,
-    make: Callable[[Config], Runtime],
-    run_dir: str | Path | None,
+    runtime: Runtime,
+    directory: RunDirectory,
     observers: Sequence[Observer],
     drive: Callable[..., Controller] | None = None,
+    *,
+    lease: Lease | None = None,
+    store: CheckpointStore | None = None,
+    revival: Revival | None = None,
 ) -> Summary:
     """Run to the end, whatever that is; leave nothing behind but the run directory."""
+    from orchestrator.checkpointing import checkpointing
     from orchestrator.config import MLflowTracking
     from orchestrator.controller import Controller
     from orchestrator.lease import Lease
     from orchestrator.records import Observers
-    from orchestrator.run_directory import RunDirectory
 
-    runtime = make(config)
-    directory = RunDirectory(config, run_dir)
     with contextlib.ExitStack() as stack:
-        lease = Lease(directory.path)
+        lease = lease or Lease(directory.path)
         stack.callback(lease.release)
         trackers: list[Observer] = []
         if isinstance(config.tracking, MLflowTracking):
@@ -179,7 +214,11 @@ def _drive(
             trackers.append(MLflowTracker(config.tracking, directory.path))
         everyone = Observers([directory, *trackers, *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        controller = (drive or Controller)(config, runtime, everyone, **names, may_commit=lease.check)
+        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
+        if checkpoints is not None:
+            stack.callback(checkpoints.close)
+        more = {} if drive else {"checkpoints": checkpoints, "revival": revival}
+        controller = (drive or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
         stack.enter_context(_kept_handlers())
         try:
             summary = controller.run()
@@ -187,6 +226,10 @@ def _drive(
             # Ray's handler of SIGTERM raises SystemExit.
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with _undisturbed():
+                if interrupted:
+                    controller.save()
+                if checkpoints is not None:
+                    checkpoints.close()  # while the nodes are there: it may be waiting for what they hold
                 summary = controller.summary("interrupted" if interrupted else "failed")
                 runtime.close()
                 lease.release()

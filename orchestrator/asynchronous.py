@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from actors.tickets import Returned
 from algorithms.api import SERVER, View
 from orchestrator.errors import RunError
 from orchestrator.faults import Faults
@@ -14,10 +15,12 @@ from orchestrator.members import Members
 from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Sleeps
 
 if TYPE_CHECKING:
-    from actors.tickets import Returned
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
     from algorithms.api import NodeId
     from orchestrator.config import FaultPhase
-    from orchestrator.mailroom import Handover, Mailroom
+    from orchestrator.mailroom import Envelope, Handover, Mailroom
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
 
@@ -43,7 +46,7 @@ class Asynchronous:
         """Who is in, but for the server."""
         self._entered = set(progress.facts)
         """Who is in."""
-        self._rounds = dict.fromkeys(progress.facts, 0)
+        self._rounds: dict[NodeId, int] = dict.fromkeys(progress.facts, 0)
         """Committed, of each node."""
         self._seen: dict[NodeId, tuple[NodeId, ...]] = {}
         """The members of the last view of each node."""
@@ -59,15 +62,22 @@ class Asynchronous:
         self._contributed: set[NodeId] = set()
         self._mark = (0.0, 0, 0)
         """Clock, payload and transport at the last recorded round."""
+        self._is_revived = False
+        self._idle: set[NodeId] = set()
+        """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
+        self._saving_since: float | None = None
+        remembers = progress.checkpoints is not None
+        self._mail.room.remembers = self._runtime.keeps_letters = remembers
 
     def run(self) -> None:
         """Go on until the configured number of rounds is done, then let everybody stand still."""
-        progress = self._progress
-        self._mark = self._now()
+        if not self._is_revived:
+            self._mark = self._now()
         self._members.act()
         self._strike_late()
-        for node in sorted(progress.facts):
+        for node in sorted(self._entered):
             self._begin(node)
+        self._admit()
         while not self._is_over():
             self._step()
         self._stop()
@@ -105,7 +115,14 @@ class Asynchronous:
         # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
         repair = changed and seen is not None and number > 0
         self._runtime.begin(
-            0, number, view, number - 1, (node,), repair=repair, joiners=(node,) if joins and node != SERVER else ()
+            0,
+            number,
+            view,
+            number - 1,
+            (node,),
+            repair=repair,
+            joiners=(node,) if joins and node != SERVER else (),
+            places=self._progress.samples.begin(number, (node,), self._present),
         )
         self._strike("train", node)
 
@@ -120,6 +137,9 @@ class Asynchronous:
 
     def _step(self) -> None:
         members = self._members
+        if self._saving_since is not None and self._is_quiet():
+            self._save_now()
+            return
         if self._mail.room.stuck(self._mail.room.nodes) and not self._is_changing():
             message = "every node waits for a message, and none is on its way: the programs wait for one another"
             raise RunError(message)
@@ -191,10 +211,12 @@ class Asynchronous:
                 self._commit(node, report)
             case Halted(node):
                 self._halting.discard(node)
-                if node in self._members.leaving:
-                    self._members.retire([node])
+                if self._saving_since is not None:
+                    self._mail.room.rewind(node)
+                    self._idle.add(node)
+                    self._progress.record("again", node=node, round=self._rounds[node])
                 else:
-                    self._begin(node)  # its own committed state is all that it needs
+                    self._go_on(node)  # its own committed state is all that it needs
             case Sleeps(node, until):
                 self._working[node] = until
             case Receives(node):
@@ -221,8 +243,13 @@ class Asynchronous:
         if not members.take(self._progress.committed + 1, happening):
             return False
         if isinstance(happening, Kept) and happening.node == SERVER:
-            for envelope in self._mail.room.kept(SERVER, happening.number):
-                self._runtime.discard(envelope.sender, envelope.letter)
+            self._forget(self._mail.room.kept(SERVER, happening.number))
+        self._admit()
+        return True
+
+    def _admit(self) -> None:
+        """Let those begin that have all that they need; see to it that the others get it."""
+        members = self._members
         there = set(self._progress.nodes) | ({SERVER} & self._progress.facts.keys() - self._progress.down)
         members.transfers.donors = self._donors()
         for node in sorted(there - self._entered - set(members.transfers.pending)):
@@ -234,7 +261,6 @@ class Asynchronous:
                 members.give_state(self._rounds[node], node)
         members.transfers.donors = self._donors()
         members.transfers.retry()
-        return True
 
     def _donors(self) -> tuple[NodeId, ...]:
         """Who has a model that has been trained: the server alone, if there is one."""
@@ -252,6 +278,7 @@ class Asynchronous:
         self._working.pop(node, None)
         self._halting.discard(node)
         self._entered.discard(node)
+        self._idle.discard(node)
         if node == SERVER:
             # It will be embodied anew; what is sent to it waits.
             self._mail.room.stop(SERVER)
@@ -259,6 +286,7 @@ class Asynchronous:
         if node in self._present:
             self._present.discard(node)
             self._view_number += 1
+            self._forget(self._mail.room.end(node))
             self._mail.left(node)
 
     def _enter(self, node: NodeId) -> None:
@@ -292,6 +320,7 @@ class Asynchronous:
         self._members.committed(number, {node: report})
         self._rounds[node] += 1
         self._working.pop(node, None)
+        self._forget(self._mail.room.end(node))
         if node != SERVER:
             self._num_commits += 1
             self._last = node
@@ -306,13 +335,23 @@ class Asynchronous:
         if node == SERVER and number > progress.committed if by_server else self._is_turn():
             self._round_done()
         self._strike("commit", node, number)
-        if self._is_over():
-            return
+        if not self._is_over():
+            self._go_on(node)
+
+    def _go_on(self, node: NodeId) -> None:
+        """A node stands still between two rounds: it begins the next, or leaves."""
         if node in self._members.leaving:
-            self._runtime.settle({node: number})
+            self._runtime.settle({node: self._rounds[node] - 1})
             self._members.retire([node])
+        elif self._saving_since is not None:
+            self._idle.add(node)
         else:
             self._begin(node)
+
+    def _forget(self, envelopes: list[Envelope]) -> None:
+        """Nobody will be handed these messages again."""
+        for envelope in envelopes:
+            self._runtime.discard(envelope.sender, envelope.letter)
 
     def _is_turn(self) -> bool:
         return self._num_commits % max(1, len(self._present)) == 0
@@ -336,6 +375,82 @@ class Asynchronous:
         )
         self._since, self._contributed = [], set()
         self._strike_late()
+        checkpoints = progress.checkpoints
+        if checkpoints is not None and checkpoints.is_due(progress.committed) and not self._is_over():
+            self._saving_since = self._runtime.now
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing moves any more; first, whether nobody computes, and who waits for messages is stopped."""
+        moves = self._working or self._halting or self._mail.room.num_in_flight
+        if moves or self._members.transfers.pending or self._members.is_retiring or SERVER in self._progress.down:
+            return False
+        waiting = [node for node in self._mail.room.receiving if node not in self._idle]
+        self._halt(waiting)
+        return not waiting
+
+    def _save_now(self) -> None:
+        """Everybody stands still: save that, and let all begin their next round."""
+        checkpoints = self._progress.checkpoints
+        assert checkpoints is not None
+        assert self._saving_since is not None
+        self.save()
+        checkpoints.waited(self._runtime.now - self._saving_since)
+        self._saving_since, idle, self._idle = None, sorted(self._idle), set()
+        for node in idle:
+            self._go_on(node)
+
+    def save(self) -> None:
+        """Have all that is committed saved; no program of a round is open, or what it does is void."""
+        self._runtime.settle({node: self._rounds[node] - 1 for node in self._entered})
+        now = self._now()
+        state = {
+            "view": self._view_number,
+            "present": sorted(self._present),
+            "rounds": {str(node): number for node, number in self._rounds.items()},
+            "seen": {str(node): members for node, members in self._seen.items()},
+            "commits": self._num_commits,
+            "last": self._last,
+            "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._since],
+            "contributed": sorted(self._contributed),
+            "mark": [value - then for value, then in zip(now, self._mark, strict=True)],
+            "faults": self._faults.to_json(),
+        }
+        server = [SERVER] if SERVER in self._entered else []
+        self._progress.save(state, [*self._members.to_save(), *server], None, self._mail)
+
+    def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
+        """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
+        self._is_revived = True
+        self._members.bring_back(rounds)
+        self._entered = {node for node in self._progress.facts if node in rounds and node not in self._members.new}
+        self._present = self._entered - {SERVER}
+        self._view_number = state["view"] + (self._present != set(state["present"]))
+        self._rounds = {int(node): number for node, number in state["rounds"].items()}
+        self._seen = {int(node): tuple(members) for node, members in state["seen"].items()}
+        self._num_commits, self._last = state["commits"], state["last"]
+        self._since = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
+        self._contributed = set(state["contributed"])
+        for node in set(self._progress.facts) - self._entered:
+            self._mail.room.leave_out(node)
+        return self._mail.room.revive(mail)
+
+    def go_on_from(self, mark: Sequence[float]) -> None:
+        """The clock has been set: the last recorded round was so long ago, and so many bytes."""
+        seconds, payload, transport = self._now()
+        self._mark = seconds - mark[0], payload - int(mark[1]), transport - int(mark[2])
+
+    def stand_still(self) -> None:
+        """Cancel what runs, in bounded time: what was committed last can be saved then."""
+        self._saving_since = self._runtime.now
+        self._runtime.settle({node: self._rounds[node] - 1 for node in self._entered})
+        self._halt(sorted(self._entered - self._idle - self._halting))
+        deadline = self._runtime.now + self._config.cluster.cancel_grace_s + 1.0
+        while self._halting and self._runtime.now < deadline:
+            happening = self._runtime.next(deadline)
+            if happening is not None:
+                self._note(happening)
 
     def _now(self) -> tuple[float, int, int]:
         return self._runtime.now, self._progress.ledger.payload, self._runtime.transport_nbytes or 0

@@ -8,14 +8,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import logging
-import os
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -29,9 +26,10 @@ from orchestrator.errors import (
     StarlingError,
     exit_code,
 )
+from orchestrator.terminal import everything_to_stderr, interruptible, warnings_shown_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from algorithms.registry import Part
     from orchestrator.config import Config
@@ -52,9 +50,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_DEAF_S = 5.0
-"""To a repeated Ctrl-C."""
 
 _CONFIG_HELP = "The YAML file that says what to train, and how."
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=_CONFIG_HELP)]
@@ -133,6 +128,19 @@ def simulate(
         _train("replay", replay, overrides, run_dir, as_json=as_json)
     elif config is not None:
         _train("simulate", config, overrides, run_dir, as_json=as_json)
+
+
+@app.command(epilog=_EXIT_CODES)
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run that was interrupted, or failed.")],
+    overrides: Overrides = None,
+    from_previous: Annotated[
+        bool, typer.Option("--from-previous", help="Go on from the checkpoint before the last.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run from its last checkpoint, where it ran; of a finished one, print what it came to."""
+    _train("resume", run_dir, overrides, None, as_json=as_json, from_previous=from_previous)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -282,21 +290,68 @@ def replay(
     _answer(act, as_json=as_json)
 
 
-def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path | None, *, as_json: bool) -> None:
+@app.command(epilog=_EXIT_CODES)
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, finished or not.")],
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--round", metavar="ROUND", min=0, help="Of a checkpoint, counted from 0; by default the final model."
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["safetensors", "torch", "hf"],
+        typer.Option("--format", help="torch: a state_dict; hf: a folder for Hugging Face's libraries."),
+    ] = "safetensors",
+    to: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The file, or the folder; by default in RUN_DIR/exported.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model, or that of one of its checkpoints, into a file for others."""
+
+    def act(console: Console) -> dict[str, Any]:
+        _add_to_path(Path.cwd())
+        from orchestrator.export import export as write
+        from orchestrator.pages import print_exported
+
+        exported = write(run_dir, number, form, to)
+        print_exported(console, exported)
+        return {"status": "ok"} | exported.to_json()
+
+    _answer(act, as_json=as_json)
+
+
+def _train(
+    command: str,
+    path: Path,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    *,
+    as_json: bool,
+    from_previous: bool = False,
+) -> None:
     views: list[Display] = []
 
     def act(console: Console) -> dict[str, Any]:
-        config = _load(path / "config.yaml" if command == "replay" else path, overrides)
-        from orchestrator import api
+        from orchestrator import api, resumption
         from orchestrator.display import display, print_summary
 
+        folder = resumption.directory(path) if command == "resume" else path
+        config = _load(folder / "config.yaml" if command in ("replay", "resume") else path, overrides)
+        done = None if command != "resume" or overrides else resumption.finished(folder)
+        if done is not None:
+            print_summary(console, done, config)
+            return done.to_json()
         view = display(console)
         views.append(view)
-        with _warnings_shown_by(view), _interruptible():
+        with warnings_shown_by(view), interruptible():
             try:
                 view.open(config, _place(command, config))
                 if command == "replay":
                     summary = api.replay(path, config, run_dir=run_dir, observers=[view])
+                elif command == "resume":
+                    summary = api.resume(path, overrides or (), from_previous=from_previous, observers=[view])
                 else:
                     train = api.run if command == "run" else api.simulate
                     summary = train(config, run_dir=run_dir, observers=[view])
@@ -314,6 +369,8 @@ def _train(command: str, path: Path, overrides: list[str] | None, run_dir: Path 
 
 
 def _place(command: str, config: Config) -> str:
+    if command == "resume":
+        return "that go on with the run"
     if command != "run":
         return "in the simulator" if command == "simulate" else "in the simulator, as that run's log says"
     address = config.cluster.address
@@ -328,11 +385,14 @@ _NO_RUN: dict[str, Any] = {
     "metrics": {},
     "bytes": {"payload": 0, "recovery": 0, "per_round": 0, "transport": None},
     "nodes": {"started": 0, "joined": 0, "lost": 0, "drained": 0},
+    "samples": {"drawn": 0, "committed": 0, "redrawn": 0, "lost": 0},
     "replicas": None,
     "digest": None,
     "seconds": 0.0,
     "virtual_seconds": None,
+    "lost": {"residuals": 0, "residual_norm": 0.0},
     "baselines": {},
+    "checkpoints": None,
 }
 """What ``--json`` says of a run that could not begin."""
 
@@ -369,7 +429,7 @@ def _answer(
     """
     code, problem = 0, None
     answer: dict[str, Any] = {}
-    with _everything_to_stderr() if as_json else contextlib.nullcontext():
+    with everything_to_stderr() if as_json else contextlib.nullcontext():
         try:
             answer = act(Console(stderr=as_json))
         except StarlingError as error:
@@ -410,74 +470,3 @@ def _add_to_path(folder: Path) -> None:
     # At the end: a file of the user's must not hide a module of somebody else's.
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-
-
-@contextlib.contextmanager
-def _everything_to_stderr() -> Iterator[None]:
-    """Send to stderr what is printed: by Python code, and, as far as possible, by libraries and child processes."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stdout = sys.stdout.fileno()
-            stderr = sys.stderr.fileno()
-        except (OSError, ValueError):
-            pass  # captured by a test: these are no files
-        else:
-            sys.stdout.flush()
-            kept = os.dup(stdout)
-            os.dup2(stderr, stdout)
-            stack.callback(os.close, kept)
-            stack.callback(os.dup2, kept, stdout)
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        yield
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, and the impatient may repeat either.
-
-    A repetition within seconds is not heard: it would cut short what the first one has begun to close. After that it
-    is, for the first may have been lost (Python swallows what is raised in a finalizer).
-    """
-    heard_at = -_DEAF_S
-
-    def interrupt(*_: object) -> None:
-        nonlocal heard_at
-        now = time.monotonic()
-        if now - heard_at >= _DEAF_S:
-            heard_at = now
-            raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # a background job of a script is not meant to hear Ctrl-C
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Notes(logging.Handler):
-    """Shows warnings without tearing the live view."""
-
-    def __init__(self, view: Display) -> None:
-        super().__init__(logging.WARNING)
-        self._view = view
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show one."""
-        self._view.note(record.getMessage())
-
-
-@contextlib.contextmanager
-def _warnings_shown_by(view: Display) -> Iterator[None]:
-    logger = logging.getLogger("starling")
-    handler = _Notes(view)
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate

@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
+from actors.letters import packed, unpacked
 from actors.messages import Letter
-from actors.tickets import Failed
-from algorithms.api import SERVER
+from actors.tickets import Failed, Sending
+from actors.transfer import donor_among, with_shared
+from algorithms.api import INLINE_LIMIT_BYTES, SERVER
 from orchestrator.data_plane import DataPlane
-from orchestrator.errors import NodeFailedError, NodeGoneError
+from orchestrator.errors import NodeFailedError, NodeGoneError, RunError
 from orchestrator.mailroom import Delivery
+from orchestrator.network import Cast
 from orchestrator.ray_session import reason_of
 from orchestrator.runtime import Arrived, FinalModel, Kept, Loaded, NotLoaded, Retired, Unreadable, Vanished
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ray import ObjectRef
 
     from actors.data import Position
     from actors.messages import Reply
     from actors.transcript import Transcript
+    from actors.transfer import StateExport
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.mailroom import Envelope, Handover
@@ -44,12 +48,13 @@ class Cluster(DataPlane):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._kept: dict[NodeId, ObjectRef[Any]] = {}
-        """All that was committed by nodes that have left, and by the server."""
+        self._kept: dict[NodeId, list[ObjectRef[Any]]] = {}
+        """All that was committed by nodes that have left, and by the server; the last has the shared state."""
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
         self._base: tuple[int, ObjectRef[Any]] | None = None
         """The first round that is replayed, and where the model before it is in the store."""
+        self.keeps_letters = False
 
     def close(self) -> None:
         self._contributions, self._reduced, self._kept, self._letters = {}, {}, {}, {}
@@ -60,8 +65,13 @@ class Cluster(DataPlane):
     def dispatch(self, envelope: Envelope) -> None:
         key = envelope.sender, envelope.letter
         sending, _ = self._letters[key]
+        due = self._arrivals(lambda: [Cast({envelope.sender: envelope.nbytes}, [envelope.to])]).get(envelope.to)
+
+        def arrive() -> None:
+            self._at(due, lambda: self._ready.append(Arrived(envelope)))
+
         if sending.inline is not None:
-            self._ready.append(Arrived(envelope))
+            arrive()
             return
         home = self._home[envelope.sender]
         done, data = home.handle.outbox.options(num_returns=2).remote(envelope.letter)
@@ -69,7 +79,7 @@ class Cluster(DataPlane):
         self._call(
             home,
             done,
-            lambda _actor, _done: self._ready.append(Arrived(envelope)),
+            lambda _actor, _done: arrive(),
             on_error=lambda: self._ready.append(Vanished(envelope)),
         )
 
@@ -86,8 +96,9 @@ class Cluster(DataPlane):
             return
         envelope = outcome.envelope
         key = envelope.sender, envelope.letter
-        # The server may have to be handed it again.
-        sending, data = self._letters[key] if node == SERVER else self._letters.pop(key)
+        # It may have to be handed over again.
+        keeps = node == SERVER or self.keeps_letters
+        sending, data = self._letters[key] if keeps else self._letters.pop(key)
         self.transport_nbytes += envelope.nbytes
         letter = Letter(
             sender=envelope.sender,
@@ -104,6 +115,18 @@ class Cluster(DataPlane):
             self._ready.append(Unreadable(node, envelope))
 
         self._call(actor, actor.handle.receive.remote(self._epoch, node, letter), done)
+
+    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+        kept = [self._letters[one.sender, one.letter] for one in envelopes]
+        return _gathered(kept)
+
+    def put_back(self, envelopes: Sequence[Envelope], letters: StateExport) -> None:
+        payloads = list(unpacked(letters))
+        for one in envelopes:
+            specs, data = payloads[-1 - one.letter]
+            is_inline = one.nbytes <= INLINE_LIMIT_BYTES
+            sending = Sending(one.to, one.letter, specs, one.nbytes, data if is_inline else None)
+            self._letters[one.sender, one.letter] = sending, None if is_inline else ray.put(data)
 
     # --- state of nodes that come and go -----------------------------------------------------------------------------
 
@@ -122,7 +145,7 @@ class Cluster(DataPlane):
     def _retire(self, actor: Actor, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
         if self._home[node] is not actor or node not in self._retiring:
             return  # it died while its state was copied, and that was told
-        self._kept[node] = ref
+        self._kept[node] = [ref]
         self._retiring.discard(node)
         self._retired.add((actor.index, node))
         if all((actor.index, other) in self._retired for other in actor.nodes):
@@ -134,7 +157,7 @@ class Cluster(DataPlane):
 
     def keep(self, node: NodeId, number: int) -> None:
         def done(nbytes: int, ref: ObjectRef[Any]) -> None:
-            self._kept[node] = ref
+            self._kept[node] = [ref]
             self._ready.append(Kept(node, number, nbytes))
 
         self._export(node, done)
@@ -185,7 +208,7 @@ class Cluster(DataPlane):
         home = self._home[donor]
         size, ref = home.handle.export.options(num_returns=2).remote(donor, False)
         self._limit(home, size, "it did not hand over its state")
-        self._load(joiner, donor, ref, position)
+        self._load(joiner, donor, [ref], position)
 
     def replay(
         self,
@@ -203,30 +226,67 @@ class Cluster(DataPlane):
         self._await_load(joiner, donor, actor.handle.replay.remote(joiner, transcript.first, records, refs, position))
 
     def restore(self, node: NodeId) -> bool:
-        ref = self._kept.get(node)
-        if ref is not None:
-            self._load(node, node, ref, None)
-        return ref is not None
+        refs = self._kept.get(node)
+        if refs is not None:
+            self._load(node, node, refs, None)
+        return refs is not None
 
-    def _load(self, node: NodeId, source: NodeId, ref: ObjectRef[Any], position: Position | None) -> None:
+    def _load(self, node: NodeId, source: NodeId, refs: Sequence[ObjectRef[Any]], position: Position | None) -> None:
         actor = self._home[node]
-        # In a list, so that Ray does not fetch it: a donor that is gone is no failure of the joiner's.
-        self._await_load(node, source, actor.handle.load.remote(node, source, [ref], position))
+        # In a list, so that Ray does not fetch them: a donor that is gone is no failure of the joiner's.
+        self._await_load(node, source, actor.handle.load.remote(node, source, refs, position))
+
+    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
+        calls: list[tuple[NodeId, list[ObjectRef[Any]]]] = []
+        for node in nodes:
+            actor = self._home[node]
+            if actor.alive and (actor.index, node) not in self._retired:
+                calls.append((node, [actor.handle.snapshot.remote(node, shared in (None, node))]))
+            elif node in self._kept:
+                calls.append((node, self._kept[node]))
+        return _fetched(calls)
+
+    def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
+        donor = donor_among(saved)
+        shared = ray.put(donor)
+        for node, export in saved.items():
+            self._kept[node] = (
+                [shared] if export is donor else [ray.put(export)] + [shared] * (export.meta["shared"] is None)
+            )
+
+    def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
+        del seconds
+        self.transport_nbytes = transport_nbytes or 0
 
     def _await_load(self, node: NodeId, source: NodeId, call: ObjectRef[Any]) -> None:
         self._loading[node] = source
+        actor, began = self._home[node], self.now
 
         def done(actor: Actor, result: int | Failed | None) -> None:
             self._loading.pop(node, None)
             if isinstance(result, Failed):
                 self._lost(actor, RuntimeError(result.message))
+            elif result is None:
+                self._ready.append(NotLoaded(node, source))
             else:
-                self._ready.append(NotLoaded(node, source) if result is None else Loaded(node, source, result))
+                self._at(self._loaded_at(node, source, result, began), lambda: loaded(result))
 
-        actor = self._home[node]
+        def loaded(nbytes: int) -> None:
+            # Whoever has died meanwhile, and was embodied anew, has none of it.
+            if actor.alive and self._home[node] is actor:
+                self._ready.append(Loaded(node, source, nbytes))
+
         self._call(actor, call, done)
         # A donor has as long to hand it over as this one to take it.
         self._limit(actor, call, "it did not take over the state", times=2)
+
+    def _loaded_at(self, node: NodeId, source: NodeId, nbytes: int, began: float) -> float | None:
+        """When the network has brought ``nbytes`` of state; what was kept of a node lies with another."""
+        if self._network.is_instant:
+            return None
+        others = (other for other, home in sorted(self._home.items()) if other != node and home.alive)
+        holder = source if source != node else next(others, node)
+        return self._network.arrivals(began, [Cast({holder: nbytes}, [node])]).get(node)
 
     def _on_gone(self, node: NodeId) -> None:
         self._loading.pop(node, None)
@@ -266,3 +326,26 @@ class Cluster(DataPlane):
                 self._lost(actor, error)
             message = f"node {node} ({self._facts_of(actor).place}) was lost: {reason_of(error)}"
             raise NodeGoneError(node, message) from None
+
+
+def _fetched(calls: Sequence[tuple[NodeId, list[ObjectRef[Any]]]]) -> Iterator[tuple[NodeId, StateExport]]:
+    """What calls return, one after the other; who died is left out."""
+    for node, refs in calls:
+        try:
+            exports: list[StateExport] = ray.get(refs, timeout=_CALL_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            continue
+        yield node, exports[0] if len(exports) == 1 else with_shared(*exports)
+
+
+def _gathered(kept: Sequence[tuple[Sending, ObjectRef[Any] | None]]) -> Iterator[StateExport]:
+    """Messages that wait, as one export; those whose sender took the payload along are lost, and with them the rest.
+
+    Raises:
+        RunError: one is nowhere to be had.
+    """
+    try:
+        data: list[Any] = [one.inline if ref is None else ray.get(ref, timeout=_CALL_TIMEOUT_S) for one, ref in kept]
+    except ray.exceptions.RayError as error:
+        raise RunError(f"a message that waits for its receiver is lost: {reason_of(error)}") from None
+    yield packed([one.specs for one, _ in kept], data)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "hdfs")
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -148,7 +149,10 @@ class LinkConfig(Section):
 
 
 class NetworkConfig(Section):
-    """What the simulator assumes about time. On a cluster time is real."""
+    """How slow the network is, in the simulator, and on a cluster that is throttled to it.
+
+    What takes time besides is the simulator's alone: on a cluster that is real.
+    """
 
     bandwidth_mbps: PositiveFloat | None = None
     """Of each node's access link, each way; ``null`` is infinite."""
@@ -234,12 +238,35 @@ class FaultsConfig(Section):
 class CheckpointConfig(Section):
     """Where and how often the run is saved."""
 
-    uri: Annotated[str | None, _off(None)] = None
-    """Where checkpoints go; default: the run directory."""
-    every_rounds: Annotated[NonNegativeInt, _off(0)] = 0
-    """0: never."""
+    uri: str | None = None
+    """Where checkpoints go: a folder, or an address that pyarrow.fs knows (``s3://bucket/folder``, ``gs://…``).
+    Default: the run directory."""
+    every_rounds: NonNegativeInt | Literal["auto"] = "auto"
+    """After how many committed rounds; 0: never. ``auto``: as often as that costs less than a hundredth of the time."""
+    every_s: PositiveFloat | None = None
+    """Instead: at the first commit after so many seconds."""
     keep: PositiveInt = 3
     """How many are kept."""
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> Self:
+        if self.every_s is not None and self.every_rounds != "auto":
+            raise ValueError("takes every_rounds or every_s, not both; leave out one of them")
+        return self
+
+    @field_validator("uri")
+    @classmethod
+    def _check_uri(cls, uri: str | None) -> str | None:
+        scheme, colon, _ = (uri or "").partition("://")
+        if colon and scheme not in _STORAGE_SCHEMES:
+            known = ", ".join(f"{one}://" for one in _STORAGE_SCHEMES)
+            raise ValueError(f"must be a folder or an address ({known}), got {shown(without_password(uri or ''))}")
+        return uri
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there are any."""
+        return self.every_rounds != 0
 
 
 class Tracking(Part, family="tracking", catalog="orchestrator.config"):
@@ -418,6 +445,8 @@ class Config(Section):
         variables = data["cluster"]["runtime_env"].get("env_vars")
         if isinstance(variables, dict):
             data["cluster"]["runtime_env"]["env_vars"] = dict.fromkeys(cast("dict[str, str]", variables), "***")
+        if self.checkpoint.uri:
+            data["checkpoint"]["uri"] = without_password(self.checkpoint.uri)
         if isinstance(self.tracking, MLflowTracking) and self.tracking.uri:
             data["tracking"]["uri"] = without_password(self.tracking.uri)
         for name, value in data["task"].items():

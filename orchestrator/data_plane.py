@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.data.plans import NOTHING_NEW
 from actors.messages import Expected, Inline, Reply, Round, SecureJob, Stored
 from actors.tickets import (
     Contributed,
@@ -25,7 +26,9 @@ from actors.tickets import (
     Stale,
     Waiting,
 )
+from orchestrator import phases
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Secure, Secured, Waits
+from orchestrator.network import Network
 from orchestrator.processes import Actor, Handler, Processes
 from orchestrator.runtime import Finished, Halted, Log, Raised, Receives, Seen, Sent, Sleeps
 from orchestrator.simulator import post_event
@@ -35,10 +38,12 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
+    from actors.data import Place
     from actors.tickets import Ticket
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
-    from orchestrator.events import Decision
+    from orchestrator.events import Decision, Event
+    from orchestrator.network import Cast
 
 _BEGIN = -1
 """Stands for the call that begins a round, where others are named by an exchange."""
@@ -65,6 +70,29 @@ class DataPlane(Processes):
         """Of a gather: whose contributions each node is to have, by exchange and generation."""
         self._letters: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
         self.transport_nbytes = 0
+        self._network = Network(config.network)
+        self._inline_due: dict[int, dict[NodeId, float]] = {}
+        """When the network brings what travels inline, by exchange."""
+
+    # --- the throttle ------------------------------------------------------------------------------------------------
+
+    def _arrivals(self, phase: Callable[[], Sequence[Cast]]) -> Mapping[NodeId, float]:
+        """When each receiver of a phase that begins now may have it; empty where the network is not throttled."""
+        return {} if self._network.is_instant else self._network.arrivals(self.now, phase())
+
+    def _at(self, when: float | None, call: Callable[[], None]) -> None:
+        """Do what is done at the end of a transfer: then, or now if the real one has taken longer."""
+        if when is None or when <= self.now:
+            call()
+        else:
+            self._after(when - self.now, call)
+
+    def _report_at(self, when: float | None, event: Event) -> None:
+        """Tell the rendezvous of the end of a transfer; of another attempt's, nothing."""
+        epoch = self._epoch
+        self._at(when, lambda: self._ready.append(event) if epoch == self._epoch else None)
+
+    # --- what is late ------------------------------------------------------------------------------------------------
 
     def _timely(self, handler: Handler) -> Handler:
         """The handler, unless another attempt has begun meanwhile: late calls of an old one still return."""
@@ -88,12 +116,13 @@ class DataPlane(Processes):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         self._epoch, self._members = epoch, view.members
         self._starts.update(nodes)
         self._posted.clear()
-        self._contributions, self._reduced, self._fetching = {}, {}, {}
-        round_ = Round(epoch, number, view, committed, repair, tuple(joiners))
+        self._contributions, self._reduced, self._fetching, self._inline_due = {}, {}, {}, {}
+        round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places))
         for actor, mine in self._by_actor(nodes):
             self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
 
@@ -194,7 +223,7 @@ class DataPlane(Processes):
         """Ask the processes of all that are pinged; whoever has answered in time is there."""
         answered: set[NodeId] = set()
         waiting = {other for other in ticket.nodes if other in self._home and self._home[other].alive}
-        over = False
+        began, over = self.now, False
 
         def finish() -> None:
             nonlocal over
@@ -202,13 +231,18 @@ class DataPlane(Processes):
                 over = True
                 self._run_on(home, [(node, frozenset(answered))])
 
-        def answer(actor: Actor, _: object) -> None:
-            answered.update(waiting.intersection(actor.nodes))
+        def answer(other: NodeId) -> None:
+            answered.add(other)
             if len(answered) == len(set(ticket.nodes)):
                 finish()
 
+        def on_answer(actor: Actor, _: object) -> None:
+            for other in sorted(waiting.intersection(actor.nodes)):
+                back = began + 2 * self._network.latency_s(node, other)
+                self._at(back, self._still(node, lambda other=other: answer(other)))
+
         for actor, _nodes in self._by_actor(waiting):
-            self._call(actor, actor.handle.ping.remote(), answer)
+            self._call(actor, actor.handle.ping.remote(), on_answer)
         self._after(ticket.timeout_s, self._still(node, finish))
 
     def _post(self, actor: Actor, posted: Expected) -> None:
@@ -231,7 +265,9 @@ class DataPlane(Processes):
             match decision:
                 case Deliver():
                     self._deliver(decision)
-                case Close(seq):
+                case Close(seq, closed, inline):
+                    if inline:
+                        self._inline_due[seq] = dict(self._arrivals(lambda: phases.inline(closed, self._posted[seq])))
                     # Every member holds the result: contributions and parts may leave the store.
                     self._contributions = {key: refs for key, refs in self._contributions.items() if key[0] != seq}
                     self._reduced = {key: ref for key, ref in self._reduced.items() if key[0] != seq}
@@ -247,6 +283,7 @@ class DataPlane(Processes):
                     pass  # secures are on their way; commits, aborts and errors are the controller's own
 
     def _secure(self, secures: Sequence[Secure]) -> None:
+        due = self._arrivals(lambda: phases.securing(secures, self._posted.__getitem__))
         jobs: defaultdict[int, dict[tuple[int, int, NodeId], SecureJob]] = defaultdict(dict)
         for one in secures:
             home = self._home[one.by]
@@ -278,7 +315,7 @@ class DataPlane(Processes):
             for job, part in zip(all_jobs, parts, strict=True):
                 if job.specs is not None:
                     self._reduced[job.seq, job.part] = part
-            self._call(actor, done, self._timely(self._on_secured))
+            self._call(actor, done, self._timely(lambda actor, result: self._on_secured(actor, result, due)))
 
     def _contribution(self, seq: int, node: NodeId, part: int) -> ObjectRef[Any]:
         """A member's part in the store; what was not expected to be needed there is put there now."""
@@ -289,22 +326,25 @@ class DataPlane(Processes):
             refs[part] = late.remote(self._epoch, seq, node, part) if inline is None else ray.put(inline)
         return refs[part]
 
-    def _on_secured(self, actor: Actor, result: tuple[list[Any], int]) -> None:
+    def _on_secured(self, actor: Actor, result: tuple[list[Any], int], due: Mapping[NodeId, float]) -> None:
         jobs, nbytes = result
         self.transport_nbytes += nbytes
         for one in jobs:
             if self._posted[one.seq][one.by].signature.operation == "AllReduce":
-                self._ready.append(Secured(one.seq, one.part, one.by, one.members, one.generation))
+                secured = Secured(one.seq, one.part, one.by, one.members, one.generation)
+                self._report_at(due.get(one.by), secured)
                 continue
             for by in actor.nodes:
                 wanted = self._fetching.get((one.seq, one.generation, by))
                 if wanted is not None:
-                    self._ready.append(Secured(one.seq, one.part, by, one.members & wanted, one.generation))
+                    secured = Secured(one.seq, one.part, by, one.members & wanted, one.generation)
+                    self._report_at(due.get(by), secured)
 
     def _deliver(self, decision: Deliver) -> None:
         posted = self._posted[decision.seq]
         started = not all(posted[node].waits for node in decision.nodes)
         stored = self._stored({node: posted[node] for node in decision.closed})
+        due = self._arrivals(lambda: phases.delivering(decision, posted))
         for actor, nodes in self._by_actor(decision.nodes):
             refs = {
                 part: self._reduced[decision.seq, part]
@@ -315,7 +355,10 @@ class DataPlane(Processes):
             def done(_: Actor, result: tuple[frozenset[int], int], nodes: list[NodeId] = nodes) -> None:
                 missing, nbytes = result
                 self.transport_nbytes += nbytes
-                self._ready.extend(Delivered(decision.seq, node, decision.generation, missing) for node in nodes)
+                for node in nodes:
+                    # That something is missing is known at once.
+                    when = None if missing else due.get(node)
+                    self._report_at(when, Delivered(decision.seq, node, decision.generation, missing))
 
             ahead = (nodes[0], stored) if started else None
             call = actor.handle.deliver.remote(self._epoch, decision.seq, refs, decision.makers, ahead)
@@ -332,6 +375,16 @@ class DataPlane(Processes):
         )
 
     def _advance(self, decision: Advance) -> None:
+        due = self._inline_due.get(decision.seq, {})
+        together: defaultdict[float, list[NodeId]] = defaultdict(list)
+        for node in decision.nodes:
+            together[due.get(node, 0.0)].append(node)
+        epoch = self._epoch
+        for when, nodes in together.items():
+            some = replace(decision, nodes=tuple(nodes))
+            self._at(when, lambda some=some: self._advance_now(some) if epoch == self._epoch else None)
+
+    def _advance_now(self, decision: Advance) -> None:
         posted = self._posted[decision.seq]
         members = {node: posted[node] for node in decision.closed}
         shared: object = None if decision.inline else self._stored(members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,9 +77,10 @@ class Display(Observer):
         assert self._started is not None
         self._sent += record.payload_bytes
         rounds = self._started.config.rounds
-        done = record.round + 1
+        before = -1 if self._started.resumed_after is None else self._started.resumed_after
         # Time of this machine, also for the simulator: it is this that one waits for.
-        self.show(self._started, record, (time.monotonic() - self._began) / done * (rounds - done))
+        each_s = (time.monotonic() - self._began) / (record.round - before)
+        self.show(self._started, record, each_s * (rounds - record.round - 1))
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         text = told(event)
@@ -217,6 +219,7 @@ def headline(started: Started) -> str:
         f"[bold]{escape(config.algorithm.name)}[/] on [bold]{escape(config.task.name)}[/]: "
         f"{_plural(len(started.nodes), 'node')} {where}, {started.layout.num_values:,} parameters, "
         f"{_plural(config.rounds, 'round')}"
+        + ("" if started.resumed_after is None else f", going on after round {started.resumed_after + 1}")
     )
 
 
@@ -236,15 +239,23 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         rows.append(("recovery", f"{bytes_text(recovery)} for nodes that had missed something"))
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
+    rows.append(("samples", _samples(summary)))
+    if summary.lost.get("residuals"):
+        norm = number_text(summary.lost["residual_norm"])
+        rows.append(("lost", f"{_plural(int(summary.lost['residuals']), 'residual')} of norm {norm}"))
     if summary.replicas is not None:
         rows.append(("replicas", f"{summary.replicas} at every commit"))
     virtual = "" if summary.virtual_seconds is None else f" ({seconds_text(summary.virtual_seconds)} virtual)"
     rows.append(("time", f"{seconds_text(summary.seconds)}{virtual}"))
     if summary.digest:
         rows.append(("digest", summary.digest))
+    if summary.checkpoints is not None:
+        rows.append(("checkpoints", _checkpoints(summary.checkpoints)))
     path = Path(summary.run_dir)
     if path.is_dir():
         rows.append(("run directory", escape(str(path))))
+        if summary.status != "finished" and summary.checkpoints and summary.checkpoints["last_round"] >= 0:
+            rows.append(("go on with", escape(f"starling resume {shlex.quote(str(path))}")))
         if (path / "curves.png").exists():
             rows.append(("curves", escape(str(path / "curves.png"))))
         if isinstance(config.tracking, MLflowTracking):
@@ -256,6 +267,19 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
     for label, value in rows:
         # Paths and commands are there to be copied: never cut, never folded.
         console.print(f"[dim]{escape(label):<17}[/]{value}", soft_wrap=True, highlight=False)
+
+
+def _checkpoints(counts: Mapping[str, int]) -> str:
+    failed = f", {counts['failed']} could not be" if counts["failed"] else ""
+    last = f", the last after round {counts['last_round'] + 1}" if counts["last_round"] >= 0 else ""
+    return f"{counts['written']} written{failed}{last}"
+
+
+def _samples(summary: Summary) -> str:
+    counts = summary.samples
+    if counts["drawn"] == counts["committed"] and not counts["lost"]:
+        return f"{counts['drawn']:,} drawn and committed"
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what in ("drawn", "committed"))
 
 
 def _two_columns() -> Table:

@@ -2,11 +2,13 @@
 
     StarlingError                    one line: what is wrong, where, what would be right
     ├── ConfigError             2    a file, key or value that cannot be used
+    │   ├── CheckpointReadError 2    no checkpoint, or one that cannot be used
     │   ├── RunDirectoryError   2    the run directory is taken
     │   └── LeaseError          2    another controller drives the run
     ├── SettingsError           2    (algorithms.errors) hyper-parameters that cannot work together
     ├── DataError               2    (algorithms.errors) the data cannot be read or divided
     ├── ClusterError            2    no cluster at that address, or too small for what is asked
+    ├── CheckpointError         3    a checkpoint cannot be written; the run goes on
     ├── RunError                3    the run began, and failed
     │   ├── NodeLostError       3    a node's process or machine died
     │   ├── NodeGoneError       3    one died while it was asked for what another can give
@@ -26,6 +28,8 @@ from __future__ import annotations
 from algorithms.errors import DataError, ProgramError, SettingsError, StarlingError
 
 __all__ = [
+    "CheckpointError",
+    "CheckpointReadError",
     "ClusterError",
     "ConfigError",
     "DataError",
@@ -55,6 +59,14 @@ class ConfigError(StarlingError):
 
 class RunDirectoryError(ConfigError):
     """The run directory holds a run already."""
+
+
+class CheckpointReadError(ConfigError):
+    """There is no checkpoint, or it cannot be used: damaged, of another run, or by a newer Starling."""
+
+
+class CheckpointError(StarlingError):
+    """A checkpoint cannot be written. Training does not end for it."""
 
 
 class LeaseError(ConfigError):

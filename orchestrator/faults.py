@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from algorithms.api import NodeId
@@ -43,3 +43,7 @@ class Faults:
         missed = [event for event in self._pending if event.round == number]
         self._pending = [event for event in self._pending if event.round != number]
         return missed
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The events that are still to come, as in the configuration."""
+        return [event.model_dump(mode="json") for event in self._pending]

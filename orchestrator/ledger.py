@@ -7,7 +7,10 @@ an attempt that was aborted had sent. An algorithm can neither forget nor flatte
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Kind: TypeAlias = Literal["peer", "server", "recovery", "evaluation"]
 
@@ -29,3 +32,11 @@ class Ledger:
     def payload(self) -> int:
         """What the algorithm sent: between peers, and with a server."""
         return self["peer"] + self["server"]
+
+    def to_json(self) -> dict[Kind, int]:
+        """Plain data, for ``revive``."""
+        return dict(self._booked)
+
+    def revive(self, booked: Mapping[Kind, int]) -> None:
+        """Go on from what was booked before."""
+        self._booked = Counter(booked)

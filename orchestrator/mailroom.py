@@ -6,14 +6,14 @@ the time and knows no clock of its own.
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from algorithms.api import SERVER, Left, Timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from algorithms.api import NodeId
 
@@ -74,10 +74,12 @@ class _Box:
     """Of each other node: its round when it sent what was received from it last."""
     queue: deque[Envelope | Left | Timeout] = field(default_factory=deque)
     log: list[tuple[int, Envelope | Left | Timeout]] = field(default_factory=list)
-    """Of the server: what it was handed, in order, and in which round, since what is kept of it."""
+    """What it was handed, in order, and in which round, since what is kept of it; of the server, or of all."""
     unsent: set[tuple[int, int]] = field(default_factory=set)
     """(round, number) of messages that were sent and never arrived."""
     receiving: bool = False
+    is_open: bool = False
+    """The round has begun, and is not committed."""
 
 
 class Mailroom:
@@ -91,8 +93,15 @@ class Mailroom:
         """Of those that wait with a limit."""
         self._num_receiving = 0
         self._attempt = 0
-        self.num_in_flight = 0
+        self._in_flight: dict[tuple[NodeId, int, int, int], Envelope] = {}
         """Messages that were sent and have not arrived."""
+        self.remembers = False
+        """Whether what anybody is handed is remembered until its round is committed; else only the server's."""
+
+    @property
+    def num_in_flight(self) -> int:
+        """Messages that were sent and have not arrived."""
+        return len(self._in_flight)
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -108,7 +117,13 @@ class Mailroom:
         """``node`` begins round ``number``."""
         self.stop(node)
         box = self._boxes[node]
-        box.round, box.num_sent = number, 0
+        box.round, box.num_sent, box.is_open = number, 0, True
+
+    def end(self, node: NodeId) -> list[Envelope]:
+        """``node`` has committed its round: return what nobody will be handed again, unless it is the server's."""
+        box = self._boxes[node]
+        box.is_open = False
+        return [] if node == SERVER else self.kept(node, box.round)
 
     def send(self, sender: NodeId, to: NodeId, nbytes: int, letter: int) -> Envelope | None:
         """Give a message its name; ``None`` if nobody is to have it: the receiver is gone, or it was sent before."""
@@ -120,20 +135,21 @@ class Mailroom:
             return None
         box.sent = max(box.sent, name)
         box.unsent.discard(name)
-        self.num_in_flight += 1
         heard = box.round if self._lockstep else box.heard.get(to, 0)
-        return Envelope(sender, box.round, number, to, nbytes, letter, heard, self._attempt)
+        envelope = Envelope(sender, box.round, number, to, nbytes, letter, heard, self._attempt)
+        self._in_flight[*envelope.key, self._attempt] = envelope
+        return envelope
 
     def arrived(self, envelope: Envelope) -> list[Handover]:
         """A message has come to its receiver's box; empty if the receiver works, or is gone."""
-        self.num_in_flight -= 1
+        self._in_flight.pop((*envelope.key, envelope.attempt), None)
         if envelope.attempt != self._attempt and self._lockstep:
             return []  # of an attempt that was given up
         return self._put(envelope.to, envelope)
 
     def vanished(self, envelope: Envelope) -> None:
         """A message will not arrive: its payload was lost with its sender, who may send it again."""
-        self.num_in_flight -= 1
+        self._in_flight.pop((*envelope.key, envelope.attempt), None)
         box = self._boxes.get(envelope.sender)
         if box is not None:
             box.unsent.add((envelope.round, envelope.number))
@@ -162,11 +178,21 @@ class Mailroom:
         """``node`` is there, with an empty box; nobody is told."""
         self._boxes.setdefault(node, _Box())
 
+    def leave_out(self, node: NodeId) -> None:
+        """``node`` is not there yet; nobody is told."""
+        self._boxes.pop(node, None)
+
     def again(self, node: NodeId) -> None:
         """``node`` goes on from what is kept of it: it is handed again what it was handed since, in the same order."""
         box = self._boxes[node]
         box.queue.extendleft(what for _, what in reversed(box.log))
         box.log = []
+
+    def rewind(self, node: NodeId) -> None:
+        """``node``, which has been told to ``stop``, does its round again, and is handed the same again."""
+        box = self._boxes[node]
+        box.queue.extendleft(what for number, what in reversed(box.log) if number == box.round)
+        box.log = [one for one in box.log if one[0] != box.round]
 
     def kept(self, node: NodeId, number: int) -> list[Envelope]:
         """What ``node`` committed in round ``number`` is kept: return the messages until then, needed no more."""
@@ -225,7 +251,7 @@ class Mailroom:
         return [Handover(node, Delivery(what, box.round - what.heard))]
 
     def _note(self, node: NodeId, what: Envelope | Left | Timeout) -> None:
-        if node == SERVER:
+        if self.remembers or node == SERVER:
             box = self._boxes[node]
             box.log.append((box.round, what))
 
@@ -233,3 +259,71 @@ class Mailroom:
         """What the node is to receive: what came first."""
         del node
         return queue.popleft() if queue else None
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def waiting(self) -> list[Envelope]:
+        """Messages that nobody has received, or whoever has will be handed them again: in boxes, and on their way."""
+        boxed = [what for box in self._boxes.values() for what in self._open(box) if isinstance(what, Envelope)]
+        return boxed + [envelope for envelope in self._in_flight.values() if self._counts(envelope)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for ``revive``; each open round is one that has not begun, and what is on its way has arrived.
+
+        Letters have other names in it: -1, -2, … in the order of ``waiting``.
+        """
+        letters = {(*one.key, one.attempt): -1 - place for place, one in enumerate(self.waiting())}
+        arriving: defaultdict[NodeId, list[Envelope]] = defaultdict(list)
+        for envelope in self._in_flight.values():
+            if self._counts(envelope):
+                arriving[envelope.to].append(envelope)
+        return {
+            "attempt": self._attempt,
+            "boxes": {
+                str(node): {
+                    "round": box.round,
+                    "sent": box.sent,
+                    "heard": {str(other): number for other, number in box.heard.items()},
+                    "unsent": sorted(box.unsent),
+                    "queue": [_written(what, letters) for what in (*self._open(box), *arriving[node])],
+                }
+                for node, box in self._boxes.items()
+            },
+        }
+
+    def revive(self, state: Mapping[str, Any]) -> list[Envelope]:
+        """Go on from what ``to_json`` gave, for those who are there; return the messages that wait."""
+        self._attempt = state["attempt"]
+        for node, box in self._boxes.items():
+            saved = state["boxes"].get(str(node))
+            if saved is not None:
+                box.round = saved["round"]
+                box.sent = cast("tuple[int, int]", tuple(saved["sent"]))
+                box.heard = {int(other): number for other, number in saved["heard"].items()}
+                box.unsent = {(number, place) for number, place in saved["unsent"]}
+                box.queue = deque(_read(what) for what in saved["queue"])
+        return self.waiting()
+
+    def _open(self, box: _Box) -> list[Envelope | Left | Timeout]:
+        again = [what for number, what in box.log if number == box.round and box.is_open and not self._lockstep]
+        return [*again, *box.queue]
+
+    def _counts(self, envelope: Envelope) -> bool:
+        """Whether it is not of an attempt that was given up, or to somebody who is gone."""
+        return envelope.to in self._boxes and not (self._lockstep and envelope.attempt != self._attempt)
+
+
+def _written(what: Envelope | Left | Timeout, letters: Mapping[tuple[int, ...], int]) -> Any:  # noqa: ANN401 - JSON
+    match what:
+        case Envelope():
+            return asdict(what) | {"letter": letters[*what.key, what.attempt]}
+        case Left(node):
+            return {"left": node}
+        case _:
+            return "timeout"
+
+
+def _read(what: Any) -> Envelope | Left | Timeout:  # noqa: ANN401 - JSON
+    if what == "timeout":
+        return Timeout()
+    return Left(what["left"]) if "left" in what else Envelope(**what)

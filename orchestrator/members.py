@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from algorithms.api import SERVER
+from orchestrator.errors import RunError
 from orchestrator.membership import Launch, Pool, StandBy
 from orchestrator.recoveries import Recoveries
 from orchestrator.runtime import Died, Kept, Loaded, Notice, NotLoaded, NotUp, Retired, Room, SpareLost, Up
@@ -17,7 +18,6 @@ from orchestrator.transfers import Transfers
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from actors.data import Position
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import FaultEvent
@@ -62,8 +62,8 @@ class Members:
         """There already, for nodes that are leaving."""
         self._kept: dict[NodeId, int] = {}
         """The round of what was kept of nodes that have left."""
-        self._positions: dict[NodeId, Position] = {}
-        """Where in its data each node was when it last committed a round."""
+        self._unsent: dict[NodeId, float] = {}
+        """The norm of what each node had still to send then: its residuals."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class Members:
             case Retired(node, nbytes):
                 self._left(number, node, nbytes)
             case Loaded() | NotLoaded():
-                self._transferred(happening)
+                self._transferred(number, happening)
             case Kept(node, kept_number, nbytes):
                 self._kept[node] = kept_number
                 self._progress.ledger.book("recovery", nbytes)
@@ -103,9 +103,10 @@ class Members:
         self.act()
         return True
 
-    def _transferred(self, happening: Loaded | NotLoaded) -> None:
+    def _transferred(self, number: int, happening: Loaded | NotLoaded) -> None:
         if isinstance(happening, NotLoaded) and happening.source == happening.node:
             self._kept.pop(happening.node, None)  # it cannot be read
+            self._forfeit(number, happening.node)
         match self.transfers.take(happening):
             case (node, True):
                 # For its program, and everybody else's, nothing has happened.
@@ -132,10 +133,18 @@ class Members:
         message = self._progress.lose(node, reason, number)
         again = self._pool.lost(node, self._runtime.now)
         advice = "it is started again" if again else "it has died too often to be started again"
+        if node not in self._kept:  # its predecessor's residuals are, until it has committed itself
+            self._forfeit(number, node)
         self._gone(node)
         self.recoveries.lost(node)
         self._say(node, f"{message}; {advice}")
         self._succeed(node)
+
+    def _forfeit(self, number: int, node: NodeId) -> None:
+        """What ``node`` had still to send is lost with it."""
+        norm = self._unsent.pop(node, 0.0)
+        if norm:
+            self._progress.lose_residual(number, node, norm)
 
     def _noticed(self, number: int, node: NodeId, deadline: float, reason: str) -> None:
         if node in self.leaving or node in self._progress.down:
@@ -154,6 +163,7 @@ class Members:
         self._succeed(node)
 
     def _gone(self, node: NodeId) -> None:
+        self._progress.samples.gone(node)
         self.leaving.pop(node, None)
         self._retiring.discard(node)
         self._withdrawn.discard(node)
@@ -210,7 +220,9 @@ class Members:
         """The nodes of ``reports`` have committed round ``number``."""
         self._pool.committed(reports)
         self.recoveries.committed(number, reports)
-        self._positions |= {node: report.position for node, report in reports.items() if report.position is not None}
+        self._progress.samples.committed(number, reports)
+        self._unsent |= {node: report.unsent for node, report in reports.items()}
+        self._progress.has_residuals |= any(report.unsent for report in reports.values())
         self.new.difference_update(reports)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:
@@ -262,5 +274,39 @@ class Members:
             RunError: nobody has it.
         """
         is_new = node in self.new
-        position = self._positions.get(node) if is_new else None
+        position = self._progress.samples.position(node) if is_new else None
         self.transfers.begin(number, node, position, self._kept.get(node) if is_new else None)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def to_save(self) -> list[NodeId]:
+        """Of whom there is state to be saved: who is there and has more than the initial one, and whose was kept."""
+        there = [node for node in self._progress.nodes if node not in self.new]
+        return sorted({*there, *self._kept} - {SERVER})
+
+    def bring_back(self, rounds: Mapping[NodeId, int]) -> None:
+        """Give those that are there what a checkpoint has of them; they go on as if they had never been away.
+
+        Args:
+            rounds: the committed rounds of those whose state is in the checkpoint.
+
+        Raises:
+            RunError: they do not take it in time.
+        """
+        progress, cluster = self._progress, self._progress.config.cluster
+        self._kept = dict(rounds)
+        is_async = not progress.config.algorithm.synchronous
+        # Who had been away at the last commit is given its own, and a donor's on top, before the next round.
+        whole = {node for node in progress.facts if node in rounds and (is_async or rounds[node] == progress.committed)}
+        self.new = set(progress.facts)
+        for node in sorted(whole):
+            self.give_state(progress.committed, node)
+        deadline = self._runtime.now + cluster.min_nodes_timeout_s
+        while whole & set(self.transfers.pending):
+            happening = self._runtime.next(deadline)
+            if happening is None:
+                names = ", ".join(map(str, self.transfers.pending))
+                raise RunError(f"nodes {names} do not take over the state of the checkpoint; waited for {deadline:g} s")
+            _ = self.take(progress.committed, happening) or progress.note(happening)
+        self.new -= whole - progress.down
+        self.loaded -= whole

@@ -25,6 +25,8 @@ def told(event: Mapping[str, Any]) -> str | None:
     match event["event"]:
         case "lost":
             return f"{when}{who} lost: {event['reason']}"
+        case "residual_lost":
+            return f"{when}what {who} had still to send is lost with it, a residual of norm {event['norm']:.3g}"
         case "notice":
             return f"{when}{who} is to leave within {seconds_text(event['left_s'])}: {event['reason']}"
         case "left":
@@ -42,6 +44,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         case "diverged" if event["healed"]:
             others = ", ".join(str(node) for group in event["groups"][1:] for node in group)
             return f"{when}the shared state of nodes {others} differs from that of most, which they will be given"
+        case "checkpoint" if event["error"] is not None:
+            return f"the checkpoint of round {event['round'] + 1} was given up: {event['error']}"
         case "recovered":
             phases = ((phase, event["seconds"][phase]) for phase in _PHASES)
             parts = (f"{phase.replace('_', ' ')} {value:.2f} s" for phase, value in phases if value is not None)

@@ -1,9 +1,11 @@
-"""The simulator's network: how long it takes until everybody has what is sent to them.
+"""The network of a run: how long it takes until everybody has what is sent to them.
 
 Each node has an access link with the same bandwidth each way; single pairs may be slower. A *phase* is a set of casts
 that begin together (all contributions to a reduction, say). A receiver is done when its own link, the links of those
 that send to it, and the pairs in between have carried what the phase put on them, plus the longest latency. A link
 that still carries an earlier phase delays the next one.
+
+The simulator's clock goes by it; a cluster that is to be slower than it is holds back by it what has come.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Cast:
 
 
 class Network:
-    """Turns phases of casts into times of arrival, in seconds of the virtual clock."""
+    """Turns phases of casts into times of arrival, in seconds of the runtime's clock."""
 
     def __init__(self, config: NetworkConfig) -> None:
         self._rate = (config.bandwidth_mbps or 0) * _BYTES_PER_MEGABIT

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from orchestrator.describe import Description, FieldDescription
+    from orchestrator.export import Exported
     from orchestrator.plan import Plan
     from orchestrator.rebuild import Rebuilt
 
@@ -66,6 +67,15 @@ def print_rebuilt(console: Console, rebuilt: Rebuilt) -> None:
         "digests": compared,
         "time": f"{rebuilt.seconds:.2f} s",
     }
+    for label, value in rows.items():
+        console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def print_exported(console: Console, exported: Exported) -> None:
+    """A model that was written."""
+    which = "the final model" if exported.round is None else f"the model of the checkpoint of round {exported.round}"
+    mean = f", the mean of {exported.nodes} nodes'" if (exported.nodes or 0) > 1 else ""
+    rows = {"run": exported.run_id, "model": which + mean, "digest": exported.digest, exported.format: exported.path}
     for label, value in rows.items():
         console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
 

@@ -85,6 +85,8 @@ class Processes:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.num_parts: int | None = None
+        self.part_sizes: tuple[int, ...] | None = None
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
         self._actors: list[Actor] = []
@@ -122,7 +124,9 @@ class Processes:
         )
         nodes = self._nodes_with_room()
         places = self._places(nodes)
-        self._data_parts = config.num_nodes if cluster.nodes.target != "auto" else len(nodes)
+        # Nodes that come later are handed what others leave; federated data are each node's own.
+        grows = cluster.nodes.target == "auto" and config.data.source != "federated"
+        self.num_parts = self.num_parts or (len(nodes) if grows else config.num_nodes)
         self._room_for(places)
         # What is wrong with the data or the task shows on the first few; a hundred processes need not start for it.
         for wave in (places[:_FIRST_WAVE], places[_FIRST_WAVE:]):
@@ -135,7 +139,7 @@ class Processes:
         self._begun = True
         up = [actor for actor in self._actors if actor.alive and actor.ready is not None]
         first = self._facts_of(up[0])
-        self.layout, self.baselines = first.layout, first.baselines
+        self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
@@ -312,7 +316,7 @@ class Processes:
         config = self._config.dump()
         return Setup(
             nodes=actor.nodes,
-            num_nodes=self._data_parts,
+            num_nodes=self.num_parts or self._config.num_nodes,
             algorithm=config["algorithm"],
             task=config["task"],
             data=config["data"],

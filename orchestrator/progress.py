@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.transcript import Transcript
 from algorithms.api import SERVER
+from orchestrator.checkpointing import MAIL
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
 from orchestrator.runtime import Log, Raised, Seen
+from orchestrator.samples import Samples
 from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
 
     from actors.host import Returned
     from algorithms.api import NodeId, View
+    from orchestrator.checkpointing import Checkpointing
     from orchestrator.config import Config
+    from orchestrator.mail import Mail
     from orchestrator.records import Observer, Status
     from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
 
@@ -35,6 +41,7 @@ class Progress:
         self.runtime = runtime
         self.observer = observer
         self.ledger = Ledger()
+        self.samples = Samples(config.data.sampler, self.record)
         self.facts: dict[NodeId, NodeFacts] = {}
         self.committed = -1
         """The last committed round."""
@@ -53,6 +60,12 @@ class Progress:
         """Left as they were told to."""
         self.num_healed = 0
         """Commits at which replicas differed, and some were given what most had."""
+        self.has_residuals = False
+        """Nodes have left out some of what they sent, and send it later."""
+        self.lost_residuals: list[float] = []
+        """The norm of what each node that was lost had still to send."""
+        self._told_residuals = 0
+        """Of those, how many are in a round's record."""
         self.may_commit: Callable[[], None] = lambda: None
         """Raises if this controller is no longer the one that decides."""
         self.zero = 0.0
@@ -64,6 +77,7 @@ class Progress:
         self._run_dir = run_dir
         self._metrics: dict[str, float] = {}
         self.digest: str | None = None
+        self.checkpoints: Checkpointing | None = None
         self._began = time.monotonic()
 
     @property
@@ -85,6 +99,11 @@ class Progress:
         self.num_lost += 1
         self.record("lost", round=number, node=node, reason=reason)
         return f"{self.name(node)} was lost in round {number}: {reason}"
+
+    def lose_residual(self, number: int, node: NodeId, norm: float) -> None:
+        """What ``node`` had still to send is gone with it, in round ``number``."""
+        self.lost_residuals.append(norm)
+        self.record("residual_lost", round=number, node=node, norm=norm)
 
     def leave(self, node: NodeId, number: int, nbytes: int) -> None:
         """``node`` has left as it was told to, in round ``number``; ``nbytes`` of its state are kept."""
@@ -151,6 +170,8 @@ class Progress:
             if config.per_node and not alike:
                 node_metrics = self._of_each(tuple(committed))
             evaluate_seconds = time.monotonic() - began
+        residuals = self.lost_residuals[self._told_residuals :]
+        self._told_residuals += len(residuals)
         losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
         self.observer.on_round(
@@ -171,8 +192,15 @@ class Progress:
                 evaluate_seconds=evaluate_seconds,
                 metrics=metrics,
                 node_metrics=node_metrics,
+                samples=self._samples(),
+                residuals_lost=len(residuals) if self.has_residuals else None,
+                residual_norm_lost=math.hypot(*residuals) if self.has_residuals else None,
             )
         )
+
+    def _samples(self) -> dict[str, int]:
+        away = [facts for node, facts in self.facts.items() if node in self.down and node != SERVER]
+        return self.samples.counts(self.nodes, away)
 
     def _of_each(self, nodes: Sequence[NodeId]) -> dict[NodeId, dict[str, float]]:
         """The metrics of each node's own model; who dies meanwhile is left out."""
@@ -226,6 +254,64 @@ class Progress:
                 self.ledger.book("evaluation", (len(asked) - 1) * (layout.nbytes + layout.buffer_nbytes))
                 return answer
 
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, loop: Mapping[str, Any], nodes: Sequence[NodeId], shared: NodeId | None, mail: Mail) -> None:
+        """Have the run saved as it is between two rounds: ``nodes``, what the ``loop`` knows, and what is in boxes."""
+        assert self.checkpoints is not None
+        envelopes = mail.room.waiting()
+        letters = self.runtime.letters(envelopes) if envelopes else iter(())
+        states = self.runtime.snapshot(nodes, shared)
+        saved = itertools.chain(states, ((MAIL, export) for export in letters))
+        self.record("saving", round=self.committed, nodes=sorted(nodes))
+        mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}
+        self.checkpoints.save(self.committed, {**self.observer.on_saving(), **mine}, saved)
+        self.note_checkpoints()
+
+    def note_checkpoints(self) -> None:
+        """Put what has become of checkpoints into the record."""
+        if self.checkpoints is not None:
+            outcomes, self.checkpoints.outcomes = self.checkpoints.outcomes, []
+            for outcome in outcomes:
+                self.record("checkpoint", **outcome)
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "committed": self.committed,
+            "members": self.members,
+            "elapsed_s": self.runtime.now - self.zero,
+            "transport_nbytes": self.runtime.transport_nbytes,
+            "seconds": time.monotonic() - self._began,
+            "booked": self.ledger.to_json(),
+            "started": self.num_started,
+            "lost": self.num_lost,
+            "joined": self.num_joined,
+            "drained": self.num_drained,
+            "healed": self.num_healed,
+            "residuals": self.lost_residuals if self.has_residuals else None,
+            "metrics": self._metrics,
+            "samples": self.samples.to_json(),
+        }
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.committed, self.members = state["committed"], tuple(state["members"])
+        self.ledger.revive(state["booked"])
+        self.num_started, self.num_lost = state["started"], state["lost"]
+        self.num_joined, self.num_drained, self.num_healed = state["joined"], state["drained"], state["healed"]
+        self.has_residuals = state["residuals"] is not None
+        self.lost_residuals = state["residuals"] or []
+        self._told_residuals = len(self.lost_residuals)
+        self._metrics = state["metrics"]
+        self.samples.revive(state["samples"])
+        self._began = time.monotonic() - state["seconds"]
+
+    def set_forward(self, state: Mapping[str, Any]) -> None:
+        """Let the clock show the time that the run had taken when it was saved."""
+        elapsed = state["elapsed_s"]
+        self.runtime.set_forward(elapsed, state["transport_nbytes"])
+        self.zero = self.runtime.now - elapsed
+
     def _replicas(self) -> str | None:
         if not self.config.algorithm.replicated or self.committed < 0:
             return None
@@ -253,9 +339,12 @@ class Progress:
                 "lost": self.num_lost,
                 "drained": self.num_drained,
             },
+            samples=self._samples(),
+            lost={"residuals": len(self.lost_residuals), "residual_norm": math.hypot(*self.lost_residuals)},
             replicas=self._replicas(),
             digest=self.digest,
             seconds=time.monotonic() - self._began,
             virtual_seconds=self.runtime.now if self.runtime.virtual else None,
             baselines=dict(self.runtime.baselines) if self.facts else {},
+            checkpoints=None if self.checkpoints is None else self.checkpoints.counts,
         )

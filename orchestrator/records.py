@@ -52,6 +52,14 @@ class RoundRecord:
     """Of the model after the round, if it was evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
     """Of each node's own model, where they differ and ``evaluation.per_node`` asks for it."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """As in ``Summary``, up to this round."""
+
+    residuals_lost: int | None = None
+    """Nodes that were lost since the last commit with something that they had still to send, as codecs that need error
+    feedback leave it; ``None`` if there is no such thing in the run."""
+    residual_norm_lost: float | None = None
+    """The norm of all that."""
 
     @property
     def spread(self) -> dict[str, tuple[float, float]]:
@@ -79,14 +87,22 @@ class Summary:
     """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
     nodes: dict[str, int]
     """``started``, ``joined`` (later), ``lost``, and ``drained``: left as they were told to."""
+    samples: dict[str, int]
+    """``drawn``, as far as nodes lived to tell, of these ``committed``, and ``redrawn``: drawn in rounds that were not
+    committed, and therefore again later. ``lost``: of epochs that all others have completed, what nobody else may draw
+    and whose node is away."""
     replicas: str | None
     """``identical`` or ``healed``: what comparing their shared state showed; ``None`` if it is not replicated."""
     digest: str | None
     """Of the final model's tensors; ``None`` if there is none."""
     seconds: float
     virtual_seconds: float | None
+    lost: dict[str, int | float] = field(default_factory=dict)
+    """``residuals``: how often a node was lost with something that it had still to send; ``residual_norm``: of it."""
     baselines: dict[str, float] = field(default_factory=dict)
     """What the validation loss compares with, by name."""
+    checkpoints: dict[str, int] | None = None
+    """``written``, ``failed``, ``retries``, and the ``last_round`` that was saved; ``None``: there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; JSON knows no NaN."""
@@ -111,6 +127,8 @@ class Started:
     layout: Layout
     baselines: Mapping[str, float]
     virtual: bool
+    resumed_after: int | None = None
+    """The round of the checkpoint with which it goes on."""
 
 
 class Observer:
@@ -130,6 +148,10 @@ class Observer:
 
     def on_sealed(self, entry: Entry) -> None:
         """A round whose record is kept was committed; also its members, if they changed."""
+
+    def on_saving(self) -> Mapping[str, Any]:
+        """A checkpoint is made of the run as it is now: plain data of one's own to go into it."""
+        return {}
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
         """The model after round ``number``, from which rounds may be replayed; return the file with it, if any."""
@@ -166,6 +188,12 @@ class Observers(Observer):
     def on_sealed(self, entry: Entry) -> None:
         for observer in self._observers:
             observer.on_sealed(entry)
+
+    def on_saving(self) -> Mapping[str, Any]:
+        saved: dict[str, Any] = {}
+        for observer in self._observers:
+            saved |= observer.on_saving()
+        return saved
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
         files = [observer.on_snapshot(number, model) for observer in self._observers]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from actors.data import Position
+from actors.data import Place, Position
 from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.config import FaultsConfig
@@ -81,11 +81,17 @@ class History:
     lost: set[NodeId] = field(default_factory=set)
     start: tuple[NodeId, ...] = ()
     """Who was there at the start."""
+    parts: int | None = None
+    """Into how many the data were divided."""
+    plans: dict[tuple[NodeId, int], Place] = field(default_factory=dict)
+    """From which round of a node on it drew something else than before."""
     rounds_done: dict[int, Done] = field(default_factory=dict)
     """What came of each round of a synchronous run."""
     _steps: list[Step] = field(default_factory=list)
     """Since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)
+    _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
+    """How many messages and readings of the clock belong to committed rounds of each node."""
 
     @staticmethod
     def read(run_dir: str | Path) -> History:
@@ -128,7 +134,12 @@ class History:
             case "view":
                 self.views[node, event["round"]] = _view(event, event["members"])
             case "start":
-                self.start = tuple(event["nodes"])
+                self.start, self.parts = tuple(event["nodes"]), event.get("parts")
+            case "again":
+                self._again(node)
+            case "resume":
+                # What brought nodes back is nothing that happened between rounds.
+                self._steps = []
             case "lost":
                 self.lost.add(node)
             case "left" | "up":
@@ -138,6 +149,8 @@ class History:
                 position = event["position"]
                 given = None if position is None else Position(*position)
                 self._steps.append(("transfer", node, event["donor"], given))
+            case "plan":
+                self.plans[node, event["round"]] = Place.of(event["extras"], event["position"])
             case "begin":
                 # Who comes up, or leaves, while a round is going on does so before the next.
                 self._begun = event | {"num_steps": len(self._steps)}
@@ -152,10 +165,18 @@ class History:
                     late=frozenset(begun["view"]).difference(event["committed"]),
                 )
             case "commit":
+                self._whole[node] = len(self.received[node]), len(self.seen[node])
                 self.rounds[node] += 1
                 self.last = self.last if node == SERVER else node
             case _:
                 pass
+
+    def _again(self, node: NodeId) -> None:
+        """The node was stopped in mid-round, for a checkpoint, and did its round again."""
+        received, seen = self._whole.get(node, (0, 0))
+        while len(self.received[node]) > received:
+            self.received[node].pop()
+        del self.seen[node][seen:]
 
 
 def _view(event: dict[str, Any], members: list[NodeId]) -> View:
@@ -189,8 +210,10 @@ class ReplayController(Controller):
         calm = config.model_copy(update={"faults": FaultsConfig()})
         super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
         runtime.initial = tuple(node for node in history.start if node != SERVER)
+        runtime.num_parts = history.parts
         self._simulator = runtime
         self._history = history
+        self._progress.samples.script = lambda node, number: history.plans.get((node, number))
 
     def _loop(self) -> Synchronous | Asynchronous:
         if self._progress.config.algorithm.synchronous:

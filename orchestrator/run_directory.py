@@ -9,7 +9,10 @@
     model.safetensors   the final model
     export/             the same as others read it, of tasks that have such a form (Hugging Face)
     summary.json        what `--json` prints
+    checkpoints/        from which `starling resume` goes on (orchestrator.checkpoints), unless they go elsewhere
+    undone.jsonl        events of rounds that a resumed run had done after its checkpoint, and did again
     curves.png          losses over rounds and bytes
+    mlflow.json         which of MLflow's runs is this one
     lease.json          who drives the run, while it goes on
 
 It is claimed before the nodes start, and a run that never began leaves none.
@@ -34,7 +37,7 @@ from actors.tasks import Task
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from orchestrator import config as configuration
-from orchestrator import sealed_log
+from orchestrator import rewind, sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
 from orchestrator.sealed_log import End, SealedLog, Snapshot
@@ -60,7 +63,10 @@ class RunDirectory(Observer):
         RunDirectoryError: the directory is in use, or cannot be made.
     """
 
-    def __init__(self, config: Config, path: str | Path | None = None) -> None:
+    def __init__(
+        self, config: Config, path: str | Path | None = None, *, resumed: Mapping[str, Any] | None = None
+    ) -> None:
+        """A new one, or, if it is ``resumed``, one that goes on: with what it had itself put into a checkpoint."""
         self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
         self._config = config
         self._started: Started | None = None
@@ -68,21 +74,40 @@ class RunDirectory(Observer):
         self._files: dict[str, IO[str]] = {}
         self._sealed: SealedLog | None = None
         self._made = not self.path.exists()
+        if resumed is None:
+            self._claim()
+        else:
+            self._reopen(resumed["directory"])
+
+    def _claim(self) -> None:
+        config, path = self._config, self.path
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            taken = any(self.path.iterdir())
+            path.mkdir(parents=True, exist_ok=True)
+            taken = any(path.iterdir())
             # Created exclusively: of two runs that found the directory empty, one goes on.
             if not taken:
-                with (self.path / "config.yaml").open("x", encoding="utf-8") as file:
+                with (path / "config.yaml").open("x", encoding="utf-8") as file:
                     yaml.safe_dump(config.dump(), file, sort_keys=False, allow_unicode=True)
         except FileExistsError:
             taken = True
         except OSError as error:
-            raise RunDirectoryError(f"run directory {self.path} cannot be made: {error.strerror}") from None
+            raise RunDirectoryError(f"run directory {path} cannot be made: {error.strerror}") from None
         if taken:
-            what = "is in use: it is not empty" if self.path.is_dir() else "is not a directory"
+            what = "is in use: it is not empty" if path.is_dir() else "is not a directory"
             hint = f"name another one, or leave it out for {_DEFAULT_ROOT}/{config.name}-<time>"
-            raise RunDirectoryError(f"run directory {self.path} {what}; {hint}")
+            raise RunDirectoryError(f"run directory {path} {what}; {hint}")
+
+    def _reopen(self, saved: Mapping[str, Any]) -> None:
+        """Go back to where the checkpoint was written; what was written since moves to ``undone.jsonl``."""
+        try:
+            self._rounds = rewind.metrics(self.path / "metrics.jsonl", saved["round"])
+            rewind.events(self.path / "events.jsonl", saved["events"], self.path / "undone.jsonl")
+            self._sealed = rewind.rounds_log(self.path / sealed_log.NAME, self.run_id, saved["round"])
+            for name in ("summary.json", "model.safetensors"):
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
+        self._whole("config.yaml", yaml.safe_dump(self._config.dump(), sort_keys=False, allow_unicode=True).encode())
 
     @property
     def run_id(self) -> str:
@@ -117,6 +142,11 @@ class RunDirectory(Observer):
                 file.write(self._sealed.append(entry))
         except OSError as error:
             raise self._failure(sealed_log.NAME, error) from None
+
+    def on_saving(self) -> Mapping[str, Any]:
+        events = self.path / "events.jsonl"
+        here = {"round": self._rounds[-1].round if self._rounds else -1, "events": events.stat().st_size}
+        return {"directory": here, "config": self._config.dump()}
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path:
         (self.path / sealed_log.SNAPSHOTS).mkdir(exist_ok=True)

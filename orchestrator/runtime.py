@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
+from actors.data.plans import NOTHING_NEW
 from orchestrator.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from actors.data import Position
+    from actors.data import Place, Position
     from actors.host import Returned
     from actors.transcript import Transcript
+    from actors.transfer import StateExport
     from algorithms.api import Layout, NodeId, View
     from orchestrator.events import Decision
     from orchestrator.mailroom import Envelope, Handover
@@ -254,8 +256,14 @@ class Runtime(Protocol):
     """Whether ``now`` is a virtual clock."""
     layout: Layout
     """Of the parameters; known once ``start`` has returned."""
+    keeps_letters: bool
+    """Whether a payload that was handed over is kept until it is told to ``discard`` it; else only the server's is."""
     baselines: dict[str, float]
     """What the task's validation loss compares with; known once ``start`` has returned."""
+    num_parts: int | None
+    """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
+    part_sizes: tuple[int, ...] | None
+    """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
 
     @property
     def now(self) -> float:
@@ -326,11 +334,12 @@ class Runtime(Protocol):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         """Begin a round on ``nodes``; ``committed`` is the last committed round.
 
         With ``repair`` programs begin with ``on_view_change``; those of ``joiners``, which were given another node's
-        state, with ``join`` before it.
+        state, with ``join`` before it. ``places`` says of whom there is news what it is to draw.
         """
         ...
 
@@ -348,6 +357,14 @@ class Runtime(Protocol):
 
     def hand_over(self, handover: Handover) -> None:
         """Let a node that ``Receives`` run on. A payload for the server is kept until it is told to ``discard`` it."""
+        ...
+
+    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+        """The payloads of messages that wait, as one export, which may be taken in another thread as a ``snapshot``."""
+        ...
+
+    def put_back(self, envelopes: Sequence[Envelope], letters: StateExport) -> None:
+        """Have again what ``letters`` gave; ``envelopes`` name their places in it, -1 is the first."""
         ...
 
     def halt(self, nodes: Sequence[NodeId]) -> None:
@@ -392,6 +409,22 @@ class Runtime(Protocol):
 
     def restore(self, node: NodeId) -> bool:
         """Give ``node`` all that was kept of it; say whether there is anything. Otherwise as ``transfer``."""
+        ...
+
+    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
+        """All that ``nodes`` have committed, as it is now; those that have left, as it was kept.
+
+        It may be taken in another thread, while rounds go on; who dies before is left out. The shared state comes from
+        ``shared`` alone, unless that is ``None``.
+        """
+        ...
+
+    def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
+        """Keep what a ``snapshot`` has given, as that of these nodes: ``restore`` gives it to them."""
+        ...
+
+    def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
+        """The run has gone on for so long before, and moved so many bytes; a virtual clock shows it."""
         ...
 
     def next(self, until: float) -> Happening | None:

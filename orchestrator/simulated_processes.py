@@ -13,7 +13,7 @@ import torch
 
 from actors.setup import build_replicas
 from actors.transcript import catch_up
-from actors.transfer import StateExport, export_state, load_state
+from actors.transfer import StateExport, copied, donor_among, export_state, load_state, snapshot, with_shared
 from algorithms.api import SERVER
 from orchestrator.network import Cast, Network
 from orchestrator.runtime import (
@@ -29,7 +29,7 @@ from orchestrator.runtime import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from actors.data import Position
     from actors.host import Host
@@ -263,6 +263,24 @@ class SimulatedProcesses:
             holder = min(self._present - {node}, default=node)
             self._load(node, node, holder, export, None)
         return export is not None
+
+    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
+        replicas = self.host.replicas
+        taken: list[tuple[NodeId, StateExport]] = []
+        for node in nodes:
+            if node in self._present:
+                taken.append((node, copied(snapshot(replicas[node], shared=shared in (None, node)))))
+            elif node in self._kept:
+                taken.append((node, self._kept[node]))
+        return iter(taken)
+
+    def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
+        donor = donor_among(saved)
+        self._kept |= {node: with_shared(export, donor) for node, export in saved.items()}
+
+    def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
+        del transport_nbytes
+        self._now = seconds
 
     def _load(
         self, node: NodeId, source: NodeId, holder: NodeId, export: StateExport, position: Position | None

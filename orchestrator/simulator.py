@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,7 +16,9 @@ import torch
 from safetensors.torch import save
 
 from actors.consensus import mean_model
+from actors.data.plans import NOTHING_NEW
 from actors.host import Host, failure
+from actors.letters import packed, unpacked
 from actors.replica import virtual
 from actors.setup import build_replicas, load_data
 from actors.tickets import (
@@ -34,7 +35,9 @@ from actors.tickets import (
     Ticket,
     Waiting,
 )
-from algorithms.api import SERVER, Evaluate, Gradient, Loss, Message, TrainReport
+from actors.transfer import StateExport, copied
+from algorithms.api import INLINE_LIMIT_BYTES, SERVER, Evaluate, Gradient, Loss, Message, TrainReport
+from orchestrator import phases
 from orchestrator.errors import NodeFailedError, StarlingError
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, Post, Posts, Secure, Secured, Waits
 from orchestrator.mailroom import Delivery
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from actors.buffers import Buffer
+    from actors.data import Place
     from actors.tickets import Compute
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
@@ -87,11 +91,13 @@ class Simulator(SimulatedProcesses):
 
     virtual = True
     transport_nbytes = None
+    part_sizes: tuple[int, ...] | None = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.initial: tuple[NodeId, ...] = ()
         """The nodes to begin with, if a log says so."""
+        self.num_parts: int | None = None
         self._step_ms = config.network.step_ms
         self._speeds = config.network.speeds
         self._exchanges: dict[int, _Exchange] = {}
@@ -99,6 +105,7 @@ class Simulator(SimulatedProcesses):
         self._large: dict[int, Buffer] = {}
         self._threads = torch.get_num_threads()
         self._is_synchronous = config.algorithm.synchronous
+        self.keeps_letters = False
 
     def start(self) -> list[NodeFacts]:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
@@ -107,8 +114,9 @@ class Simulator(SimulatedProcesses):
         server = [SERVER] if self._config.algorithm.has_server else []
         nodes = [*(self.initial or self._config.initial_nodes), *server]
         with user_code(0, 0):
-            data = load_data(self._spec.task, self._config.data, num_nodes, self._spec.seed)
-            self._data, self._validation = data, data.validation
+            self.num_parts = self.num_parts or num_nodes
+            data = load_data(self._spec.task, self._config.data, self.num_parts, self._spec.seed)
+            self._data, self._validation, self.part_sizes = data, data.validation, data.part_sizes
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
@@ -132,12 +140,13 @@ class Simulator(SimulatedProcesses):
         *,
         repair: bool,
         joiners: Sequence[NodeId] = (),
+        places: Mapping[NodeId, Place] = NOTHING_NEW,
     ) -> None:
         del epoch
         self._exchanges = {}
         nodes = [node for node in nodes if node in self._present and node not in self._hung]
         if nodes:
-            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners)
+            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners, places=places)
         for node in nodes:
             self._attempts[node] += 1
             self._resume_at(self._now, node)
@@ -175,10 +184,7 @@ class Simulator(SimulatedProcesses):
 
     def _secure(self, secures: Sequence[Secure]) -> None:
         """One phase: each member's part to whoever reduces it."""
-        phase = [
-            Cast({node: self._exchanges[one.seq].posted[node].part_nbytes[one.part] for node in one.members}, [one.by])
-            for one in secures
-        ]
+        phase = phases.securing(secures, lambda seq: self._exchanges[seq].posted)
         arrivals = self._network.arrivals(self._now, phase)
         for one in secures:
             exchange = self._exchanges[one.seq]
@@ -195,11 +201,8 @@ class Simulator(SimulatedProcesses):
 
     def _deliver(self, decision: Deliver) -> None:
         """One phase: each reduced part from its maker to everybody."""
-        sizes = self._exchanges[decision.seq].posted[decision.closed[0]].result_nbytes
-        made: Counter[NodeId] = Counter()
-        for part, maker in enumerate(decision.makers):
-            made[maker] += sizes[part]
-        arrivals = self._network.arrivals(self._now, [Cast(made, decision.nodes)])
+        phase = phases.delivering(decision, self._exchanges[decision.seq].posted)
+        arrivals = self._network.arrivals(self._now, phase)
         for node in decision.nodes:
             self._at(arrivals.get(node, self._now), node, Delivered(decision.seq, node, decision.generation))
 
@@ -209,7 +212,7 @@ class Simulator(SimulatedProcesses):
         exchange = self._exchanges[seq]
         first = decision.closed[0]
         if decision.inline and not self._network.is_instant:
-            exchange.arrivals = self._network.arrivals(self._now, self._inline_phase(decision))
+            exchange.arrivals = self._network.arrivals(self._now, phases.inline(decision.closed, exchange.posted))
         if exchange.posted[first].signature.operation != "AllReduce":
             self.host.conclude_here(decision.closed, seq)
             self.host.release(seq)
@@ -235,17 +238,6 @@ class Simulator(SimulatedProcesses):
         for node in decision.nodes:
             self._resume_at(max(now, arrivals.get(node, now)) if arrivals else now, node, None, decision.seq)
 
-    def _inline_phase(self, decision: Close) -> list[Cast]:
-        posted = self._exchanges[decision.seq].posted
-        sizes = {node: posted[node].nbytes for node in decision.closed}
-        receivers = sorted(posted)
-        if posted[decision.closed[0]].wants is None:
-            return [Cast(sizes, receivers)]
-        return [
-            Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
-            for node in receivers
-        ]
-
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def dispatch(self, envelope: Envelope) -> None:
@@ -266,11 +258,28 @@ class Simulator(SimulatedProcesses):
             envelope = outcome.envelope
             sending = self._letters[envelope.letter]
             data = self.host.outbox[envelope.letter] if sending.inline is None else sending.inline
-            if handover.node != SERVER:  # which may have to be handed it again
+            if handover.node != SERVER and not self.keeps_letters:  # else it may have to be handed over again
                 self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
             result = Message(envelope.sender, payload, outcome.staleness)
         self._resume_at(self._now, handover.node, result)
+
+    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+        sendings = [self._letters[one.letter] for one in envelopes]
+        data = [
+            self.host.outbox[one.letter] if sending.inline is None else sending.inline
+            for one, sending in zip(envelopes, sendings, strict=True)
+        ]
+        return iter([copied(packed([one.specs for one in sendings], data))])
+
+    def put_back(self, envelopes: Sequence[Envelope], letters: StateExport) -> None:
+        payloads = list(unpacked(letters))
+        for one in envelopes:
+            specs, data = payloads[-1 - one.letter]
+            is_inline = one.nbytes <= INLINE_LIMIT_BYTES
+            self._letters[one.letter] = Sending(one.to, one.letter, specs, one.nbytes, data if is_inline else None)
+            if not is_inline:
+                self.host.outbox[one.letter] = data
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

@@ -37,13 +37,14 @@ from orchestrator.rendezvous import Rendezvous
 from orchestrator.runtime import AllFinished, Died, Finished, Halted, Retired
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from actors.tickets import Returned
     from algorithms.api import NodeId
     from orchestrator.config import FaultPhase
     from orchestrator.events import Decision, Event
-    from orchestrator.mailroom import Handover
+    from orchestrator.mailroom import Envelope, Handover
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
 
@@ -100,7 +101,7 @@ class Synchronous:
     def run(self) -> None:
         """Do all rounds; one that cannot be finished begins again with whoever is there."""
         self._members.act()
-        for number in range(self._config.rounds):
+        for number in range(self._progress.committed + 1, self._config.rounds):
             tries, was_silent = 1, False
             while (attempt := self._attempt(number)).aborted is not None:
                 if tries == _MAX_ATTEMPTS:
@@ -116,6 +117,40 @@ class Synchronous:
     def result(self) -> tuple[NodeId, ...]:
         """Whose mean model is the run's; all are alike if the algorithm is replicated."""
         return tuple(node for node in self._progress.members if self._is_sound(node))
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Have the last commit saved; no program of a round is open, or what it does is void."""
+        self._settle()
+        view = self._view
+        state = {
+            "view": [view.number, view.members, view.joined, view.left],
+            "epoch": self._epoch,
+            "faults": self._faults.to_json(),
+        }
+        shared = min(self.result) if self._config.algorithm.replicated else None
+        self._progress.save(state, self._members.to_save(), shared, self._mail)
+
+    def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
+        """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
+        self._view = View(state["view"][0], *map(tuple, state["view"][1:]))
+        self._epoch = state["epoch"]
+        self._members.bring_back(rounds)
+        return self._mail.room.revive(mail)
+
+    def stand_still(self) -> None:
+        """Cancel what runs, in bounded time: what was committed last can be saved then."""
+        self._settle()  # else what is cancelled goes back to the commit before
+        there = [node for node in self._progress.nodes if node in self._progress.members]
+        self._halting.update(there)
+        self._mail.room.forget(self._progress.committed + 1)
+        self._runtime.halt(there)
+        deadline = self._runtime.now + self._config.cluster.cancel_grace_s + 1.0
+        while self._halting and self._runtime.now < deadline:
+            happening = self._runtime.next(deadline)
+            if happening is not None:
+                self._between(self._progress.committed + 1, happening)
 
     def _is_sound(self, node: NodeId) -> bool:
         """Whether a node holds what was committed last, having been there."""
@@ -156,7 +191,16 @@ class Synchronous:
         )
         for node in view.members:
             self._mail.room.begin(node, number)
-        self._runtime.begin(self._epoch, number, view, progress.committed, view.members, repair=repair, joiners=joiners)
+        self._runtime.begin(
+            self._epoch,
+            number,
+            view,
+            progress.committed,
+            view.members,
+            repair=repair,
+            joiners=joiners,
+            places=progress.samples.begin(number, view.members, view.members),
+        )
         self._strike("train", number)
         try:
             while not rendezvous.over:
@@ -185,6 +229,8 @@ class Synchronous:
             transport_bytes=None if moved is None else moved - (transport or 0),
             seconds=self._runtime.now - attempt.began,
         )
+        if progress.checkpoints is not None and progress.checkpoints.is_due(number):
+            self.save()
         self._strike("commit", number)
         for event in self._faults.missed(number):
             line = f"faults.events: round {number} has no moment {event.phase!r}; nothing happened to this node"

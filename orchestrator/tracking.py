@@ -6,6 +6,7 @@ bounded time. What goes wrong is said once, in one line, and the run goes on: th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -14,7 +15,7 @@ import shlex
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -43,6 +44,9 @@ _FLUSH_S = 1.0
 # MLflow's own limits; what is over them fails the whole batch.
 _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
 _KEY_CHARACTERS, _VALUE_CHARACTERS = 250, 6000
+
+_NAME = "mlflow.json"
+"""In the run directory: which of the tracker's runs is this one."""
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
@@ -135,11 +139,14 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
         "nodes/contributing": record.contributing,
         "nodes/committed": record.nodes,
         "nodes/late": record.late,
+        "lost/residuals": record.residuals_lost,
+        "lost/residual_norm": record.residual_norm_lost,
         "seconds/train": record.train_seconds,
         "seconds/exchange": record.exchange_seconds,
         "seconds/evaluate": record.evaluate_seconds if record.metrics is not None else None,
         "seconds/total": record.seconds,
     }
+    values |= {f"samples/{name}": count for name, count in record.samples.items()}
     values |= {f"eval/{name}": value for name, value in (record.metrics or {}).items()}
     for name, (least, most) in record.spread.items():
         values |= {f"eval/nodes/{name}_min": least, f"eval/nodes/{name}_max": most}
@@ -196,6 +203,8 @@ class _Writer:
 
         with _quiet():
             self._client = MlflowClient(tracking_uri=self.uri)
+            if started.resumed_after is not None and self._go_on():
+                return
             tags = {
                 "algorithm": started.config.algorithm.name,
                 "task": started.config.task.name,
@@ -206,6 +215,8 @@ class _Writer:
             }
             run = self._client.create_run(self._experiment(), run_name=started.run_id, tags=tags)
         self._run_id = run.info.run_id
+        with suppress(OSError):
+            (self._run_dir / _NAME).write_text(json.dumps({"uri": without_password(self.uri), "run_id": self._run_id}))
         values = started.config.flat() | {
             f"baseline.{name}": f"{value:.6g}" for name, value in started.baselines.items()
         }
@@ -216,6 +227,15 @@ class _Writer:
         self._client.log_text(
             self._run_id, yaml.safe_dump(started.config.public(), sort_keys=False, allow_unicode=True), "config.yaml"
         )
+
+    def _go_on(self) -> bool:
+        """Take up the run that this one goes on with; say whether there is one."""
+        try:
+            self._run_id = json.loads((self._run_dir / _NAME).read_text(encoding="utf-8"))["run_id"]
+        except (OSError, ValueError, KeyError):
+            return False
+        self._client.update_run(self._run_id, status="RUNNING")
+        return True
 
     def add(self, values: dict[str, float], step: int, timestamp: int) -> None:
         """Take a round's metrics; write when there are many, or the oldest has waited."""

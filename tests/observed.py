@@ -64,6 +64,7 @@ def summary(status: str = "finished", **changes: Any) -> Summary:
         metrics={"loss": 0.4375, "accuracy": 0.5},
         bytes={"payload": 32000, "recovery": 0, "per_round": 8000.0, "transport": 36000},
         nodes={"started": 2, "joined": 0, "lost": 0, "drained": 0},
+        samples={"drawn": 5600, "committed": 5600, "redrawn": 0, "lost": 0},
         replicas="identical",
         digest=MODEL.digest,
         seconds=7.0,

@@ -30,7 +30,7 @@ tracking: none
 
 KEYS = [
     *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
-    *("replicas", "digest", "seconds", "virtual_seconds", "baselines", "error"),
+    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "lost", "baselines", "checkpoints", "error"),
 ]
 
 
@@ -205,13 +205,9 @@ def test_a_used_run_directory(folder: Path):
     assert line.startswith(f"run directory {folder}/used is in use: it is not empty; name another one")
 
 
-def test_a_slow_network_is_for_the_simulator():
-    line = refused("run", "run.yaml", "--set", "network.bandwidth_mbps=100")
-    assert line == (
-        "network.bandwidth_mbps is set, and throttling a real cluster is not built yet; "
-        "set network.bandwidth_mbps: null, or use starling simulate"
-    )
-    assert starling("simulate", "run.yaml", "--set", "network.bandwidth_mbps=100").exit_code == 0
+def test_a_network_without_bandwidth_is_refused():
+    line = refused("run", "run.yaml", "--set", "network.bandwidth_mbps=0")
+    assert line == "--set network.bandwidth_mbps=0: network.bandwidth_mbps should be greater than 0, got 0"
 
 
 def test_a_schedule_longer_than_the_run():
@@ -319,7 +315,7 @@ def test_check_predicts_what_is_sent():
 
 def test_check_knows_where_a_run_can_be_made():
     plan = json.loads(starling("check", "run.yaml", "--json", "--set", "network.latency_ms=50").stdout)
-    assert plan["runtimes"] == ["simulator"]
+    assert plan["runtimes"] == ["cluster", "simulator"]
 
 
 @pytest.mark.parametrize(("command", "names"), [("algorithms", {"diloco", "fedavg"}), ("tasks", {"digits", "text_lm"})])
@@ -408,3 +404,28 @@ def test_an_interrupted_run_ends_cleanly(folder: Path, number):
     assert answer["rounds"] > 0
     assert "Traceback" not in stderr
     assert json.loads((folder / "here" / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_a_run_goes_on(folder: Path):
+    first = json.loads(starling("simulate", "run.yaml", "--json", "--run-dir", "one", "--set", "rounds=2").stdout)
+    told = starling("resume", "one", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout) == first
+    longer = starling("resume", "one", "--json", "--set", "rounds=3")
+    assert longer.exit_code == 0, longer.output
+    assert "going on after round 2" in longer.stderr
+    assert json.loads(longer.stdout)["rounds"] == 3
+    assert "starling resume" not in longer.stderr
+    assert (folder / "one" / "curves.png").exists()
+
+
+def test_what_cannot_go_on_is_refused_in_a_line(folder: Path):
+    assert refused("resume", "nowhere").startswith("nowhere: this is no run directory")
+    starling("simulate", "run.yaml", "--run-dir", "one", "--set", "checkpoint.every_rounds=0")
+    (folder / "one" / "summary.json").unlink()
+    assert "there is no checkpoint that was written to its end" in refused("resume", "one")
+    starling("simulate", "run.yaml", "--run-dir", "two")
+    assert "--set seed=7: the checkpoint is of a run with seed: 0" in refused("resume", "two", "--set", "seed=7")
+    (manifest,) = sorted((folder / "two" / "checkpoints").glob("*/manifest.json"))[-1:]
+    manifest.write_text("{")
+    assert "manifest.json" in refused("resume", "two", "--set", "rounds=5")

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from algorithms.codecs import FP4, QSGD, BFloat16, Codec, Float16, Identity, Int8, RandomK, Sign, TopK
-from algorithms.codecs.int8 import _AT_ONCE, _LIMIT
+from algorithms.codecs.base import AT_ONCE
+from algorithms.codecs.int8 import _LIMIT
 from algorithms.errors import ProgramError
 from algorithms.registry import table
 from tests.codecs import Blockwise
@@ -119,7 +120,7 @@ def test_double_precision_and_single_agree(codec: Codec, values: list[float]):
 
 @pytest.mark.parametrize("codec", LOSSY, ids=repr)
 @pytest.mark.parametrize("dtype", WIDE)
-@pytest.mark.parametrize("size", [40, 5 * 256 + 3, 2 * _AT_ONCE + 300])
+@pytest.mark.parametrize("size", [40, 5 * 256 + 3, 2 * AT_ONCE + 300])
 def test_cut_between_blocks_gives_the_same_bytes(codec: Codec, dtype: torch.dtype, size: int):
     values = draw(size, dtype)
     data = codec.encode(values)

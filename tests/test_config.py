@@ -134,8 +134,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"faults": {"events": [{"kind": "kill", "node": 40, "round": 2}]}},
         "faults.events names node 40, but cluster.nodes.target is 4 (0 is the first)",
     ),
-    ({"checkpoint": {"every_rounds": 1}}, "checkpoint.every_rounds is not built yet; leave it at 0, got 1"),
-    ({"checkpoint": {"uri": "s3://x"}}, "checkpoint.uri is not built yet; leave it at null, got 's3://x'"),
+    (
+        {"checkpoint": {"every_rounds": 1, "every_s": 5}},
+        "checkpoint: takes every_rounds or every_s, not both; leave out one of them",
+    ),
+    (
+        {"checkpoint": {"uri": "ftp://me:secret@there/x"}},
+        (
+            "checkpoint.uri must be a folder or an address (file://, s3://, gs://, gcs://, abfs://, hdfs://), got "
+            "'ftp://me:***@there/x'"
+        ),
+    ),
 ]
 
 
@@ -162,7 +171,6 @@ def test_required_keys_name_what_there_is(key):
     "section",
     [
         {"faults": {"rate_per_hour": 0, "events": [], "seed": 3}},
-        {"checkpoint": {"uri": None, "every_rounds": 0, "keep": 3}},
     ],
 )
 def test_off_values_are_accepted(section):

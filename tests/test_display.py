@@ -105,6 +105,12 @@ def test_a_run_that_never_began(terminal: bool):
     assert "starting 2 nodes here" in file.getvalue()
 
 
+def test_residuals_that_were_lost_are_in_the_summary():
+    output, file = console()
+    print_summary(output, summary(lost={"residuals": 2, "residual_norm": 0.25}), configuration())
+    assert "lost             2 residuals of norm 0.25" in file.getvalue()
+
+
 def test_the_summary_names_where_to_look(tmp_path: Path):
     output, file = console()
     path = tmp_path / ("a-long-name-" * 8)
@@ -120,6 +126,8 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     assert rows["transport"] == "36.0 kB between processes"
     assert "recovery" not in rows
     assert rows["nodes"] == "4 started, lost 1"
+    assert rows["samples"] == "5,600 drawn and committed"
+    assert "lost" not in rows
     assert rows["replicas"] == "identical at every commit"
     assert rows["time"] == "7.0 s"
     assert rows["digest"] == "d" * 64
@@ -137,3 +145,19 @@ def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
     print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
     assert "tracked in       https://me:***@example.com" in file.getvalue()
     assert "mlflow ui" not in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ((50, 50, 0, 0), "50 drawn and committed"),
+        ((50, 44, 6, 0), "50 drawn, 44 committed, 6 redrawn"),
+        ((5000, 5000, 0, 7), "5,000 drawn, 5,000 committed, 7 lost"),
+        ((2, 0, 2, 0), "2 drawn, 0 committed, 2 redrawn"),
+    ],
+)
+def test_what_is_said_of_samples(counts: tuple[int, ...], said: str):
+    output, file = console()
+    samples = dict(zip(("drawn", "committed", "redrawn", "lost"), counts, strict=True))
+    print_summary(output, summary(samples=samples), configuration())
+    assert f"samples          {said}\n" in file.getvalue()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actors.data import Position
 from actors.replica import NonFiniteLossError, Replica
 from algorithms.api import SERVER, Batch, Evaluate, Gradient, GradientReport, Loss, Node, Step, Train
 from algorithms.errors import ProgramError
@@ -51,7 +52,7 @@ def test_own_batches_are_those_of_training():
         indices = other._sampler.next(6 if size is None else size)
         assert equal(batch, DataBatch(other.samples.batch(indices), expected))
     one.rollback()
-    assert one.position == (0, 0)
+    assert one.position == Position(0, 0)
 
 
 def test_batches_of_a_part_are_the_same_on_all_nodes():
@@ -74,7 +75,7 @@ def test_batches_of_a_part_are_the_same_on_all_nodes():
     assert not equal(one.batch(Batch(part=2, size=5)), first[0])
     enter([one], 4)
     assert equal(one.batch(Batch(part=2, size=5)), first[0])
-    assert one.position == (0, 0)
+    assert one.position == Position(0, 0)
     whole = one.batch(Batch(part=2, size=99))
     assert whole.num_samples == 16
     assert len(whole.tensors[0].unique(dim=0)) == 16
@@ -104,7 +105,7 @@ def test_draws_with_a_key_leave_the_others_alone():
     one, other = node(), node()
     one.batch(Batch(part=2, size=5, key="job 7"))
     assert equal(one.batch(Batch(part=2, size=5)), other.batch(Batch(part=2, size=5)))
-    assert one.position == (0, 0)
+    assert one.position == Position(0, 0)
 
 
 def test_another_run_draws_others_with_a_key():
@@ -244,9 +245,9 @@ def test_they_draw_afresh_and_leave_the_schedule():
     one = node(schedule="linear", rounds=100)
     rate = one.rate()
     one.gradient(Gradient())
-    assert one.position == (0, 8)
+    assert one.position == Position(0, 8)
     one.loss(Loss())
-    assert one.position == (1, 0)
+    assert one.position == Position(1, 0)
     assert one.rate() == rate
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import simulate
+from orchestrator import simulate, simulator
 from orchestrator.api import replay
 from orchestrator.errors import ConfigError, DivergedError, RunError
 from tests import operations
@@ -16,6 +16,8 @@ from tests.conformance import Case
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from orchestrator.config import Config
 
 HERE = operations.__name__
 
@@ -112,6 +114,55 @@ def test_a_synchronous_run_that_lost_nodes_is_repeated_to_the_same_digest(case: 
     assert again.digest == once.digest
     if case.name == "fedavg":
         assert simulate(tmp_path / "run/config.yaml", run_dir=tmp_path / "other").digest != once.digest
+
+
+def test_who_draws_what_of_others_is_repeated(tmp_path: Path):
+    """Plans made for attempts that were given up hold too; parts of nodes that never came are drawn by others."""
+    events = [
+        {"kind": "late_join", "node": 4, "round": 9},
+        *({"kind": "kill", "node": 1, "round": number} for number in range(1, 30)),
+        *({"kind": "kill", "node": node, "round": 12, "phase": "post"} for node in (2, 3)),
+        {"kind": "preempt", "node": 0, "round": 15},
+    ]
+    keys = {
+        "algorithm": {"name": "fedavg", "steps": 4},
+        "task": {"name": "digits"},
+        "data": {"batch_size": 40},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "faults": {"events": events},
+        "cluster": {"nodes": {"target": 5}, "drain_s": 50, "quorum_fraction": 0.7},
+        "network": {"start_s": 0.02, "latency_ms": 300},
+    }
+    once = simulate(config("Counting", rounds=30, **keys), run_dir=tmp_path / "run")
+    plans, aborted = logged(tmp_path / "run", "plan"), logged(tmp_path / "run", "abort")
+    assert {one["node"] for one in plans} == {0, 1, 2, 3, 4}
+    assert any(one["extras"] for one in plans)
+    assert {one["round"] for one in aborted} == {12}
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
+    edit(tmp_path / "run", lambda events: [event for event in events if event["event"] != "plan"])
+    with pytest.raises(RunError, match="samples would be committed twice, or not at all"):
+        replay(tmp_path / "run", run_dir=tmp_path / "other")
+
+
+def test_an_asynchronous_run_with_room_for_fewer_nodes_than_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody comes or goes, and yet nodes are handed what nobody else draws: when, the log says."""
+
+    class Crowded(simulator.Simulator):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.num_parts = 5
+
+    keys = {"task": "digits", "data": {"batch_size": 80}, "network": {"speeds": {0: 0.3}, "latency_ms": 7}}
+    once_config = config("Counting", rounds=20, algorithm={"name": "fedbuff", "steps": 3}, **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(simulator, "Simulator", Crowded)
+        once = simulate(once_config, run_dir=tmp_path / "run")
+    plans = logged(tmp_path / "run", "plan")
+    assert {part for one in plans for part, *_ in one["extras"]} == {3, 4}
+    # At other speeds others are there first; the log says who drew what.
+    text = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text.replace(": 0.3\n", ": 2.0\n"))
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == once.digest
 
 
 def test_an_asynchronous_run_that_lost_nodes_is_refused(tmp_path: Path):

@@ -148,6 +148,8 @@ def test_metrics_have_names_that_stay():
     }
     assert "train/loss" not in metrics_of(record(0, loss=None))
     assert "seconds/evaluate" not in metrics_of(record(0))
+    fed = metrics_of(record(0, residuals_lost=1, residual_norm_lost=0.5))
+    assert (fed["lost/residuals"], fed["lost/residual_norm"]) == (1, 0.5)
 
 
 @pytest.mark.parametrize(

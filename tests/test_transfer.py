@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.data import Position
+from actors.data import Place, Position, Segment
 from actors.replica import Replica
 from actors.transfer import StateExport, export_state, load_state
 from algorithms.api import Train
@@ -137,7 +137,7 @@ def test_a_rolled_back_optimizer_repeats_its_steps(name: str):
 def test_where_a_lost_node_was_in_its_data_its_replacement_goes_on():
     other = joiner()
     load_state(other, export_state(donor()), position=Position(2, 4))
-    assert other.position == (2, 4)
+    assert other.position == Position(2, 4)
 
 
 def test_nothing_is_shared_with_the_donor():
@@ -187,7 +187,7 @@ def test_the_schedule_goes_on_where_the_run_is():
 def test_its_place_in_its_own_data_stays():
     one, other = donor(), joiner()
     load_state(other, export_state(one))
-    assert other.position == (0, 8)  # the one committed step's
+    assert other.position == Position(0, 8)  # the one committed step's
 
 
 def test_size():
@@ -226,3 +226,21 @@ def test_the_committed_model_while_a_round_is_open():
         assert torch.equal(mine, wanted)
     one.commit()
     assert torch.equal(one.committed_model()[0], one.parameters)
+
+
+def test_what_a_node_was_handed_of_others_goes_to_whoever_takes_its_place():
+    one = joiner()
+    one.parts = [torch.arange(10), torch.arange(10, 20)]
+    one.replan(Place((Segment(1, 3, 2, 8),), Position(2, 4, 1)))
+    drawn = one.draw()
+    one.commit()
+    other = joiner()
+    other.parts = one.parts
+    load_state(other, export_state(one, everything=True))
+    assert other.position == one.position == Position(2, 4, 6)
+    assert (other.extras, len(drawn)) == (one.extras, 5)
+    assert other.draw().tolist() == one.draw().tolist()
+    # A joiner of another node is handed nothing of it.
+    third = joiner()
+    load_state(third, export_state(one))
+    assert third.extras == ()

@@ -1,7 +1,7 @@
 """Samplers: which of its samples a node draws, and in which order.
 
 A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is
-a ``Draws``: a pure function of (run seed, node, position), so that the position, two numbers, is all that has to be
+a ``Draws``: a pure function of (run seed, node, position), so that the position, a few numbers, is all that has to be
 kept to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same again.
 
 One of one's own needs a class and a method::
@@ -38,6 +38,13 @@ class Position(NamedTuple):
 
     epoch: int = 0
     offset: int = 0
+    extra: int = 0
+    """Samples drawn of others' parts that were handed to it (``actors.data.plans``), before its own go on."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """What it adds to the seeds of random numbers; without extra samples two numbers, as ever."""
+        return self if self.extra else (self.epoch, self.offset)
 
 
 class Blocks(NamedTuple):
@@ -83,7 +90,7 @@ class Draws(ABC):
     def position(self, position: Position) -> None:
         if position.epoch < 0 or not 0 <= position.offset < len(self._indices):
             raise ValueError(f"{position} is not a position in epochs of {len(self._indices)} samples")
-        self._position = Position(*position)
+        self._position = Position(position.epoch, position.offset)
 
     def next(self, batch_size: int) -> Tensor:
         """The samples of the next batch."""
@@ -179,11 +186,15 @@ class EpochSampler(Draws):
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
-        epoch, start = self._position
-        order = self._epoch(epoch)
-        stop = start + batch_size
-        self._position = Position(epoch, stop) if stop < len(order) else Position(epoch + 1)
-        return order[start:stop]
+        epoch, start, _ = self._position
+        drawn = self.read(epoch, start, batch_size)
+        stop = start + len(drawn)
+        self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
+        return drawn
+
+    def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
+        """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
+        return self._epoch(epoch)[start : start + count]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if self._order is None or self._order[0] != epoch:
@@ -211,7 +222,7 @@ class PoissonDraws(Draws):
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """A batch of about ``batch_size`` samples in ascending places."""
-        epoch, step = self._position
+        epoch, step, _ = self._position
         last = step + 1 >= self.steps_per_epoch(batch_size)
         self._position = Position(epoch + 1) if last else Position(epoch, step + 1)
         size = len(self._indices)
@@ -236,17 +247,23 @@ class BlockDraws(Draws):
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
-        epoch, start = self._position
+        epoch, start, _ = self._position
+        drawn = self.read(epoch, start, batch_size)
+        stop = start + len(drawn)
+        self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
+        return drawn
+
+    def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
+        """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
         order, ends = self._planned(epoch)
         window = bisect.bisect_right(ends, start)
         pieces: list[Tensor] = []
-        while batch_size and window < len(ends):
+        while count and window < len(ends):
             begin = ends[window - 1] if window else 0
-            pieces.append(self._mixed(epoch, window, order)[start - begin :][:batch_size])
+            pieces.append(self._mixed(epoch, window, order)[start - begin :][:count])
             start += len(pieces[-1])
-            batch_size -= len(pieces[-1])
+            count -= len(pieces[-1])
             window += 1
-        self._position = Position(epoch, start) if start < ends[-1] else Position(epoch + 1)
         return torch.cat(pieces).numpy()
 
     def _planned(self, epoch: int) -> tuple[list[int], list[int]]:

@@ -6,7 +6,8 @@ from algorithms.codecs.fp4 import FP4
 from algorithms.codecs.half import BFloat16, Float16
 from algorithms.codecs.int8 import Int8
 from algorithms.codecs.qsgd import QSGD
+from algorithms.codecs.random_k import RandomK
 from algorithms.codecs.sign import Sign
-from algorithms.codecs.sparse import RandomK, TopK
+from algorithms.codecs.top_k import TopK
 
 __all__ = ["FP4", "QSGD", "BFloat16", "Codec", "Float16", "Identity", "Int8", "RandomK", "Sign", "TopK", "refuse_lossy"]

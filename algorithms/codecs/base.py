@@ -76,6 +76,21 @@ class Identity(Codec, name="identity"):
         return data.view(dtype)[:num_values]
 
 
+AT_ONCE = 65_536
+"""Values that are encoded or decoded at a time: what is in between stays in a core's cache."""
+
+
+def blocks_of(values: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Blocks ``start`` to ``stop`` of a flat tensor, float32, shape (stop - start, size), zeros behind the last value.
+
+    Not to be written to: it may share memory with ``values``.
+    """
+    piece = values[start * size : stop * size].to(torch.float32)
+    if piece.numel() % size:
+        piece = torch.nn.functional.pad(piece, (0, -piece.numel() % size))
+    return piece.reshape(-1, size)
+
+
 def refuse_beyond(limit: float, values: Tensor, codec: Codec) -> None:
     """Refuse values that a lossy codec could not give back as finite ones.
 

@@ -6,16 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, refuse_beyond
+from algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
 
 _SCALE_BYTES = 2
 
 # The largest bfloat16, and the least scale: beneath it 2⁻⁶ s, the smallest magnitude, would be subnormal.
 _LIMIT = torch.finfo(torch.bfloat16).max
 _LEAST = 2.0**-120
-
-# Values that are encoded at a time: what is in between stays in a core's cache.
-_AT_ONCE = 65_536
 
 
 class FP4(Codec, name="fp4"):
@@ -51,19 +48,18 @@ class FP4(Codec, name="fp4"):
         size, count = self.block_size, values.numel()
         # One row for each block. Only the last row can be too long, and what is too much of it is at the end.
         rows = torch.empty(-(-count // size), _SCALE_BYTES + size // 2, dtype=torch.uint8)
-        step = max(1, _AT_ONCE // size)
+        step = max(1, min(AT_ONCE // size, len(rows)))
+        scratch, codes = torch.empty(step, size), torch.empty(step * size, dtype=torch.uint8)
         for start in range(0, len(rows), step):
-            piece = values[start * size : (start + step) * size].to(torch.float32)
-            blocks = torch.nn.functional.pad(piece, (0, -len(piece) % size)).view(-1, size)
-            largest = blocks.abs().amax(dim=1)
+            here = rows[start : start + step]
+            blocks, room = blocks_of(values, start, start + step, size), scratch[: len(here)]
+            largest = torch.abs(blocks, out=room).amax(dim=1)
             refuse_beyond(_LIMIT, largest, self)  # a NaN is the largest of its block
             scales = _scales(largest)
-            here = rows[start : start + step]
             here[:, :_SCALE_BYTES] = scales.to(torch.bfloat16).unsqueeze(1).view(torch.uint8)
             # Two neighbours are the bytes of a 16-bit number: the second one's bits come down beside the first one's.
-            pairs = _codes(blocks, scales).view(torch.int16)
-            torch.bitwise_or(pairs, pairs >> 4, out=pairs)
-            here[:, _SCALE_BYTES:] = pairs.view(torch.uint8)[:, ::2]
+            pairs = _codes(blocks, scales, room, codes[: room.numel()]).view(torch.int16).view(len(here), -1)
+            here[:, _SCALE_BYTES:] = pairs.bitwise_or_(pairs >> 4).view(torch.uint8)[:, ::2]
         return rows.view(-1)[: self.nbytes(count, values.dtype)]
 
     def decode(self, data: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
@@ -71,7 +67,7 @@ class FP4(Codec, name="fp4"):
         width = _SCALE_BYTES + size // 2
         whole = num_values // size
         values = torch.empty(num_values, dtype=dtype)
-        step = max(1, _AT_ONCE // size)
+        step = max(1, AT_ONCE // size)
         for start in range(0, whole, step):
             stop = min(start + step, whole)
             _decode_rows(data[start * width : stop * width].view(-1, width), values[start * size : stop * size])
@@ -91,12 +87,12 @@ def _scales(largest: Tensor) -> Tensor:
     return largest.where(largest >= _LEAST, 0.0)
 
 
-def _codes(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The codes of ``blocks`` as uint8 of the same shape."""
+def _codes(blocks: Tensor, scales: Tensor, room: Tensor, out: Tensor) -> Tensor:
+    """Write the codes of ``blocks`` to ``out``, uint8, shape (n,); ``room`` has their shape and is written to."""
     # The quotient is rounded, and yet no border is crossed: division is monotone, and 1.5·2^k·s is divided exactly.
-    ratios = blocks / scales.where(scales > 0, 1.0).unsqueeze(1)
+    ratios = torch.div(blocks, scales.where(scales > 0, 1.0).unsqueeze(1), out=room)
     upper = ratios.view(torch.int32).bitwise_right_shift_(_CUT).bitwise_and_(len(_CODES) - 1)
-    return _CODES.index_select(0, upper.view(-1)).view(blocks.shape)
+    return torch.index_select(_CODES, 0, upper.view(-1), out=out)
 
 
 def _table() -> Tensor:
@@ -110,14 +106,15 @@ def _table() -> Tensor:
 _CODES = _table()
 _POWERS = torch.tensor([0.0, *(2.0 ** (code - 7) for code in range(1, 8))])
 _SIGNED = torch.cat([_POWERS, -_POWERS])
-_PAIRS = torch.stack([_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)], dim=1)
-"""By byte, its two values, shape (256, 2)."""
+_PAIRS = torch.stack([_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)], dim=1).view(torch.int64).view(-1)
+"""By byte, its two values, as the eight bytes of a number, shape (256,): so they are looked up at once."""
 
 
 def _decode_rows(rows: Tensor, out: Tensor) -> None:
     """Write the values of ``rows``, each a scale and its codes, one after another to ``out``, shape (n,)."""
     scales = rows[:, :_SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
-    values = _PAIRS.index_select(0, rows[:, _SCALE_BYTES:].reshape(-1).int()).view(len(rows), -1)
+    codes = rows[:, _SCALE_BYTES:].int().view(-1)
+    values = _PAIRS.index_select(0, codes).view(torch.float32).view(len(rows), -1)
     if out.numel() == values.numel():
         torch.mul(values, scales, out=out.view(values.shape))
     else:  # the last of two codes is nobody's

@@ -8,15 +8,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, refuse_beyond
+from algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
 
 _LARGEST = 127  # and −127; −128 is not used, so that the codes of −x are those of x, negated
 
 # The largest 127·s that is a float32, for an s of 17 bits: what is larger might come back as infinity.
 _LIMIT = _LARGEST * 66_052 * 2.0**105
-
-# Values that are encoded at a time: what is in between stays in a core's cache.
-_AT_ONCE = 65_536
 
 
 class Int8(Codec, name="int8"):
@@ -49,15 +46,17 @@ class Int8(Codec, name="int8"):
         size, count = self.block_size, values.numel()
         # One row for each block. Only the last row can be too long, and what is too much of it is at the end.
         rows = torch.empty(math.ceil(count / size), 4 + size, dtype=torch.uint8)
-        step = max(1, _AT_ONCE // size)
+        step = max(1, min(AT_ONCE // size, len(rows)))
+        scratch = torch.empty(step, size)
         for start in range(0, len(rows), step):
-            piece = values[start * size : (start + step) * size].to(torch.float32)
-            refuse_beyond(_LIMIT, piece, self)
-            blocks = torch.nn.functional.pad(piece, (0, -len(piece) % size)).view(-1, size)
-            scales = _scales(blocks)
             here = rows[start : start + step]
+            blocks, room = blocks_of(values, start, start + step, size), scratch[: len(here)]
+            largest = torch.abs(blocks, out=room).amax(dim=1)
+            refuse_beyond(_LIMIT, largest, self)  # a NaN is the largest of its block
+            scales = _scales(largest)
             here[:, :4] = scales.view(torch.uint8).view(-1, 4)
-            here[:, 4:].view(torch.int8).copy_(blocks.div(scales.where(scales > 0, 1.0).unsqueeze(1)).round_())
+            torch.div(blocks, scales.where(scales > 0, 1.0).unsqueeze(1), out=room).round_()
+            here[:, 4:].view(torch.int8).copy_(room)
         return rows.view(-1)[: self.nbytes(count, values.dtype)]
 
     def decode(self, data: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
@@ -65,15 +64,17 @@ class Int8(Codec, name="int8"):
         whole = num_values // size
         split = whole * (4 + size)
         values = torch.empty(num_values, dtype=dtype)
-        _decode_rows(data[:split].view(whole, 4 + size), values[: whole * size].view(whole, size))
+        rows, blocks = data[:split].view(whole, 4 + size), values[: whole * size].view(whole, size)
+        step = max(1, AT_ONCE // size)
+        for start in range(0, whole, step):
+            _decode_rows(rows[start : start + step], blocks[start : start + step])
         if num_values % size:
             _decode_rows(data[split:].unsqueeze(0), values[whole * size :].unsqueeze(0))
         return values
 
 
-def _scales(blocks: Tensor) -> Tensor:
-    """max|x| / 127 of each row of ``blocks``, rounded up to 17 significant bits, shape (rows,); 0 if subnormal."""
-    largest = blocks.abs().amax(dim=1)
+def _scales(largest: Tensor) -> Tensor:
+    """max|x| / 127 of blocks by their max|x|, rounded up to 17 significant bits, shape (blocks,); 0 if subnormal."""
     scales = largest / _LARGEST
     # On the bits of a float32 a carry out of the fraction goes into the exponent, which is what rounding up means.
     scales.view(torch.int32).add_(_LARGEST).bitwise_and_(~_LARGEST)

@@ -27,6 +27,11 @@ class Compressor(Part, family="compressor", catalog="algorithms.compressors"):
     async def all_reduce(self, node: Node, gradient: Tensor) -> Reduced[Tensor]:
         """About the mean of all members' ``gradient``, shape (P,); the same on all."""
 
+    def unsent(self, node: Node) -> float:
+        """As ``Algorithm.unsent``."""
+        del node
+        return 0.0
+
     @abstractmethod
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one ``all_reduce`` over all nodes."""

@@ -103,6 +103,10 @@ class PowerSGD(Compressor, name="powersgd"):
         node.local["powersgd"] = torch.where(rest, 0.0, whole - mean)
         return Reduced(mean, second.members, second.weight)
 
+    def unsent(self, node: Node) -> float:
+        residual = cast("Tensor | None", node.local.get("powersgd"))
+        return 0.0 if residual is None else math.sqrt(float(torch.dot(residual, residual)))
+
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         matrices, size = self.matrices(layout), layout.dtype.itemsize
         rest = layout.num_values - sum(one.rows * one.columns for one in matrices)

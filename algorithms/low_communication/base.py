@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Self, cast
 
+import torch
 from pydantic import PositiveInt, model_validator
 
 from algorithms.api import Algorithm, AllReduce, all_reduce_bytes
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from algorithms.api import Layout, Node
+
+_RESIDUAL = "residual"
+"""Begins the names of residuals in ``node.local``."""
 
 
 class LowCommunication(Algorithm):
@@ -35,11 +40,15 @@ class LowCommunication(Algorithm):
         """
         if not self.error_feedback:
             return values
-        key = f"residual {name}".rstrip()
+        key = f"{_RESIDUAL} {name}".rstrip()
         residual = cast("Tensor | None", node.local.get(key))
         corrected = values if residual is None else values + residual
         node.local[key] = corrected - self.codec.at(node.round).through(corrected)
         return corrected
+
+    def unsent(self, node: Node) -> float:
+        residuals = [cast("Tensor", value) for key, value in node.local.items() if key.startswith(_RESIDUAL)]
+        return math.sqrt(sum(float(torch.dot(one, one)) for one in residuals))
 
     def exchange_bytes(self, num_values: int, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one ``AllReduce`` of so many values, with this algorithm's codecs."""

@@ -62,6 +62,9 @@ class Synchronous(LowCommunication):
             await Step(mean.value, report, fresh=fresh)
             fresh = False
 
+    def unsent(self, node: Node) -> float:
+        return super().unsent(node) if self.compressor is None else self.compressor.unsent(node)
+
     def step_bytes(self, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one step over all nodes."""
         if self.compressor is not None:

@@ -32,6 +32,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
+from algorithms.low_communication import anchors
 from algorithms.low_communication import fragments as parts
 from algorithms.low_communication.anomalies import Detector, norm_of, weights_of
 from algorithms.low_communication.base import average_buffers, buffer_bytes
@@ -68,7 +69,7 @@ class EDiT(Synchronous, name="edit"):
 
     def init(self, node: Node) -> None:
         super().init(node)
-        parts.begin(node, modules_of(node.layout), self.outer)
+        anchors.begin(node, modules_of(node.layout), self.outer)
         node.local["norms"] = self.detector.fresh(len(modules_of(node.layout)))
 
     async def join(self, node: Node) -> None:
@@ -77,7 +78,7 @@ class EDiT(Synchronous, name="edit"):
     async def round(self, node: Node) -> None:
         if self.warms_up(node.round):
             await self.steps_together(node, self.inner_steps)
-            parts.begin(node, modules_of(node.layout), self.outer)
+            anchors.begin(node, modules_of(node.layout), self.outer)
         else:
             await self.synchronize(node, await self.steps_alone(node))
         await average_buffers(node)
@@ -94,7 +95,7 @@ class EDiT(Synchronous, name="edit"):
 
     async def synchronize(self, node: Node, shares: Mapping[NodeId, float]) -> None:
         """Bring all modules together, and everybody to them."""
-        modules, known = modules_of(node.layout), parts.known(node)
+        modules, known = modules_of(node.layout), anchors.known(node)
         codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         deltas = [
             one["anchor"] - to_host(gather(node.parameters, ranges)) for one, ranges in zip(known, modules, strict=True)
@@ -112,9 +113,9 @@ class EDiT(Synchronous, name="edit"):
             mean = to_host((await Wait(handle)).value)
             if self.max_norm is not None:
                 mean = mean * min(1.0, self.max_norm / (norm_of(mean) + 1e-6))
-            known[place] = parts.stepped(known[place], mean, self.outer)
-        parts.keep(node, known)
-        node.parameters.copy_(parts.anchors_in_place(node, modules))
+            known[place] = anchors.stepped(known[place], mean, self.outer)
+        anchors.keep(node, known)
+        node.parameters.copy_(anchors.in_place(node, modules))
 
     async def _weigh(
         self, node: Node, deltas: list[Tensor], shares: Mapping[NodeId, float]

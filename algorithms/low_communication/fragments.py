@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,11 +13,7 @@ from torch import Tensor
 from algorithms.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from algorithms.api import Node, State
     from algorithms.layout import Layout, LayoutEntry
-    from algorithms.outer import OuterOptimizer, OuterState
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Places in the flat parameters, from start to stop, ascending and disjoint."""
@@ -110,51 +106,6 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
-
-
-# --- what all nodes know of fragments -------------------------------------------------------------------------------
-
-
-class Fragment(TypedDict):
-    """What is shared of one, on the CPU."""
-
-    anchor: Tensor
-    """θ_p, shape (n,)."""
-    outer: OuterState
-
-
-def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> None:
-    """Begin at the node's parameters."""
-    anchors = [to_host(gather(node.parameters, ranges)) for ranges in fragments]
-    keep(node, [{"anchor": anchor, "outer": outer.init(anchor)} for anchor in anchors])
-
-
-def known(node: Node) -> list[Fragment]:
-    """What is shared of all fragments; the list may be changed, and kept."""
-    # A joiner on a GPU is given what it is given on its device.
-    return [
-        {"anchor": one["anchor"].cpu(), "outer": one["outer"]}
-        for one in cast("list[Fragment]", node.shared["fragments"])
-    ]
-
-
-def keep(node: Node, fragments: list[Fragment]) -> None:
-    """Share what they have become."""
-    node.shared["fragments"] = cast("State", fragments)
-
-
-def stepped(fragment: Fragment, gradient: Tensor, outer: OuterOptimizer) -> Fragment:
-    """A fragment after an outer step along ``gradient``, shape (n,)."""
-    step, state = outer.update(gradient, fragment["outer"])
-    return {"anchor": fragment["anchor"] + step, "outer": state}
-
-
-def anchors_in_place(node: Node, fragments: Sequence[Ranges]) -> Tensor:
-    """The anchors of all fragments where they belong, shape (P,)."""
-    model = torch.empty_like(node.parameters)
-    for one, ranges in zip(known(node), fragments, strict=True):
-        scatter(to_device(one["anchor"], model.device), model, ranges)
-    return model
 
 
 def _is_numbered(entry: LayoutEntry) -> bool:

@@ -34,6 +34,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
 from algorithms.codecs import FP4, BFloat16, Codec
+from algorithms.low_communication import anchors
 from algorithms.low_communication import fragments as parts
 from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
 from algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
@@ -83,13 +84,13 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
         return parts.fragments_of(layout, self.fragments, self.pattern)
 
     def init(self, node: Node) -> None:
-        parts.begin(node, self.ranges(node.layout), self.outer)
+        anchors.begin(node, self.ranges(node.layout), self.outer)
 
     async def join(self, node: Node) -> None:
         node.parameters.copy_(self.model(node))
 
     async def round(self, node: Node) -> None:
-        ranges, due, known = self.ranges(node.layout), self.due(node.round), parts.known(node)
+        ranges, due, known = self.ranges(node.layout), self.due(node.round), anchors.known(node)
         codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         await Train(steps=self.steps - self.overlap_steps)
         handles: list[Handle[Reduced[Tensor]]] = []
@@ -101,15 +102,15 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
             await Train(steps=self.overlap_steps)
         for p, handle in zip(due, handles, strict=True):
             mean = await Wait(handle)
-            known[p] = parts.stepped(known[p], to_host(mean.value), self.outer)
+            known[p] = anchors.stepped(known[p], to_host(mean.value), self.outer)
             local = gather(node.parameters, ranges[p])
             anchor = to_device(known[p]["anchor"], local.device)
             scatter(torch.lerp(anchor, local, self.merge_alpha), node.parameters, ranges[p])
-        parts.keep(node, known)
+        anchors.keep(node, known)
         await average_buffers(node)
 
     def model(self, node: Node) -> Tensor:
-        return parts.anchors_in_place(node, self.ranges(node.layout))
+        return anchors.in_place(node, self.ranges(node.layout))
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
         ranges = self.ranges(layout)

@@ -197,6 +197,7 @@ def test_powersgd_learns_and_survives_a_loss():
     )
     assert ran.summary is not None
     assert ran.summary.metrics["accuracy"] > 0.8
+    assert ran.summary.lost["residuals"] == 1
     assert len({one.model_digest() for one in ran.replicas.values()}) == 1
 
 

@@ -17,8 +17,9 @@ from actors.replica import Replica
 from actors.tasks.quadratic import Quadratic
 from algorithms.api import Node, NodeId, Train
 from algorithms.low_communication import AEDiT, EDiT
+from algorithms.low_communication.anchors import known
 from algorithms.low_communication.anomalies import Detector, norm_of, weights_of
-from algorithms.low_communication.fragments import gather, known, modules_of
+from algorithms.low_communication.fragments import gather, modules_of
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
 from tests.toys import Ran, Toy, begin, replica, simulate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from algorithms.codecs import FP4, Identity
 from algorithms.errors import SettingsError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.low_communication import StreamingDiLoCo
-from algorithms.low_communication.fragments import fragments_of, gather, known, modules_of, scatter, size_of
+from algorithms.low_communication.anchors import known
+from algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
 from tests.toys import Ran, attempt, replica, simulate
@@ -355,6 +357,54 @@ def test_a_residual_survives_the_loss_of_another_node():
         # Round 3 exchanges fragment 1: of the other fragment node 0 has what it had, and nothing is in it of node 2.
         assert torch.equal(hurt.replicas[0].local[key], whole.replicas[0].local[key])  # type: ignore[arg-type]
     assert sum(len(one.local) for one in hurt.replicas.values()) >= 4
+
+
+FED = {"inner_steps": 6, "codec": "sign", "error_feedback": True, "merge_alpha": 1.0, **HALVES}
+
+
+def fault(kind: str, number: int, phase: str = "train") -> dict[str, Any]:
+    return {"kind": kind, "node": 2, "round": number, "phase": phase}
+
+
+@pytest.mark.parametrize("phase", ["train", "post", "commit"])
+def test_a_residual_that_is_lost_with_its_node_is_accounted(phase: str):
+    hurt = run(rounds=4, faults={"events": [fault("kill", 2, phase)]}, network={"start_s": 0.0}, **FED)
+    # What node 2 had committed last: of round 1, or where it dies after the commit of round 2 of that.
+    calm = run(rounds=3 if phase == "commit" else 2, **FED)
+    norm = calm.replicas[2].spec.algorithm.unsent(calm.replicas[2])
+    assert norm == pytest.approx(math.hypot(*(float(calm.replicas[2].local[f"residual {p}"].norm()) for p in (0, 1))))  # type: ignore[union-attr]
+    assert norm > 0
+    assert hurt.summary.lost == {"residuals": 1, "residual_norm": pytest.approx(norm)}
+    (told,) = hurt.sought("residual_lost")
+    assert (told["node"], told["norm"]) == (2, pytest.approx(norm))
+    per_round = [record.residuals_lost for record in hurt.rounds]
+    assert sum(one or 0 for one in per_round) == 1
+    assert None not in per_round
+    assert max(record.residual_norm_lost or 0 for record in hurt.rounds) == pytest.approx(norm)
+
+
+def test_a_node_that_leaves_on_notice_hands_its_residual_over():
+    calm = run(rounds=4, **FED)
+    left = run(rounds=4, faults={"events": [fault("preempt", 1)]}, network={"start_s": 0.0}, **FED)
+    assert left.summary.nodes["drained"] == 1
+    assert left.summary.lost == {"residuals": 0, "residual_norm": 0.0}
+    assert left.replicas[2].incarnation == 1
+    for key in ("residual 0", "residual 1"):
+        assert torch.equal(left.replicas[2].local[key], calm.replicas[2].local[key])  # type: ignore[arg-type]
+
+
+def test_what_was_handed_over_is_kept_until_the_successor_has_committed():
+    """It dies before: the next one is given the same, and nothing is lost."""
+    events = [fault("preempt", 1), fault("kill", 2)]
+    ran = run(rounds=5, faults={"events": events}, network={"start_s": 0.0}, **FED)
+    assert (ran.summary.nodes["drained"], ran.summary.nodes["lost"]) == (1, 1)
+    assert ran.summary.lost["residuals"] == 0
+
+
+def test_without_feedback_there_is_nothing_to_lose():
+    ran = run(rounds=3, faults={"events": [fault("kill", 1)]}, network={"start_s": 0.0}, inner_steps=6, **HALVES)
+    assert ran.summary.lost == {"residuals": 0, "residual_norm": 0.0}
+    assert {record.residuals_lost for record in ran.rounds} == {None}
 
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -220,6 +220,10 @@ def test_a_machine_that_is_added_is_used_at_a_later_round(
     assert last_committed(story) == [0, 1, 2, 3]
     assert summary.replicas == "identical"
     assert story.of("abort") == []
+    if "auto" in nodes:
+        # The data are divided among the two that were there; those that come are handed some of theirs.
+        assert {one["node"] for one in story.of("plan")} == {0, 1, 2, 3}
+        assert {one["node"] for one in story.of("plan") if one["extras"]} >= late
 
 
 def test_a_fresh_node_never_goes_on_alone(machines: Machines, story: Story, go: Go):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import run
+from orchestrator import progress, run
+from orchestrator.api import replay
+from orchestrator.samples import Samples
+from tests.draws import expected, num_complete
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,3 +78,46 @@ def test_a_stopped_process_is_ended_and_replaced(config: Make, tmp_path: Path):
     assert summary.nodes["lost"] == 1
     assert [one["node"] for one in events(tmp_path / "run", "late")] == [3]
     assert "within 1 s (cluster.cancel_grace_s)" in events(tmp_path / "run", "lost")[0]["reason"]
+
+
+@pytest.mark.slow
+def test_each_sample_is_committed_exactly_once_per_epoch(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While one node is away its part is drawn by the others; what the dead drew and did not commit is drawn again."""
+    kept: list[Samples] = []
+
+    class Kept(Samples):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(progress, "Samples", Kept)
+    kills = [{"kind": "kill", "node": 2, "round": 3, "phase": "post"}]
+    kills += [{"kind": "kill", "node": 1, "round": number, "phase": "train"} for number in range(6, 40)]
+    settings = config(
+        {"name": "tests.draws:Draws", "seconds": 0.1},
+        "rounds=80",
+        "data.batch_size=2",
+        APART,
+        faults(*kills),
+        task="tests.draws:Numbered",
+    )
+    summary = run(settings, run_dir=tmp_path / "run")
+    (samples,) = kept
+    assert samples.ledger is not None
+    drawn: dict[tuple[int, int], list[int]] = {}
+    for node in range(4):
+        for line in (tmp_path / f"run/logs/node-{node:03}.log").read_text().splitlines():
+            numbers = line.split()
+            if all(number.isdigit() for number in numbers):
+                # Of several attempts at a round the last one counts.
+                drawn[node, int(numbers[0])] = list(map(int, numbers[1:]))
+    count: Counter[int] = Counter()
+    for event in events(tmp_path / "run", "commit"):
+        for node in event["committed"]:
+            count.update(drawn[node, event["round"]])
+    assert count == expected(samples.ledger, settings)
+    assert min(count[number] for number in range(40)) >= num_complete(samples.ledger) >= 10
+    assert any(one["extras"] for one in events(tmp_path / "run", "plan"))
+    assert summary.nodes["lost"] >= 2
+    assert summary.samples["committed"] == count.total()
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == summary.digest

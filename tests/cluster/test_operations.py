@@ -60,6 +60,19 @@ def test_both_runtimes_end_with_the_same_bits_and_bytes(which: str, config: Make
     assert real.bytes["payload"] == simulated.bytes["payload"]
 
 
+@pytest.mark.parametrize(
+    "which",
+    ["large overlap", *(pytest.param(one, marks=pytest.mark.slow) for one in ("large messages", "neighbours"))],
+)
+def test_a_throttled_cluster_does_the_same(which: str, config: Make, tmp_path: Path):
+    algorithm, overrides = SYNCHRONOUS[which]
+    slow = ["network.bandwidth_mbps=100", "network.latency_ms=5"]
+    settings = config(algorithm, "rounds=2", *overrides, *slow)
+    real = run(settings, run_dir=tmp_path / "real")
+    free = simulate(config(algorithm, "rounds=2", *overrides), run_dir=tmp_path / "free")
+    assert (real.digest, real.bytes["payload"]) == (free.digest, free.bytes["payload"])
+
+
 def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: Path):
     settings = config({"name": f"{HERE}:Hasty", "first": 3, "seconds": 20.0}, "rounds=3", APART)
     summary = run(settings, run_dir=tmp_path / "run")

@@ -8,20 +8,25 @@ A plugin's test suite needs a row of its own and one line::
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from algorithms.api import Algorithm
 from algorithms.registry import find, table
+from orchestrator import api
 from orchestrator.config import parse
 from orchestrator.describe import SECTIONS, describe
+from orchestrator.records import Observer, RoundRecord
 from tests.toys import simulate
 
 if TYPE_CHECKING:
@@ -108,6 +113,47 @@ def sends_what_it_says(case: Case) -> None:
                 assert math.isclose(sum(sent), rounds * ran.expected_bytes, rel_tol=case.bytes_within)
 
 
+class StoppedError(RuntimeError):
+    """A run was ended from outside, and has saved nothing on the way."""
+
+
+class Stopper(Observer):
+    """Ends a run after a round."""
+
+    def __init__(self, last: int) -> None:
+        self._last = last
+
+    def on_round(self, record: RoundRecord) -> None:
+        """Raise, if it is that round."""
+        if record.round == self._last:
+            raise StoppedError
+
+
+def resumes(case: Case) -> None:
+    """Ended in mid-run and resumed from its checkpoint, it ends with the bits, bytes and clock of the whole run."""
+    network = {"bandwidth_mbps": 50, "latency_ms": 2, "speeds": {0: 0.7}}
+    config = {"tracking": "none", "evaluation": {"every_rounds": 0}} | case.config
+    config |= {"rounds": 7, "network": network, "checkpoint": {"every_rounds": 3}}
+    with TemporaryDirectory() as folder:
+        whole = api.simulate(config, run_dir=Path(folder, "whole"))
+        with contextlib.suppress(StoppedError):
+            api.simulate(config, run_dir=Path(folder, "stopped"), observers=[Stopper(4)])
+        resumed = api.resume(Path(folder, "stopped"))
+        files = [Path(folder, name, "metrics.jsonl").read_text(encoding="utf-8") for name in ("whole", "stopped")]
+    assert resumed.digest == whole.digest
+    assert resumed.bytes["payload"] == whole.bytes["payload"]
+    assert resumed.virtual_seconds == whole.virtual_seconds
+    one, other = ([_timeless(line) for line in text.splitlines()] for text in files)
+    assert one == other
+
+
+def _timeless(line: str) -> dict[str, Any]:
+    """A line of metrics without what this machine's clock says, and what a process that is gone had drawn in vain."""
+    values = json.loads(line)
+    values["samples"] = values["samples"]["committed"]
+    return {key: value for key, value in values.items() if key != "evaluate_seconds"}
+
+
 def plans_its_steps(case: Case) -> None:
     """No node takes more steps in its rounds than ``steps_per_round`` says, on which learning-rate schedules rest."""
     # A round of an asynchronous one may be over before any of its nodes' is.
@@ -156,6 +202,7 @@ CHECKS: tuple[Callable[[Case], None], ...] = (
     is_deterministic,
     is_replicated,
     sends_what_it_says,
+    resumes,
     plans_its_steps,
     is_registered,
     is_documented,

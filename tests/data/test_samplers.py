@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.data import Blocks, Draws, Epoch, EpochSampler, Position, Ranges, Sampler
+from actors.data import (
+    Blocks,
+    Draws,
+    Epoch,
+    EpochSampler,
+    Place,
+    PlannedDraws,
+    Position,
+    Ranges,
+    Sampler,
+    Segment,
+)
 from actors.data.samplers import BlockDraws, Poisson, PoissonDraws, WithReplacement
 from algorithms.errors import DataError, ProgramError
 from algorithms.registry import find, table
@@ -61,6 +73,33 @@ def test_a_restored_position_repeats_the_draws(make: Make, num_samples: int, bef
         again = [other.next(batch_size) for batch_size in after]
         assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     assert draws.position == fresh.position
+
+
+@pytest.mark.parametrize("make", [sampler, in_blocks])
+@given(sizes, sizes, batch_sizes, st.data())
+def test_ranges_of_others_parts_are_what_their_nodes_would_draw(
+    make: Callable[..., EpochSampler], size: int, other: int, batch_size: int, data: st.DataObject
+):
+    """Of Parquet row groups too: an epoch cut in ranges that several nodes draw is that epoch."""
+    whole = torch.cat([make(other, node=1).next(other)])
+    cuts = sorted(data.draw(st.sets(st.integers(0, other), max_size=4)) | {0, other})
+    ranges = [Segment(1, 0, start, stop) for start, stop in itertools.pairwise(cuts)]
+    mine = data.draw(st.lists(st.sampled_from(ranges), unique=True)) if ranges else []
+    own = make(size)
+    draws = PlannedDraws(own, own.indices, 0, 0, lambda part: make(other, node=part))
+    draws.plan(Place(tuple(mine), Position()))
+    expected = torch.cat([whole[:0], *(whole[one.start : one.stop] for one in mine)])
+    num_batches = -(-len(expected) // batch_size)
+    drawn = torch.cat([whole[:0], *(draws.next(batch_size) for _ in range(num_batches))])
+    assert torch.equal(drawn, expected)
+    assert draws.position == Position(0, 0, len(expected))
+    # Its own part goes on after them, and a position in the middle of them is one.
+    assert torch.equal(draws.next(batch_size), make(size).next(batch_size))
+    if len(expected) > 1:
+        draws.position = Position(0, 0, 1)
+        assert draws.next(len(expected)).tolist() == expected[1:].tolist()
+    with pytest.raises(ValueError, match="is not a position in"):
+        draws.position = Position(0, 0, len(expected) + 1)
 
 
 @pytest.mark.parametrize("make", ALL)

@@ -28,6 +28,8 @@ from actors.workbench import Workbench
 from algorithms.errors import DataError, SettingsError, StarlingError
 from orchestrator import load_model, simulate
 from orchestrator.config import parse
+from orchestrator.errors import ConfigError
+from orchestrator.export import export
 from orchestrator.rebuild import rebuild
 
 SENTENCES = ["the quick brown fox", "jumps over the lazy dog", "hello world again"]
@@ -313,3 +315,28 @@ def test_listing_the_tasks_needs_none_of_it():
     code = "import sys, actors.tasks.hf_causal_lm, actors.tasks.hf_classifier; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert json.loads(done.stdout.strip().lower()) is False
+
+
+@pytest.mark.parametrize("lora", [pytest.param(None, marks=pytest.mark.slow), {"rank": 2}])
+def test_a_checkpoint_is_exported(folder: Path, tmp_path: Path, lora: dict[str, Any] | None):
+    raw = {
+        "rounds": 1,
+        "algorithm": {"name": "diloco", "inner_steps": 2},
+        "task": causal(folder, lora=lora).model_dump(),
+        "data": {"batch_size": 8},
+        "evaluation": {"every_rounds": 0, "max_batches": 1},
+        "checkpoint": {"every_rounds": 1},
+        "cluster": {"nodes": {"target": 2}},
+        "tracking": "none",
+    }
+    simulate(raw, run_dir=tmp_path / "run")
+    export(tmp_path / "run", 0, "hf", tmp_path / "hf")
+    ours, final = (
+        transformers.AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "hf", tmp_path / "run/export")
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), final.parameters(), strict=True))
+    assert (tmp_path / "hf/adapter").exists() == (lora is not None)
+    with pytest.raises(ConfigError, match="is there already; name a new folder with --to"):
+        export(tmp_path / "run", 0, "hf", tmp_path / "hf")
+    state = torch.load(export(tmp_path / "run", 0, "torch").path, weights_only=True)
+    load_model(tmp_path / "run").load_state_dict(state)

@@ -1,0 +1,60 @@
+"""What all nodes know of fragments: where each is anchored, and its outer optimizer's state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict, cast
+
+import torch
+
+from algorithms.low_communication.fragments import gather, scatter, to_device, to_host
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from algorithms.api import Node, State
+    from algorithms.low_communication.fragments import Ranges
+    from algorithms.outer import OuterOptimizer, OuterState
+
+
+class Fragment(TypedDict):
+    """What is shared of one, on the CPU."""
+
+    anchor: Tensor
+    """θ_p, shape (n,)."""
+    outer: OuterState
+
+
+def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> None:
+    """Begin at the node's parameters."""
+    anchors = [to_host(gather(node.parameters, ranges)) for ranges in fragments]
+    keep(node, [{"anchor": anchor, "outer": outer.init(anchor)} for anchor in anchors])
+
+
+def known(node: Node) -> list[Fragment]:
+    """What is shared of all fragments; the list may be changed, and kept."""
+    # A joiner on a GPU is given what it is given on its device.
+    return [
+        {"anchor": one["anchor"].cpu(), "outer": one["outer"]}
+        for one in cast("list[Fragment]", node.shared["fragments"])
+    ]
+
+
+def keep(node: Node, fragments: list[Fragment]) -> None:
+    """Share what they have become."""
+    node.shared["fragments"] = cast("State", fragments)
+
+
+def stepped(fragment: Fragment, gradient: Tensor, outer: OuterOptimizer) -> Fragment:
+    """A fragment after an outer step along ``gradient``, shape (n,)."""
+    step, state = outer.update(gradient, fragment["outer"])
+    return {"anchor": fragment["anchor"] + step, "outer": state}
+
+
+def in_place(node: Node, fragments: Sequence[Ranges]) -> Tensor:
+    """The anchors of all fragments where they belong, shape (P,)."""
+    model = torch.empty_like(node.parameters)
+    for one, ranges in zip(known(node), fragments, strict=True):
+        scatter(to_device(one["anchor"], model.device), model, ranges)
+    return model

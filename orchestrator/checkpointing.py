@@ -1,0 +1,161 @@
+"""Checkpoints of a run: when one is due, and what is in it. The loops say what they know; nodes are asked for theirs.
+
+What a checkpoint holds is a run between two rounds: of the controller, plain data; of each node, all that it has
+committed. It is written behind the run's back, and storage that fails or is slow costs checkpoints, never rounds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.checkpoint_writer import CheckpointWriter
+from orchestrator.checkpoints import CheckpointStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from actors.transfer import StateExport
+    from algorithms.api import NodeId
+    from orchestrator.config import CheckpointConfig, Config
+    from orchestrator.runtime import Runtime
+
+_LOG = logging.getLogger("starling")
+
+_COST_FRACTION = 0.01
+"""Of the time that a run takes: what its checkpoints may, where nothing else is asked for."""
+
+_END_TIMEOUT_S = 60.0
+"""How long a run's end waits for its last checkpoint."""
+
+MAIL: NodeId = -2
+"""Stands for the messages that nobody has received yet, among the nodes of a checkpoint."""
+
+
+def checkpointing(
+    config: Config, run_dir: Path, run_id: str, runtime: Runtime, store: CheckpointStore | None = None
+) -> Checkpointing | None:
+    """The checkpoints of a run, if it has any; in the ``store`` from which it goes on, if it does."""
+    is_auto = config.checkpoint.every_rounds == "auto" and config.checkpoint.every_s is None
+    # To be saved, nodes with rounds of their own have to stand still: by the machine's clock, which a simulation must
+    # not depend on.
+    if not config.checkpoint.is_on or (runtime.virtual and not config.algorithm.synchronous and is_auto):
+        return None
+    store = store or CheckpointStore(config.checkpoint.uri, run_dir, run_id, keep=config.checkpoint.keep)
+    return Checkpointing(config.checkpoint, store, runtime)
+
+
+class Cadence:
+    """Says when a checkpoint is due.
+
+    Args:
+        config: by rounds, by seconds, or as often as they cost little.
+        now: the runtime's clock.
+    """
+
+    def __init__(self, config: CheckpointConfig, now: float) -> None:
+        self._config = config
+        self._last = now
+        self._free_at = 0.0
+
+    def is_due(self, number: int, now: float) -> bool:
+        """Whether round ``number``, just committed, is to be saved; ``now`` is the runtime's clock."""
+        every_rounds, every_s = self._config.every_rounds, self._config.every_s
+        if every_s is not None:
+            return now - self._last >= every_s
+        if every_rounds == "auto":
+            return time.monotonic() >= self._free_at
+        return every_rounds > 0 and (number + 1) % every_rounds == 0
+
+    def began(self, now: float) -> None:
+        """One is being written."""
+        self._last = now
+
+    def took(self, seconds: float) -> None:
+        """It took so long."""
+        self._free_at = time.monotonic() + seconds * (1 / _COST_FRACTION - 1)
+
+
+class Checkpointing:
+    """The checkpoints of one run.
+
+    Args:
+        config: when, and how many are kept.
+        store: where.
+        runtime: asked for the nodes' state.
+    """
+
+    def __init__(self, config: CheckpointConfig, store: CheckpointStore, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._cadence = Cadence(config, 0.0)
+        self._writer = CheckpointWriter(store, _warn)
+        self.outcomes: list[Mapping[str, Any]] = []
+        """Of those that are written or given up, for the run's record."""
+        self.last = -1
+        """The round of the last that was written."""
+        self._submitted = -1
+        self._waited = 0.0
+        self._is_owed = False
+
+    def is_due(self, number: int) -> bool:
+        """Whether round ``number``, just committed, is to be saved now; while another is being written, it waits."""
+        self._take()
+        self._is_owed |= self._cadence.is_due(number, self._runtime.now)
+        if self._is_owed and self._writer.busy and self._runtime.virtual:
+            self.join()  # a simulation does not depend on how fast this machine writes
+        return self._is_owed and not self._writer.busy
+
+    def save(self, number: int, controller: Mapping[str, Any], nodes: Iterator[tuple[NodeId, StateExport]]) -> None:
+        """Write what is known after round ``number``, in the background."""
+        self._cadence.began(self._runtime.now)
+        self._submitted, self._is_owed = number, False
+        self._writer.submit(number, controller, nodes)
+
+    def waited(self, seconds: float) -> None:
+        """Nodes stood still for so long, so that the run could be saved."""
+        self._waited = seconds
+
+    def is_saved(self, number: int) -> bool:
+        """Whether round ``number`` has been saved, or is being saved."""
+        self._take()
+        return number in (self.last, self._submitted if self._writer.busy else -1)
+
+    def join(self) -> bool:
+        """Wait, in bounded time, until all is written; say whether it is."""
+        done = self._writer.join(_END_TIMEOUT_S)
+        self._take()
+        return done
+
+    def close(self) -> None:
+        """Write what is still to be written, in bounded time. Idempotent; never raises."""
+        self._writer.close(_END_TIMEOUT_S)
+        self._take()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For the summary: how many were written, had to be given up, and how often writing was tried again."""
+        writer = self._writer
+        return {
+            "written": writer.num_written,
+            "failed": writer.num_failed,
+            "retries": writer.num_retries,
+            "last_round": self.last,
+        }
+
+    def _take(self) -> None:
+        for outcome in self._writer.take():
+            self.outcomes.append(outcome)
+            if outcome["error"] is None:
+                self.last = max(self.last, outcome["round"])
+                # What is written beside training takes processor time from it, at most; waiting for storage does not.
+                self._cadence.took(outcome["cpu_seconds"] + self._waited)
+
+
+def _warn(what: str, facts: Mapping[str, Any]) -> None:
+    """Say at once what the storage refuses; called in the writer's thread."""
+    if what == "checkpoint_retry":
+        _LOG.warning("%s; tried again in %g s", facts["error"], facts["pause_s"])
+    elif what == "checkpoint_written" and facts["untidy"]:
+        _LOG.warning("%s", facts["untidy"])

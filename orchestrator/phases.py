@@ -1,0 +1,45 @@
+"""What the steps of an exchange put on the network, in the simulator and, where it is throttled, on a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from orchestrator.network import Cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from actors.tickets import Posted
+    from algorithms.api import NodeId
+    from orchestrator.events import Deliver, Secure
+
+    Announced = Mapping[NodeId, Posted]
+
+
+def securing(secures: Sequence[Secure], posted: Callable[[int], Announced]) -> list[Cast]:
+    """Each member's part goes to whoever reduces it; ``posted`` gives what was announced of an exchange."""
+    return [
+        Cast({node: posted(one.seq)[node].part_nbytes[one.part] for node in one.members}, [one.by]) for one in secures
+    ]
+
+
+def delivering(decision: Deliver, posted: Announced) -> list[Cast]:
+    """Each reduced part goes from its maker to everybody."""
+    sizes = posted[decision.closed[0]].result_nbytes
+    made: Counter[NodeId] = Counter()
+    for part, maker in enumerate(decision.makers):
+        made[maker] += sizes[part]
+    return [Cast(made, decision.nodes)]
+
+
+def inline(closed: Sequence[NodeId], posted: Announced) -> list[Cast]:
+    """Each small contribution of ``closed`` goes to everybody, or to those that want it."""
+    sizes = {node: posted[node].nbytes for node in closed}
+    receivers = sorted(posted)
+    if posted[closed[0]].wants is None:
+        return [Cast(sizes, receivers)]
+    return [
+        Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
+        for node in receivers
+    ]

@@ -1,0 +1,55 @@
+"""From a run's directory to what it goes on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.checkpoints import CheckpointStore
+from orchestrator.config import load, parse
+from orchestrator.errors import ConfigError
+from orchestrator.records import Summary
+from orchestrator.revival import Revival
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def directory(run_dir: str | Path) -> Path:
+    """Where the run is.
+
+    Raises:
+        ConfigError: that is no run's directory.
+    """
+    path = Path(run_dir).expanduser().resolve()
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: this is no run directory (it has no config.yaml)")
+    return path
+
+
+def finished(path: Path) -> Summary | None:
+    """What the run in a directory came to, if it is finished."""
+    try:
+        summary = Summary(**json.loads((path / "summary.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return summary if summary.status == "finished" else None
+
+
+def revival(
+    path: Path, overrides: Sequence[str], *, from_previous: bool = False
+) -> tuple[Revival, CheckpointStore, bool]:
+    """What a run goes on from, where its checkpoints are, and whether it runs in the simulator.
+
+    Raises:
+        ConfigError: there is none, it cannot be used, or not with ``overrides``.
+    """
+    config = load(path / "config.yaml", overrides)
+    store = CheckpointStore(config.checkpoint.uri, path, path.name, keep=config.checkpoint.keep)
+    checkpoint = store.read(from_previous=from_previous)
+    before = parse(checkpoint.controller["config"], source=checkpoint.where)
+    if checkpoint.number + 1 > config.rounds:
+        raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
+    is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
+    return Revival(checkpoint, config, before), store, is_virtual

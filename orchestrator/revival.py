@@ -1,0 +1,111 @@
+"""Going on from a checkpoint: what must be as it was, what may differ, and how a run is brought back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.asynchronous import Asynchronous
+from orchestrator.checkpointing import MAIL
+from orchestrator.config import FaultsConfig
+from orchestrator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actors.transfer import StateExport
+    from algorithms.api import NodeId
+    from orchestrator.checkpoints import Checkpoint
+    from orchestrator.config import Config
+    from orchestrator.progress import Progress
+    from orchestrator.synchronous import Synchronous
+
+_FIXED = ("task.name", "task.model", "algorithm.name", "optimizer.name", "optimizer.precision", "seed", "data.source")
+"""What the saved state is of."""
+
+_DIVISION = ("data.partition", "data.sampler", "task")
+"""What says which samples a node owns, and in which order it draws them."""
+
+
+@dataclass
+class Revival:
+    """A checkpoint, and the configuration with which its run goes on."""
+
+    checkpoint: Checkpoint
+    config: Config
+    """As it is now; faults that have happened are left out."""
+    before: Config
+    """As it was when the checkpoint was written."""
+    same_data: bool = field(init=False)
+    """The data are divided into the parts into which they were divided."""
+    num_parts: int | None = field(init=False)
+    """How many these are; ``None``: as many as there are nodes now."""
+
+    def __post_init__(self) -> None:
+        was, now = self.before.dump(), self.config.dump()
+        for key in _FIXED:
+            then, given = _at(was, key), _at(now, key)
+            if then != given:
+                message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"
+                raise ConfigError(f"{message}; begin another run for that")
+        samples = self.checkpoint.controller["progress"]["samples"]
+        # Parts that others may draw are kept, however many nodes there are now: no sample is drawn twice, or left out.
+        as_many = self.before.num_nodes == self.config.num_nodes or samples["ledger"] is not None
+        self.same_data = as_many and all(_at(was, key) == _at(now, key) for key in _DIVISION)
+        self.num_parts = samples["parts"] if self.same_data else None
+        faults = self.config.faults.model_copy(update={"events": self._pending()})
+        self.config = self.config.model_copy(update={"faults": faults})
+
+    def _pending(self) -> tuple[Any, ...]:
+        """The faults that are still to come: of those that the run was given then, and all that are new."""
+        pending = FaultsConfig(events=self.checkpoint.controller["loop"]["faults"]).events
+        new = [event for event in self.config.faults.events if event not in self.before.faults.events]
+        return (*pending, *new)
+
+    def revive(self, progress: Progress, loop: Synchronous | Asynchronous) -> None:
+        """Give all nodes that are there what the checkpoint has of them, and let the run stand where it stood.
+
+        Raises:
+            ConfigError: the model has other tensors than the checkpoint's.
+            RunError: the nodes do not take it.
+        """
+        runtime, saved = progress.runtime, self.checkpoint.controller
+        states = {node: one for node, one in self.checkpoint.nodes.items() if node != MAIL}
+        states = {node: self._as_own(one) for node, one in states.items() if node < progress.config.num_nodes}
+        there, here = next(iter(states.values())).meta["tensors"][0]["shape"][0], runtime.layout.num_values
+        if there != here:
+            where = f"{self.checkpoint.where}: the model has {there} trained values there"
+            raise ConfigError(f"{where}, and {here} as it is configured now")
+        if not self.same_data:
+            saved["progress"]["samples"]["parts"] = None
+        progress.revive(saved["progress"])
+        runtime.adopt(states)
+        rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
+        envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
+        if envelopes:
+            runtime.put_back(envelopes, self.checkpoint.nodes[MAIL])
+        progress.set_forward(saved["progress"])
+        if isinstance(loop, Asynchronous):
+            loop.go_on_from(saved["loop"]["mark"])
+        self._record(progress)
+
+    def _as_own(self, export: StateExport) -> StateExport:
+        """What a node of the run as it is configured now takes for its own."""
+        meta = export.meta | {"run": self.config.replica_spec().fingerprint}
+        if not self.same_data:
+            meta |= {"position": None, "extras": []}  # in an order of samples that are not its own any more
+        return replace(export, meta=meta)
+
+    def _record(self, progress: Progress) -> None:
+        last = progress.committed
+        progress.record("resume", round=last, nodes=sorted(progress.facts), checkpoint=self.checkpoint.where)
+        for node in sorted(progress.facts.keys() - self.checkpoint.nodes.keys()):
+            progress.num_joined += 1
+            progress.record("up", node=node, place=progress.facts[node].place)
+        for node in sorted(set(progress.members) - progress.facts.keys()):
+            progress.num_lost += 1
+            progress.record("lost", round=last + 1, node=node, reason="the run goes on without it")
+
+
+def _at(data: Any, key: str) -> Any:  # noqa: ANN401 - plain data
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
