@@ -348,7 +348,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "digits": {
         "task": {"name": "digits", "model": {"name": "mlp", "width": 32}},
         "lr": 0.07,  # up to 0.1 serves, with 16 directions; docs/algorithms.md has why
-        "rounds": 120,
+        "rounds": 250,
         "distribution": "rademacher",
     },
     "text_lm": {
@@ -375,7 +375,7 @@ def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(name: str, seeds: tup
     start = loss(1, "mezo", rounds=1, lr=1e-12)
     alone = sum(loss(1, "mezo", seed=seed) for seed in seeds) / len(seeds)
     together = sum(loss(4, "just_one_byte", seed=seed) for seed in seeds) / len(seeds)
-    assert alone < (0.6 if name == "digits" else 0.9) * start
+    assert alone < (0.4 if name == "digits" else 0.9) * start
     assert abs(together - alone) < 0.1 * (start - alone)
 
 
