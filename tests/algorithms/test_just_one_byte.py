@@ -348,7 +348,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "digits": {
         "task": {"name": "digits", "model": {"name": "mlp", "width": 32}},
         "lr": 0.07,  # up to 0.1 serves, with 16 directions; docs/algorithms.md has why
-        "rounds": 200,
+        "rounds": 250,
         "distribution": "rademacher",
     },
     "text_lm": {
@@ -361,7 +361,8 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seeds"), [("digits", (0, 1, 2)), ("text_lm", (0,))])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("name", "seeds"), [("digits", (0, 1)), ("text_lm", (0,))])
 def test_one_byte_on_four_nodes_learns_as_mezo_does_on_one(name: str, seeds: tuple[int, ...]):
     """At equal function evaluations: 4 · 4 directions a round, of the same size of batch; the mean over seeds."""
 

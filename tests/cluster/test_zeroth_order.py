@@ -27,7 +27,6 @@ ALGORITHM: dict[str, Any] = {"name": "just_one_byte", "lr": 0.05, "samples": 3, 
     [
         (0, "copy"),
         pytest.param(2, "copy", marks=pytest.mark.slow),
-        pytest.param(0, "on_use", marks=pytest.mark.slow),
         pytest.param(2, "on_use", marks=pytest.mark.slow),
     ],
 )
