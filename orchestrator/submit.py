@@ -211,7 +211,7 @@ class Follower:
         """Characters of the log: a connection begins with its first one again."""
 
     def follow(self, said: str = "") -> int:
-        """Say what is ``said`` first: who has read it may interrupt. The exit code: the job's own, or that of an interruption.
+        """The exit code: the job's own, or that of an interruption. ``said`` is noted first.
 
         Raises:
             ClusterError: the connection is lost, and does not come back.
