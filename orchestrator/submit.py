@@ -185,9 +185,7 @@ def submit(
             if "No available agent" not in reason or time.monotonic() > deadline:
                 raise ClusterError(f"--address {address}: the job was not accepted: {reason}") from None
             time.sleep(1)
-    job = Job(name, address, f"{_RUNS}/{name}")
-    shown(f"job {name} at {address}; its run is written to {job.run_dir} on the head")
-    return job
+    return Job(name, address, f"{_RUNS}/{name}")
 
 
 class Follower:
@@ -212,8 +210,8 @@ class Follower:
         self._shown = 0
         """Characters of the log: a connection begins with its first one again."""
 
-    def follow(self) -> int:
-        """The exit code: the job's own, or that of an interruption.
+    def follow(self, said: str = "") -> int:
+        """The exit code: the job's own, or that of an interruption. ``said`` is noted first.
 
         Raises:
             ClusterError: the connection is lost, and does not come back.
@@ -221,6 +219,9 @@ class Follower:
         lost = 0
         while True:
             try:
+                if said:
+                    self._note(said)
+                    said = ""
                 asyncio.run(self._follow())
                 return self._exit_code()
             except KeyboardInterrupt:
@@ -377,10 +378,13 @@ def command(
 
         job = submit(client, address, planned, note)
         known.update(job.to_json())
+        said = f"job {job.name} at {address}; its run is written to {job.run_dir} on the head"
         if not wait:
+            note(said)
             return {"status": "submitted"} | known
         with _terminated_like_interrupted():
-            code = Follower(client, job, lambda text: typer.echo(text, nl=False), asker(on_interrupt), note).follow()
+            follower = Follower(client, job, lambda text: typer.echo(text, nl=False), asker(on_interrupt), note)
+            code = follower.follow(said)
         known["exit_code"] = code
         status = {0: "finished", EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")
         return {"status": status} | known
