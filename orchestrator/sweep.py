@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 
 from orchestrator import ray_session
-from orchestrator.api import refuse_simulated_network, resolve
+from orchestrator.api import resolve
 from orchestrator.config import MLflowTracking, load
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
 from orchestrator.lease import Lease
@@ -177,8 +177,6 @@ def _refuse(config: Config, options: Options) -> None:
     space = tune_spaces.find(options.space)
     check(space, options.space, config, seeds=options.seeds)
     scheduler_of(options.scheduler, config, Board(options.objectives), space)
-    if not options.simulate:
-        refuse_simulated_network(config)
     if isinstance(config.tracking, MLflowTracking):
         probe(config.tracking)
 
