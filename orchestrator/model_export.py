@@ -42,10 +42,12 @@ def save_for_mlflow(run_dir: Path, path: Path) -> None:
         TensorSpec(one.numpy().dtype, (-1, *one.shape[1:]), name=name if len(inputs) > 1 else None)
         for name, one in zip(names, inputs, strict=True)
     ]
+    # MLflow's annotation does not know of tensors, and its documentation does.
+    example: Any = inputs[0] if len(inputs) == 1 else [one.numpy() for one in inputs]
     pytorch.save_model(
         _positional(module, names),
         str(path),
-        input_example=inputs[0] if len(inputs) == 1 else [one.numpy() for one in inputs],
+        input_example=example,
         signature=ModelSignature(inputs=Schema(specs)),
         pip_requirements=[f"torch=={importlib.metadata.version('torch')}"],
         serialization_format="pt2",

@@ -58,10 +58,6 @@ def starling(*arguments: str) -> Result:
             ["--space", "fedavg", "--samples", "2", "--set", "tracking={name: mlflow, uri: 'http://127.0.0.1:1'}"],
             "tracking.uri http://127.0.0.1:1: nothing answers there",
         ),
-        (
-            ["--space", "fedavg", "--samples", "2", "--set", "network.bandwidth_mbps=10"],
-            "network.bandwidth_mbps is set, and throttling a real cluster is not built yet",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -28,7 +28,9 @@ def configuration(algorithm: str):
 
 
 def test_each_algorithm_has_a_space():
-    assert sorted(set(table(Algorithm)) - set(SPACES)) == []
+    # Other tests register toys of their own.
+    ours = {name for name, part in table(Algorithm).items() if part.__module__.startswith("algorithms.")}
+    assert sorted(ours - set(SPACES)) == []
 
 
 @pytest.mark.parametrize("name", SPACES)
