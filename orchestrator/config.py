@@ -261,7 +261,8 @@ class CheckpointConfig(Section):
         if colon and scheme not in _STORAGE_SCHEMES:
             known = ", ".join(f"{one}://" for one in _STORAGE_SCHEMES)
             raise ValueError(f"must be a folder or an address ({known}), got {shown(without_password(uri or ''))}")
-        return uri
+        # Whoever resumes the run may stand in another folder.
+        return uri if uri is None or colon else str(Path(uri).expanduser().absolute())
 
     @property
     def is_on(self) -> bool:

@@ -244,6 +244,14 @@ def test_storage_that_fails_ends_no_run(
     assert "tried again" in caplog.text
 
 
+def test_checkpoints_elsewhere_are_found_from_anywhere(whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = stopped(tmp_path / "run", checkpoint={"uri": "kept", "every_rounds": 2})
+    assert sorted(one.name for one in (tmp_path / "kept" / "run").iterdir()) == ["round-000001", "round-000003"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert api.resume(path).digest == whole.digest
+
+
 @pytest.mark.parametrize("keys", [{"uri": "ftp://there"}, {"every_rounds": 3, "every_s": 4}, {"every_s": 0}])
 def test_settings_that_cannot_be(keys: dict[str, Any]):
     with pytest.raises(ConfigError, match=r"checkpoint"):
