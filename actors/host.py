@@ -147,11 +147,13 @@ class Host(Exchanges):
         repair: bool = False,
         joiners: Sequence[NodeId] = (),
         places: Mapping[NodeId, Place] = NOTHING_NEW,
+        seen: Sequence[float] = (),
     ) -> None:
         """Apply what is committed and make the programs of a new round; ``resume`` runs them.
 
         With ``repair`` they begin with ``on_view_change``, those of ``joiners`` with ``join`` before it. ``places``
-        says of whom there is news what it is to draw, from the last commit on.
+        says of whom there is news what it is to draw, from the last commit on; ``seen``, what the nodes' clocks have
+        shown in this round before.
         """
         self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
@@ -167,6 +169,7 @@ class Host(Exchanges):
             if node in places:
                 replica.replan(places[node])
             replica.begin(number, view, members)
+            self.times.again(node, seen)
             if node == SERVER:
                 coroutine = algorithm.server(replica)
             else:

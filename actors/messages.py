@@ -82,6 +82,8 @@ class Round:
     """Those whose programs begin with ``join``."""
     places: Mapping[NodeId, Place]
     """Of whom there is news: what it is to draw."""
+    seen: tuple[float, ...] = ()
+    """What the nodes' clocks have shown in this round before; it begins again."""
 
 
 @dataclass(frozen=True)

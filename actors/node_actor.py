@@ -197,6 +197,7 @@ class NodeActor:
             repair=round_.repair,
             joiners=round_.joiners,
             places=round_.places,
+            seen=round_.seen,
         )
         return self._with_parts(self._reply(self._host.drive([(node, None) for node in nodes])), expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from algorithms.api import NodeId, TrainReport
 
@@ -15,7 +15,9 @@ class Times:
 
     def __init__(self) -> None:
         self._recorded: dict[NodeId, list[float]] | None = None
-        self._foreseen: dict[NodeId, Iterator[float]] | None = None
+        self._foreseen: dict[NodeId, Iterator[float]] = {}
+        self.is_replay = False
+        """Whether all that is shown was recorded."""
 
     def record(self) -> None:
         """Keep what is seen from now on, for ``drain``."""
@@ -24,11 +26,18 @@ class Times:
     def replay(self, seen: Mapping[NodeId, Iterable[float]]) -> None:
         """Show what was recorded; when that is used up, what is."""
         self._foreseen = {node: iter(values) for node, values in seen.items()}
+        self.is_replay = True
 
-    @property
-    def is_replay(self) -> bool:
-        """Whether recorded times are shown."""
-        return self._foreseen is not None
+    def again(self, node: NodeId, values: Sequence[float]) -> None:
+        """A round of ``node`` begins, again if it has seen ``values`` in it before: these are shown first.
+
+        What it had sent is not sent again, and so it must come to the same.
+        """
+        if self.is_replay:
+            return
+        self._foreseen.pop(node, None)
+        if values:
+            self._foreseen[node] = iter(values)
 
     def drain(self) -> dict[NodeId, list[float]]:
         """Take what was recorded since the last call."""
@@ -44,14 +53,13 @@ class Times:
 
     def timed(self, node: NodeId, report: TrainReport) -> TrainReport:
         """The report with the seconds that ``node``'s program is to see."""
-        if self._foreseen is None and self._recorded is None:
+        if not self._foreseen and self._recorded is None:
             return report
         seconds = self._seen(node, report.seconds)
         return report if seconds == report.seconds else report._replace(seconds=seconds)
 
     def _seen(self, node: NodeId, value: float) -> float:
-        if self._foreseen is not None:
-            return next(self._foreseen.get(node, iter(())), value)
+        value = next(self._foreseen.get(node, iter(())), value)
         if self._recorded is not None:
             self._recorded.setdefault(node, []).append(value)
         return value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from typing import TYPE_CHECKING, cast
 
 from actors.tickets import Returned
 from algorithms.api import SERVER, View
@@ -12,7 +13,7 @@ from orchestrator.faults import Faults
 from orchestrator.mail import Mail
 from orchestrator.mailroom import Delivery
 from orchestrator.members import Members
-from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Sleeps
+from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Seen, Sleeps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,6 +51,10 @@ class Asynchronous:
         """Committed, of each node."""
         self._seen: dict[NodeId, tuple[NodeId, ...]] = {}
         """The members of the last view of each node."""
+        self._begun: dict[NodeId, tuple[int, bool, bool]] = {}
+        """The open round of each node, and whether it began with ``on_view_change``, and with ``join``."""
+        self._readings: defaultdict[NodeId, list[float]] = defaultdict(list)
+        """What the programs of each node have seen of the clock in their open round."""
         self._working: dict[NodeId, float] = {}
         """Since when each node computes, of those that do not wait for a message."""
         self._halting: set[NodeId] = set()
@@ -114,6 +119,11 @@ class Asynchronous:
         self._working[node] = self._runtime.now
         # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
         repair = changed and seen is not None and number > 0
+        begun = self._begun.get(node)
+        if begun is not None and begun[0] == number and not joins:
+            _, repair, joins = begun  # what it did then is done again
+        self._begun[node] = number, repair, joins
+        readings = self._readings.pop(node, [])
         self._runtime.begin(
             0,
             number,
@@ -123,6 +133,7 @@ class Asynchronous:
             repair=repair,
             joiners=(node,) if joins and node != SERVER else (),
             places=self._progress.samples.begin(number, (node,), self._present),
+            seen=readings,
         )
         self._strike("train", node)
 
@@ -211,12 +222,15 @@ class Asynchronous:
                 self._commit(node, report)
             case Halted(node):
                 self._halting.discard(node)
+                self._progress.record("again", node=node, round=self._rounds[node])
                 if self._saving_since is not None:
                     self._mail.room.rewind(node)
                     self._idle.add(node)
-                    self._progress.record("again", node=node, round=self._rounds[node])
                 else:
                     self._go_on(node)  # its own committed state is all that it needs
+            case Seen(node, values):
+                self._readings[node] += values
+                self._progress.note(happening)
             case Sleeps(node, until):
                 self._working[node] = until
             case Receives(node):
@@ -279,6 +293,7 @@ class Asynchronous:
         self._halting.discard(node)
         self._entered.discard(node)
         self._idle.discard(node)
+        self._readings.pop(node, None)
         if node == SERVER:
             # It will be embodied anew; what is sent to it waits.
             self._mail.room.stop(SERVER)
@@ -319,6 +334,7 @@ class Asynchronous:
         progress.record("commit", node=node, round=number)
         self._members.committed(number, {node: report})
         self._rounds[node] += 1
+        self._readings.pop(node, None)
         self._working.pop(node, None)
         self._forget(self._mail.room.end(node))
         if node != SERVER:
@@ -410,6 +426,8 @@ class Asynchronous:
             "present": sorted(self._present),
             "rounds": {str(node): number for node, number in self._rounds.items()},
             "seen": {str(node): members for node, members in self._seen.items()},
+            "begun": {str(node): begun for node, begun in self._begun.items()},
+            "readings": {str(node): values for node, values in self._readings.items() if node in self._entered},
             "commits": self._num_commits,
             "last": self._last,
             "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._since],
@@ -429,6 +447,8 @@ class Asynchronous:
         self._view_number = state["view"] + (self._present != set(state["present"]))
         self._rounds = {int(node): number for node, number in state["rounds"].items()}
         self._seen = {int(node): tuple(members) for node, members in state["seen"].items()}
+        self._begun = {int(node): cast("tuple[int, bool, bool]", tuple(one)) for node, one in state["begun"].items()}
+        self._readings.update({int(node): list(values) for node, values in state["readings"].items()})
         self._num_commits, self._last = state["commits"], state["last"]
         self._since = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
         self._contributed = set(state["contributed"])

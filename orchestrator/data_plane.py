@@ -117,12 +117,13 @@ class DataPlane(Processes):
         repair: bool,
         joiners: Sequence[NodeId] = (),
         places: Mapping[NodeId, Place] = NOTHING_NEW,
+        seen: Sequence[float] = (),
     ) -> None:
         self._epoch, self._members = epoch, view.members
         self._starts.update(nodes)
         self._posted.clear()
         self._contributions, self._reduced, self._fetching, self._inline_due = {}, {}, {}, {}
-        round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places))
+        round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places), tuple(seen))
         for actor, mine in self._by_actor(nodes):
             self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
 

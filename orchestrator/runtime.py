@@ -344,11 +344,13 @@ class Runtime(Protocol):
         repair: bool,
         joiners: Sequence[NodeId] = (),
         places: Mapping[NodeId, Place] = NOTHING_NEW,
+        seen: Sequence[float] = (),
     ) -> None:
         """Begin a round on ``nodes``; ``committed`` is the last committed round.
 
         With ``repair`` programs begin with ``on_view_change``; those of ``joiners``, which were given another node's
-        state, with ``join`` before it. ``places`` says of whom there is news what it is to draw.
+        state, with ``join`` before it. ``places`` says of whom there is news what it is to draw; ``seen``, what the
+        programs of one node have ``Seen`` in this round before, and see again.
         """
         ...
 

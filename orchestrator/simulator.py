@@ -141,12 +141,13 @@ class Simulator(SimulatedProcesses):
         repair: bool,
         joiners: Sequence[NodeId] = (),
         places: Mapping[NodeId, Place] = NOTHING_NEW,
+        seen: Sequence[float] = (),
     ) -> None:
         del epoch
         self._exchanges = {}
         nodes = [node for node in nodes if node in self._present and node not in self._hung]
         if nodes:
-            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners, places=places)
+            self.host.begin(number, view, committed, nodes, repair=repair, joiners=joiners, places=places, seen=seen)
         for node in nodes:
             self._attempts[node] += 1
             self._resume_at(self._now, node)
