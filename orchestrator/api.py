@@ -147,9 +147,9 @@ def replay(
     """
     from pathlib import Path
 
-    from orchestrator.config import CheckpointConfig
     from orchestrator.replay import History, ReplayController
     from orchestrator.run_directory import RunDirectory
+    from orchestrator.sections import CheckpointConfig
     from orchestrator.simulator import Simulator
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from algorithms.api import NodeId
-    from orchestrator.config import FaultPhase
     from orchestrator.mailroom import Envelope, Handover, Mailroom
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
+    from orchestrator.sections import FaultPhase
 
 
 class Asynchronous:

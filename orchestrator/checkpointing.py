@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from actors.transfer import StateExport
     from algorithms.api import NodeId
-    from orchestrator.config import CheckpointConfig, Config
+    from orchestrator.config import Config
     from orchestrator.runtime import Runtime
+    from orchestrator.sections import CheckpointConfig
 
 _LOG = logging.getLogger("starling")
 

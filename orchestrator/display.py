@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from algorithms.api import SERVER
-from orchestrator.config import MLflowTracking, without_password
+from orchestrator.config import MLflowTracking
 from orchestrator.narration import told
 from orchestrator.records import Observer
+from orchestrator.sections import without_password
 from orchestrator.tracking import store_of, ui_command
 from orchestrator.units import bytes_text, number_text, seconds_text
 

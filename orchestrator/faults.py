@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from algorithms.api import NodeId
-    from orchestrator.config import FaultEvent, FaultPhase, FaultsConfig
+    from orchestrator.sections import FaultEvent, FaultPhase, FaultsConfig
 
 
 class Faults:

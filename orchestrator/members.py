@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from actors.tickets import Returned
     from algorithms.api import NodeId
-    from orchestrator.config import FaultEvent
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
+    from orchestrator.sections import FaultEvent
 
 _WITHDRAW_FRACTION = 0.2
 """Of the time that a node is given to leave: kept for handing over what it holds."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from algorithms.api import NodeId
-    from orchestrator.config import NetworkConfig
+    from orchestrator.sections import NetworkConfig
 
 _BYTES_PER_MEGABIT = 1_000_000 / 8
 

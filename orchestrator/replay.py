@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from actors.data import Place, Position
 from algorithms.api import SERVER, Left, Timeout, View
 from orchestrator.asynchronous import Asynchronous
-from orchestrator.config import FaultsConfig
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
 from orchestrator.events import Deadline, Post, Posts
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.rendezvous import Phase
 from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
+from orchestrator.sections import FaultsConfig
 from orchestrator.synchronous import Synchronous
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.checkpointing import MAIL
-from orchestrator.config import FaultsConfig
 from orchestrator.errors import ConfigError
+from orchestrator.sections import FaultsConfig
 
 if TYPE_CHECKING:
     from actors.transfer import StateExport

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import MLflowTracking, without_password
+from orchestrator.config import MLflowTracking
+from orchestrator.sections import without_password
 from orchestrator.spool import Outbox
 
 if TYPE_CHECKING:

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
     from actors.tickets import Returned
     from algorithms.api import NodeId
-    from orchestrator.config import FaultPhase
     from orchestrator.events import Decision, Event
     from orchestrator.mailroom import Envelope, Handover
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
+    from orchestrator.sections import FaultPhase
 
 
 _MAX_ATTEMPTS = 10

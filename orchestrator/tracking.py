@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from algorithms.api import SERVER
-from orchestrator.config import MLflowTracking, without_password
+from orchestrator.config import MLflowTracking
 from orchestrator.errors import ConfigError
 from orchestrator.records import Observer
+from orchestrator.sections import without_password
 from orchestrator.sender import Sender
 from orchestrator.spool import SPOOL, Outbox, Spool
 

@@ -19,8 +19,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import api, ray_session, resumption, trial_state
 from orchestrator.cluster import Cluster
-from orchestrator.config import CheckpointConfig, MLflowTracking, load
+from orchestrator.config import MLflowTracking, load
 from orchestrator.errors import StarlingError
+from orchestrator.sections import CheckpointConfig
 from orchestrator.simulator import Simulator
 from orchestrator.sweep_board import TRIALS, name_of
 from orchestrator.sweep_space import assigned

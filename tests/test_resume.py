@@ -12,10 +12,10 @@ import pytest
 from orchestrator import api
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.checkpointing import Cadence
-from orchestrator.config import CheckpointConfig
 from orchestrator.errors import ConfigError, LeaseError, RunDirectoryError, StarlingError
 from orchestrator.lease import Lease
 from orchestrator.records import Observer, RoundRecord, Summary
+from orchestrator.sections import CheckpointConfig
 from tests.conformance import StoppedError, Stopper
 
 DIGITS: dict[str, Any] = {

@@ -18,9 +18,10 @@ from algorithms.api import (
     View,
 )
 from algorithms.closing import ClosePolicy, Waited
-from orchestrator.config import NetworkConfig, parse
+from orchestrator.config import parse
 from orchestrator.errors import DivergedError, NodeFailedError, ProgramsDivergeError, RunError
 from orchestrator.network import Cast, Network
+from orchestrator.sections import NetworkConfig
 from tests.toys import Program, attempt, simulate
 
 MIB = 1024 * 1024
