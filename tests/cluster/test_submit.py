@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from orchestrator import simulate
-from tests.cluster.conftest import ROOT, Processes
+from tests.cluster.conftest import ROOT, Processes, Rays
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -92,7 +92,8 @@ class Head:
             "STARLING_TEST_MARK": self.processes.mark,
             "COLUMNS": "200",
         }
-        self.environment.pop("RAY_AUTH_TOKEN", None)
+        for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # of the Ray that other tests share
+            self.environment.pop(name, None)
         command = [sys.executable, "-c", HEAD, str(self.home / "r"), str(port)]
         self._process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -109,7 +110,8 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(rays: Rays) -> Iterator[Head]:
+    rays.close()  # a job looks for the Ray of its machine, and must find this one
     one = Head()
     yield one
     one.close()
@@ -178,12 +180,15 @@ def test_ctrl_c_asks_and_stops_the_job(head: Head, submit: Callable[..., subproc
     assert job.stdout is not None
     while "round " not in (line := job.stdout.readline()):
         assert line, said
-    threading.Thread(target=job.stdout.read, daemon=True).start()  # a full pipe would hold it up
+    reader = threading.Thread(target=job.stdout.read, daemon=True)  # a full pipe would hold it up
+    reader.start()
     job.send_signal(signal.SIGINT)
     until(lambda: hears(b"[f]ollowing"))
     os.write(ours, b"s\n")
     until(lambda: hears(b"the job is stopped"), 90)
     assert job.wait(timeout=30) == 130
+    reader.join(timeout=30)
+    job.stdout.close()
     os.close(ours)
     # Its run was told to end, and closed.
     (run,) = [
