@@ -111,12 +111,12 @@ class Checkpointing:
     def save(self, number: int, controller: Mapping[str, Any], nodes: Iterator[tuple[NodeId, StateExport]]) -> None:
         """Write what is known after round ``number``, in the background."""
         self._cadence.began(self._runtime.now)
-        self._submitted, self._is_owed = number, False
+        self._submitted, self._is_owed, self._waited = number, False, 0.0
         self._writer.submit(number, controller, nodes)
 
     def waited(self, seconds: float) -> None:
-        """Nodes stood still for so long, so that the run could be saved."""
-        self._waited = seconds
+        """The run stood still for so long, so that it could be saved."""
+        self._waited += seconds
 
     def is_saved(self, number: int) -> bool:
         """Whether round ``number`` has been saved, or is being saved."""

@@ -261,6 +261,7 @@ class Progress:
     def save(self, loop: Mapping[str, Any], nodes: Sequence[NodeId], shared: NodeId | None, mail: Mail) -> None:
         """Have the run saved as it is between two rounds: ``nodes``, what the ``loop`` knows, and what is in boxes."""
         assert self.checkpoints is not None
+        began = time.monotonic()
         envelopes = mail.room.waiting()
         letters = self.runtime.letters(envelopes) if envelopes else iter(())
         states = self.runtime.snapshot(nodes, shared)
@@ -268,6 +269,7 @@ class Progress:
         self.record("saving", round=self.committed, nodes=sorted(nodes))
         mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}
         self.checkpoints.save(self.committed, {**self.observer.on_saving(), **mine}, saved)
+        self.checkpoints.waited(time.monotonic() - began)
         self.note_checkpoints()
 
     def note_checkpoints(self) -> None:

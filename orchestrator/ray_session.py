@@ -39,6 +39,7 @@ _MAX_BASE_LENGTH = 20
 _RAYS = "r"
 """Ray's part of our temporary folder: it lets everybody write to its own."""
 
+_REMOVE_TIMEOUT_S = 5.0
 _MACHINES_PERIOD_S = 0.4
 
 _UNLIMITED = 1_000_000
@@ -88,7 +89,18 @@ class Session:
         if self._environment:
             _read_authentication_again()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove(self._folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which processes that are ending may still write; bounded."""
+    deadline = time.monotonic() + _REMOVE_TIMEOUT_S
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() >= deadline:
+            return
+        if folder.exists():
+            time.sleep(0.1)
 
 
 def _take_lines(data: dict[str, Any], *_: object, **__: object) -> None:
