@@ -219,7 +219,9 @@ class Asynchronous:
     def _note(self, happening: Happening) -> None:
         match happening:
             case Finished(node, report):
-                self._commit(node, report)
+                # Who was told to stop in that moment goes back to the commit before, and does its round again.
+                if node not in self._halting:
+                    self._commit(node, report)
             case Halted(node):
                 self._halting.discard(node)
                 self._progress.record("again", node=node, round=self._rounds[node])

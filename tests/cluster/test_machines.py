@@ -222,7 +222,8 @@ def test_a_machine_that_is_added_is_used_at_a_later_round(
     assert story.of("abort") == []
     if "auto" in nodes:
         # The data are divided among the two that were there; those that come are handed some of theirs.
-        assert {one["node"] for one in story.of("plan")} == {0, 1, 2, 3}
+        planned = {one["node"] for one in story.of("plan")}
+        assert late < planned <= {0, 1, 2, 3}
         assert {one["node"] for one in story.of("plan") if one["extras"]} >= late
 
 
