@@ -27,7 +27,7 @@ SIMULATED = 200
 
 RUN = {
     "name": "bench",
-    "rounds": 30,
+    "rounds": 120,  # what a trial costs more than a run does not grow with its length: it is half a second
     "algorithm": {"name": "diloco", "inner_steps": 60},
     "task": {"name": "digits", "model": {"name": "mlp", "width": 128}},
     "optimizer": {"name": "sgd", "lr": 0.1},
