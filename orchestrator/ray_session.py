@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -90,6 +91,8 @@ class Session:
             _read_authentication_again()
         if self._folder is not None:
             _remove(self._folder)
+            # Ray makes folders of a session that is over again when this process begins another.
+            atexit.register(_remove, self._folder)
 
 
 def _remove(folder: Path) -> None:
