@@ -306,7 +306,10 @@ class Members:
             happening = self._runtime.next(deadline)
             if happening is None:
                 names = ", ".join(map(str, self.transfers.pending))
-                raise RunError(f"nodes {names} do not take over the state of the checkpoint; waited for {deadline:g} s")
+                raise RunError(
+                    f"nodes {names} do not take over the state of the checkpoint; waited for "
+                    f"{cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
+                )
             _ = self.take(progress.committed, happening) or progress.note(happening)
         self.new -= whole - progress.down
         self.loaded -= whole
