@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.checkpoints import CheckpointStore
+from orchestrator.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -148,10 +149,26 @@ class Checkpointing:
     def _take(self) -> None:
         for outcome in self._writer.take():
             self.outcomes.append(outcome)
-            if outcome["error"] is None:
+            if outcome["error"] is not None:
+                self._is_owed = True
+            else:
                 self.last = max(self.last, outcome["round"])
                 # What is written beside training takes processor time from it, at most; waiting for storage does not.
                 self._cadence.took(outcome["cpu_seconds"] + self._waited)
+
+
+def complete(nodes: Iterator[tuple[NodeId, StateExport]]) -> Iterator[tuple[NodeId, StateExport]]:
+    """What a snapshot gives, if one of the nodes has the shared state.
+
+    Raises:
+        RunError: whoever was to give it died before.
+    """
+    has_shared = False
+    for node, export in nodes:
+        has_shared = has_shared or export.meta["shared"] is not None
+        yield node, export
+    if not has_shared:
+        raise RunError("the node that was asked for the shared state is gone")
 
 
 def _warn(what: str, facts: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.transcript import Transcript
 from algorithms.api import SERVER
-from orchestrator.checkpointing import MAIL
+from orchestrator.checkpointing import MAIL, complete
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
 from orchestrator.records import RoundRecord, Summary
@@ -264,7 +264,7 @@ class Progress:
         began = time.monotonic()
         envelopes = mail.room.waiting()
         letters = self.runtime.letters(envelopes) if envelopes else iter(())
-        states = self.runtime.snapshot(nodes, shared)
+        states = complete(self.runtime.snapshot(nodes, shared))
         saved = itertools.chain(states, ((MAIL, export) for export in letters))
         self.record("saving", round=self.committed, nodes=sorted(nodes))
         mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}

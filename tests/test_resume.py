@@ -16,6 +16,7 @@ from orchestrator.errors import ConfigError, LeaseError, RunDirectoryError, Star
 from orchestrator.lease import Lease
 from orchestrator.records import Observer, RoundRecord, Summary
 from orchestrator.sections import CheckpointConfig
+from orchestrator.simulator import Simulator
 from tests.conformance import StoppedError, Stopper
 
 DIGITS: dict[str, Any] = {
@@ -242,6 +243,29 @@ def test_storage_that_fails_ends_no_run(
     assert summary.checkpoints["written"] == 0
     assert summary.checkpoints["failed"] >= 1
     assert "tried again" in caplog.text
+
+
+@pytest.mark.parametrize("gone", [[0, 1, 2, 3], [0]])
+def test_a_checkpoint_whose_nodes_are_gone_is_given_up_and_the_next_commit_is_saved(
+    whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: list[int]
+):
+    """Nodes may die after they were asked, all of them or only the one that was to give the shared state."""
+    snapshot = Simulator.snapshot
+    asked: list[int] = []
+
+    def taken(self: Simulator, nodes: Any, shared: Any) -> Any:
+        asked.append(len(asked))
+        there = snapshot(self, nodes, shared)
+        return ((node, export) for node, export in there if len(asked) != 2 or node not in gone)
+
+    monkeypatch.setattr(Simulator, "snapshot", taken)
+    path = stopped(tmp_path / "run", after=6)
+    (failed,) = [event["error"] for event in lines(path) if event["event"] == "checkpoint" and event["error"]]
+    assert failed.endswith("its data are not there: the node that was asked for the shared state is gone")
+    assert sorted(one.name for one in (path / "checkpoints").iterdir()) == [
+        *("round-000001", "round-000004", "round-000005"),
+    ]
+    assert api.resume(path).digest == whole.digest
 
 
 def test_checkpoints_elsewhere_are_found_from_anywhere(whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
