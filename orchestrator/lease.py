@@ -21,6 +21,7 @@ from orchestrator.errors import LeaseError, LeaseLostError
 
 _NAME = "lease.json"
 _RENEW_S = 5.0
+_POLL_S = 0.1
 _EXPIRED_S = 30.0
 """Not renewed for so long, a holder on another machine is taken for dead."""
 
@@ -30,19 +31,22 @@ class Lease:
 
     Args:
         run_dir: of the run.
+        wait_s: for a holder who is ending.
 
     Raises:
         LeaseError: another controller holds it and is alive, or the file cannot be written.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, wait_s: float = 0.0) -> None:
         self._path = run_dir / _NAME
-        before = _read(self._path)
-        if before is not None and _is_alive(before):
-            raise LeaseError(
-                f"run directory {run_dir}: the controller with pid {before['pid']} on {before['host']} "
-                "drives this run; wait until it has ended, or end it"
-            )
+        limit = time.monotonic() + wait_s
+        while (before := _read(self._path)) is not None and _is_alive(before):
+            if time.monotonic() >= limit:
+                raise LeaseError(
+                    f"run directory {run_dir}: the controller with pid {before['pid']} on {before['host']} "
+                    "drives this run; wait until it has ended, or end it"
+                )
+            time.sleep(_POLL_S)
         self._facts = {
             "owner": secrets.token_hex(8),
             "token": (0 if before is None else before["token"]) + 1,

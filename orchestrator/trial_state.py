@@ -26,7 +26,7 @@ _ORIGIN = "origin.json"
 """In the directory of a trial that goes on from another's checkpoint: whose."""
 _COPIED = ("config.yaml", "metrics.jsonl", "events.jsonl")
 _WAIT_S = 30.0
-"""For a first checkpoint to be there."""
+"""For a first checkpoint to be there, and for a controller that is ending to be gone."""
 
 
 def opened(
@@ -37,7 +37,8 @@ def opened(
     Without ``picture`` none is drawn, which takes longer than a small simulated run.
     """
     if (run_dir / "config.yaml").is_file():
-        lease = Lease(run_dir)
+        # A sweep that was killed leaves controllers behind, which end when they see that their Ray is gone.
+        lease = Lease(run_dir, wait_s=_WAIT_S)
         try:
             store, checkpoint = _checkpoint(config, run_dir)
             before = parse(checkpoint.controller["config"], source=checkpoint.where)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def test_a_dead_holders_lease_is_taken_over_with_a_higher_token(tmp_path: Path):
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(LeaseError, match=f"pid {holder.pid}"):
         Lease(tmp_path)
-    holder.send_signal(signal.SIGKILL)
+    threading.Timer(0.3, holder.send_signal, [signal.SIGKILL]).start()
+    mine = Lease(tmp_path, wait_s=60)
     holder.wait()
     holder.stdout.close()
-    mine = Lease(tmp_path)
     assert mine.token == 2
     mine.check()
     mine.release()

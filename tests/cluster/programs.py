@@ -95,6 +95,23 @@ class Paced(Base):
         node.shared["mean"] = mean.value.clone()
 
 
+class Meeting(Base):
+    """Several runs begin each round together, each of whose nodes are in one process."""
+
+    folder: str
+    runs: int
+
+    async def round(self, node: Node) -> None:
+        here = Path(self.folder)
+        (here / f"{node.round}-{os.getpid()}").touch()  # noqa: ASYNC240 - there is no event loop
+        limit = time.monotonic() + 60
+        while len(list(here.glob(f"{node.round}-*"))) < self.runs and time.monotonic() < limit:  # noqa: ASYNC240
+            time.sleep(0.01)  # noqa: ASYNC251
+        await Train(steps=5)
+        mean = await AllReduce(node.parameters)
+        node.parameters.copy_(mean.value)
+
+
 class Faulty(Task):
     """A task whose loss raises on one node's data."""
 
