@@ -103,7 +103,7 @@ class Meeting(Base):
 
     async def round(self, node: Node) -> None:
         here = Path(self.folder)
-        (here / f"{node.round}-{os.getpid()}").touch()  # noqa: ASYNC240 - there is no event loop
+        (here / f"{node.round}-{os.getpid()}").touch()
         limit = time.monotonic() + 60
         while len(list(here.glob(f"{node.round}-*"))) < self.runs and time.monotonic() < limit:  # noqa: ASYNC240
             time.sleep(0.01)  # noqa: ASYNC251
