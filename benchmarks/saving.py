@@ -26,7 +26,7 @@ from orchestrator.progress import Progress
 from orchestrator.records import Observer, RoundRecord
 from orchestrator.synchronous import Synchronous
 
-PAIRS = {12: 30, 60: 12}
+PAIRS = {12: 30, 60: 40}
 """Of rounds, by their length in steps."""
 SIZE = 100_000_000
 """Trained values; with the anchor and the outer momentum 1.2 GB of state."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ class StarlingTrial(tune.Trainable):
         return tune.PlacementGroupFactory(wanted, strategy="PACK")
 
     def setup(self, config: dict[str, Any]) -> None:
+        os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # Tune has gone to a folder of its own
         self._spec = config
         self._run: TrialRun | None = None
 
