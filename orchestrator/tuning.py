@@ -307,7 +307,7 @@ def _plain_actors() -> Iterator[None]:
 
     Ray boots each process that has variables of its own twice, and so all nodes of a trial, by 0.4 s of a core each.
     """
-    cache: Any = class_cache._ActorClassCache
+    cache: Any = class_cache._ActorClassCache  # noqa: SLF001 - there is no other way
     before = cache.get
     if not any(name in os.environ for name in class_cache.ENV_VARS_TO_PROPAGATE):
         cache.get = lambda _, trainable: ray.remote(trainable)
