@@ -1,9 +1,9 @@
 """The node actor: a process on a cluster that hosts one or several nodes.
 
-A plain class that ``remote_class`` wraps (Ray's actor classes cannot be derived from). Its methods run in four
+A plain class that ``remote_class`` wraps (Ray's actor classes cannot be derived from). Its methods run in five
 concurrency groups of one thread each: *compute* drives programs, *exchange* moves and reduces bytes, so that an
-exchange proceeds while a program trains, *control* is never behind either, and *watch* parks one call whose failure
-tells the controller that the process is gone.
+exchange proceeds while a program trains, *state* hands over what is saved, *control* is never behind any of these, and
+*watch* parks one call whose failure tells the controller that the process is gone.
 
 Calls carry the epoch that they belong to. Whatever belongs to an older one is answered with nothing done.
 """
@@ -78,6 +78,9 @@ class NodeActor:
         self._results: dict[int, list[Buffer]] = {}
         self._gathered: dict[int, dict[NodeId, Buffer]] = {}
         self._gone: set[NodeId] = set()
+        self._has_kept = threading.Condition()
+        self._kept: dict[NodeId, StateExport] = {}
+        self._kept_number = 0
 
     def _on_sigterm(self, *_: object) -> None:
         """Notice of the end: the controller is told, and ends this process when it has handed over what it holds."""
@@ -334,9 +337,26 @@ class NodeActor:
         return [export.nbytes, export]
 
     @ray.method(concurrency_group="compute")
-    def snapshot(self, node: NodeId, shared: bool) -> StateExport:  # noqa: FBT001 - as above
-        """All that a node has committed, for a checkpoint."""
-        return snapshot(self._host.replicas[node], shared=shared)
+    def keep(self, nodes: Sequence[NodeId], shared: NodeId | None, number: int) -> None:
+        """Keep all that ``nodes`` have committed, for a checkpoint; what was kept and not asked for is dropped."""
+        kept: dict[NodeId, StateExport] = {}
+        try:
+            for node in nodes:
+                kept[node] = snapshot(self._host.replicas[node], shared=shared in (None, node))
+        finally:
+            with self._has_kept:
+                self._kept_number, self._kept = number, kept
+                self._has_kept.notify_all()
+
+    @ray.method(concurrency_group="state")
+    def kept(self, node: NodeId, number: int) -> StateExport:
+        """Hand over what was kept of a node, while it trains."""
+        with self._has_kept:
+            if not self._has_kept.wait_for(lambda: self._kept_number >= number, self._fetch_timeout_s):
+                raise TimeoutError
+            if self._kept_number > number:
+                raise LookupError
+            return self._kept.pop(node)
 
     @ray.method(concurrency_group="compute")
     def load(
@@ -527,7 +547,7 @@ class NodeActor:
 
 def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type
     """``NodeActor`` as a Ray actor class."""
-    groups = {"compute": 1, "exchange": 1, "control": 1, "watch": 1}
+    groups = {"compute": 1, "exchange": 1, "state": 1, "control": 1, "watch": 1}
     wrap: Any = ray.remote  # its overloads do not know the argument
     return wrap(concurrency_groups=groups)(NodeActor)
 

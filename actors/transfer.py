@@ -71,10 +71,15 @@ def export_state(replica: Replica, *, everything: bool = False, shared: bool = T
 
 
 def snapshot(replica: Replica, *, shared: bool = True) -> StateExport:
-    """All that a node has committed, for a checkpoint: who goes on with it is the same incarnation."""
+    """All that a node has committed, for a checkpoint: who goes on with it is the same incarnation.
+
+    It stays as it is, whatever the node does.
+    """
     export = export_state(replica, everything=True, shared=shared)
-    export.meta["incarnation"] = replica.incarnation
-    return export
+    # What is in the trees is replaced and not written to, and of the optimizer's state it has a copy already.
+    own = export.meta["counters"] + 2
+    arrays = [array.copy() for array in export.arrays[:own]] + export.arrays[own:]
+    return StateExport(export.meta | {"incarnation": replica.incarnation}, arrays)
 
 
 def copied(export: StateExport) -> StateExport:

@@ -26,8 +26,8 @@ from orchestrator.progress import Progress
 from orchestrator.records import Observer, RoundRecord
 from orchestrator.synchronous import Synchronous
 
-PAIRS = {12: 30, 60: 40}
-"""Of rounds, by their length in steps."""
+PAIRS = {12: 30, 100: 24}
+"""Of rounds, by their length in steps. 100 is the least that a paper has (Streaming DiLoCo; DiLoCo has 500)."""
 SIZE = 100_000_000
 """Trained values; with the anchor and the outer momentum 1.2 GB of state."""
 

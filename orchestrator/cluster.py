@@ -6,6 +6,7 @@ exchange, and this one has messages, state transfer and results.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -52,6 +53,7 @@ class Cluster(DataPlane):
         """All that was committed by nodes that have left, and by the server; the last has the shared state."""
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
+        self._num_snapshots = 0
         self.keeps_letters = False
         self._base: tuple[int, ObjectRef[Any]] | None = None
         """The first round that is replayed, and where the model before it is in the store."""
@@ -237,14 +239,33 @@ class Cluster(DataPlane):
         self._await_load(node, source, actor.handle.load.remote(node, source, refs, position))
 
     def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
-        calls: list[tuple[NodeId, list[ObjectRef[Any]]]] = []
+        self._num_snapshots += 1
+        number = self._num_snapshots
+        there: dict[int, list[NodeId]] = defaultdict(list)
         for node in nodes:
             actor = self._home[node]
             if actor.alive and (actor.index, node) not in self._retired:
-                calls.append((node, [actor.handle.snapshot.remote(node, shared in (None, node))]))
-            elif node in self._kept:
-                calls.append((node, self._kept[node]))
-        return _fetched(calls)
+                there[actor.index].append(node)
+        for index, those in there.items():
+            self._actors[index].handle.keep.remote(those, shared, number)
+        handles = {node: self._actors[index].handle for index, those in there.items() for node in those}
+        kept = {node: self._kept[node] for node in nodes if node in self._kept}
+
+        def exports() -> Iterator[tuple[NodeId, StateExport]]:
+            for node in nodes:
+                if node in handles:
+                    refs: list[ObjectRef[Any]] = [handles[node].kept.remote(node, number)]
+                elif node in kept:
+                    refs = kept[node]
+                else:
+                    continue
+                try:
+                    found: list[StateExport] = ray.get(refs, timeout=_CALL_TIMEOUT_S)
+                except ray.exceptions.RayError:
+                    continue  # it died
+                yield node, found[0] if len(found) == 1 else with_shared(*found)
+
+        return exports()
 
     def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
         donor = donor_among(saved)
@@ -326,16 +347,6 @@ class Cluster(DataPlane):
                 self._lost(actor, error)
             message = f"node {node} ({self._facts_of(actor).place}) was lost: {reason_of(error)}"
             raise NodeGoneError(node, message) from None
-
-
-def _fetched(calls: Sequence[tuple[NodeId, list[ObjectRef[Any]]]]) -> Iterator[tuple[NodeId, StateExport]]:
-    """What calls return, one after the other; who died is left out."""
-    for node, refs in calls:
-        try:
-            exports: list[StateExport] = ray.get(refs, timeout=_CALL_TIMEOUT_S)
-        except ray.exceptions.RayError:
-            continue
-        yield node, exports[0] if len(exports) == 1 else with_shared(*exports)
 
 
 def _gathered(kept: Sequence[tuple[Sending, ObjectRef[Any] | None]]) -> Iterator[StateExport]:

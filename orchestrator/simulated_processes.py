@@ -13,7 +13,7 @@ import torch
 
 from actors.setup import build_replicas
 from actors.transcript import catch_up
-from actors.transfer import StateExport, copied, donor_among, export_state, load_state, snapshot, with_shared
+from actors.transfer import StateExport, donor_among, export_state, load_state, snapshot, with_shared
 from algorithms.api import SERVER
 from orchestrator.network import Cast, Network
 from orchestrator.runtime import (
@@ -269,7 +269,7 @@ class SimulatedProcesses:
         taken: list[tuple[NodeId, StateExport]] = []
         for node in nodes:
             if node in self._present:
-                taken.append((node, copied(snapshot(replicas[node], shared=shared in (None, node)))))
+                taken.append((node, snapshot(replicas[node], shared=shared in (None, node))))
             elif node in self._kept:
                 taken.append((node, self._kept[node]))
         return iter(taken)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.data import Place, Position, Segment
 from actors.replica import Replica
-from actors.transfer import StateExport, export_state, load_state
+from actors.transfer import StateExport, export_state, load_state, snapshot
 from algorithms.api import Train
 from algorithms.errors import ProgramError
 from tests.toys import Toy, begin, replica
@@ -154,6 +154,24 @@ def test_nothing_is_shared_with_the_donor():
     assert isinstance(mine, Tensor)
     assert isinstance(theirs, Tensor)
     assert mine.data_ptr() != theirs.data_ptr()
+
+
+@pytest.mark.parametrize("model", ["mlp", "batch_norm"])
+def test_a_snapshot_stays_as_it_is(model: Any):
+    """It is handed over while the node trains and commits."""
+    one = donor(task=Toy(model=model), name="adam")
+    taken = snapshot(one)
+    before = sent(taken)
+    begin(one, 7, MEMBERS)
+    one.train(Train(steps=2), NO_FENCE)
+    one.buffers.add_(1.0)
+    one.shared["model"] = torch.zeros(1)
+    one.local["own"] = torch.ones(1)
+    one.stage()
+    one.commit()
+    assert taken.meta == before.meta
+    assert all(map(np.array_equal, taken.arrays, before.arrays))
+    assert not all(map(np.array_equal, snapshot(one).arrays, before.arrays))
 
 
 def test_an_open_round_stays_at_home():
