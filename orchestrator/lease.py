@@ -52,7 +52,7 @@ class Lease:
             "token": (0 if before is None else before["token"]) + 1,
             "host": platform.node(),
             "pid": os.getpid(),
-            "started": _started(os.getpid()),
+            "started": started_at(os.getpid()),
         }
         self._lock = threading.Lock()
         self._inode = -1
@@ -137,10 +137,10 @@ def _is_alive(facts: dict[str, Any]) -> bool:
     if facts["host"] != platform.node():
         return time.time() - facts["renewed"] < _EXPIRED_S
     # A number may be another process's by now.
-    return facts["started"] is not None and facts["started"] == _started(facts["pid"])
+    return facts["started"] is not None and facts["started"] == started_at(facts["pid"])
 
 
-def _started(pid: int) -> float | None:
+def started_at(pid: int) -> float | None:
     """When a process of this machine began, in clock ticks since the machine did; ``None`` if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")

@@ -27,6 +27,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 
 from orchestrator.errors import ClusterError
+from orchestrator.lease import started_at
 
 _LOG = logging.getLogger("starling")
 
@@ -36,6 +37,10 @@ _TOKEN = secrets.token_hex(32)
 _PROBE_TIMEOUT_S = 3
 
 _MAX_BASE_LENGTH = 20
+
+_PREFIX = "starling-"
+_OWNER = "owner"
+"""Of our temporary folder: the process that made it, and when that began."""
 
 _RAYS = "r"
 """Ray's part of our temporary folder: it lets everybody write to its own."""
@@ -93,6 +98,23 @@ class Session:
             _remove(self._folder)
             # Ray makes folders of a session that is over again when this process begins another.
             atexit.register(_remove, self._folder)
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove the folders of processes that were killed, and could not."""
+    for owner in base.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            facts = owner.read_text(encoding="ascii")
+            namespace, pid, _ = facts.split()
+            mine = _owner(int(pid))
+            # Of a container that shares the folder with us we do not know the processes.
+            if namespace == mine.split()[0] and facts != mine:
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _owner(pid: int) -> str:
+    """What tells a process of this machine from all others, also from those that have its number later."""
+    return f"{Path('/proc/self/ns/pid').stat().st_ino} {pid} {started_at(pid)}"
 
 
 def _remove(folder: Path) -> None:
@@ -235,7 +257,10 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
         raise ClusterError(message)
     # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
     base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="starling-", dir=base if len(base) <= _MAX_BASE_LENGTH else "/tmp"))  # noqa: S108
+    base = base if len(base) <= _MAX_BASE_LENGTH else "/tmp"  # noqa: S108
+    _remove_abandoned(Path(base))
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    (folder / _OWNER).write_text(_owner(os.getpid()), encoding="ascii")
     token = folder / "auth_token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(_TOKEN)

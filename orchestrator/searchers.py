@@ -86,7 +86,35 @@ class OptunaSource:
             )
 
 
-class Samples(Searcher):
+class Trials(Searcher):
+    """Gives Tune trials, one after the other."""
+
+    numbers: dict[str, int]
+    """Of trials, by Tune's names for them."""
+    _trials: Iterator[Trial]
+    _spec: Callable[[Trial], dict[str, Any]]
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401 - a config, or a word of Tune's
+        trial = next(self._trials, None)
+        if trial is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = trial.number
+        return self._spec(trial)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
+        """Nothing: the board knows more of it."""
+
+    def sample_done(self, number: int) -> None:
+        """A trial is over, and the board knows it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: all is in the sweep's own directory, and nothing is read back with pickle."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing; as above."""
+
+
+class Samples(Trials):
     """Gives Tune the trials of a sweep, a sample's seeds one after the other.
 
     Args:
@@ -107,8 +135,7 @@ class Samples(Searcher):
     ) -> None:
         objective = board.objectives[0]
         super().__init__(metric=objective.metric, mode=objective.mode)
-        self.numbers: dict[str, int] = {}
-        """Of trials, by Tune's names for them."""
+        self.numbers = {}
         self._board, self._source, self._spec = board, source, spec
         self._num_samples, self._seeds = num_samples, tuple(seeds)
         self._trials = self._all()
@@ -138,54 +165,19 @@ class Samples(Searcher):
         row = next((one for one in self._board.rows() if one.first.sample == trial.sample), None)
         self._source.tell(trial.sample, trial.values, row)
 
-    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401 - a config, or a word of Tune's
-        trial = next(self._trials, None)
-        if trial is None:
-            return Searcher.FINISHED
-        self.numbers[trial_id] = trial.number
-        return self._spec(trial)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Tell the source when all trials of a sample are over; the board has had it by then."""
-
     def sample_done(self, number: int) -> None:
-        """A trial is over, and the board knows it."""
+        """Tell the source, if all trials of the sample are over."""
         trial = self._board.trials[number]
         others = [one for one in self._board.of_stage(trial.stage) if one.sample == trial.sample]
         if trial.stage == "search" and len(others) == len(self._seeds) and all(one.end for one in others):
             self._tell(trial)
 
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: all is in the sweep's own directory, and nothing is read back with pickle."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing; as above."""
-
-
-class Given(Searcher):
+class Given(Trials):
     """Trials that are there already, in order."""
 
     def __init__(self, trials: Sequence[Trial], spec: Callable[[Trial], dict[str, Any]]) -> None:
         super().__init__()
-        self.numbers: dict[str, int] = {}
+        self.numbers = {}
         self._trials = iter([one for one in trials if one.end is None])
         self._spec = spec
-
-    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401 - a config, or a word of Tune's
-        trial = next(self._trials, None)
-        if trial is None:
-            return Searcher.FINISHED
-        self.numbers[trial_id] = trial.number
-        return self._spec(trial)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Nobody is to be told."""
-
-    def sample_done(self, number: int) -> None:
-        """As above."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """As ``Samples``."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """As ``Samples``."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from orchestrator.config import Config
-    from orchestrator.searchers import Given, Samples
+    from orchestrator.searchers import Trials
     from orchestrator.sweep_board import Board, Trial
     from tune_spaces import Space
 
@@ -185,7 +185,7 @@ class Interrupt(Stopper):
 class _Callback(tune.Callback):
     """Tells the board and the watcher what Tune tells."""
 
-    def __init__(self, board: Board, searcher: Samples | Given, watcher: Watcher, interrupt: Interrupt) -> None:
+    def __init__(self, board: Board, searcher: Trials, watcher: Watcher, interrupt: Interrupt) -> None:
         self._board, self._searcher, self._watcher, self._interrupt = board, searcher, watcher, interrupt
 
     def _trial(self, trial: Any) -> Trial:  # noqa: ANN401 - Tune's
@@ -241,7 +241,7 @@ class _Callback(tune.Callback):
 def tune_all(
     folder: Path,
     board: Board,
-    searcher: Samples | Given,
+    searcher: Trials,
     scheduler: TrialScheduler,
     *,
     num_trials: int,

@@ -176,13 +176,8 @@ class Poisson(Sampler, name="poisson"):
         return PoissonDraws(indices, seed, node)
 
 
-class EpochSampler(Draws):
-    """Draws in the order that a sampler gives each epoch, by default each sample once."""
-
-    def __init__(self, indices: Indices, seed: int, node: int, sampler: Sampler | None = None) -> None:
-        super().__init__(indices, seed, node)
-        self._sampler = Epoch() if sampler is None else sampler
-        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
+class OrderedDraws(Draws):
+    """Draws in an order that each epoch has."""
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
@@ -192,8 +187,20 @@ class EpochSampler(Draws):
         self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
         return drawn
 
+    @abstractmethod
     def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
         """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
+
+
+class EpochSampler(OrderedDraws):
+    """Draws in the order that a sampler gives each epoch, by default each sample once."""
+
+    def __init__(self, indices: Indices, seed: int, node: int, sampler: Sampler | None = None) -> None:
+        super().__init__(indices, seed, node)
+        self._sampler = Epoch() if sampler is None else sampler
+        self._order: tuple[int, NDArray[np.int64]] | None = None  # an epoch, and the samples in its order
+
+    def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
         return self._epoch(epoch)[start : start + count]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -232,7 +239,7 @@ class PoissonDraws(Draws):
         return self._indices[chosen.nonzero().flatten()].numpy()
 
 
-class BlockDraws(Draws):
+class BlockDraws(OrderedDraws):
     """Each sample once per epoch, block by block: a window of a few blocks at a time, mixed with one another.
 
     Blocks come in an order of that epoch's own. What is kept is the samples of one window, whatever the epoch's size.
@@ -245,16 +252,7 @@ class BlockDraws(Draws):
         self._plan: tuple[int, list[int], list[int]] | None = None  # an epoch, its order of blocks, where windows end
         self._order: tuple[int, int, Tensor] | None = None  # an epoch, a window, and the samples in its order
 
-    def draw(self, batch_size: int) -> NDArray[np.int64]:
-        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
-        epoch, start, _ = self._position
-        drawn = self.read(epoch, start, batch_size)
-        stop = start + len(drawn)
-        self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
-        return drawn
-
     def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
-        """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
         order, ends = self._planned(epoch)
         window = bisect.bisect_right(ends, start)
         pieces: list[Tensor] = []

@@ -112,6 +112,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path, 
     assert 1 <= min(resumed) <= max(resumed) < 39
     # Ray's agents first try to tell the dead drivers of their raylets' deaths, which can take them half a minute.
     assert processes.wait_until_gone(limit_s=100) == []
+    assert processes.temporary_files() == []  # who was killed could not remove its own
     (run,) = client.search_runs([client.get_experiment_by_name("starling").experiment_id])
     assert run.info.status == "FINISHED"
     assert {metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")} == set(range(40))
