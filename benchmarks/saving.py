@@ -86,7 +86,7 @@ def going_on() -> Row:
     config = {
         "rounds": 2,
         "algorithm": {"name": "diloco", "inner_steps": 1},
-        "task": {"name": "benchmarks.workloads:Vector", "size": SIZE},
+        "task": {"name": "benchmarks.workloads:Filled", "size": SIZE},
         "optimizer": {"name": "sgd", "lr": 0.1},
         "evaluation": {"every_rounds": 0},
         "cluster": {"nodes": {"target": 2}},

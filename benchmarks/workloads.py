@@ -38,6 +38,19 @@ class Vector(Task):
         return cast("Tensor", module.vector)[0] * 0 + batch[0].sum()
 
 
+class Filled(Vector):
+    """A vector of values that all differ, and that a step moves towards zero."""
+
+    def build(self) -> nn.Module:
+        module = nn.Module()
+        start = torch.randn(self.size, generator=torch.Generator().manual_seed(0))
+        module.register_parameter("vector", nn.Parameter(start))
+        return module
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return cast("Tensor", module.vector).square().sum() / 2 + batch[0].sum()
+
+
 class ExchangeOnly(Algorithm):
     """A round is one AllReduce of the parameters and nothing else."""
 
