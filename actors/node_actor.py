@@ -10,9 +10,7 @@ Calls carry the epoch that they belong to. Whatever belongs to an older one is a
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
 import os
 import platform
 import signal
@@ -21,51 +19,43 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-import ray.exceptions
 import torch
-from safetensors.torch import save
 
 from actors import IMPORTED_AT
-from actors.buffers import as_buffer, as_tensor
-from actors.consensus import mean_model
-from actors.data import DataConfig, Position
+from actors.data import DataConfig
 from actors.host import Host, failure
 from actors.messages import Expected, Got, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
 from actors.optimizers import OptimizerConfig
+from actors.output import Tee
 from actors.replica import Replica, ReplicaSpec
 from actors.setup import build_replicas, load_data
+from actors.state_calls import StateCalls
 from actors.tasks import Task
 from actors.tickets import Failed, Posted, Stale, Ticket
-from actors.transcript import Transcript, catch_up
-from actors.transfer import StateExport, export_state, load_state, snapshot, with_shared
 from actors.usage import Usage
 from actors.versions import difference
 from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from ray import ObjectRef
 
     from actors.buffers import Buffer
     from algorithms.api import NodeId
 
-_SLICE_S = 0.2
-"""How long a fetch waits before it looks whether it was told to give up."""
-
-
 # --- the actor --------------------------------------------------------------------------------------------------------
 
 
-class NodeActor:
+class NodeActor(StateCalls):
     """Hosts nodes in one process; see the module's docstring."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._began = IMPORTED_AT
         self._notice = threading.Event()
         self._noticed = False
@@ -77,10 +67,6 @@ class NodeActor:
         self._reduced: dict[tuple[int, int], Buffer] = {}
         self._results: dict[int, list[Buffer]] = {}
         self._gathered: dict[int, dict[NodeId, Buffer]] = {}
-        self._gone: set[NodeId] = set()
-        self._has_kept = threading.Condition()
-        self._kept: dict[NodeId, StateExport] = {}
-        self._kept_number = 0
 
     def _on_sigterm(self, *_: object) -> None:
         """Notice of the end: the controller is told, and ends this process when it has handed over what it holds."""
@@ -184,8 +170,8 @@ class NodeActor:
 
     def _redirect_output(self) -> None:
         """Copy what is printed to the log of the node whose code is running."""
-        sys.stdout = _Tee(sys.stdout, self._host)
-        sys.stderr = _Tee(sys.stderr, self._host)
+        sys.stdout = Tee(sys.stdout, self._host)
+        sys.stderr = Tee(sys.stderr, self._host)
 
     @ray.method(concurrency_group="compute")
     def begin(self, round_: Round, nodes: Sequence[NodeId], expected: Expected | None = None) -> Reply | list[Any]:
@@ -289,119 +275,6 @@ class NodeActor:
         self._host.cancel(nodes)
         return list(nodes)
 
-    @ray.method(concurrency_group="compute")
-    def evaluate(
-        self, node: NodeId, others: Sequence[ObjectRef[Any]], max_batches: int | None
-    ) -> dict[str, float] | Failed:
-        """The metrics, on held-out data, of the mean of a node's model and ``others``."""
-        replica = self._host.replicas[node]
-        try:
-            return replica.evaluate(self._data.validation, max_batches, *self._mean(node, others))
-        except Exception as error:  # noqa: BLE001 - a user's metrics
-            return failure(node, replica.round, error)
-
-    @ray.method(concurrency_group="compute")
-    def model(self, node: NodeId, others: Sequence[ObjectRef[Any]]) -> tuple[str, bytes]:
-        """Digest and safetensors bytes of the mean of a node's model and ``others``."""
-        replica = self._host.replicas[node]
-        mean = self._mean(node, others)
-        tensors = replica.model_tensors(*mean)
-        return replica.model_digest(*mean), save({name: one.cpu() for name, one in tensors.items()})
-
-    @ray.method(concurrency_group="compute")
-    def committed_model(self, node: NodeId) -> list[Any]:
-        """An acknowledgement, then parameters and buffers of a node's committed model, as bytes."""
-        parameters, buffers = self._host.replicas[node].committed_model()
-        return [True, (as_buffer(parameters.cpu()), as_buffer(buffers.cpu()))]
-
-    def _mean(
-        self, node: NodeId, others: Sequence[ObjectRef[Any]]
-    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        if not others:
-            return None, None
-        own = self._host.replicas[node].committed_model()
-
-        def models() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            yield own
-            for ref in others:
-                pair = ray.get(ref, timeout=self._fetch_timeout_s)
-                parameters, buffers = (as_tensor(one).view(mine.dtype) for one, mine in zip(pair, own, strict=True))
-                yield parameters.to(own[0].device), buffers.to(own[0].device)
-
-        return mean_model(models())
-
-    @ray.method(concurrency_group="compute")
-    def export(self, node: NodeId, everything: bool) -> list[Any]:  # noqa: FBT001 - a remote call's arguments
-        """A node's committed state, for a joiner or all of it: its size in bytes, then the state itself."""
-        export = export_state(self._host.replicas[node], everything=everything)
-        return [export.nbytes, export]
-
-    @ray.method(concurrency_group="compute")
-    def keep(self, nodes: Sequence[NodeId], shared: NodeId | None, number: int) -> None:
-        """Keep all that ``nodes`` have committed, for a checkpoint; what was kept and not asked for is dropped."""
-        kept: dict[NodeId, StateExport] = {}
-        try:
-            for node in nodes:
-                kept[node] = snapshot(self._host.replicas[node], shared=shared in (None, node))
-        finally:
-            with self._has_kept:
-                self._kept_number, self._kept = number, kept
-                self._has_kept.notify_all()
-
-    @ray.method(concurrency_group="state")
-    def kept(self, node: NodeId, number: int) -> StateExport:
-        """Hand over what was kept of a node, while it trains."""
-        with self._has_kept:
-            if not self._has_kept.wait_for(lambda: self._kept_number >= number, self._fetch_timeout_s):
-                raise TimeoutError
-            if self._kept_number > number:
-                raise LookupError
-            return self._kept.pop(node)
-
-    @ray.method(concurrency_group="compute")
-    def load(
-        self, node: NodeId, source: NodeId, refs: Sequence[ObjectRef[Any]], position: Position | None
-    ) -> int | Failed | None:
-        """Take over the committed state of ``source``; return its size, or ``None`` if it cannot be had any more.
-
-        With two references its shared state is in the second.
-        """
-        self._gone.discard(source)
-        fetched: dict[int, Any] = self._fetch(dict(enumerate(refs)), dict.fromkeys(range(len(refs)), source))
-        if len(fetched) < len(refs):
-            return None
-        export = with_shared(fetched[0], fetched[len(refs) - 1])
-        try:
-            load_state(self._host.replicas[node], export, position)
-        except StarlingError as error:
-            return failure(node, self._host.replicas[node].round, error)
-        return export.nbytes
-
-    @ray.method(concurrency_group="compute")
-    def replay(
-        self,
-        node: NodeId,
-        first: int,
-        records: Sequence[bytes],
-        base: Sequence[ObjectRef[Any]],
-        position: Position | None,
-    ) -> int | Failed | None:
-        """Catch up by the records of rounds; return what that took, or ``None`` if the model before them is missing."""
-
-        def fetch() -> bytes | None:
-            return cast("bytes", ray.get(base[0], timeout=self._fetch_timeout_s)) if base else None
-
-        try:
-            return catch_up(self._host.replicas[node], Transcript(first, tuple(records)), fetch, position)
-        except StarlingError as error:
-            return failure(node, self._host.replicas[node].round, error)
-
-    @ray.method(concurrency_group="exchange")
-    def hold(self, ref: Sequence[ObjectRef[Any]]) -> list[Any]:
-        """Fetch another machine's value, and give it back as one that lies on this machine: whether, and the value."""
-        fetched: dict[int, Any] = self._fetch(dict(enumerate(ref)))
-        return [bool(fetched), fetched.get(0)]
-
     # --- exchange ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="exchange")
@@ -462,26 +335,6 @@ class NodeActor:
             if ahead is not None:
                 self._conclude(ahead[0], seq, ahead[1])
         return missing, sum(part.nbytes for part in fetched.values())
-
-    def _fetch(
-        self, refs: Mapping[int, ObjectRef[Any]], sources: Mapping[int, NodeId] | None = None
-    ) -> dict[int, np.ndarray[Any, Any]]:
-        """Fetch what can be had, in short slices, bounded; ``sources`` says who holds what (default: the keys)."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            # The usual case, everything is there: one call to the store.
-            return dict(zip(refs, ray.get(list(refs.values()), timeout=_SLICE_S), strict=True))
-        deadline = time.monotonic() + self._fetch_timeout_s
-        keys = {ref: key for key, ref in refs.items()}
-        pending = list(keys)
-        fetched: dict[int, np.ndarray[Any, Any]] = {}
-        while pending and time.monotonic() < deadline:
-            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=_SLICE_S)
-            for ref in ready:
-                # A dead producer is one missing contribution, not a failed call.
-                with contextlib.suppress(ray.exceptions.RayError):
-                    fetched[keys[ref]] = ray.get(ref, timeout=_SLICE_S)
-            pending = [ref for ref in pending if (sources or {}).get(keys[ref], keys[ref]) not in self._gone]
-        return fetched
 
     # --- control and watch -------------------------------------------------------------------------------------------
 
@@ -564,22 +417,3 @@ def _pin_devices(num_nodes: int) -> tuple[list[torch.device], tuple[str, ...], t
         visible = torch.cuda.device_count()
         return [torch.device("cuda", place * visible // num_nodes) for place in range(num_nodes)], gpus, ()
     return cpu, gpus, (f"GPU {', '.join(gpus)} is assigned, but torch sees none: it trains on the CPU",)
-
-
-class _Tee(io.TextIOBase):
-    """A text stream that also goes to the log of whichever node's code is running, line by line."""
-
-    def __init__(self, stream: Any, host: Host) -> None:  # noqa: ANN401 - any text stream
-        self._stream = stream
-        self._host = host
-        self._line = ""
-
-    def write(self, text: str) -> int:
-        self._stream.write(text)
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            self._host.log(self._host.current, line)
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()

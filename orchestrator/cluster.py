@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from actors.transcript import Transcript
     from actors.transfer import StateExport
     from algorithms.api import NodeId
+    from orchestrator.calls import Actor
     from orchestrator.config import Config
     from orchestrator.mailroom import Envelope, Handover
-    from orchestrator.processes import Actor
 
 _CALL_TIMEOUT_S = 600.0
 """Bound on calls whose duration is the user's model: evaluation, saving."""

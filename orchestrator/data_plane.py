@@ -27,9 +27,10 @@ from actors.tickets import (
     Waiting,
 )
 from orchestrator import phases
+from orchestrator.calls import Actor, Handler
 from orchestrator.events import Advance, Cancel, Close, Deliver, Delivered, GiveUp, Secure, Secured, Waits
 from orchestrator.network import Network
-from orchestrator.processes import Actor, Handler, Processes
+from orchestrator.processes import Processes
 from orchestrator.runtime import Finished, Halted, Log, Raised, Receives, Seen, Sent, Sleeps
 from orchestrator.simulator import post_event
 

@@ -1,21 +1,14 @@
-"""The processes of a run on Ray: started, watched, replaced, and ended. Base of ``cluster.Cluster``.
-
-Every call's completion arrives in one queue and is handled in the controller's thread, so nothing here needs a lock.
-"""
+"""The processes of a run on Ray: started, watched, replaced, and ended. Base of ``cluster.Cluster``."""
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
-import queue
 import sys
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
@@ -26,20 +19,16 @@ from actors.tickets import Failed
 from actors.versions import versions
 from algorithms.api import SERVER
 from orchestrator import ray_session
+from orchestrator.calls import POLL_S, Actor, Calls
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
 from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up, Used
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from ray import ObjectRef
+    from collections.abc import Iterable, Sequence
 
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.ray_session import Machines
-
-_POLL_S = 1.0
-"""Longest wait for a single happening: keeps Ctrl-C and progress lively."""
 
 _FETCH_TIMEOUT_S = 60.0
 """A contribution that cannot be fetched in this time is missing."""
@@ -56,39 +45,11 @@ _FIRST_WAVE = 8
 """Processes that are started before any others."""
 
 
-@dataclass
-class Actor:
-    """One process and the nodes in it."""
-
-    index: int
-    nodes: tuple[NodeId, ...]
-    """None while it stands by."""
-    handle: Any
-    launched: float
-    incarnation: int = 0
-    """Of its nodes: how often they had been embodied before."""
-    placed: bool = False
-    """Ray has found room for it."""
-    ready: Ready | None = None
-    alive: bool = True
-    leaving: bool = False
-    """It has had notice of its end."""
-    is_asked: bool = False
-    """What it uses; it has not answered yet."""
-
-    @property
-    def is_spare(self) -> bool:
-        """Whether it stands by, or is being started for that."""
-        return self.alive and not self.nodes
-
-
-Handler: TypeAlias = "Callable[[Actor, Any], None]"
-
-
-class Processes:
+class Processes(Calls):
     """The actors of a run; see ``runtime.Runtime`` for what their nodes are asked."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self._config = config
         self.num_parts: int | None = None
         self.part_sizes: tuple[int, ...] | None = None
@@ -102,18 +63,10 @@ class Processes:
         self._embodied: Counter[NodeId] = Counter()
         self._begun = False
         """``start`` has returned."""
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._ready: deque[Happening] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer = itertools.count()
         self._halting: set[NodeId] = set()
         self._retiring: set[NodeId] = set()
         self._retired: set[tuple[int, NodeId]] = set()
         """Nodes that have left, by process: it is ended when all of its nodes have."""
-
-    @property
-    def now(self) -> float:
-        return time.monotonic()
 
     # --- start and end -----------------------------------------------------------------------------------------------
 
@@ -233,7 +186,7 @@ class Processes:
             alive = [actor for actor in self._actors if actor.alive]
             if sum(actor.ready is not None for actor in alive) >= min(self._room_for(places) + extra, len(alive)):
                 break
-            happening = self.next(min(deadline, self.now + _POLL_S))
+            happening = self.next(min(deadline, self.now + POLL_S))
             match happening:
                 case Log() | Notice():
                     later.append(happening)
@@ -270,7 +223,7 @@ class Processes:
         shared = self._session is not None and not self._session.is_local
         while shared and any(actor.alive for actor in self._actors) and time.monotonic() < deadline:
             with contextlib.suppress(Exception):  # a late answer may be an error, which matters no more
-                self.next(min(deadline, time.monotonic() + _POLL_S))
+                self.next(min(deadline, time.monotonic() + POLL_S))
         self._actors = []
         if self._session is not None:
             with contextlib.suppress(Exception):
@@ -504,50 +457,6 @@ class Processes:
         successor = self._successors.pop(node, None)
         if successor is not None:
             self._home[node] = successor
-
-    # --- calls -------------------------------------------------------------------------------------------------------
-
-    def _call(
-        self, actor: Actor, ref: ObjectRef[Any], handler: Handler, on_error: Callable[[], None] | None = None
-    ) -> None:
-        """Handle a call's (small) result in the controller's thread, when it is there."""
-
-        def done(future: Future[Any]) -> None:
-            self._queue.put(lambda: self._on_done(actor, future, handler, on_error))
-
-        future: Future[Any] = ref.future()
-        future.add_done_callback(done)
-
-    def _on_done(
-        self, actor: Actor, future: Future[Any], handler: Handler, on_error: Callable[[], None] | None
-    ) -> None:
-        error = future.exception()
-        if error is None:
-            handler(actor, future.result())
-            return
-        if actor.alive:
-            self._lost(actor, error)
-        if on_error is not None:
-            on_error()
-
-    def next(self, until: float) -> Happening | None:
-        while True:
-            while self._timers and self._timers[0][0] <= self.now:
-                heapq.heappop(self._timers)[2]()
-            if self._ready:
-                return self._ready.popleft()
-            wait = min(until - self.now, _POLL_S)
-            if self._timers:
-                wait = min(wait, self._timers[0][0] - self.now)
-            try:
-                self._queue.get(timeout=max(wait, 0.0))()
-            except queue.Empty:
-                if self.now >= until:
-                    return None
-
-    def _after(self, seconds: float, call: Callable[[], None]) -> None:
-        """Do something later, in the controller's thread."""
-        heapq.heappush(self._timers, (self.now + seconds, next(self._timer), call))
 
     def _by_actor(self, nodes: Iterable[NodeId]) -> list[tuple[Actor, list[NodeId]]]:
         """Messages to one process travel as one call with a list of its nodes."""

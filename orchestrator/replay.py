@@ -23,8 +23,8 @@ from orchestrator.asynchronous import Asynchronous
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
 from orchestrator.events import Deadline, Post, Posts
+from orchestrator.exchange import Phase
 from orchestrator.mailroom import Envelope, Mailroom
-from orchestrator.rendezvous import Phase
 from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
 from orchestrator.sections import FaultsConfig
 from orchestrator.synchronous import Synchronous

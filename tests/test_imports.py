@@ -33,4 +33,4 @@ def test_algorithms_know_torch_and_mathematics():
 
 def test_the_simulator_needs_neither_ray_nor_mlflow():
     packages = ["actors", "orchestrator.simulator", "orchestrator.controller", "orchestrator.config"]
-    assert "orchestrator" in loaded(packages, ["ray", "mlflow"], ["actors.node_actor"])
+    assert "orchestrator" in loaded(packages, ["ray", "mlflow"], ["actors.node_actor", "actors.state_calls"])

@@ -31,7 +31,8 @@ from orchestrator.events import (
     Secured,
     Waits,
 )
-from orchestrator.rendezvous import Phase, Rendezvous
+from orchestrator.exchange import Phase
+from orchestrator.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

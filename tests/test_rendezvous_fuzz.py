@@ -38,7 +38,8 @@ from orchestrator.events import (
     Waits,
     Withdrawn,
 )
-from orchestrator.rendezvous import Phase, Rendezvous
+from orchestrator.exchange import Phase
+from orchestrator.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,11 +12,11 @@ import pytest
 from actors.buffers import Signature
 from actors.messages import Got, Reply
 from actors.tickets import Pinging, Posted, Sending
+from orchestrator.calls import Actor
 from orchestrator.cluster import Cluster
 from orchestrator.config import Config, parse
 from orchestrator.events import Advance, Close, Deliver, Delivered, Secure
 from orchestrator.mailroom import Envelope
-from orchestrator.processes import Actor
 from orchestrator.runtime import Arrived, Loaded
 
 if TYPE_CHECKING:
