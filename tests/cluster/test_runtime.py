@@ -123,6 +123,30 @@ def test_a_loss_that_is_not_finite_names_node_and_round(config: Make, tmp_path):
         run(config("fedavg", "optimizer.lr=1e30", "rounds=6"), run_dir=tmp_path / "run")
 
 
+def test_the_tracker_is_told_what_each_nodes_process_uses(config: Make, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = config(
+        # Longer than until the first look.
+        *({"name": f"{HERE}:Endless", "seconds": 0.25}, "rounds=12", "cluster.nodes.target=3"),
+        f"tracking={{name: mlflow, uri: '{uri}'}}",
+    )
+    run(settings, run_dir=tmp_path / "run")
+    client = MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("starling").experiment_id])
+    for node in range(3):
+        values = {
+            name.rpartition("/")[2]: value
+            for name, value in found.data.metrics.items()
+            if name.startswith(f"system/node-{node:03}/")
+        }
+        assert values["memory_megabytes"] > 50
+        assert values["cpu_utilization_percentage"] > 0
+        assert 0 < values["machine_memory_usage_percentage"] < 100
+        assert "machine_cpu_utilization_percentage" in values
+
+
 def test_nodes_without_gpus_see_none_and_use_one_thread(config: Make, tmp_path):
     watcher = Watcher()
     run(config(f"{HERE}:Environment"), run_dir=tmp_path / "run", observers=[watcher])
