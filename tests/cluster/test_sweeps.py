@@ -138,6 +138,39 @@ def test_a_population_clones_through_checkpoints(tmp_path: Path, shared_ray: str
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
 
 
+def test_a_trial_whose_controller_dies_goes_on(tmp_path: Path, shared_ray: str):
+    from ray._private.state import actors
+
+    from orchestrator.tuning import Watcher
+
+    del shared_ray
+    config = resolve(write(tmp_path, address="auto", rounds=8), ["checkpoint.every_rounds=1"])
+    killed: list[int] = []
+
+    class Killer(Watcher):
+        """Kills the process of the controller at the trial's second report, after the fourth round."""
+
+        def on_report(self, trial):
+            if trial.rounds == 4 and not killed:
+                living = [one for one in actors().values() if one["State"] == "ALIVE"]
+                (controller,) = [one["Pid"] for one in living if one["ActorClassName"] == "StarlingTrial"]
+                killed.append(controller)
+                os.kill(controller, signal.SIGKILL)
+
+    # With a scheduler a trial waits at its reports.
+    options = Options(space=f"{tmp_path}/spaces.py:lr", samples=1, scheduler="asha")
+    result = sweep(config, options, sweep_dir=tmp_path / "sweep", watcher=lambda *_: Killer())
+    assert killed
+    assert [trial.end for trial in result.trials] == ["finished"]
+    folder = tmp_path / "sweep" / "trials" / "trial-0000"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (resumed,) = [event["round"] for event in events if event["event"] == "resume"]
+    assert 0 <= resumed < 3
+    alone = run(result.best_config, run_dir=tmp_path / "alone")
+    assert alone.digest == (result.trials[0].summary or {})["digest"]
+    assert wait_until_nothing_is_left() == []
+
+
 def start(processes: Processes, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return processes.start(
         "sweep",
