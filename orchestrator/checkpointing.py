@@ -29,6 +29,9 @@ _LOG = logging.getLogger("starling")
 _COST_FRACTION = 0.01
 """Of the time that a run takes: what its checkpoints may, where nothing else is asked for."""
 
+_OF_ALL = 4.0
+"""Nodes and Ray, which hand over what the writer writes, take three times as much processor time as it does."""
+
 _END_TIMEOUT_S = 60.0
 """How long a run's end waits for its last checkpoint."""
 
@@ -154,7 +157,7 @@ class Checkpointing:
             else:
                 self.last = max(self.last, outcome["round"])
                 # What is written beside training takes processor time from it, at most; waiting for storage does not.
-                self._cadence.took(outcome["cpu_seconds"] + self._waited)
+                self._cadence.took(_OF_ALL * outcome["cpu_seconds"] + self._waited)
 
 
 def complete(nodes: Iterator[tuple[NodeId, StateExport]]) -> Iterator[tuple[NodeId, StateExport]]:
