@@ -101,6 +101,8 @@ class StateCalls:
     def keep(self, nodes: Sequence[NodeId], shared: NodeId | None, number: int) -> None:
         """Keep all that ``nodes`` have committed, for a checkpoint; what was kept and not asked for is dropped."""
         kept: dict[NodeId, StateExport] = {}
+        with self._has_kept:
+            self._kept = {}
         try:
             for node in nodes:
                 kept[node] = snapshot(self._host.replicas[node], shared=shared in (None, node))

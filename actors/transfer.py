@@ -111,8 +111,9 @@ def with_shared(export: StateExport, donor: StateExport) -> StateExport:
 
 
 def donor_among(saved: Mapping[NodeId, StateExport]) -> StateExport:
-    """Whoever's export has the shared state, also for those that have not."""
-    return next(export for export in saved.values() if export.meta["shared"] is not None)
+    """Whoever's export has the latest shared state, also for those that have none."""
+    # Of a node that had been away at the last commit it is older.
+    return max((one for one in saved.values() if one.meta["shared"] is not None), key=lambda one: one.meta["round"])
 
 
 def load_state(replica: Replica, export: StateExport, position: Position | None = None) -> None:

@@ -238,6 +238,8 @@ def drive(
                 raise KeyboardInterrupt from None
             raise
         with _undisturbed():
+            if checkpoints is not None:
+                checkpoints.close()  # as above
             runtime.close()
             lease.release()
         with _undisturbed():

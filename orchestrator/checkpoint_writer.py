@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.errors import CheckpointError, StarlingError
+from orchestrator.errors import CheckpointError, NodeGoneError, StarlingError
 from orchestrator.storage import LONGEST_S
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ class CheckpointWriter:
         """What has become of checkpoints since the last call.
 
         Of each: ``round``, ``nbytes``, ``seconds`` and ``cpu_seconds`` of this thread (all attempts, without the pauses
-        between them), ``error`` (``None``: it is written), ``retries``, and ``untidy``: why old ones could not be
-        removed.
+        between them), ``error`` (``None``: it is written), ``is_gone`` (a node died that was to give its state: the
+        next commit can be saved), ``retries``, and ``untidy``: why old ones could not be removed.
         """
         with self._changed:
             outcomes, self._outcomes = self._outcomes, []
@@ -160,7 +160,7 @@ class CheckpointWriter:
                 self._changed.notify_all()
 
     def _carry_out(self, job: _Job) -> dict[str, Any]:
-        nbytes, retries, seconds, cpu_seconds = 0, 0, 0.0, 0.0
+        nbytes, retries, seconds, cpu_seconds, is_gone = 0, 0, 0.0, 0.0, False
         error: str | None = "the run ended before it was begun"
         while not self._is_closing:
             began, cpu_began = time.monotonic(), time.thread_time()
@@ -171,6 +171,7 @@ class CheckpointWriter:
                 error, again = str(problem), retries < len(self._pauses_s)
             except _SourceError as problem:
                 error = f"checkpoint of round {job.number}: its data are not there: {problem}"
+                is_gone = problem.is_gone
             except Exception as problem:  # noqa: BLE001 - whatever it is, training goes on
                 error = f"checkpoint of round {job.number}: {type(problem).__name__}: {problem} (a bug in Starling)"
             seconds += time.monotonic() - began
@@ -184,6 +185,7 @@ class CheckpointWriter:
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "error": error,
+            "is_gone": is_gone,
             "retries": retries,
             "untidy": None if error else self._store.untidy,
         }
@@ -208,7 +210,16 @@ class CheckpointWriter:
 
 
 class _SourceError(Exception):
-    """The data of a checkpoint cannot be had."""
+    """The data of a checkpoint cannot be had.
+
+    Args:
+        message: why.
+        is_gone: a node died that was to give them; others can, next time.
+    """
+
+    def __init__(self, message: str, *, is_gone: bool) -> None:
+        super().__init__(message)
+        self.is_gone = is_gone
 
 
 class _Kept:
@@ -227,6 +238,7 @@ class _Kept:
                 return
             except Exception as error:  # noqa: BLE001 - of a node, of its machine, of Ray
                 text = str(error) if isinstance(error, StarlingError | RuntimeError) else ""
-                raise _SourceError(text or f"{type(error).__name__}: {error}") from None
+                message = text or f"{type(error).__name__}: {error}"
+                raise _SourceError(message, is_gone=isinstance(error, NodeGoneError)) from None
             self._have.append(one)
             yield one

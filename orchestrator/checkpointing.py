@@ -10,12 +10,13 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from algorithms.api import SERVER
 from orchestrator.checkpoint_writer import CheckpointWriter
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.errors import RunError
+from orchestrator.errors import NodeGoneError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
     from actors.transfer import StateExport
@@ -152,26 +153,29 @@ class Checkpointing:
     def _take(self) -> None:
         for outcome in self._writer.take():
             self.outcomes.append(outcome)
-            if outcome["error"] is not None:
-                self._is_owed = True
-            else:
+            self._is_owed |= outcome["is_gone"]
+            if outcome["error"] is None:
                 self.last = max(self.last, outcome["round"])
                 # What is written beside training takes processor time from it, at most; waiting for storage does not.
                 self._cadence.took(_OF_ALL * outcome["cpu_seconds"] + self._waited)
 
 
-def complete(nodes: Iterator[tuple[NodeId, StateExport]]) -> Iterator[tuple[NodeId, StateExport]]:
-    """What a snapshot gives, if one of the nodes has the shared state.
+def complete(
+    nodes: Iterator[tuple[NodeId, StateExport]], needed: Collection[NodeId]
+) -> Iterator[tuple[NodeId, StateExport]]:
+    """What a snapshot gives, if all of ``needed`` are among it, and anybody at all.
 
     Raises:
-        RunError: whoever was to give it died before.
+        NodeGoneError: one of them died before it was asked.
     """
-    has_shared = False
+    there: set[NodeId] = set()
     for node, export in nodes:
-        has_shared = has_shared or export.meta["shared"] is not None
+        there.add(node)
         yield node, export
-    if not has_shared:
-        raise RunError("the node that was asked for the shared state is gone")
+    lacking = min(set(needed) - there, default=None if there else 0)
+    if lacking is not None:
+        who = "the server" if lacking == SERVER else f"node {lacking}"
+        raise NodeGoneError(lacking, f"{who} is gone, which alone was to give what a run cannot go on without")
 
 
 def _warn(what: str, facts: Mapping[str, Any]) -> None:

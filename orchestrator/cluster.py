@@ -246,26 +246,13 @@ class Cluster(DataPlane):
             actor = self._home[node]
             if actor.alive and (actor.index, node) not in self._retired:
                 there[actor.index].append(node)
+        calls: dict[NodeId, list[ObjectRef[Any]]] = {node: self._kept[node] for node in nodes if node in self._kept}
         for index, those in there.items():
-            self._actors[index].handle.keep.remote(those, shared, number)
-        handles = {node: self._actors[index].handle for index, those in there.items() for node in those}
-        kept = {node: self._kept[node] for node in nodes if node in self._kept}
-
-        def exports() -> Iterator[tuple[NodeId, StateExport]]:
-            for node in nodes:
-                if node in handles:
-                    refs: list[ObjectRef[Any]] = [handles[node].kept.remote(node, number)]
-                elif node in kept:
-                    refs = kept[node]
-                else:
-                    continue
-                try:
-                    found: list[StateExport] = ray.get(refs, timeout=_CALL_TIMEOUT_S)
-                except ray.exceptions.RayError:
-                    continue  # it died
-                yield node, found[0] if len(found) == 1 else with_shared(*found)
-
-        return exports()
+            handle = self._actors[index].handle
+            handle.keep.remote(those, shared, number)
+            # At once: what a node hands over is there also when it leaves after that.
+            calls |= {node: [handle.kept.remote(node, number)] for node in those}
+        return _exports([(node, calls[node]) for node in nodes if node in calls])
 
     def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
         donor = donor_among(saved)
@@ -347,6 +334,24 @@ class Cluster(DataPlane):
                 self._lost(actor, error)
             message = f"node {node} ({self._facts_of(actor).place}) was lost: {reason_of(error)}"
             raise NodeGoneError(node, message) from None
+
+
+def _exports(calls: Sequence[tuple[NodeId, list[ObjectRef[Any]]]]) -> Iterator[tuple[NodeId, StateExport]]:
+    """What calls return, one after the other; who died is left out.
+
+    Raises:
+        RunError: one that lives does not give its state, or Ray is gone.
+    """
+    for node, refs in calls:
+        if not ray.is_initialized():
+            raise RunError("the run's Ray is gone")  # and to ask would start another
+        try:
+            exports: list[StateExport] = ray.get(refs, timeout=_CALL_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise RunError(f"node {node} does not give its state: {reason_of(error)}") from None
+        except ray.exceptions.RayError:
+            continue
+        yield node, exports[0] if len(exports) == 1 else with_shared(*exports)
 
 
 def _gathered(kept: Sequence[tuple[Sending, ObjectRef[Any] | None]]) -> Iterator[StateExport]:

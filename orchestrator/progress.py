@@ -264,7 +264,8 @@ class Progress:
         began = time.monotonic()
         envelopes = mail.room.waiting()
         letters = self.runtime.letters(envelopes) if envelopes else iter(())
-        states = complete(self.runtime.snapshot(nodes, shared))
+        needed = {SERVER}.intersection(nodes) if shared is None else {shared}
+        states = complete(self.runtime.snapshot(nodes, shared), needed)
         saved = itertools.chain(states, ((MAIL, export) for export in letters))
         self.record("saving", round=self.committed, nodes=sorted(nodes))
         mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -105,16 +106,19 @@ def _remove_abandoned(base: Path) -> None:
     for owner in base.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError):
             facts = owner.read_text(encoding="ascii")
-            namespace, pid, _ = facts.split()
+            machine, pid, _ = facts.split()
             mine = _owner(int(pid))
-            # Of a container that shares the folder with us we do not know the processes.
-            if namespace == mine.split()[0] and facts != mine:
-                shutil.rmtree(owner.parent, ignore_errors=True)
+            # Of a machine or a container that shares the folder with us we do not know the processes.
+            if machine == mine.split()[0] and facts != mine:
+                shutil.rmtree(owner.parent / _RAYS, ignore_errors=True)
+                if not (owner.parent / _RAYS).exists():  # else its Ray is ending: another time
+                    shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _owner(pid: int) -> str:
     """What tells a process of this machine from all others, also from those that have its number later."""
-    return f"{Path('/proc/self/ns/pid').stat().st_ino} {pid} {started_at(pid)}"
+    machine = f"{platform.node()}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    return f"{machine} {pid} {started_at(pid)}"
 
 
 def _remove(folder: Path) -> None:

@@ -104,6 +104,11 @@ def config_of(spec: dict[str, Any]) -> Config:
     return config
 
 
+def _go_back() -> None:
+    """Paths are relative to where the sweep was started; before each trial Tune goes to a folder of that trial's."""
+    os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])
+
+
 class StarlingTrial(tune.Trainable):
     """One run after the other: Tune gives the actor of a trial that is over to the next one.
 
@@ -121,11 +126,12 @@ class StarlingTrial(tune.Trainable):
         return tune.PlacementGroupFactory(wanted, strategy="PACK")
 
     def setup(self, config: dict[str, Any]) -> None:
-        os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # Tune has gone to a folder of its own
+        _go_back()
         self._spec = config
         self._run: TrialRun | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
+        _go_back()
         self.cleanup()
         self._spec = new_config
         return True

@@ -14,14 +14,15 @@ def test_folders_of_processes_that_were_killed_are_removed_and_no_others(tmp_pat
     gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     facts = {"starling-gone": _owner(gone.pid), "starling-mine": _owner(os.getpid())}
     gone.communicate(b"\n")
-    namespace, pid, started = facts["starling-gone"].split()
-    facts["starling-of-a-container"] = f"{int(namespace) + 1} {pid} {started}"
-    facts["starling-again"] = f"{namespace} {os.getpid()} 1.0"  # its number is somebody else's by now
-    facts["starling-torn"] = namespace
+    machine, pid, started = facts["starling-gone"].split()
+    facts["starling-of-a-container"] = f"{machine}1 {pid} {started}"
+    facts["starling-of-another"] = f"x{machine} {pid} {started}"
+    facts["starling-again"] = f"{machine} {os.getpid()} 1.0"  # its number is somebody else's by now
+    facts["starling-torn"] = machine
     for name, text in facts.items():
         (tmp_path / name / "r").mkdir(parents=True)
         (tmp_path / name / "owner").write_text(text)
     (tmp_path / "starling-of-a-user").mkdir()
     _remove_abandoned(tmp_path)
-    left = {"starling-mine", "starling-of-a-container", "starling-torn", "starling-of-a-user"}
-    assert {one.name for one in tmp_path.iterdir()} == left
+    left = {one.name.removeprefix("starling-") for one in tmp_path.iterdir()}
+    assert left == {"mine", "of-a-container", "of-another", "torn", "of-a-user"}

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator import api
 from orchestrator.checkpoint_writer import CheckpointWriter
-from orchestrator.checkpointing import Cadence
+from orchestrator.checkpointing import Cadence, Checkpointing, complete
+from orchestrator.checkpoints import CheckpointStore
 from orchestrator.errors import ConfigError, LeaseError, RunDirectoryError, StarlingError
 from orchestrator.lease import Lease
 from orchestrator.records import Observer, RoundRecord, Summary
 from orchestrator.sections import CheckpointConfig
 from orchestrator.simulator import Simulator
+from tests.checkpoints import states
 from tests.conformance import StoppedError, Stopper
 
 DIGITS: dict[str, Any] = {
@@ -246,7 +249,7 @@ def test_storage_that_fails_ends_no_run(
 
 
 @pytest.mark.parametrize("gone", [[0, 1, 2, 3], [0]])
-def test_a_checkpoint_whose_nodes_are_gone_is_given_up_and_the_next_commit_is_saved(
+def test_a_checkpoint_is_given_up_when_those_are_gone_that_it_needs(
     whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: list[int]
 ):
     """Nodes may die after they were asked, all of them or only the one that was to give the shared state."""
@@ -259,13 +262,41 @@ def test_a_checkpoint_whose_nodes_are_gone_is_given_up_and_the_next_commit_is_sa
         return ((node, export) for node, export in there if len(asked) != 2 or node not in gone)
 
     monkeypatch.setattr(Simulator, "snapshot", taken)
-    path = stopped(tmp_path / "run", after=6)
-    (failed,) = [event["error"] for event in lines(path) if event["event"] == "checkpoint" and event["error"]]
-    assert failed.endswith("its data are not there: the node that was asked for the shared state is gone")
-    assert sorted(one.name for one in (path / "checkpoints").iterdir()) == [
-        *("round-000001", "round-000004", "round-000005"),
-    ]
+    path = stopped(tmp_path / "run", checkpoint={"every_rounds": 1, "keep": 9})
+    (failed,) = [event for event in lines(path) if event["event"] == "checkpoint" and event["error"]]
+    assert failed["round"] == 1
+    assert "its data are not there: node 0 is gone, which alone was to give" in failed["error"]
+    assert sorted(one.name for one in (path / "checkpoints").iterdir()) == [f"round-00000{one}" for one in (0, 2, 3)]
     assert api.resume(path).digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("there", "needed", "owed"),
+    [
+        ([0, 1], {0}, False),
+        ([1], {0}, True),
+        ([], {0}, True),
+        ([], set(), True),
+        ([1], set(), False),
+        ([0], {-1}, True),
+    ],
+)
+def test_the_next_commit_is_saved_in_the_place_of_one_that_lost_a_node(
+    tmp_path: Path, there: list[int], needed: set[int], owed: bool
+):
+    runtime: Any = SimpleNamespace(now=0.0, virtual=False)
+    checkpoints = Checkpointing(CheckpointConfig(every_rounds=100), CheckpointStore(None, tmp_path, "r1"), runtime)
+    nodes = [(node, export) for node, export in states(5) if node in there]
+    checkpoints.save(0, {"seed": 5}, complete(iter(nodes), needed))
+    assert checkpoints.join()
+    assert checkpoints.is_due(1) == owed
+    assert checkpoints.counts["failed"] == owed
+    # What fails for another reason would fail again.
+    checkpoints.save(1, {"seed": object()}, iter(nodes))
+    assert checkpoints.join()
+    assert checkpoints.counts["failed"] == owed + 1
+    assert not checkpoints.is_due(2)
+    checkpoints.close()
 
 
 def test_checkpoints_elsewhere_are_found_from_anywhere(whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.data import Place, Position, Segment
 from actors.replica import Replica
-from actors.transfer import StateExport, export_state, load_state, snapshot
+from actors.transfer import StateExport, donor_among, export_state, load_state, snapshot, with_shared
 from algorithms.api import Train
 from algorithms.errors import ProgramError
 from tests.toys import Toy, begin, replica
@@ -172,6 +172,17 @@ def test_a_snapshot_stays_as_it_is(model: Any):
     assert taken.meta == before.meta
     assert all(map(np.array_equal, taken.arrays, before.arrays))
     assert not all(map(np.array_equal, snapshot(one).arrays, before.arrays))
+
+
+def test_who_has_been_away_gives_nobody_its_shared_state():
+    away, there, without = donor(), donor(), donor()
+    there.shared["model"] = torch.zeros(1)
+    begin(there, 7, MEMBERS)
+    there.stage()
+    there.commit()
+    saved = {0: snapshot(away), 1: snapshot(there), 2: snapshot(without, shared=False)}
+    assert donor_among(saved) is saved[1]
+    assert with_shared(saved[2], donor_among(saved)).meta["shared"] is not None
 
 
 def test_an_open_round_stays_at_home():

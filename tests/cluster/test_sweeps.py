@@ -328,7 +328,13 @@ def test_a_tracker_that_goes_away_and_comes_back_has_all(tmp_path: Path, server:
 
 
 def test_a_simulated_sweep_is_confirmed_on_the_cluster(tmp_path: Path, processes: Processes):
-    write(tmp_path)
+    path = write(tmp_path)
+    # Relative to where the sweep is started, for the first trial of an actor and for those after it.
+    (tmp_path / "book.txt").write_text("".join(f"{number} is {number**2} by itself. " for number in range(1000)))
+    task = {"name": "text_lm", "corpus": "book.txt", "context": 16, "model": {"layers": 1, "width": 16, "heads": 2}}
+    config = yaml.safe_load(path.read_text()) | {"task": task}
+    config["evaluation"]["max_batches"] = 2
+    path.write_text(yaml.safe_dump(config))
     program = start(
         processes, tmp_path, "--samples", "4", "--seeds", "2", "--search", "optuna", "--simulate", "--confirm", "1"
     )
