@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import (
@@ -31,10 +31,9 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.optim import Optimizer
 
+from actors.optimizer_options import Option, options_of, read_option, try_steps
 from algorithms.errors import SettingsError, StarlingError
 from algorithms.registry import did_you_mean
-
-_Option: TypeAlias = "bool | int | float | str | tuple[_Option, ...] | None"
 
 ELEMENTWISE = frozenset(
     {
@@ -140,7 +139,11 @@ class OptimizerConfig(BaseModel):
         if not isinstance(value, dict):
             return value
         keys = cast("dict[str, object]", value)
-        return {key: field if key in cls.model_fields else _read_option(key, field) for key, field in keys.items()}
+        types = _types_of(keys.get("name", cls.model_fields["name"].default))
+        return {
+            key: field if key in cls.model_fields else read_option(key, field, types.get(key, inspect.Parameter.empty))
+            for key, field in keys.items()
+        }
 
     @field_validator("name")
     @classmethod
@@ -150,7 +153,8 @@ class OptimizerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        known = _options(_resolve(self.name))
+        kind = _resolve(self.name)
+        known = options_of(kind)
         for option in self.options:
             if option not in known:
                 hint = did_you_mean(option, [*known, *type(self).model_fields])
@@ -159,12 +163,13 @@ class OptimizerConfig(BaseModel):
         try:
             # Two dimensions: some optimizers are for matrices alone.
             _construct(self, [torch.zeros(2, 2)])
+            try_steps(kind, self.lr, self.options)
         except StarlingError as error:
             raise PydanticCustomError("bad_option", "{text}", {"text": str(error)}) from None
         return self
 
     @property
-    def options(self) -> dict[str, _Option]:
+    def options(self) -> dict[str, Option]:
         """The optimizer's own options that are set."""
         return dict(self.model_extra or {})
 
@@ -228,25 +233,12 @@ def _other_optimizers() -> dict[str, type[Optimizer]]:
     return {_plain(name): cast("type[Optimizer]", load_optimizer(name)) for name in get_supported_optimizers()}
 
 
-def _options(kind: type[Optimizer]) -> list[str]:
-    """Names of an optimizer's options; what it would swallow as ``**kwargs`` is none."""
-    parameters = list(inspect.signature(kind).parameters.values())[1:]  # the first are the parameters
-    return [option.name for option in parameters if option.kind != option.VAR_KEYWORD and option.name != "lr"]
-
-
-def _read_option(name: str, value: object) -> _Option:
-    """A number, a text, or a tuple of them."""
-    if isinstance(value, list | tuple):
-        return tuple(_read_option(name, item) for item in cast("list[object]", value))
-    if isinstance(value, str):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-4 as a text
-        except ValueError:
-            return cast("str", value)
-    if not isinstance(value, bool | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-        text = f"{name} must be a finite number, a text, or a list of them, not {value!r}"
-        raise PydanticCustomError("bad_option", "{text}", {"text": text})
-    return value
+def _types_of(name: object) -> dict[str, Any]:
+    """The options of an optimizer and their types; none of a name that is refused anyway."""
+    try:
+        return options_of(_resolve(name)) if isinstance(name, str) else {}
+    except PydanticCustomError:
+        return {}
 
 
 def _plain(name: str) -> str:

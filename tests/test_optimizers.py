@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from actors.optimizer_options import try_steps
 from actors.optimizers import ELEMENTWISE, OptimizerConfig, Schedule, build, is_elementwise
 from algorithms.errors import StarlingError
 
@@ -82,11 +83,24 @@ def test_a_bare_name_is_enough():
         ({"name": "lion", "use_gc": True}, "use_gc is not an option of lion (there are: "),  # it takes **kwargs
         ({"params": []}, "params is not an option of sgd (there are: "),
         ({"momentum": -1}, "sgd: Invalid momentum value: -1"),
-        ({"momentum": "much"}, "sgd: '<' not supported between instances of 'str' and 'float'"),
+        ({"momentum": "much"}, "momentum must be a number, not 'much'"),
+        ({"momentum": True}, "momentum must be a number, not True"),
+        ({"momentum": [0.9]}, "momentum must be a number, not [0.9]"),
+        ({"momentum": 0.9, "nesterov": "maybe"}, "nesterov must be true or false, not 'maybe'"),
+        ({"momentum": 0.9, "nesterov": 2}, "nesterov must be true or false, not 2"),
+        ({"name": "adamw", "betas": [0.9, 0.95, 0.99]}, "betas must be a list of 2 numbers, not [0.9, 0.95, 0.99]"),
+        ({"name": "adamw", "betas": 0.9}, "betas must be a list of 2 numbers, not 0.9"),
+        ({"name": "adamw", "betas": [0.9, "x"]}, "betas must be a list of 2 numbers, not [0.9, 'x']"),
+        ({"name": "adamw", "eps": -1e-8}, "adamw: Invalid epsilon value"),
+        ({"name": "lion", "betas": [0.9, 0.99, 0.999]}, "lion: too many values to unpack"),
+        ({"name": "ranger21"}, "ranger21: Ranger21.__init__() missing 1 required positional argument"),
+        ({"name": "muon", "ns_steps": 2.5}, "ns_steps must be a whole number, not 2.5"),
+        ({"name": "adafactor", "eps": ["x", 1e-3]}, "eps must be a list of 2 "),
+        ({"name": "mars", "mars_type": "sgd"}, "mars_type must be one of adamw, lion, shampoo, not 'sgd'"),
         ({"momentum": {"value": 1}}, "momentum must be a finite number, a text, or a list of them, not {'value': 1}"),
         ({"momentum": math.nan}, "momentum must be a finite number, a text, or a list of them, not nan"),
         ({"nesterov": True}, "sgd: Nesterov momentum requires a momentum and zero dampening"),
-        ({"name": "adam", "betas": [0.9]}, "adam: "),
+        ({"name": "adam", "betas": [0.9]}, "betas must be a list of 2 numbers, not [0.9]"),
         ({"lr": 0}, "Input should be greater than 0"),
         ({"schedule": {"name": "cosine", "warmup_steps": 9, "total_steps": 9}}, "cosine needs more steps in total (9)"),
         ({"schedule": {"name": "linear", "warm_up": 9}}, "Extra inputs are not permitted"),
@@ -94,6 +108,37 @@ def test_a_bare_name_is_enough():
 )
 def test_errors(keys: dict[str, Any], message: str):
     assert complaint(**keys).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("false", False), ("no", False), ("Off", False), ("true", True), ("ON", True), (True, True), (False, False)],
+)
+def test_a_quoted_truth_value_is_one(written: object, read: bool):
+    """A text is true to whoever asks ``if nesterov``."""
+    assert config(momentum=0.9, nesterov=written).options["nesterov"] is read
+    assert (
+        OptimizerConfig.model_validate(config(momentum=0.9, nesterov=written).model_dump()).options["nesterov"] is read
+    )
+
+
+def test_options_have_the_type_that_the_optimizer_asks_for():
+    muon = config(name="muon", ns_steps="5e0", nesterov="no", ns_coefficients=["3.4", -4.7, 2], adjust_lr_fn="original")
+    expected = {"ns_steps": 5, "nesterov": False, "ns_coefficients": (3.4, -4.7, 2), "adjust_lr_fn": "original"}
+    assert muon.options == expected
+    assert type(muon.options["ns_steps"]) is int
+    assert config(name="adafactor", eps=[None, 1e-3]).options == {"eps": (None, 1e-3)}
+
+
+def test_an_optimizer_that_does_not_fit_the_trial_is_not_blamed_for_its_options():
+    """Whatever fails without options too has another reason, which the real parameters will show or not."""
+
+    class Cubes(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            if any(one.dim() != 3 for group in self.param_groups for one in group["params"]):
+                raise ValueError("cubes only")
+
+    try_steps(Cubes, 0.1, {"momentum": 0.9})
 
 
 def test_parameters_that_an_optimizer_does_not_take():
