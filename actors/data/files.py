@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from actors.data import folders
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +37,12 @@ _REFUSALS = (
 )
 _WILDCARDS = re.compile(r"[*?\[]")
 _SKIPPED = re.compile(r"(^|/)(\.[^/]*|__pycache__)(/|$)")
+_SKIPPED_TABLES = re.compile(r"(^|/)(\.[^/]*|_[^/=]*)(/|$)")
+"""Spark, Delta and Hive keep what is no data beside the data; ``_a=1`` is a folder of a partition."""
+_TABLES = frozenset({".parquet", ".pq"})
+_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
+"""Folders whose tables say in a log which of their files are valid."""
+_LOG = logging.getLogger("starling")
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,19 @@ def remembered(function: _F) -> _F:
 
 def forget() -> None:
     """Look at files again: they may have been written anew since the last run of this process."""
+    _said.clear()
     for clear in _forget:
         clear()
+
+
+_said: set[str] = set()
+
+
+def say_once(topic: str, text: str) -> None:
+    """Warn of one ``topic`` once in a run: files are listed several times, and faults come in thousands."""
+    if topic not in _said:
+        _said.add(topic)
+        _LOG.warning("%s", text)
 
 
 _NODE = "{node}"
@@ -143,7 +162,7 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
     Raises:
         DataError: there are none, or they cannot be reached.
     """
-    from pyarrow.fs import FileSelector, FileType
+    from pyarrow.fs import FileType
 
     filesystem, place = _resolve(key, path)
     pattern = _WILDCARDS.search(place)
@@ -157,23 +176,85 @@ def find(key: str, path: str, suffixes: Collection[str] = ()) -> Listing:
             return Listing(filesystem, (place,), (info.size or 0,), (info.mtime_ns or 0,), place.rpartition("/")[0])
         if info.type == FileType.NotFound:
             raise DataError(f"{key}: {shown(path)} does not exist here; name a file, a folder or a pattern")
-        found = filesystem.get_file_info(FileSelector(base or "/", recursive=True))
+        if info.type != FileType.Directory:
+            raise DataError(f"{key}: {shown(path)} is neither a file nor a folder")
+        walk = _below(filesystem, base or "/")
     except OSError as error:
         raise DataError(unreachable(key, path, error)) from None
     matches = re.compile(_translated(place)).fullmatch if pattern else None
-    kept = [
-        (one.path, one.size or 0, one.mtime_ns or 0)
-        for one in found
-        if one.type == FileType.File
-        and (matches(one.path) if matches else not _SKIPPED.search(one.path.removeprefix(base)))
-        and (matches or not suffixes or Path(one.path).suffix.lower() in suffixes)
-    ]
+    shows_hidden = pattern is not None and re.search(r"/[._]", place[len(base) :]) is not None
+
+    def is_hidden(file: str) -> bool:
+        skipped = _SKIPPED_TABLES if _suffix(file) in _TABLES else _SKIPPED
+        return not shows_hidden and skipped.search(file.removeprefix(base)) is not None
+
+    def is_meant(file: str) -> bool:
+        named = matches(file) is not None if matches else not suffixes or _suffix(file) in suffixes
+        return named and not is_hidden(file)
+
+    kept = [one for one in walk.files if is_meant(one[0])]
+    _say(key, path, base, walk, is_meant)
     if not kept:
         what = f"matches no file in {base}" if pattern else f"has no {' or '.join(sorted(suffixes)) or 'files'} files"
-        raise DataError(f"{key}: {shown(path)} {what}")
+        hidden = "; names that begin with . or _ are left out" if any(is_hidden(one[0]) for one in walk.files) else ""
+        raise DataError(f"{key}: {shown(path)} {what}{hidden}")
     kept.sort(key=lambda one: one[0].removeprefix(base))
     paths, sizes, stamps = zip(*kept, strict=True)
     return Listing(filesystem, paths, sizes, stamps, base)
+
+
+def _below(filesystem: FileSystem, base: str) -> folders.Walk:
+    """All files of a folder, at any depth, each once."""
+    from pyarrow.fs import FileSelector, FileType
+
+    if filesystem.type_name == "local":
+        return folders.walk(base)
+    found = filesystem.get_file_info(FileSelector(base, recursive=True))
+    return folders.Walk([(one.path, one.size or 0, one.mtime_ns or 0) for one in found if one.type == FileType.File])
+
+
+def _say(key: str, path: str, base: str, walk: folders.Walk, is_meant: Callable[[str], bool]) -> None:
+    """Say what is read otherwise than one may think.
+
+    Raises:
+        DataError: what is meant cannot be reached.
+    """
+    for link, target in walk.broken:
+        if is_meant(link):
+            raise DataError(f"{key}: {link} is a link to {target}, which cannot be read; mend or remove it")
+    for file, _, _ in walk.files:
+        if is_meant(file) and not _is_text(file):
+            raise DataError(f"{key}: the name of {file.encode(errors='surrogateescape')!r} is no UTF-8; rename it")
+    # Of a folder that is not looked into nobody knows what it has.
+    again = [
+        one
+        for one in walk.repeated
+        if (not _SKIPPED.search(one[0].removeprefix(base)) if one[0].endswith("/") else is_meant(one[0]))
+    ]
+    for one, first in again[:_MANY]:
+        say_once(f"{one} {first}", f"{key}: {one} leads to {first}, which is read already; left out")
+    if len(again) > _MANY:
+        say_once(f"repeated {base}", f"{key}: {base} has {len(again) - _MANY} more such names; left out")
+    for folder, form in _FORMATS.items():
+        if any(f"/{folder}/" in file.removeprefix(base) for file, _, _ in walk.files):
+            what = f"{key}: {shown(path)} is a {form} table"
+            say_once(f"{form} {path}", f"{what}: all Parquet files in it are read, whatever its log says of them")
+
+
+_MANY = 3
+"""Names that are said one by one."""
+
+
+def _suffix(file: str) -> str:
+    return Path(file).suffix.lower()
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _resolve(key: str, path: str) -> tuple[FileSystem, str]:

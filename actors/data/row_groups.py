@@ -322,6 +322,33 @@ def _nbytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(one.numel() * one.element_size() for one in tensors)
 
 
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without its encoding: of categories (a dictionary) their values."""
+    import pyarrow as pa
+
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's values, whatever encodes them: files of one table may differ in that."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        return pa.binary()
+    return kind
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds texts, or categories that are texts."""
+    import pyarrow as pa
+
+    return pa.types.is_string(plain_type(kind))
+
+
 def numbers_of(column: pa.ChunkedArray, name: str, place: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     """A column of numbers as an array of ``dtype``, shape (n,), or (n, k) if its values are lists of k numbers.
 

@@ -7,6 +7,7 @@ process, so that memory is the system's page cache and not the process's own.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import os
 import sysconfig
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 from actors.data import files
-from actors.data.row_groups import open_row_groups, require_column
+from actors.data.row_groups import is_text, open_row_groups, plain, require_column
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -77,7 +78,26 @@ class TokenizerFile:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 - tokenizers raises bare exceptions
             raise DataError(f"task.tokenizer: {file} is not a tokenizer: {_first_line(error)}") from None
-        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_vocab_size()
+        # Both may be saved with it, and are meant for batches of sentences: a corpus is neither cut nor filled up.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+        def encode(text: str) -> list[int]:
+            try:
+                return tokenizer.encode(text, add_special_tokens=False).ids
+            except Exception as error:  # noqa: BLE001 - as above
+                raise DataError(f"task.tokenizer: {file} cannot encode the corpus: {_first_line(error)}") from None
+
+        return encode, vocabulary_size(tokenizer.get_vocab(with_added_tokens=True))
+
+
+def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
+    """The highest number of a token plus one: numbers may have gaps, as reserved and added tokens leave them.
+
+    >>> vocabulary_size({"a": 0, "b": 7})
+    8
+    """
+    return 1 + max(vocabulary.values(), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +176,16 @@ def _load(
     dtype = np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
     train, held_out = _Writer(dtype), _Writer(dtype)
     room, num_files = max_bytes, 0
-    for pieces in _columns(key, corpus, column) if column is not None else _plain(key, corpus):
+    for name, pieces in _columns(key, corpus, column) if column is not None else _plain(key, corpus):
         if room == 0:
             break
         num_files += 1
         writer = train if not split or num_files % _HOLD_OUT_EVERY else held_out
+        writer.begin_file(name)
         for piece in _limited(pieces(room), room):
             room -= len(piece)
             writer.add(piece, encode)
-        writer.end_file(encode)
+        writer.end_file(encode, is_cut=room == 0)
     if not split or num_files >= _HOLD_OUT_EVERY:
         return train.done(), held_out.done(), vocabulary
     text = train.done()
@@ -241,15 +262,18 @@ def _limited(pieces: Iterator[bytes], room: int) -> Iterator[bytes]:
             return
 
 
-def _plain(key: str, corpus: str | None) -> Iterator[Callable[[int], Iterator[bytes]]]:
-    """What gives each file's bytes, at most so many."""
+_Pieces = tuple[str, "Callable[[int], Iterator[bytes]]"]
+"""A file's name for errors, and what gives its bytes, at most so many."""
+
+
+def _plain(key: str, corpus: str | None) -> Iterator[_Pieces]:
     if corpus is None:
         for path in _standard_library():
-            yield functools.partial(_read_local, path)
+            yield f"{key}: {path}", functools.partial(_read_local, path)
         return
     listing = files.find(key, corpus, _SUFFIXES)
     for path in listing.files:
-        yield functools.partial(_read, key, corpus, listing, path)
+        yield f"{key}: {path}", functools.partial(_read, key, corpus, listing, path)
 
 
 def _read_local(path: Path, room: int) -> Iterator[bytes]:
@@ -270,15 +294,15 @@ def _read(key: str, corpus: str, listing: files.Listing, path: str, room: int) -
         raise DataError(files.unreachable(key, corpus, error)) from None
 
 
-def _columns(key: str, corpus: str | None, column: str) -> Iterator[Callable[[int], Iterator[bytes]]]:
-    """What gives each Parquet file's texts, a line end after each."""
-    from pyarrow import types
+def _columns(key: str, corpus: str | None, column: str) -> Iterator[_Pieces]:
+    """Each Parquet file's texts, a line end after each."""
+    import pyarrow as pa
 
     if corpus is None:
         raise DataError("task.corpus: name the Parquet files whose column task.column is")
     schema, groups = open_row_groups(key, corpus)
     kind = require_column("task.column", schema, column).type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+    if not is_text(kind):
         raise DataError(f"task.column: column {column} is {kind}; it must hold texts (string)")
     by_file: dict[str, list[Any]] = {}
     for group in groups:
@@ -288,13 +312,14 @@ def _columns(key: str, corpus: str | None, column: str) -> Iterator[Callable[[in
         for group in of:
             if room <= 0:
                 return
-            for text in group.checked([column]).column(0).to_pylist():
-                piece = f"{text or ''}\n".encode()
+            # As bytes: a column of texts may hold some that are none, and they are looked at when they are encoded.
+            for text in plain(group.checked([column]).column(0)).cast(pa.large_binary()).to_pylist():
+                piece = (text or b"") + b"\n"
                 yield piece
                 room -= len(piece)
 
-    for of in by_file.values():
-        yield functools.partial(texts, of)
+    for file, of in by_file.items():
+        yield f"{key}: column {column} of {file}", functools.partial(texts, of)
 
 
 def _standard_library() -> list[Path]:
@@ -321,6 +346,11 @@ class _Writer:
         self._count = 0
         self._kept = 0
         self._ends: list[int] = []
+        self._name, self._offset = "", 0
+
+    def begin_file(self, name: str) -> None:
+        """What comes now is of another file."""
+        self._name, self._offset = name, 0
 
     def add(self, piece: bytes, encode: Callable[[str], list[int]] | None) -> None:
         """More bytes of the file that is being read."""
@@ -332,16 +362,23 @@ class _Writer:
             self._encode(self._waiting[:cut], encode)
             self._waiting = self._waiting[cut:]
 
-    def end_file(self, encode: Callable[[str], list[int]] | None) -> None:
-        """That was all of a file."""
+    def end_file(self, encode: Callable[[str], list[int]] | None, *, is_cut: bool = False) -> None:
+        """That was all of a file, or all that is wanted of it."""
         if encode is not None and self._waiting:
-            self._encode(self._waiting, encode)
+            self._encode(self._waiting, encode, is_cut=is_cut)
             self._waiting = b""
         self._ends.append(self._count)
 
-    def _encode(self, piece: bytes, encode: Callable[[str], list[int]]) -> None:
-        # A file that max_bytes cuts may end within a character.
-        self._append(np.array(encode(piece.decode("utf-8", errors="replace")), dtype=self._dtype))
+    def _encode(self, piece: bytes, encode: Callable[[str], list[int]], *, is_cut: bool = False) -> None:
+        start = len(codecs.BOM_UTF8) if not self._offset and piece.startswith(codecs.BOM_UTF8) else 0
+        try:
+            # A file that max_bytes cuts may end within a character.
+            text = codecs.getincrementaldecoder("utf-8")().decode(piece[start:], final=not is_cut)
+        except UnicodeDecodeError as error:
+            where = f"at byte {self._offset + start + error.start}"
+            raise DataError(f"{self._name} is not UTF-8 {where}; convert it (iconv -t UTF-8)") from None
+        self._offset += len(piece)
+        self._append(np.array(encode(text), dtype=self._dtype))
 
     def _append(self, tokens: NDArray[Any]) -> None:
         self._count += len(tokens)

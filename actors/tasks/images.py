@@ -3,7 +3,9 @@
 * A folder: ``path/<class>/<any>.png``; classes are numbered in the order of their names. A pattern or URI will do too.
 * Parquet: ``image`` is a column of encoded images (binary, or the struct with ``bytes`` that Hugging Face's datasets
   write), ``label`` one of whole numbers. Row groups are dealt and read as in the task ``parquet``.
-* Every picture that Pillow can read is taken; it is scaled to ``size`` × ``size``, and its values to [0, 1].
+* Every picture that Pillow can read is taken, of several frames the first. It is turned as its EXIF data say, laid on
+  white where it is transparent, and scaled to ``size`` × ``size``, its values to [0, 1] (16 bits to 8 bits first).
+  Values of which nobody knows the range (floats, 32 bits) are refused.
 * Without ``validation``, every tenth image is held out; of Parquet, every tenth row group, as in ``parquet``.
 """
 
@@ -29,9 +31,15 @@ from algorithms.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
+    from PIL import Image
 
 _LOG = logging.getLogger("starling")
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+_SUFFIXES = frozenset(
+    [
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".bmp", ".dib", ".gif", ".webp", ".avif"),
+        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    ]
+)
 _PARQUET = frozenset({".parquet", ".pq"})
 _HOLD_OUT_EVERY = 10
 _MAX_PIXELS = 64_000_000
@@ -238,7 +246,10 @@ class _Decoder:
         images = torch.empty(table.num_rows, task.channels, task.size, task.size, dtype=torch.uint8)
         for row, value in enumerate(table.column(task.image).to_pylist()):
             data = value["bytes"] if isinstance(value, dict) else value
-            images[row] = _decoded(data or b"", f"{place}, row {row}", task.size, task.channels)
+            where = f"{place}, row {row}"
+            if data is None:
+                raise UnreadableError(f"{where}: column {task.image} has no bytes")
+            images[row] = _decoded(data, where, task.size, task.channels)
         return images, self.labels(table, place)
 
     def labels(self, table: pa.Table, place: str) -> Tensor:
@@ -249,17 +260,57 @@ class _Decoder:
 def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:
     from PIL import Image
 
+    if not data:
+        raise UnreadableError(f"{place} cannot be read as an image: it is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise UnreadableError(f"{place}: an image of {image.width}×{image.height} is too large")
-            pixels = np.asarray(
-                image.convert("L" if channels == 1 else "RGB").resize((size, size), Image.Resampling.BILINEAR)
-            )
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).strip().partition("\n")[0].partition(": <")[0][:120]
-        raise UnreadableError(f"{place} cannot be read as an image: {files.printable(reason)}") from None
+            _check(image)
+            if getattr(image, "is_animated", False) and image.format not in _WITH_PREVIEWS:
+                files.say_once("frames", f"{place} has several frames; the first is taken, also of other images")
+            plain = _eight_bits(image, "L" if channels == 1 else "RGB")
+            pixels = np.asarray(plain.resize((size, size), Image.Resampling.BILINEAR))
+    except Exception as error:  # noqa: BLE001 - of damaged files Pillow's plugins raise whatever they stumble upon
+        raise UnreadableError(f"{place} cannot be read as an image: {_reason(error)}") from None
     return torch.from_numpy(pixels.reshape(size, size, channels).copy()).permute(2, 0, 1)
+
+
+_WITH_PREVIEWS = frozenset({"MPO", "ICO", "ICNS"})
+"""Formats whose further frames show the same in another size, or from another eye."""
+
+
+def _check(image: Image.Image) -> None:
+    if image.width * image.height > _MAX_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels are too many")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        what = "floats" if image.mode == "F" else "32 bits"
+        raise ValueError(f"it has values of {what}, whose range nobody knows; write it with 8 or 16 bits")
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
+    """The picture as it is meant to be seen, in ``mode`` "L" or "RGB"."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    # Pillow cuts off what is greater than 255. A PGM of more than 8 bits comes scaled to 16 bits, in a mode of 32.
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((values * 255 + _MAX_16_BITS // 2) // _MAX_16_BITS).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+    return image.convert(mode)
+
+
+_MAX_16_BITS = 65535
+
+
+def _reason(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "its bytes are those of no format that Pillow knows"
+    text = str(error).strip().partition("\n")[0][:120]
+    return files.printable(text) or type(error).__name__
 
 
 def _is_encoded(kind: pa.DataType) -> bool:
@@ -268,12 +319,20 @@ def _is_encoded(kind: pa.DataType) -> bool:
     if types.is_struct(kind):
         index = kind.get_field_index("bytes")  # pyright: ignore[reportAttributeAccessIssue] - of structs
         return index >= 0 and _is_encoded(kind.field(index).type)  # pyright: ignore[reportAttributeAccessIssue]
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 @files.remembered
 def _holds_parquet(path: str) -> bool:
-    return any(name.endswith((".parquet", ".pq")) for name in files.find("task.path", path, _PARQUET | _SUFFIXES).files)
+    found = files.find("task.path", path, _PARQUET | _SUFFIXES).files
+    tables = [name for name in found if name.lower().endswith((".parquet", ".pq"))]
+    if tables and len(tables) < len(found):
+        other = next(name for name in found if name not in tables)
+        raise DataError(
+            f"task.path: {path} has Parquet files and images ({tables[0]}, {other}); name the ones that are meant: "
+            "a folder of theirs, or a pattern"
+        )
+    return bool(tables)
 
 
 @files.remembered

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.server
+import logging
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -51,6 +53,92 @@ def test_a_folder_is_listed_in_the_order_of_its_paths(tmp_path: Path):
     assert only == str(tmp_path / "d.png")
     with pytest.raises(DataError, match=r"key: .* has no .csv files"):
         files.find("key", str(tmp_path), {".csv"})
+
+
+def listed(path: Path, *suffixes: str) -> list[str]:
+    listing = files.find("key", str(path), suffixes)
+    return [listing.relative(file) for file in listing.files]
+
+
+def made(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def test_a_file_is_read_once_however_many_names_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    root, other = made(tmp_path / "data", "b/1.txt", "b/2.txt", "c.txt"), made(tmp_path / "other", "x/3.txt")
+    (root / "again").symlink_to(root)  # into itself
+    (root / "a").symlink_to(root / "b")  # a folder twice, and its link comes first
+    (root / "a.txt").symlink_to(root / "c.txt")
+    (root / "d.txt").hardlink_to(root / "c.txt")
+    (root / "outside").symlink_to(other)
+    (other / "back").symlink_to(root)
+    (other / "x" / "loop").symlink_to(other / "x")
+    expected = ["b/1.txt", "b/2.txt", "c.txt", "outside/x/3.txt"]
+    for uri in (str(root), f"file://{root}", f"{root}/**/*.txt"):
+        files.forget()
+        caplog.clear()
+        listing = files.find("key", uri, {".txt"})
+        assert [listing.relative(file) for file in listing.files] == expected
+        said = " ".join(record.message for record in caplog.records)
+        assert "key: " in said
+        assert "which is read already; left out" in said
+        assert "has 3 more such names" in said
+
+
+def test_links_of_a_hub_s_cache_are_followed(tmp_path: Path):
+    made(tmp_path, "blobs/123", "blobs/456")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "a.txt").symlink_to("../blobs/123")
+    (tmp_path / "snapshot" / "b.txt").symlink_to("../blobs/456")
+    assert listed(tmp_path / "snapshot", ".txt") == ["a.txt", "b.txt"]
+
+
+def test_a_link_that_leads_nowhere_is_named_if_it_is_meant(tmp_path: Path):
+    made(tmp_path, "a.txt")
+    (tmp_path / "b.dat").symlink_to("gone")
+    (tmp_path / ".#a.txt").symlink_to("user@host.123")  # how an editor locks it
+    (tmp_path / "loop.dat").symlink_to("loop.dat")
+    assert listed(tmp_path, ".txt") == ["a.txt"]
+    (tmp_path / "c.txt").symlink_to("gone")
+    with pytest.raises(DataError, match=r"key: .*/c.txt is a link to gone, which cannot be read"):
+        listed(tmp_path, ".txt")
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path):
+    made(tmp_path, "a.txt")
+    os.mkfifo(tmp_path / "b.txt")
+    assert listed(tmp_path, ".txt") == ["a.txt"]
+    with pytest.raises(DataError, match="is neither a file nor a folder"):
+        listed(tmp_path / "b.txt")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path):
+    made(tmp_path, "a.txt")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("")
+    with pytest.raises(DataError, match=r"key: the name of b'.*\\xff.txt' is no UTF-8"):
+        listed(tmp_path, ".txt")
+
+
+def test_what_spark_keeps_beside_its_tables_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    names = ["_delta_log/0.checkpoint.parquet", "_temporary/0/a.parquet", ".hidden.parquet", "_b.parquet", "_SUCCESS"]
+    kept = ["_year=1/a.parquet", "a.parquet", "b/c.PARQUET"]
+    made(tmp_path, *names, *kept, ".a.parquet.crc")
+    files.forget()
+    assert listed(tmp_path, ".parquet") == kept
+    assert "is a Delta table: all Parquet files in it are read" in caplog.text
+    assert listed(tmp_path / "**" / "*.parquet") == kept[:2]
+    assert listed(tmp_path / "_b.parquet") == ["_b.parquet"]
+    assert listed(tmp_path / "_temporary" / "*" / "*.parquet") == ["0/a.parquet"]
+    assert listed(tmp_path / "_b.*") == ["_b.parquet"]
+    with pytest.raises(DataError, match=r"matches no file in .*; names that begin with . or _ are left out"):
+        listed(tmp_path / "?b.parquet")
+    made(tmp_path / "texts", "__init__.py", "_private.py", ".x.py")  # of sources such names are ordinary
+    assert listed(tmp_path / "texts", ".py") == ["__init__.py", "_private.py"]
 
 
 def test_control_characters_are_not_shown():

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.data import DataConfig
+from actors.data import DataConfig, files
 from actors.data.indices import concrete
+from actors.data.row_groups import UnreadableError
 from actors.setup import load_data
+from actors.tasks import images
 from actors.tasks.images import Images
 from algorithms.errors import DataError
 from orchestrator import simulate
@@ -130,6 +132,104 @@ def test_what_cannot_be_read_is_named_or_left_out(tmp_path: Path, caplog: pytest
     assert len(caplog.records) == 1
 
 
+# --- what is in the files ---------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 65535, 256).reshape(16, 16).astype("u2")
+GREY = np.arange(256).reshape(16, 16).astype("u1")
+
+
+def saved(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def decoded(data: bytes, channels: int = 1) -> np.ndarray[Any, Any]:
+    return images._decoded(data, "it", 16, channels).numpy()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(Image.fromarray(RAMP)),
+        saved(Image.fromarray(RAMP), "TIFF"),
+        b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes(),
+    ],
+    ids=["png", "tiff", "pgm"],
+)
+def test_sixteen_bits_are_scaled(data: bytes):
+    assert np.array_equal(decoded(data)[0], GREY)
+    assert np.array_equal(decoded(data, 3), np.stack([GREY] * 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("1", "PNG"), ("L", "GIF"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")],
+)
+def test_all_that_has_eight_bits_is_read(kind: str, form: str):
+    image = Image.fromarray(GREY).convert("RGB").convert(kind)
+    assert np.array_equal(decoded(saved(image, form), 3), np.array(image.convert("RGB")).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_their_camera_was_held(orientation: int):
+    meant = np.zeros((16, 16), "u1")
+    meant[:8], meant[:, :4] = 200, 255
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that the one of the tag undoes
+    image = Image.fromarray(meant)
+    image = image if orientation == 1 else image.transpose(Image.Transpose(back[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decoded(saved(image, exif=exif))[0], meant)
+
+
+def test_what_is_transparent_is_white():
+    pixels = np.zeros((16, 16, 4), "u1")  # black on black, but for what covers it
+    pixels[4:12, 4:12, 3] = 255
+    expected = np.full((16, 16), 255)
+    expected[4:12, 4:12] = 0
+    assert np.array_equal(decoded(saved(Image.fromarray(pixels)))[0], expected)
+    palette = Image.fromarray(GREY).convert("P")
+    assert decoded(saved(palette, transparency=int(np.array(palette)[0, 0])))[0, 0, 0] == 255
+
+
+def test_of_several_frames_one_is_taken_and_that_is_said(caplog: pytest.LogCaptureFixture):
+    frames = [Image.fromarray(GREY), Image.fromarray(GREY.T)]
+    logging.getLogger("starling").propagate = True
+    files.forget()
+    for _ in range(2):
+        data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert np.array_equal(decoded(data)[0], GREY)
+    (record,) = caplog.records
+    assert "it has several frames; the first is taken" in record.message
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"<html>", "it cannot be read as an image: its bytes are those of no format that Pillow knows"),
+        (b"", "it cannot be read as an image: it is empty"),
+        (saved(Image.fromarray(RAMP.astype("i4")), "TIFF"), "it has values of 32 bits, whose range nobody knows"),
+        (saved(Image.fromarray(RAMP.astype("f4")), "TIFF"), "it has values of floats, whose range nobody knows"),
+        (saved(Image.fromarray(GREY), "JPEG")[:-90], "it cannot be read as an image: .*[Tt]runcated"),
+        (saved(Image.new("L", (8001, 8000))), "8001×8000 pixels are too many"),
+        (saved(Image.fromarray(GREY))[:20], "it cannot be read as an image: [^<]*$"),
+    ],
+    ids=["html", "empty", "int32", "float", "truncated", "large", "header"],
+)
+def test_what_no_picture_can_be_made_of_is_said_in_a_line(data: bytes, message: str):
+    with pytest.raises(UnreadableError, match=message):
+        decoded(data)
+
+
+def test_pictures_beside_tables_are_not_left_out_in_silence(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(encoded((1, 1, 1)))
+    pq.write_table(pa.table({"image": [encoded((1, 1, 1))] * 20, "label": [0] * 20}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"has Parquet files and images \(.*t.parquet, .*0.png\)"):
+        small(tmp_path).train_samples(1)
+
+
 def test_a_bad_image_in_parquet_names_its_row(tmp_path: Path):
     path = tmp_path / "t.parquet"
     images = [encoded((1, 1, 1))] * 20
@@ -198,5 +298,5 @@ def test_each_node_opens_its_own_images(tmp_path: Path, folder: Path, table: Pat
 
 def test_an_array_is_not_an_image_file(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.zeros(3))
-    with pytest.raises(DataError, match="has no .bmp or .gif"):
+    with pytest.raises(DataError, match="has no .apng or .avif"):
         small(tmp_path).train_samples(1)

@@ -133,6 +133,64 @@ def test_a_vocabulary_may_be_larger_and_not_smaller(tmp_path: Path, tokenizer: P
         small(tmp_path, tokenizer=str(tokenizer), vocabulary=100).build()
 
 
+def test_what_a_tokenizer_does_to_sentences_is_not_done_to_a_corpus(tmp_path: Path, tokenizer: Path):
+    (tmp_path / "a.txt").write_text("the quick brown fox. " * 200)
+    expected = load_corpus(str(tmp_path), None, 10**6, texts.TokenizerFile(str(tokenizer)))[0].tokens
+    made = Tokenizer.from_file(str(tokenizer))
+    made.enable_padding(length=5000)
+    made.enable_truncation(3)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = load_corpus(str(tmp_path), None, 10**6, texts.TokenizerFile(str(tmp_path)))[0].tokens
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("highest", [300, 70_000])
+def test_a_vocabulary_goes_to_its_highest_number(tmp_path: Path, highest: int):
+    words = {"[UNK]": 0, "a": 1, "b": highest}
+    made = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a b " * 50)
+    train, _, vocabulary = load_corpus(str(tmp_path), None, 10**6, texts.TokenizerFile(str(tmp_path)))
+    assert vocabulary == highest + 1
+    assert set(train.tokens.tolist()) == {1, highest}
+
+
+def test_texts_are_utf_8(tmp_path: Path, tokenizer: Path):
+    encoding = texts.TokenizerFile(str(tokenizer))
+    text = "größer\r\n" * 40
+
+    def tokens(data: bytes, most: int = 10**6) -> list[int]:
+        (tmp_path / "a.txt").write_bytes(data)
+        return np.concatenate([part.tokens for part in load_corpus(str(tmp_path), None, most, encoding)[:2]]).tolist()
+
+    assert tokens(b"\xef\xbb\xbf" + text.encode()) == tokens(text.encode())
+    assert len(tokens(text.encode(), most=3)) > 0  # ö is cut in two
+    for wrong, place in ((text.encode("latin-1"), 2), (b"\xef\xbb\xbfx\xff", 4), (text.encode("utf-16"), 0)):
+        with pytest.raises(DataError, match=rf"task.corpus: .*a.txt is not UTF-8 at byte {place}; convert it"):
+            tokens(wrong)
+    (tmp_path / "a.txt").write_bytes(text.encode("latin-1"))
+    train = load_corpus(str(tmp_path), None, 10**6, Bytes())[0]
+    assert train.tokens.tobytes() == text.encode("latin-1")[: len(train.tokens)]  # bytes are bytes
+
+
+def test_a_tokenizer_that_does_not_know_a_word_is_told_of(tmp_path: Path):
+    made = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a b")
+    with pytest.raises(DataError, match=r"task.tokenizer: .*tokenizer.json cannot encode the corpus: .*UNK"):
+        load_corpus(str(tmp_path), None, 10**6, texts.TokenizerFile(str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int8(), pa.string()), pa.large_string(), pa.string_view()])
+def test_a_column_of_texts_may_be_encoded(tmp_path: Path, kind: Any):
+    words = pa.array(["one", "two", None, "one"] * 20)
+    pq.write_table(pa.table({"words": words.cast(kind)}), tmp_path / "a.parquet", row_group_size=30)
+    parts = load_corpus(str(tmp_path), "words", 10**6, Bytes())[:2]
+    assert b"".join(part.tokens.tobytes() for part in parts) == b"one\ntwo\n\none\n" * 20
+
+
 def test_tokenizers_that_are_none(tmp_path: Path):
     (tmp_path / "a.txt").write_text("the quick brown fox\n" * 40)
     with pytest.raises(DataError, match=r"task.tokenizer: .*/no.json does not exist here; name a tokenizer.json, or a"):
