@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from algorithms.codecs import FP4, QSGD, BFloat16, Codec, Float16, Identity, Int8, RandomK, Sign, TopK
+from algorithms.codecs import FP4, QSGD, BFloat16, Codec, Float16, Identity, Int8, RandomK, Sign, TopK, exchange_codecs
 from algorithms.codecs.base import AT_ONCE
 from algorithms.codecs.int8 import _LIMIT
 from algorithms.errors import ProgramError
@@ -344,6 +344,24 @@ def test_top_k_takes_the_largest_in_each_block():
     values = torch.tensor([1.0, -5.0, 2.0, 4.0, 0.0, 0.0, 3.0, 0.0])
     assert there_and_back(TopK(fraction=0.5, block_size=4), values).tolist() == [0, -5, 0, 4, 0, 0, 3, 0]
     assert TopK(fraction=0.5, block_size=4).encode(values)[:4].tolist() == [1, 0, 3, 0]
+
+
+def test_both_ways_of_an_exchange_are_unbiased_in_the_mean():
+    """With the same places both ways a value would come back as (n/k)² of itself, once in n/k exchanges."""
+    values, codec = torch.tensor([1.0, -2.0, 3.0, 0.5]), RandomK(fraction=0.5, block_size=4)
+    total = torch.zeros(4)
+    for number in range(2000):
+        sent, result = exchange_codecs(codec, codec, number)
+        total += result.through(sent.through(values))
+    torch.testing.assert_close(total / 2000, values, rtol=0.15, atol=0)
+
+
+def test_exchanges_of_one_number_are_told_apart_by_name():
+    codec = RandomK(fraction=0.1)
+    drawn = [exchange_codecs(codec, codec, 3, name) for name in ("", "0", "1")]
+    assert len({str(one) for pair in drawn for one in pair}) == 6
+    assert drawn[0][0] == codec.at(3)
+    assert exchange_codecs(codec, codec, 3, "1") == drawn[2]
 
 
 def test_random_k_draws_other_places_in_each_round_and_the_same_on_all_nodes():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from algorithms.errors import ProgramError
 from algorithms.registry import Part
+from algorithms.seeds import derive_seed
 
 
 class Codec(Part, family="codec", catalog="algorithms.codecs"):
@@ -36,7 +37,10 @@ class Codec(Part, family="codec", catalog="algorithms.codecs"):
         return True
 
     def at(self, round_number: int) -> Self:
-        """The codec of a round, the same on all members; another one each time where a codec draws random numbers."""
+        """Return the codec of an exchange by its number, the same on all members; it draws random numbers of its own.
+
+        The number is the round's where a round has one exchange; see ``exchange_codecs`` where it has several.
+        """
         del round_number
         return self
 
@@ -74,6 +78,19 @@ class Identity(Codec, name="identity"):
 
     def decode(self, data: Tensor, num_values: int, dtype: torch.dtype) -> Tensor:
         return data.view(dtype)[:num_values]
+
+
+def exchange_codecs(codec: Codec, result_codec: Codec, number: int, name: str = "") -> tuple[Codec, Codec]:
+    """Return the codecs of contributions and of the result, with random numbers of this exchange alone.
+
+    Args:
+        codec: of what is contributed.
+        result_codec: of what comes back.
+        number: of the exchange in the run, such as the round's.
+        name: tells exchanges of one number apart, such as a fragment's.
+    """
+    draw = derive_seed("exchange", number, name) if name else number
+    return codec.at(draw), result_codec.at(derive_seed("result", draw))
 
 
 AT_ONCE = 65_536

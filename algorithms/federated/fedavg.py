@@ -27,7 +27,7 @@ from torch import Tensor
 
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, refuse_lossy
+from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 from algorithms.federated.base import Federated
 
 if TYPE_CHECKING:
@@ -60,12 +60,13 @@ class FedAvg(Federated, name="fedavg"):
             await self.local_work(self.rule(model))
             contribution = {"difference": model - node.parameters, "buffers": node.buffers}
             weight = float(node.num_samples if self.weighting == "samples" else 1)
+        codec, result_codec = exchange_codecs(self.codec, self.result_codec, node.round)
         mean = await AllReduce(
             contribution,
             weight=weight,
             aggregator=self.aggregator,
-            codec=self.codec.at(node.round),
-            result_codec=self.result_codec.at(node.round),
+            codec=codec,
+            result_codec=result_codec,
         )
         self.move(node, mean.value["difference"], mean.value["buffers"])
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 
 from algorithms.api import Algorithm, AllReduce, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, refuse_lossy
+from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,17 +33,26 @@ class LowCommunication(Algorithm):
         refuse_lossy(self.codec, self.result_codec, feedback=self.error_feedback)
         return self
 
-    def compensated(self, node: Node, values: Tensor, name: str = "") -> Tensor:
+    def codecs_at(self, number: int, name: str = "") -> tuple[Codec, Codec]:
+        """Return the codecs of one exchange: of what is contributed, and of its result.
+
+        A codec that draws random numbers draws others for each ``number``, each ``name`` and each of the two ways:
+        ``random_k`` both ways with the same places would scale by n/k twice what is sent once.
+        """
+        return exchange_codecs(self.codec, self.result_codec, number, name)
+
+    def compensated(self, node: Node, values: Tensor, codec: Codec, name: str = "") -> Tensor:
         """What to contribute instead of ``values``, shape (n,); the next residual of this ``name`` is staged.
 
-        e ← (x + e) - C(x + e): what C leaves out is sent later, also if it is never among the largest.
+        e ← (x + e) - C(x + e), C being the ``codec`` of this exchange: what C leaves out is sent later, also if it is
+        never among the largest.
         """
         if not self.error_feedback:
             return values
         key = f"{_RESIDUAL} {name}".rstrip()
         residual = cast("Tensor | None", node.local.get(key))
         corrected = values if residual is None else values + residual
-        node.local[key] = corrected - self.codec.at(node.round).through(corrected)
+        node.local[key] = corrected - codec.through(corrected)
         return corrected
 
     def unsent(self, node: Node) -> float:

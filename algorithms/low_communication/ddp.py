@@ -48,14 +48,15 @@ class Synchronous(LowCommunication):
 
     async def steps_together(self, node: Node, steps: int) -> None:
         """Take ``steps`` steps with the mean gradient of all."""
-        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         fresh = node.view.changed
-        for _ in range(steps):
+        for step in range(steps):
+            # Of the run's step, not of the round: rounds are only a grouping, also of what a codec draws.
+            codecs = self.codecs_at(node.round * steps + step)
             report = await Gradient()
             if self.compressor is not None:
                 mean = await self.compressor.all_reduce(node, report.gradient)
             else:
-                sent = self.compensated(node, report.gradient)
+                sent = self.compensated(node, report.gradient, codecs[0])
                 mean = await AllReduce(sent, codec=codecs[0], result_codec=codecs[1])
             # Whose gradient is missing has another optimizer from now on: it is new, or its loss was NaN.
             fresh = fresh or len(mean.members) < len(node.view.members)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from algorithms.aggregators import Aggregator, Mean
 from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, refuse_lossy
+from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 from algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ class DiLoCo(Algorithm, name="diloco"):
     async def round(self, node: Node) -> None:
         anchor = cast("Tensor", node.shared["anchor"])
         await Train(steps=self.inner_steps)
+        codec, result_codec = exchange_codecs(self.codec, self.result_codec, node.round)
         mean = await AllReduce(
             {"outer_gradient": anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
             aggregator=self.aggregator,
-            codec=self.codec.at(node.round),
-            result_codec=self.result_codec.at(node.round),
+            codec=codec,
+            result_codec=result_codec,
         )
         step, node.shared["outer"] = self.outer.update(
             mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])

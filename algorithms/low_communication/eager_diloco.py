@@ -4,19 +4,23 @@ Node m trains H = ``inner_steps`` steps from its own θ_m, while the outer gradi
 Δ'. What it has learned itself meanwhile replaces its share in that mean, Δ_m' being what it sent, and the outer step
 is taken at once (η = ``outer.lr``, β = ``outer.momentum``):
 
-    Δ_m = θ_m(begin) - θ_m(end)          Δ̃_m = Δ' + (Δ_m - Δ_m') / N
+    Δ_m = θ_m(begin) - θ_m(end)          Δ̃_m = Δ' + a_m - a_m',   a_m = Δ_m / N
     v_m ← β v_m + Δ̃_m          θ_m ← θ_m(begin) - η (Δ̃_m + β v_m)
 
-In the first round Δ' and Δ_m' are zero. The step is linear in Δ̃_m, so θ_m is kept as a sum of two parts: θ, which
-takes the step with Δ' and is the same on all nodes, and c_m, which takes it with the rest. Over the rounds the rest
-cancels but for the last Δ_m / N, so that models do not drift apart. A run is evaluated and saved as θ.
+a_m is what the node is ahead of the others, and a_m' what it was ahead by in the round before: in a round of as many
+nodes as the last one Δ̃_m = Δ' + (Δ_m - Δ_m') / N. In the first round Δ' and a_m' are zero. The step is linear in Δ̃_m,
+so θ_m is kept as a sum of two parts: θ, which takes the step with Δ' and is the same on all nodes, and c_m, which takes
+it with the rest. Over the rounds the rest cancels but for the last a_m, so that models do not drift apart.
 
-Deviations: the sum of two parts; formulas as remembered of the paper, not verified. Floating-point buffers are averaged
-when the exchange is over.
+A run is evaluated and saved as θ, in which the last round is missing: its exchange would be that of the next one. With
+N = 1 the node follows DiLoCo, and the saved model is one outer step behind.
+Deviations: the sum of two parts. The formula agrees in words with two secondary sources; the paper was not read.
+Floating-point buffers are averaged when the exchange is over.
 Elasticity: θ and v are shared state. A joiner begins at θ with c_m = 0, and has nothing to send in its first round. A
-node that is lost takes the steps along that it had not sent.
+node that is lost takes the steps along that it had not sent. What was added is what is subtracted, also when N changes
+in between: subtracting Δ_m' / N of another N would shift c_m for good.
 Cost: 2·b·P·(N-1) bytes per round over all nodes, b as encoded by ``codec`` in and by ``result_codec`` out; up to 64 KiB
-a contribution travels inline. It takes H steps' time at least before anybody waits. State: 5·P values, two of them
+a contribution travels inline. It takes H steps' time at least before anybody waits. State: 6·P values, two of them
 shared.
 Reference: Kale et al., "Eager Updates For Overlapped Communication and Computation in DiLoCo", 2025, arXiv:2502.12996.
 """
@@ -41,8 +45,10 @@ if TYPE_CHECKING:
 class EagerDiLoCo(LowCommunication, name="eager_diloco"):
     """DiLoCo with a whole round to communicate; see the module's docstring."""
 
-    inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges, and during each
-    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; sgd or nesterov; not verified
+    inner_steps: PositiveInt = (
+        100  # H, optimizer steps between exchanges, and during each; the paper's is 30 (secondary)
+    )
+    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; sgd or nesterov; the paper's, by a secondary source
 
     @model_validator(mode="after")
     def _outer_step_is_linear(self) -> Self:
@@ -63,23 +69,25 @@ class EagerDiLoCo(LowCommunication, name="eager_diloco"):
 
     def _begin(self, node: Node, pending: Tensor | None) -> None:
         node.local["pending"] = pending
+        node.local["ahead"] = torch.zeros_like(node.parameters)
         node.local["own"] = torch.zeros_like(node.parameters)
         node.local["own outer"] = self.outer.init(node.parameters)
 
     async def round(self, node: Node) -> None:
         begun, pending = node.parameters.clone(), cast("Tensor | None", node.local["pending"])
-        sent = None if pending is None else self.compensated(node, pending)
-        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        codecs = self.codecs_at(node.round)
+        sent = None if pending is None else self.compensated(node, pending, codecs[0])
         handle = await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1]))
         await Train(steps=self.inner_steps)
         mean = await Wait(handle)
         step, node.shared["outer"] = self.outer.update(mean.value, cast("OuterState", node.shared["outer"]))
         anchor = cast("Tensor", node.shared["anchor"]) + step
         news = begun - node.parameters
-        rest = (news if pending is None else news - pending) / len(node.view.members)
+        ahead = news / len(node.view.members)
+        rest = ahead - cast("Tensor", node.local["ahead"])
         step, node.local["own outer"] = self.outer.update(rest, cast("OuterState", node.local["own outer"]))
         own = cast("Tensor", node.local["own"]) + step
-        node.shared["anchor"], node.local["own"], node.local["pending"] = anchor, own, news
+        node.shared["anchor"], node.local["own"], node.local["pending"], node.local["ahead"] = anchor, own, news, ahead
         node.parameters.copy_(anchor + own)
         await average_buffers(node)
 

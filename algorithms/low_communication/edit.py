@@ -96,7 +96,6 @@ class EDiT(Synchronous, name="edit"):
     async def synchronize(self, node: Node, shares: Mapping[NodeId, float]) -> None:
         """Bring all modules together, and everybody to them."""
         modules, known = modules_of(node.layout), anchors.known(node)
-        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         deltas = [
             one["anchor"] - to_host(gather(node.parameters, ranges)) for one, ranges in zip(known, modules, strict=True)
         ]
@@ -106,7 +105,8 @@ class EDiT(Synchronous, name="edit"):
             # Of a module in which all went astray there is no mean.
             if any(one[place] for one in weights.values()):
                 own = weights[node.id][place] if node.id in weights else 0.0
-                sent = self.compensated(node, delta, str(place)) if own else None
+                codecs = self.codecs_at(node.round, str(place))
+                sent = self.compensated(node, delta, codecs[0], str(place)) if own else None
                 reduce = AllReduce(sent, weight=own or 1.0, codec=codecs[0], result_codec=codecs[1])
                 handles[place] = await Start(reduce)
         for place, handle in handles.items():

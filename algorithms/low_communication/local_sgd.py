@@ -40,8 +40,8 @@ class LocalSGD(LowCommunication, name="local_sgd"):
         model = cast("Tensor", node.shared["model"])
         await Train(steps=self.inner_steps)
         # The differences travel: of those a codec loses less than of the models.
-        sent = self.compensated(node, model - node.parameters) if node.participates else None
-        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
+        codecs = self.codecs_at(node.round)
+        sent = self.compensated(node, model - node.parameters, codecs[0]) if node.participates else None
         mean = await AllReduce(sent, codec=codecs[0], result_codec=codecs[1])
         node.shared["model"] = model - mean.value
         node.parameters.copy_(node.shared["model"])

@@ -91,12 +91,12 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
 
     async def round(self, node: Node) -> None:
         ranges, due, known = self.ranges(node.layout), self.due(node.round), anchors.known(node)
-        codecs = self.codec.at(node.round), self.result_codec.at(node.round)
         await Train(steps=self.steps - self.overlap_steps)
         handles: list[Handle[Reduced[Tensor]]] = []
         for p in due:
             gradient = known[p]["anchor"] - to_host(gather(node.parameters, ranges[p]))
-            sent = self.compensated(node, gradient, str(p)) if node.participates else None
+            codecs = self.codecs_at(node.round, str(p))
+            sent = self.compensated(node, gradient, codecs[0], str(p)) if node.participates else None
             handles.append(await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1])))
         if self.overlap_steps:
             await Train(steps=self.overlap_steps)

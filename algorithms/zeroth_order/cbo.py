@@ -1,20 +1,25 @@
-"""CBO: particles drift to where the loss is low, and explore the more the farther they are from there.
+"""CBO: particles drift to where the mean loss is low, and explore the more the farther they are from there.
 
-Node m has n = ``particles`` particles x_mk with energies E_mk, their losses on a batch (α = ``alpha``, λ = ``drift``,
-σ = ``diffusion``, Δt = ``dt``). One step of Euler and Maruyama:
+All nodes have the same K = ``particles`` particles x_k. Each of the N nodes evaluates all of them on a batch of its own
+data; a particle's energy E_k is the mean of its N losses, so that particles are compared by one function, the mean loss
+over nodes (α = ``alpha``, λ = ``drift``, σ = ``diffusion``, Δt = ``dt``). One step of Euler and Maruyama:
 
-    x_α = Σ w_mk x_mk / Σ w_mk,   w_mk = exp(-α (E_mk - E_min))          E_min = min_mk E_mk
-    x_mk ← x_mk - λ Δt (x_mk - x_α) + σ √Δt D(x_mk - x_α) ξ,   ξ ~ N(0, I_P)
+    E_k = mean_m f_m(x_k)          x_α = Σ w_k x_k / Σ w_k,   w_k = exp(-α (E_k - min_l E_l))
+    x_k ← x_k - λ Δt (x_k - x_α) + σ √Δt D(x_k - x_α) ξ_k,   ξ_k ~ N(0, I_P)
 
-D(v) is ‖v‖ (isotropic) or the diagonal of |v| (anisotropic). The model is x_α. With one consensus point for good,
-E‖x - x_α‖² falls by (1 - λ Δt)² + σ² Δt a step if anisotropic; if isotropic, by (1 - λ Δt)² + P σ² Δt.
-Deviations: no drift along the gradient, no schedule of α and σ. Each node's energies are of the round's batch, which is
-its own.
-Elasticity: a particle belongs to its node. A lost node's weight is missing, and nothing else; a joiner's particles
-begin at x_α + ``spread`` ξ, as all did at the first model.
-Cost: 8 bytes from each to each other for E_min, and an exchange of P values of b = 4 bytes: 2·(N-1)·b·P, or N·(N-1)·b·P
-up to 64 KiB. State: n·P values a node.
-Reference: Riedl, Klock, Geldhauser and Fornasier, "Gradient is All You Need?", 2023, arXiv:2306.09778.
+D(v) is ‖v‖ (isotropic) or the diagonal of |v| (anisotropic). The model is x_α. All nodes draw the same ξ_k, from the
+run's seed. With one consensus point for good, E‖x - x_α‖² falls by (1 - λ Δt)² + σ² Δt a step if anisotropic; if
+isotropic, by (1 - λ Δt)² + P σ² Δt.
+Deviations: no drift along the gradient, no schedule of α and σ. Nodes divide the data among themselves, not the
+particles: energies of different data are not comparable, and the authors' code too evaluates all particles on one
+batch. The batch of a round is N batches, one of each node.
+Elasticity: particles are shared state; a joiner receives them. A lost node's loss is missing in the mean, and nothing
+else.
+Cost: one exchange of K values of 8 bytes, whatever P is: 2·(N-1)·8·K bytes, or N·(N-1)·8·K up to 64 KiB. K evaluations
+a node. State: K·P values on each node.
+Reference: Riedl, Klock, Geldhauser and Fornasier, "Gradient is All You Need?", 2023, arXiv:2306.09778. The settings of
+their illustration (CBOSchemeIntuition.m): dt 0.01, λ 1, σ 1.6 isotropic, α 100, 200 particles; those of CBXpy's code:
+dt 0.01, λ 1, σ 5.1, α 1.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
+from algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
 from algorithms.errors import ProgramError
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
@@ -38,69 +43,66 @@ if TYPE_CHECKING:
 _ENERGY_NBYTES = 8
 """Of a number."""
 
-_NO_WEIGHT = 1e-300
-"""Next to the 1 of the particle with the least energy."""
+_UNFIT = 1e300
+"""The energy of a particle whose loss is not finite at a node: what travels is finite, and so is the mean."""
+
+_FITTEST_UNFIT = 1e290
+"""Less than the mean of one ``_UNFIT`` among any number of nodes, more than any loss."""
 
 
 class CBO(Algorithm, name="cbo"):
     """Consensus-based optimization; see the module's docstring."""
 
-    particles: PositiveInt = 10  # n, of each node
-    alpha: NonNegativeFloat = 100.0  # α, 1 / units of the loss; 0: x_α is the mean; the authors' illustrations
-    drift: PositiveFloat = 1.0  # λ, 1 / units of time
-    diffusion: NonNegativeFloat = 0.7  # σ; stable below √(2λ) if anisotropic, and √(2λ/P) if isotropic, for small Δt
-    dt: float = Field(default=0.1, gt=0, le=1)  # Δt, of a round; CBXpy
+    particles: PositiveInt = 40  # K, of all nodes together; each node evaluates all of them in a round
+    alpha: NonNegativeFloat = 100.0  # α, 1 / units of the loss; 0: x_α is the mean; the authors' illustration
+    drift: PositiveFloat = 1.0  # λ, 1 / units of time; the authors' illustration, and CBXpy
+    diffusion: NonNegativeFloat = 0.7  # σ, ours; stable below √(2λ) if anisotropic, √(2λ/P) if isotropic, for small Δt
+    dt: float = Field(default=0.1, gt=0, le=1)  # Δt, of a round; ours, ten times that of the authors and of CBXpy
     anisotropic: bool = True  # noise by coordinate, which P does not make stronger
     spread: PositiveFloat = 1.0  # standard deviation of the particles at first, in units of the parameters
 
     def init(self, node: Node) -> None:
-        node.local["particles"] = self._scattered(node)
-
-    async def join(self, node: Node) -> None:
-        node.local["particles"] = self._scattered(node)
-
-    def _scattered(self, node: Node) -> Tensor:
-        """Particles around the model, shape (n, P)."""
-        return node.parameters + self._noise(node, "scatter") * self.spread
+        node.shared["particles"] = node.parameters + self._noise(node, "scatter") * self.spread
 
     def _noise(self, node: Node, purpose: str) -> Tensor:
-        """Standard normal values, shape (n, P): a pure function of (run, round, node, purpose)."""
+        """Standard normal values, shape (K, P): a pure function of (run, round, purpose)."""
         values = torch.empty(self.particles * node.layout.num_values, dtype=node.parameters.dtype)
-        key = derive_seed("particles", node.seed, node.round, node.id, purpose)
+        key = derive_seed("particles", node.seed, node.round, purpose)
         return fill(values.to(node.parameters.device), "gaussian", key).view(self.particles, -1)
 
     async def round(self, node: Node) -> None:
-        particles = cast("Tensor", node.local["particles"])
+        particles = cast("Tensor", node.shared["particles"])
         batch = await Batch()
-        energies = [await Loss(at=particle, batch=batch, probe=True) for particle in particles]
-        lowest = min((energy for energy in energies if math.isfinite(energy)), default=math.inf)
-        least = min((await AllGather(lowest)).values())
-        if least == math.inf:
-            raise ProgramError("cbo: no particle has a finite energy; lower spread or diffusion")
-        weights = weights_of(energies, least, self.alpha)
-        total = sum(weights)
+        losses = [await Loss(at=particle, batch=batch, probe=True) for particle in particles]
+        told = [loss if math.isfinite(loss) else _UNFIT for loss in losses]
+        mean = (await AllReduce(torch.tensor(told, dtype=torch.float64))).value
+        weights = weights_of([float(energy) for energy in mean], self.alpha)
+        if not any(weights):
+            raise ProgramError("cbo: no particle has a finite loss on all nodes; lower spread or diffusion")
         # What has no weight may be at infinity, and 0 · ∞ is no number.
+        total = sum(weights)
         shares = [particle * (weight / total) for particle, weight in zip(particles, weights, strict=True) if weight]
-        mean = torch.stack(shares).sum(dim=0) if shares else torch.zeros_like(node.parameters)
-        consensus = (await AllReduce(mean, weight=total or _NO_WEIGHT)).value
+        consensus = torch.stack(shares).sum(dim=0)
         apart = particles - consensus
         strength = apart.abs() if self.anisotropic else apart.square().sum(dim=1, keepdim=True).sqrt()
         noise = strength * self._noise(node, "step") * (self.diffusion * math.sqrt(self.dt))
-        node.local["particles"] = particles - apart * (self.drift * self.dt) + noise
+        node.shared["particles"] = particles - apart * (self.drift * self.dt) + noise
         node.parameters.copy_(consensus)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return num_nodes * (num_nodes - 1) * _ENERGY_NBYTES + all_reduce_bytes(layout.nbytes, num_nodes)
+        del layout
+        return all_reduce_bytes(self.particles * _ENERGY_NBYTES, num_nodes)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         del num_samples, batch_size
         return 0
 
 
-def weights_of(energies: Sequence[float], least: float, alpha: float) -> list[float]:
-    """exp(-α (E - E_min)) of each energy; 0 where it is not finite.
+def weights_of(energies: Sequence[float], alpha: float) -> list[float]:
+    """Return exp(-α (E - min E)) for each energy, 0 for those of unfit particles; all 0 if all are unfit.
 
-    >>> weights_of([1.0, 2.0, math.nan], least=1.0, alpha=0.0)
+    >>> weights_of([1.0, 2.0, math.nan], alpha=0.0)
     [1.0, 1.0, 0.0]
     """
-    return [math.exp(-alpha * (energy - least)) if math.isfinite(energy) else 0.0 for energy in energies]
+    least = min((energy for energy in energies if energy < _FITTEST_UNFIT), default=0.0)
+    return [math.exp(-alpha * (energy - least)) if energy < _FITTEST_UNFIT else 0.0 for energy in energies]

@@ -67,10 +67,25 @@ def test_alone_it_is_plain_training_with_its_schedule():
     assert torch.equal(ran.parameters, alone.parameters)
 
 
-def test_rounds_are_only_a_grouping():
-    one, other = run(rounds=6, inner_steps=1), run(rounds=2, inner_steps=3)
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("codec", ["identity", "fp4", "qsgd", {"name": "random_k", "fraction": 0.1}])
+def test_rounds_are_only_a_grouping(codec: Any, both: bool):
+    """Also of the numbers that a codec draws: the same ones in step 5, whatever round that is in."""
+    keys: dict[str, Any] = {"codec": codec} | ({"result_codec": codec} if both else {})
+    one, other = run(rounds=6, inner_steps=1, **keys), run(rounds=2, inner_steps=3, **keys)
     assert torch.equal(one.parameters, other.parameters)
     assert sum(record.payload_bytes for record in one.rounds) == sum(record.payload_bytes for record in other.rounds)
+
+
+def test_each_step_draws_places_of_its_own():
+    """8 steps at a tenth of 83 places: more than the 9 places of one draw, in one round as in eight."""
+    moved = []
+    for steps in (1, 8):
+        keys: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 0.1}, "inner_steps": steps, "rounds": 8 // steps}
+        ran = run(codec={"name": "random_k", "fraction": 0.1}, **keys)
+        moved.append(int((ran.parameters != replica().parameters).sum()))
+    assert ran.parameters.numel() == 83
+    assert moved[0] == moved[1] > 3 * 9
 
 
 def test_the_loss_is_told():

@@ -91,10 +91,31 @@ def test_models_do_not_drift_apart():
 
 @pytest.mark.parametrize("phase", ["train", "post", "commit"])
 def test_a_joiner_begins_at_the_common_model(phase: str):
+    """Its first steps begin at θ: in a run that ends there, θ_m - θ is what one round adds, -η Δ_m / N."""
     faults = {"events": [{"kind": "kill", "node": 1, "round": 2, "phase": phase}]}
-    ran = run(rounds=6, faults=faults, network={"start_s": 0.01})
-    assert ran.sought("transfer")
-    assert len({one.model_digest() for one in ran.replicas.values()}) == 1
+    ran = run(rounds=4, faults=faults, network={"start_s": 0.0}, outer=OUTERS[0])
+    (transfer,) = ran.sought("transfer")
+    assert transfer["node"] == 1
+    algorithm: Any = ran.config.algorithm
+    joiner = ran.replicas[1]
+    news = joiner.local["pending"]
+    assert isinstance(news, Tensor)
+    torch.testing.assert_close(joiner.parameters, algorithm.model(joiner) - 0.9 / 3 * news, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", [OUTERS[0], {"name": "nesterov", "lr": 0.4, "momentum": 0.9}])
+@pytest.mark.parametrize("kills", [1, 12])
+def test_after_losses_it_comes_to_the_optimum(kills: int, outer: dict[str, Any]):
+    """Nothing remains of a loss: the fixed point is that of a calm run, the optimum of the mean."""
+    problem = Quadratic(dimension=4, condition=5)
+    events = [{"kind": "kill", "node": 1 + place % 3, "round": 5 + 4 * place} for place in range(kills)]
+    ran = run(nodes=4, rounds=300, outer=outer, task=problem, faults={"events": events}, network={"start_s": 0.3})
+    assert ran.summary is not None
+    assert ran.summary.nodes["lost"] == kills
+    algorithm: Any = ran.config.algorithm
+    gap = problem.objective(algorithm.model(ran.replicas[0]), 4) - problem.objective(problem.optimum(4), 4)
+    assert gap < 1e-10
 
 
 def test_an_outer_step_that_is_not_linear_is_refused():
