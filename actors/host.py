@@ -41,6 +41,7 @@ from algorithms.api import (
     Gradient,
     Handle,
     Loss,
+    Message,
     NeighborAllGather,
     Operation,
     Ping,
@@ -202,6 +203,9 @@ class Host(Exchanges):
         self.current = node
         if isinstance(result, TrainReport):
             program.reports.append(result)
+        elif isinstance(result, Message):
+            if result.sender == SERVER:
+                self.replicas[node].hear(result.round)
         elif isinstance(result, Shared):
             result = result.own(self.replicas[node].device)
         elif program.handle is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from actors import probes
 from actors.data import PlannedDraws, Position, blocks_of
 from actors.modules import seeded
+from actors.pace import Milestone, Pace
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned
 from algorithms.api import SERVER, Batch, GradientReport, Perturbed, TrainReport
@@ -109,6 +110,7 @@ class Learner:
         indices: Indices,
         row: tuple[Slab, int],
         sampler: Sampler,
+        pace: Pace | None,
     ) -> None:
         self.id = node
         self.spec, self.seed = spec, spec.seed
@@ -131,9 +133,10 @@ class Learner:
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
-        steps_per_round = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
-        self._total_steps = spec.optimizer.schedule.total_steps or max(1, spec.rounds * steps_per_round)
-        if node != SERVER:
+        self.milestone = Milestone()
+        self._own_steps = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
+        self._pace = pace or Pace.of(spec, [len(indices)], 1)
+        if node != SERVER and self._pace.steps:
             self.rate()  # raises, before anything is trained, if the schedule cannot work
 
     @property
@@ -171,7 +174,7 @@ class Learner:
                     nn.utils.clip_grad_norm_(bench.trained, clip)
                 rate = self.rate()
                 self.optimizer.step(self.parameters, rate)
-                self._step += 1
+                self._count(1)
                 drawn += num_samples
                 if num_samples:
                     # On a GPU reading a loss waits for the device, so they are looked at once, at the end.
@@ -251,19 +254,35 @@ class Learner:
     def rate(self, ahead: int = 0) -> float:
         """The learning rate of the next step, or of one ``ahead`` of it."""
         config = self.spec.optimizer
-        return config.lr * config.schedule.factor(self._step + ahead, self._total_steps)
+        schedule, pace, (number, taken) = config.schedule, self._pace, self.milestone
+        if schedule.is_flat:
+            return config.lr
+        place = pace.place(Milestone(number, taken + ahead), self._own_steps)
+        if self.spec.algorithm.synchronous or not pace.steps:
+            # It has taken more only if that is more than it plans; it is not to go by one step twice.
+            place = max(place, self._step + ahead)
+        return config.lr * schedule.factor(place, pace.total_steps(schedule))
 
     @property
-    def schedule_place(self) -> tuple[int, int] | None:
+    def schedule_place(self) -> tuple[object, ...] | None:
         """What ``rate`` depends on, besides what all nodes have in common."""
-        schedule = self.spec.optimizer.schedule
-        is_constant = schedule.name == "constant" and not schedule.warmup_steps
-        return None if is_constant else (self._step, self._total_steps)
+        if self.spec.optimizer.schedule.is_flat:
+            return None
+        return self.milestone, self._own_steps, self._step
+
+    def hear(self, number: int) -> None:
+        """What the node has now is of round ``number`` of the run, by whoever counts them."""
+        if number != self.milestone.round:
+            self.milestone = Milestone(number)
+
+    def _count(self, steps: int) -> None:
+        self._step += steps
+        self.milestone = Milestone(self.milestone.round, self.milestone.steps + steps)
 
     def trained(self, steps: int, moments: dict[str, Tensor]) -> None:
         """Take over what steps that were taken elsewhere have made of the optimizer; the schedule moves on."""
         self.optimizer.aged(steps, moments)
-        self._step += steps
+        self._count(steps)
 
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
@@ -370,7 +389,7 @@ class Learner:
             nn.utils.clip_grad_norm_(bench.trained, clip)
         rate = self.rate()
         self.optimizer.step(self.parameters, rate)
-        self._step += 1
+        self._count(1)
         if not _is_finite(self.parameters):
             self._give_up_round(f"parameters are not finite after a Step (lr {rate:.3g})")
             return TrainReport(math.nan, 0, 0, 0.0)

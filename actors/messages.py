@@ -204,6 +204,8 @@ class Letter:
 
     sender: NodeId
     staleness: int
+    round: int
+    """The sender's, in which it sent."""
     specs: tuple[TensorSpec, ...]
     inline: Buffer | None
     ref: tuple[Ref, ...]

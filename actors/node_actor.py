@@ -237,7 +237,8 @@ class NodeActor(StateCalls):
                 return None
             data = fetched[0]
         payload = self._host.unpack(node, letter.specs, data)
-        return self._reply(self._host.drive([(node, Message(letter.sender, payload, letter.staleness))]))
+        message = Message(letter.sender, payload, letter.staleness, letter.round)
+        return self._reply(self._host.drive([(node, message)]))
 
     def _with_parts(self, reply: Reply, expected: Expected | None) -> Reply | list[Any]:
         """The reply, with the contributions that it tells of as values of their own if they are the expected ones."""

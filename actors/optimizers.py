@@ -67,14 +67,15 @@ class Schedule(BaseModel):
         linear    f + (1 − f) (1 − p)
         cosine    f + (1 − f) (1 + cos πp) / 2
 
-    From step T on it stays f.
+    From step T on it stays f. Steps are those of the run (``actors.pace``): all nodes are at the same one, whichever
+    rounds they have been in.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    total_steps: PositiveInt | None = None  # T; null: what the run plans, rounds × steps per round
+    total_steps: PositiveInt | None = None  # T; null: those of the whole run
     final_fraction: float = Field(default=0.0, ge=0, le=1)  # of lr
 
     @model_validator(mode="before")
@@ -88,7 +89,12 @@ class Schedule(BaseModel):
             raise PydanticCustomError("schedule", "{text}", {"text": self._complaint(self.total_steps)})
         return self
 
-    def factor(self, step: int, total_steps: int) -> float:
+    @property
+    def is_flat(self) -> bool:
+        """Whether the learning rate is the same at every step."""
+        return self.name == "constant" and not self.warmup_steps
+
+    def factor(self, step: float, total_steps: float) -> float:
         """What to multiply the learning rate with at ``step``; ``total_steps`` serves where the field is null.
 
         >>> schedule = Schedule(name="linear", warmup_steps=2)
@@ -109,11 +115,11 @@ class Schedule(BaseModel):
         falling = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.final_fraction + (1 - self.final_fraction) * falling
 
-    def _fits(self, total_steps: int) -> bool:
+    def _fits(self, total_steps: float) -> bool:
         return self.name == "constant" or total_steps > self.warmup_steps
 
-    def _complaint(self, total_steps: int) -> str:
-        return f"{self.name} needs more steps in total ({total_steps}) than warmup_steps ({self.warmup_steps})"
+    def _complaint(self, total_steps: float) -> str:
+        return f"{self.name} needs more steps in total ({total_steps:.10g}) than warmup_steps ({self.warmup_steps})"
 
 
 class OptimizerConfig(BaseModel):

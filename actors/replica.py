@@ -15,7 +15,7 @@ from actors.data import Epoch
 from actors.digest import digest_tensors
 from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec
 from actors.state import StagedState
-from algorithms.api import TrainReport, View
+from algorithms.api import SERVER, TrainReport, View
 from algorithms.errors import ProgramError
 from algorithms.seeds import generator
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.data import Indices, Place, Position, Sampler
+    from actors.pace import Milestone, Pace
     from actors.tasks import Samples
     from actors.workbench import ModelTensors, Slab
     from algorithms.api import Evaluate, NodeId, State
@@ -43,6 +44,7 @@ class Replica(Learner):
         device: where it computes, if it has no row; default: the CPU.
         row: its tensors, a row of a slab, at whose workbench it takes turns; default: those of its own.
         sampler: in which order it draws its samples.
+        pace: what learning-rate schedules go by; default: as if it were the run's only node.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class Replica(Learner):
         device: torch.device | None = None,
         row: tuple[Slab, int] | None = None,
         sampler: Sampler | None = None,
+        pace: Pace | None = None,
     ) -> None:
         row = row or (spec.slab(device or torch.device("cpu")), 0)
-        super().__init__(node, spec, samples, indices, row, sampler or Epoch())
+        super().__init__(node, spec, samples, indices, row, sampler or Epoch(), pace)
         self.incarnation = 0
         self.num_rounds = spec.rounds
         self.view = View(0, ())
@@ -66,6 +69,9 @@ class Replica(Learner):
         self._due: bytes | None = None
         """What the staged round does to the parameters, if it is to be done by the commit."""
         self.committed_round = NOT_STARTED
+        algorithm = spec.algorithm
+        self._counts_rounds = not algorithm.synchronous and (node == SERVER or not algorithm.has_server)
+        """Where each node has rounds of its own, the server's are the run's, or else each node's."""
         self.shared = StagedState("shared")
         self.local = StagedState("local")
         for state in (self.shared, self.local):
@@ -149,6 +155,8 @@ class Replica(Learner):
     def begin(self, number: int, view: View, cohort: Collection[NodeId]) -> None:
         """Enter a round: who is in, and who takes part."""
         self.round, self.view, self.skipping = number, view, False
+        if self.spec.algorithm.synchronous:
+            self.hear(number)
         self.participates = self.id in cohort
         self._draws = {}
         self.num_void = self.num_drawn
@@ -192,6 +200,8 @@ class Replica(Learner):
 
     def commit_state(self) -> None:
         """All of ``commit`` but the parameters and the row of the slab."""
+        if self._counts_rounds and self.round != NOT_STARTED:
+            self.hear(self.milestone.round + 1)
         self.shared.commit()
         self.local.commit()
         self._committed_place = self._place()
@@ -206,13 +216,13 @@ class Replica(Learner):
         self.shared.rollback()
         self.local.rollback()
         self.slab.restore(self.row)
-        self.position, self._step = self._committed_place
+        self.position, self._step, self.milestone = self._committed_place
         if self.spec.optimizer.rollback:
             self.optimizer.load(self._committed_optimizer)
         self.staged_round = self._due = None
 
-    def _place(self) -> tuple[Position, int]:
-        return self.position, self._step
+    def _place(self) -> tuple[Position, int, Milestone]:
+        return self.position, self._step, self.milestone
 
     def committed_tensors(self) -> ModelTensors:
         """The committed parameters, buffers and counters; not to be written to."""
@@ -228,21 +238,32 @@ class Replica(Learner):
         """How many optimizer steps the schedule had counted at the last commit."""
         return self._committed_place[1]
 
+    @property
+    def committed_milestone(self) -> Milestone:
+        """How far along the run the node was at the last commit."""
+        return self._committed_place[2]
+
     def replan(self, place: Place) -> None:
         """Draw as ``place`` says, from the last commit on."""
         self.plan(place)
         self._committed_place = self._place()
 
-    def catch_up(self, number: int, step: int, position: Position | None = None) -> None:
+    def catch_up(
+        self, number: int, step: int, position: Position | None = None, milestone: Milestone | None = None
+    ) -> None:
         """Commit what was loaded as that of round ``number``.
 
-        The schedule goes on from ``step`` if that is ahead, the node's data at ``position`` if that is given.
+        The schedule goes on from ``step`` and ``milestone`` if these are ahead, the node's data at ``position`` if that
+        is given.
         """
         self._step = max(self._step, step)
+        milestone = max(self.milestone, milestone or self.milestone)
         if position is not None:
             self.position = position
         drawn = self.num_drawn  # in a round that it has missed
         self.commit()
+        self.milestone = milestone  # which is no round of its own
+        self._committed_place = self._place()
         self.committed_round, self.num_drawn = number, drawn
 
 

@@ -9,6 +9,7 @@ import torch
 
 from actors.data import Epoch, Place, assign, files
 from actors.data.federated import Federated
+from actors.pace import Pace
 from actors.replica import Replica
 from algorithms.api import SERVER
 from algorithms.errors import DataError
@@ -45,6 +46,12 @@ class RunData:
         if not is_epoch or isinstance(self.train, Federated) or self.train.owners is not None:
             return None
         return tuple(map(len, self.parts))
+
+    def pace(self, spec: ReplicaSpec) -> Pace | None:
+        """The pace of the run; ``None``: where nobody is to know how much others have, each node has its own."""
+        if isinstance(self.train, Federated):
+            return None
+        return Pace.of(spec, [len(part) for part in self.parts], len(self.parts))
 
 
 def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunData:
@@ -90,13 +97,14 @@ def build_replicas(
         slab = spec.slab(device, len(here))
         rows |= {place: (slab, row) for row, place in enumerate(here)}
     nobodys: Indices = torch.empty(0, dtype=torch.int64)
-    is_planned = data.part_sizes is not None
+    is_planned, pace = data.part_sizes is not None, data.pace(spec)
     replicas: list[Replica] = []
     for place, node in enumerate(nodes):
         # Nodes beyond the parts have none: they are handed what others leave, or, where a part is nobody's but its
         # node's, read what others read, each in an order of its own.
         indices = nobodys if node == SERVER else data.parts[node % len(data.parts)]
-        replica = Replica(node, spec, data.train, indices, row=rows[place], sampler=data.sampler)
+        own = pace or Pace.of(spec, [len(indices)], len(data.parts))
+        replica = Replica(node, spec, data.train, indices, row=rows[place], sampler=data.sampler, pace=own)
         replica.parts, replica.validation = data.parts, data.validation
         if node >= len(data.parts) and is_planned:
             replica.replan(Place())

@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.buffers import as_buffer, as_tensor
 from actors.data import Place, Position
 from actors.learner import NOT_STARTED
+from actors.pace import Milestone
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def export_state(replica: Replica, *, everything: bool = False, shared: bool = T
         "run": replica.spec.fingerprint,
         "round": replica.committed_round,
         "step": replica.committed_step,
+        "milestone": list(replica.committed_milestone),
         "counters": len(tensors.counters),
         "shared": _pack(replica.shared.committed(), leaves) if shared else None,
         "local": _pack(replica.local.committed(), leaves) if everything else None,
@@ -152,7 +154,7 @@ def load_state(replica: Replica, export: StateExport, position: Position | None 
         if meta["extras"]:
             replica.plan(Place.of(meta["extras"], position))
     replica.incarnation = meta.get("incarnation", replica.incarnation)
-    replica.catch_up(meta["round"], meta["step"], position)
+    replica.catch_up(meta["round"], meta["step"], position, Milestone(*meta.get("milestone", (0, 0))))
     replica.num_drawn += meta["num_void"]
 
 

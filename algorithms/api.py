@@ -414,6 +414,8 @@ class Message:
     payload: Payload
     staleness: int
     """The receiver's round now, minus the receiver's round that the sender had last heard of when it sent."""
+    round: int = 0
+    """The sender's, in which it sent."""
 
 
 @dataclass(frozen=True)
@@ -533,4 +535,12 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
 
     @abstractmethod
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        """Local steps that a node takes in one round, at ``batch_size`` samples to a step; for plans and schedules."""
+        """Local steps that a node takes in one round, at ``batch_size`` samples to a step; for plans and schedules.
+
+        0: none of its optimizer's, for which there is then no schedule.
+        """
+
+    def node_rounds(self, num_nodes: int) -> float:
+        """Rounds that a node does in one of the run, on average; another number than 1 only where a server counts."""
+        del num_nodes
+        return 1.0

@@ -105,6 +105,7 @@ class Cluster(DataPlane):
         letter = Letter(
             sender=envelope.sender,
             staleness=outcome.staleness,
+            round=envelope.round,
             specs=sending.specs,
             inline=sending.inline,
             ref=() if data is None else (data,),

@@ -39,7 +39,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "needs": f"{plan.num_cpus:g} CPUs and {plan.num_gpus:g} GPUs of the cluster",
         "samples": f"{samples['training']:,}, {_range(samples)} per node; {samples['validation']:,} held out",
         "parameters": f"{plan.parameters:,}, {bytes_text(plan.model_bytes)}",
-        "rounds": f"{plan.rounds:,} of {_range(plan.steps_per_round)} steps per node, in batches of {plan.batch_size}",
+        "rounds": f"{plan.rounds:,}{_steps(plan)}, in batches of {plan.batch_size}",
         "optimizer": plan.schedule,
         "bytes": f"{bytes_text(plan.payload_bytes['per_round'])} payload per round over all nodes, "
         f"{bytes_text(plan.payload_bytes['total'])} in all, without losses",
@@ -49,6 +49,16 @@ def print_plan(console: Console, plan: Plan) -> None:
         rows["baselines"] = ", ".join(f"{name} {number_text(value)}" for name, value in plan.baselines.items())
     for label, value in rows.items():
         console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def _steps(plan: Plan) -> str:
+    """Optimizer steps in a round."""
+    if not plan.steps_per_round["most"]:
+        return ""
+    steps = f" of {_range(plan.steps_per_round)} steps"
+    if plan.node_rounds == 1:
+        return f"{steps} per node"
+    return f" of the server; in each a node does {plan.node_rounds:.3g} of its own{steps}"
 
 
 def _range(least_and_most: Mapping[str, int]) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.pace import Pace
 from actors.replica import Replica
 from actors.setup import load_data
-from algorithms.api import Algorithm
+from algorithms.api import SERVER, Algorithm
 from orchestrator.simulator import user_code
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class Plan:
     model_bytes: int
     """Of the parameters and floating-point buffers, as they are exchanged without a codec."""
     steps_per_round: dict[str, int]
-    """``least`` and ``most`` that a node takes in a round."""
+    """``least`` and ``most`` that a node takes in a round of its own; all 0: it does not use its optimizer."""
+    node_rounds: float
+    """Rounds that a node does in one of the run, on average: another number than 1 where a server counts them."""
     schedule: str
     payload_bytes: dict[str, int]
     """``per_round`` over all nodes without losses, on average, and in ``total``."""
@@ -61,11 +64,11 @@ def make_plan(config: Config) -> Plan:
     with user_code(0, 0):
         data = load_data(config.task, config.data, num_nodes, config.seed)
         baselines = config.task.baselines(num_nodes)
-        replica = Replica(0, spec, data.train, data.parts[0], torch.device("cpu"))
+        layout = Replica(SERVER, spec, data.train, data.parts[0], torch.device("cpu")).layout
     counts = [len(part) for part in data.parts]
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
     steps = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
-    layout = replica.layout
+    pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
     rounds = config.rounds
     if type(config.algorithm).round_bytes is Algorithm.round_bytes:
         total = rounds * config.algorithm.expected_bytes(layout, num_nodes)
@@ -91,7 +94,8 @@ def make_plan(config: Config) -> Plan:
         parameters=layout.num_values,
         model_bytes=layout.nbytes + layout.buffer_nbytes,
         steps_per_round={"least": min(steps), "most": max(steps)},
-        schedule=_schedule(config, max(steps)),
+        node_rounds=config.algorithm.node_rounds(num_nodes),
+        schedule=_schedule(config, pace),
         payload_bytes={"per_round": round(total / rounds), "total": total},
         evaluations=-(-config.rounds // every) if every else 1,
         baselines=baselines,
@@ -99,14 +103,20 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _schedule(config: Config, steps_per_round: int) -> str:
+def _schedule(config: Config, pace: Pace) -> str:
     """The learning rate over the run, in words."""
     optimizer, schedule = config.optimizer, config.optimizer.schedule
-    total = schedule.total_steps or config.rounds * steps_per_round
+    if not pace.steps:
+        return f"none: with {config.algorithm.name} nodes take no optimizer steps; it has a step size of its own"
+    total = pace.total_steps(schedule)
     schedule.factor(0, total)  # raises, if it cannot work
     text = f"{optimizer.name}, lr {optimizer.lr:g}"
     if schedule.warmup_steps:
         text += f", up over {schedule.warmup_steps} steps"
     if schedule.name == "constant":
         return f"{text}, constant"
-    return f"{text}, {schedule.name} to {schedule.final_fraction * optimizer.lr:g} at step {total}"
+    text += f", {schedule.name} to {schedule.final_fraction * optimizer.lr:g} at step {total:.10g}"
+    if total == pace.planned_steps:
+        return f"{text}, the end of the run"
+    last = optimizer.lr * schedule.factor(max(0.0, pace.planned_steps - 1), total)
+    return f"{text}; the run ends at step {pace.planned_steps:.10g} with {last:.3g}"

@@ -262,7 +262,7 @@ class Simulator(SimulatedProcesses):
             if handover.node != SERVER and not self.keeps_letters:  # else it may have to be handed over again
                 self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
-            result = Message(envelope.sender, payload, outcome.staleness)
+            result = Message(envelope.sender, payload, outcome.staleness, envelope.round)
         self._resume_at(self._now, handover.node, result)
 
     def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:

@@ -139,3 +139,7 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return self.inner_steps
+
+    def node_rounds(self, num_nodes: int) -> float:
+        # With ``grace_s`` the server waits for others: for all, if it is long enough.
+        return 1.0 if self.grace_s else 1 / num_nodes

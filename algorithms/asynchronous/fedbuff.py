@@ -93,6 +93,9 @@ class FedBuff(Algorithm, name="fedbuff"):
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return self.steps
 
+    def node_rounds(self, num_nodes: int) -> float:
+        return self.buffer_size / num_nodes
+
 
 async def _message() -> Message:
     """The next message; that a node is gone changes nothing for those that are left."""
