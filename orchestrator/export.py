@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,10 +19,13 @@ from actors.transfer import donor_among, load_state, with_shared
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from algorithms.errors import ProgramError
+from orchestrator import run_files, saved_state
 from orchestrator.checkpointing import MAIL
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import load, parse
 from orchestrator.errors import CheckpointReadError, ConfigError
+from orchestrator.resumption import directory
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,9 +79,7 @@ def export(
         ConfigError: there is no such model, or the task has no such form, or it cannot be written.
         DataError: what the model is made from cannot be read.
     """
-    path = Path(run_dir).expanduser().resolve()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: this is no run directory (it has no config.yaml)")
+    path = directory(run_dir)
     config = load(path / "config.yaml")
     _refuse_form(config.task, form)
     run_id = _run_id(path)
@@ -89,11 +89,13 @@ def export(
         _require_end(path, store)
         tensors = read_weights("run directory", str(path))
     else:
-        checkpoint = store.read(number=number)
+        checkpoint = saved_state.check(store.read(number=number))
         config = parse(checkpoint.controller["config"], source=checkpoint.where)
         tensors, nodes = model_of(checkpoint, config)
     name = "model" if number is None else f"model-round-{number:06}"
     target = (to.expanduser() if to else path / FOLDER / f"{name}{_SUFFIX[form]}").absolute()
+    if to is None:
+        _refuse_links(Folder(path), f"{FOLDER}/{target.name}")
     if to and form != "hf" and target.is_dir():
         target /= f"{name}{_SUFFIX[form]}"
     try:
@@ -163,6 +165,18 @@ def _result(checkpoint: Checkpoint, config: Config, states: dict[NodeId, StateEx
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def _refuse_links(folder: Folder, place: str) -> None:
+    """Refuse to write through a link that somebody put into the run's directory.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    try:
+        folder.refuse_link(place)
+    except OSError as error:
+        raise ConfigError(f"{folder}/{place}: {error.strerror}; name another place with --to") from None
+
+
 def _refuse_form(task: Task, form: Format) -> None:
     if form == "hf" and type(task).export is Task.export:
         raise ConfigError(
@@ -184,10 +198,8 @@ def _require_end(path: Path, store: CheckpointStore) -> None:
 
 def _run_id(path: Path) -> str:
     """A run's id is its directory's name, unless that was moved: then its summary knows."""
-    try:
-        return str(json.loads((path / "summary.json").read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return path.name
+    summary = run_files.summary(path)
+    return path.name if summary is None else summary.run_id
 
 
 def _write(tensors: dict[str, Tensor], config: Config, form: Format, target: Path) -> None:
@@ -198,6 +210,7 @@ def _write(tensors: dict[str, Tensor], config: Config, form: Format, target: Pat
         config.task.export(_module(tensors, config), target)
         return
     partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link
     try:
         if form == "torch":
             torch.save(dict(_module(tensors, config).state_dict()), partial)

@@ -14,16 +14,24 @@ import platform
 import secrets
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from orchestrator.errors import LeaseError, LeaseLostError
+from pydantic import TypeAdapter
+
+from orchestrator import run_files
+from orchestrator.errors import ConfigError, LeaseError, LeaseLostError
+from orchestrator.run_files import LeaseFile
+from orchestrator.safe_files import Folder
 
 _NAME = "lease.json"
+_LEASE = TypeAdapter(LeaseFile)
 _RENEW_S = 5.0
 _POLL_S = 0.1
 _EXPIRED_S = 30.0
 """Not renewed for so long, a holder on another machine is taken for dead."""
+_SKEW_S = 86400.0
+"""By which the clock of another machine may be ahead; a lease from later than that is from nowhere."""
 
 
 class Lease:
@@ -40,16 +48,13 @@ class Lease:
     def __init__(self, run_dir: Path, *, wait_s: float = 0.0) -> None:
         self._path = run_dir / _NAME
         limit = time.monotonic() + wait_s
-        while (before := _read(self._path)) is not None and _is_alive(before):
+        while (holder := _holder(run_dir)) is not None and holder.problem is not None:
             if time.monotonic() >= limit:
-                raise LeaseError(
-                    f"run directory {run_dir}: the controller with pid {before['pid']} on {before['host']} "
-                    "drives this run; wait until it has ended, or end it"
-                )
+                raise LeaseError(holder.problem)
             time.sleep(_POLL_S)
         self._facts = {
             "owner": secrets.token_hex(8),
-            "token": (0 if before is None else before["token"]) + 1,
+            "token": (0 if holder is None else holder.token) + 1,
             "host": platform.node(),
             "pid": os.getpid(),
             "started": started_at(os.getpid()),
@@ -57,11 +62,11 @@ class Lease:
         self._lock = threading.Lock()
         self._inode = -1
         try:
-            self._write(first=before is None)
+            self._write(first=holder is None)
         except FileExistsError:
             raise LeaseError(
                 f"run directory {run_dir}: another controller has just begun to drive this run; "
-                f"if there is none, remove {_NAME} there"
+                "wait until it has ended, or end it"
             ) from None
         except OSError as error:
             raise LeaseError(f"{self._path} cannot be written: {error.strerror}") from None
@@ -104,7 +109,7 @@ class Lease:
 
     def _is_ours(self) -> bool:
         try:
-            return self._path.stat().st_ino == self._inode
+            return self._path.stat(follow_symlinks=False).st_ino == self._inode
         except OSError:
             return False
 
@@ -124,20 +129,47 @@ class Lease:
         self._inode = inode
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _Holder:
+    """Who holds a lease, or held it."""
+
+    token: int
+    problem: str | None
+    """Why it cannot be taken over now."""
+
+
+def _holder(run_dir: Path) -> _Holder | None:
+    """Who holds a run's lease; ``None`` if it has none."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return facts if {"token", "host", "pid", "started", "renewed"} <= facts.keys() else None
-    except (OSError, ValueError, AttributeError):
+        facts = run_files.read(Folder(run_dir), _NAME, _LEASE)
+    except ConfigError as error:
+        return _Holder(0, _damage(run_dir / _NAME, error))
+    if facts is None:
         return None
+    who = f"the controller with pid {facts.pid} on {facts.host} drives this run; wait until it has ended, or end it"
+    return _Holder(facts.token, f"run directory {run_dir}: {who}" if _is_alive(facts) else None)
 
 
-def _is_alive(facts: dict[str, Any]) -> bool:
+def _damage(path: Path, error: ConfigError) -> str | None:
+    """Why a lease that cannot be read is not taken over: whoever holds it writes it anew every few seconds."""
+    try:
+        written = path.stat(follow_symlinks=False).st_mtime
+    except OSError as other:
+        return str(error) if not isinstance(other, FileNotFoundError) else None
+    if abs(time.time() - written) >= _EXPIRED_S:
+        return None
+    return (
+        f"{error}; it was written less than {_EXPIRED_S:.0f} s ago, and somebody may drive the run: try again in "
+        f"{_EXPIRED_S:.0f} s"
+    )
+
+
+def _is_alive(facts: LeaseFile) -> bool:
     """Whether the holder of a lease still drives its run."""
-    if facts["host"] != platform.node():
-        return time.time() - facts["renewed"] < _EXPIRED_S
+    if facts.host != platform.node():
+        return -_SKEW_S < time.time() - facts.renewed < _EXPIRED_S
     # A number may be another process's by now.
-    return facts["started"] is not None and facts["started"] == started_at(facts["pid"])
+    return facts.started is not None and facts.started == started_at(facts.pid)
 
 
 def started_at(pid: int) -> float | None:

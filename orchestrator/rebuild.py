@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,12 @@ from actors.setup import build_replicas, load_data
 from actors.transcript import apply, load_model
 from algorithms.api import Algorithm
 from algorithms.errors import ProgramError
-from orchestrator import sealed_log
+from orchestrator import run_files, sealed_log
 from orchestrator.config import load
 from orchestrator.errors import ConfigError, DivergedError
+from orchestrator.resumption import directory
+from orchestrator.run_files import memory_bytes
+from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, Sealed, Snapshot
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def rebuild(
         DivergedError: it ends with another digest than the run.
     """
     began = time.monotonic()
-    path = Path(run_dir)
+    path = directory(run_dir)
     config = load(path / "config.yaml", ())
     if type(config.algorithm).replay is Algorithm.replay:
         raise ConfigError(f"{path}: rounds of {config.algorithm.name} cannot be replayed: they are more than their log")
@@ -99,10 +101,8 @@ def rebuild(
 
 def _run_id(path: Path) -> str:
     """A run's id is its directory's name, unless that was moved: then its summary knows."""
-    try:
-        return str(json.loads((path / "summary.json").read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, KeyError):
-        return path.resolve().name
+    summary = run_files.summary(path)
+    return path.name if summary is None else summary.run_id
 
 
 def _after(log: Path, run_id: str, last: int) -> list[Entry]:
@@ -130,7 +130,7 @@ def _snapshot(path: Path, entries: list[Entry], since: int | None, replica: Repl
     chosen = known[-1]
     file = path / sealed_log.snapshot_name(chosen.round)
     try:
-        load_model(replica, file.read_bytes())
+        load_model(replica, Folder(path).read(sealed_log.snapshot_name(chosen.round), memory_bytes()))
     except (OSError, SafetensorError, ProgramError) as error:
         raise ConfigError(f"{file}: cannot be read as a snapshot of this run ({error})") from None
     _check(replica, chosen.digest, f"{file}")

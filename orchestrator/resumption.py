@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator import run_files, saved_state
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import load, parse
 from orchestrator.errors import ConfigError
-from orchestrator.records import Summary
 from orchestrator.revival import Revival
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from orchestrator.records import Summary
 
 
 def directory(run_dir: str | Path) -> Path:
@@ -23,18 +25,23 @@ def directory(run_dir: str | Path) -> Path:
         ConfigError: that is no run's directory.
     """
     path = Path(run_dir).expanduser().resolve()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{run_dir}: this is no run directory (it has no config.yaml)")
+    try:
+        Folder(path).size("config.yaml")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{run_dir}: this is no run directory (it has no config.yaml)") from None
+    except OSError as error:
+        raise ConfigError(f"{path / 'config.yaml'}: {run_files.reason(error)}") from None
     return path
 
 
 def finished(path: Path) -> Summary | None:
-    """What the run in a directory came to, if it is finished."""
-    try:
-        summary = Summary(**json.loads((path / "summary.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return summary if summary.status == "finished" else None
+    """What the run in a directory came to, if it is finished.
+
+    Raises:
+        ConfigError: its summary is damaged.
+    """
+    summary = run_files.summary(path)
+    return summary if summary is not None and summary.status == "finished" else None
 
 
 def revival(
@@ -47,7 +54,7 @@ def revival(
     """
     config = load(path / "config.yaml", overrides)
     store = CheckpointStore(config.checkpoint.uri, path, path.name, keep=config.checkpoint.keep)
-    checkpoint = store.read(from_previous=from_previous)
+    checkpoint = saved_state.check(store.read(from_previous=from_previous))
     before = parse(checkpoint.controller["config"], source=checkpoint.where)
     if checkpoint.number + 1 > config.rounds:
         raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")

@@ -2,51 +2,63 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from orchestrator import sealed_log
+from orchestrator import run_files, sealed_log
 from orchestrator.errors import ConfigError
-from orchestrator.records import RoundRecord
+from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import Sealed, SealedLog
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from orchestrator.records import RoundRecord
+
 
 def metrics(path: Path, last: int) -> list[RoundRecord]:
-    """Leave the rounds up to ``last`` in ``metrics.jsonl``, and return them."""
-    kept: list[str] = []
+    """Leave the rounds up to ``last`` in ``metrics.jsonl``, and return them.
+
+    Raises:
+        ConfigError: one of them is damaged.
+        OSError: the file cannot be read or written.
+    """
+    folder, name = Folder(path.parent), path.name
+    kept: list[bytes] = []
     records: list[RoundRecord] = []
-    for line in _lines(path):
-        try:
-            record = RoundRecord(**json.loads(line))
-        except (ValueError, TypeError):
-            break  # torn: the process was killed while it wrote
-        if record.round <= last:
-            kept.append(line + "\n")
+    with suppress(FileNotFoundError):
+        for number, line in enumerate(folder.lines(name), 1):
+            if not line.endswith(b"\n"):
+                break  # torn: the process was killed while it wrote
+            try:
+                record = run_files.round_line(line, f"{path}, line {number}")
+            except ConfigError as error:
+                raise ConfigError(f"{error}; if that file is moved elsewhere, the run goes on without it") from None
+            if record.round > last:
+                break
+            kept.append(line)
             records.append(record)
-    _replace(path, "".join(kept))
+    folder.write(name, b"".join(kept))
     return records
 
 
 def events(path: Path, size: int, undone: Path) -> None:
     """Leave the first ``size`` bytes of ``events.jsonl``; the others are appended to ``undone``."""
+    folder, name = Folder(path.parent), path.name
     try:
-        data = path.read_bytes()
+        data = folder.read(name, run_files.memory_bytes())
     except FileNotFoundError:
         return
     if data[size:]:
-        with undone.open("ab") as file:
+        with folder.append(undone.name) as file:
             file.write(data[size:])
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data[:size])
-    partial.replace(path)
+    folder.write(name, data[:size])
 
 
 def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:
     """Leave the rounds up to ``last`` in ``rounds.log``; return it, to be gone on with; ``None`` if there is none."""
-    if not path.exists():
+    folder = Folder(path.parent)
+    if not folder.exists(path.name):
         return None
     log, data = SealedLog(run_id), b""
     try:
@@ -57,20 +69,5 @@ def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:
                 data += log.append(entry)
     except ConfigError:
         pass  # torn, behind what is kept
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    folder.write(path.name, data)
     return log
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -40,6 +40,7 @@ from orchestrator import config as configuration
 from orchestrator import rewind, sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
+from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, SealedLog, Snapshot
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("starling")
 _DEFAULT_ROOT = "runs"
+_PICTURE = "curves.png"
 
 
 class RunDirectory(Observer):
@@ -79,6 +81,7 @@ class RunDirectory(Observer):
         self._rounds: list[RoundRecord] = []
         self._files: dict[str, IO[str]] = {}
         self._sealed: SealedLog | None = None
+        self._folder = Folder(self.path)
         self._made = not self.path.exists()
         if resumed is None:
             self._claim()
@@ -110,7 +113,7 @@ class RunDirectory(Observer):
             rewind.events(self.path / "events.jsonl", saved["events"], self.path / "undone.jsonl")
             self._sealed = rewind.rounds_log(self.path / sealed_log.NAME, self.run_id, saved["round"])
             for name in ("summary.json", "model.safetensors"):
-                (self.path / name).unlink(missing_ok=True)
+                self._folder.remove(name)
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
         self._whole("config.yaml", yaml.safe_dump(self._config.dump(), sort_keys=False, allow_unicode=True).encode())
@@ -127,8 +130,7 @@ class RunDirectory(Observer):
         # Opened each time: a run may have more nodes than a process may have open files.
         path = self.path / "logs" / ("server.log" if node == SERVER else f"node-{node:03}.log")
         try:
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
+            with self._folder.append_text(f"logs/{path.name}") as file:
                 file.writelines(f"{line}\n" for line in lines)
         except OSError as error:
             raise self._failure(f"logs/{path.name}", error) from None
@@ -144,7 +146,7 @@ class RunDirectory(Observer):
         if self._sealed is None:
             self._sealed = SealedLog(self.run_id)
         try:
-            with (self.path / sealed_log.NAME).open("ab") as file:
+            with self._folder.append(sealed_log.NAME) as file:
                 file.write(self._sealed.append(entry))
         except OSError as error:
             raise self._failure(sealed_log.NAME, error) from None
@@ -155,7 +157,6 @@ class RunDirectory(Observer):
         return {"directory": here, "config": self._config.dump()}
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path:
-        (self.path / sealed_log.SNAPSHOTS).mkdir(exist_ok=True)
         self._whole(sealed_log.snapshot_name(number), model.safetensors)
         self.on_sealed(Snapshot(number, model.digest))
         return self.path / sealed_log.snapshot_name(number)
@@ -164,6 +165,7 @@ class RunDirectory(Observer):
         self._whole("model.safetensors", model.safetensors)
         if type(self._config.task).export is not Task.export:
             try:
+                self._folder.remove_tree("export")  # of an end before this one; or a link, which is not followed
                 self._config.task.export(load_model(self.path), self.path / "export")
             except Exception as error:  # noqa: BLE001 - the model is there, and is worth more than its other form
                 _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
@@ -180,7 +182,8 @@ class RunDirectory(Observer):
             try:
                 from orchestrator.report import draw
 
-                draw(self.path / "curves.png", self._started, self._rounds)
+                self._folder.remove(_PICTURE)  # it may be a link
+                draw(self.path / _PICTURE, self._started, self._rounds)
             except Exception as error:  # noqa: BLE001 - a picture is not worth a run
                 _LOG.warning("curves.png could not be drawn: %s: %s", type(error).__name__, error)
 
@@ -189,7 +192,7 @@ class RunDirectory(Observer):
     def _line(self, name: str, data: Mapping[str, Any]) -> None:
         try:
             if name not in self._files:
-                self._files[name] = (self.path / name).open("a", encoding="utf-8")
+                self._files[name] = self._folder.append_text(name)
             self._files[name].write(json.dumps(finite(data)) + "\n")
             self._files[name].flush()
         except OSError as error:
@@ -203,12 +206,9 @@ class RunDirectory(Observer):
 
     def _whole(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that is there whole or not at all."""
-        partial = (self.path / name).with_name(f".{Path(name).name}.partial")
         try:
-            partial.write_bytes(data)
-            partial.replace(self.path / name)
+            self._folder.write(name, data)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise self._failure(name, error) from None
 
     def _failure(self, name: str, error: OSError) -> RunError:

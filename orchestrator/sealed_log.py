@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from orchestrator.errors import ConfigError
+from orchestrator.run_files import memory_bytes, reason
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,10 +129,12 @@ def read(path: Path, run_id: str | None = None) -> Iterator[Entry]:
         ConfigError: it is not there, of another run, damaged, or has a hole; raised when that place is reached.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = Folder(path.parent).read(path.name, memory_bytes())
+    except FileNotFoundError as error:
         message = f"{path}: {error.strerror}; only algorithms whose rounds can be replayed have this log"
         raise ConfigError(message) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {reason(error)}") from None
     offset = data.find(b"\n", len(_TITLE), _MAX_HEADER) + 1
     found = _run_id_of(data[len(_TITLE) : offset]) if data.startswith(_TITLE) and offset else None
     if found is None:
@@ -144,7 +148,8 @@ def read(path: Path, run_id: str | None = None) -> Iterator[Entry]:
         kind, length = _HEAD.unpack_from(data, offset) if end <= len(data) else (b"", 0)
         last = end + length + _NUMBER.size
         if last > len(data):
-            raise ConfigError(f"{where}: the log ends within an entry; --to {expected - 1} is the last that is whole")
+            whole = f"--to {expected - 1} is the last that is whole" if expected else "no round of it is whole"
+            raise ConfigError(f"{where}: the log ends within an entry; {whole}")
         checksum = zlib.crc32(data[offset : end + length], checksum)
         if _NUMBER.unpack_from(data, end + length)[0] != checksum:
             raise ConfigError(f"{where}: bad checksum; the log is damaged from here on")
@@ -162,7 +167,7 @@ def read(path: Path, run_id: str | None = None) -> Iterator[Entry]:
 def _run_id_of(header: bytes) -> str | None:
     try:
         return str(json.loads(header)["run_id"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import MLflowTracking
+from orchestrator.errors import ConfigError
+from orchestrator.safe_files import Folder
 from orchestrator.sections import without_password
-from orchestrator.spool import Outbox
+from orchestrator.spool import SPOOL, TRIALS_OF, Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +69,8 @@ class Sender:
     ) -> None:
         self.uri = store
         self.failed = False
+        self.problem: str | None = None
+        """What it was given up for."""
         self._tracking = tracking
         self._artifacts = artifacts
         self._folders = folders
@@ -96,7 +100,9 @@ class Sender:
         return not self._left()
 
     def _left(self) -> list[Path]:
-        return [folder for folder in self._folders() if not self._outbox(folder).is_empty]
+        return [
+            folder for folder in self._folders() if self._outbox(folder).problem or not self._outbox(folder).is_empty
+        ]
 
     def _outbox(self, folder: Path) -> Outbox:
         if folder not in self._outboxes:
@@ -140,6 +146,7 @@ class Sender:
                 self._closing.wait(_BATCH_WAIT_S)
 
     def _say_failed(self, error: Exception) -> None:
+        self.problem = _first_line(error)
         folders = self._folders()
         _LOG.warning(
             "tracking: %s failed, the run goes on without it (%s keeps everything): %s: %s",
@@ -152,6 +159,8 @@ class Sender:
     def _send_all(self) -> None:
         for folder in self._folders():
             outbox = self._outbox(folder)
+            if outbox.problem is not None:
+                raise ConfigError(outbox.problem)
             while not outbox.is_empty:
                 operations, offsets = outbox.read()
                 if not operations:
@@ -196,7 +205,8 @@ class Sender:
         return self._client
 
     def _run_id(self, outbox: Outbox) -> str:
-        assert outbox.state.run_id is not None, f"{outbox.folder}: its spool does not begin with the run"
+        if outbox.state.run_id is None:
+            raise ConfigError(f"{outbox.folder / SPOOL}: does not begin with the run that it is of")
         return outbox.state.run_id
 
     def _log_metrics(self, outbox: Outbox, values: list[tuple[str, float, int, int]]) -> None:
@@ -224,11 +234,13 @@ class Sender:
             case "text":
                 client.log_text(self._run_id(outbox), operation["text"], operation["name"])
             case "file":
-                path = Path(operation["path"])
-                if path.exists():
+                path = _own_file(outbox.folder, Path(operation["path"]).name)
+                if path is not None:
                     client.log_artifact(self._run_id(outbox), str(path))
             case "model":
-                self._log_model(outbox, Path(operation["run_dir"]))
+                path = _own_file(outbox.folder, "model.safetensors")
+                if path is not None:
+                    self._log_model(outbox, path.parent)
             case "end":
                 client.set_terminated(self._run_id(outbox), operation["status"], operation["at"])
                 outbox.note(ended=True)
@@ -244,8 +256,8 @@ class Sender:
             outbox.note(ended=False)
             return
         tags = dict(operation["tags"]) | {_KEY_TAG: operation["key"]}
-        if operation.get("parent"):
-            parent = self._outbox(Path(operation["parent"])).state.run_id
+        if operation["parent"] and outbox.folder.parent.name == TRIALS_OF:
+            parent = self._outbox(outbox.folder.parents[1]).state.run_id
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
         with _quiet():
@@ -281,8 +293,6 @@ class Sender:
         return self._experiment_id
 
     def _log_model(self, outbox: Outbox, run_dir: Path) -> None:
-        if not (run_dir / "model.safetensors").exists():
-            return
         import tempfile
 
         from orchestrator.model_export import save_for_mlflow
@@ -301,6 +311,17 @@ class Sender:
                 )
                 return
             self._mlflow.log_artifacts(self._run_id(outbox), str(path), "model")
+
+
+def _own_file(folder: Path, name: str) -> Path | None:
+    """A file that a spool in ``folder`` may have sent: one of that run, whatever path the spool says."""
+    # A trial's spool is not where its run is, which may have to be made anew.
+    run_dir = folder.parents[1] / "trials" / folder.name if folder.parent.name == TRIALS_OF else folder
+    try:
+        Folder(run_dir).size(name)
+    except OSError:
+        return None
+    return run_dir / name
 
 
 def _is_transient(error: BaseException) -> bool:

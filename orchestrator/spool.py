@@ -7,22 +7,50 @@ delays nothing, one that comes back misses nothing, and what is left when the pr
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from orchestrator import run_files
+from orchestrator.errors import ConfigError
 from orchestrator.records import finite
+from orchestrator.run_files import SentFile
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 SPOOL, STATE = "tracking.jsonl", "mlflow.json"
+TRIALS_OF = "tracking"
+"""The folder of a sweep that has a folder with the spool of each trial."""
 
 _READ_BYTES = 4_000_000
 """At a time."""
+
+
+class _Operation(BaseModel):
+    """A line; which of the fields there are depends on ``op``, and who carries it out says so if one is missing."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    op: str
+    at: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    step: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    values: dict[str, str | int | float | bool | None] = {}
+    tags: dict[str, str] = {}
+    name: str = ""
+    key: str = ""
+    parent: str | None = None
+    text: str = ""
+    path: str = ""
+    run_dir: str = ""
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED"
+
+
+_STATE, _OPERATION = TypeAdapter(SentFile), TypeAdapter(_Operation)
 
 
 class Spool:
@@ -34,7 +62,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path, on_append: Callable[[], None] = lambda: None) -> None:
-        self._path = folder / SPOOL
+        self._folder = Folder(folder)
         self._on_append = on_append
         self._lock = threading.Lock()
 
@@ -45,72 +73,83 @@ class Spool:
             OSError: the disk is full, say.
         """
         line = json.dumps(finite({"op": operation, **facts}), ensure_ascii=False) + "\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self._lock, self._folder.append(SPOOL) as file:
+            file.write(line.encode())
         self._on_append()
 
 
-@dataclass
-class State:
-    """How far a run's spool has been sent."""
-
-    offset: int = 0
-    """Bytes."""
-    run_id: str | None = None
-    """The tracker's name for the run."""
-    tried: bool = False
-    """The tracker was asked to make the run, and may have done so."""
-    ended: bool = False
-
-
 class Outbox:
-    """The other side of a spool: reads operations, and notes which of them are sent."""
+    """The other side of a spool: reads operations, and notes which of them are sent.
+
+    Never raises when it is made: what is wrong with its files is its ``problem``, and then nothing is sent.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state = State()
-        with contextlib.suppress(OSError, ValueError, TypeError):  # nothing was sent yet
-            self.state = State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        self.state = SentFile()
+        self.problem: str | None = None
+        self._files = Folder(folder)
+        try:
+            self.state = run_files.read(self._files, STATE, _STATE) or self.state  # nothing was sent yet
+            size = self._size()
+            if size is None or (self.state.ended and size < self.state.offset):
+                self.state = self.state.model_copy(update={"offset": 0})  # all was sent, and it begins anew
+            elif size < self.state.offset:
+                self.problem = f"{folder / STATE}: offset is {self.state.offset}, and {SPOOL} has {size} bytes"
+        except ConfigError as error:
+            self.problem = str(error)
+
+    def _size(self) -> int | None:
+        try:
+            return self._files.size(SPOOL)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise ConfigError(f"{self.folder / SPOOL}: {run_files.reason(error)}") from None
 
     @property
     def is_empty(self) -> bool:
         """Whether all that is there has been sent."""
         try:
-            return (self.folder / SPOOL).stat().st_size <= self.state.offset
+            return self._files.size(SPOOL) <= self.state.offset
         except OSError:
             return True
 
     def read(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """Operations that are not sent yet, and the offset after each; a line that is still written is left out."""
+        """Operations that are not sent yet, and the offset after each; a line that is still written is left out.
+
+        Raises:
+            ConfigError: a line is none of an operation, or has no end.
+        """
         try:
-            with (self.folder / SPOOL).open("rb") as file:
+            with self._files.open(SPOOL) as file:
                 file.seek(self.state.offset)
                 data = file.read(_READ_BYTES)
         except OSError:
             return [], []
+        where = f"{self.folder / SPOOL}, byte"
+        if len(data) == _READ_BYTES and b"\n" not in data:
+            raise ConfigError(f"{where} {self.state.offset}: a line of it has more than {_READ_BYTES} bytes")
         operations, offsets, offset = [], [], self.state.offset
         for line in data.splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            offset += len(line)
+            begin, offset = offset, offset + len(line)
             try:
-                operations.append(json.loads(line))
-            except ValueError:
+                json.loads(line)
+            except (ValueError, RecursionError):
                 continue  # cut off by the death of who wrote it, and gone on with after that
+            operations.append(run_files.checked(_OPERATION, line, f"{where} {begin}").model_dump())
             offsets.append(offset)
         return operations, offsets
 
-    def note(self, **changes: Any) -> None:  # noqa: ANN401 - fields of State
+    def note(self, **changes: Any) -> None:  # noqa: ANN401 - fields of SentFile
         """Remember a change of the state, on disk."""
-        for name, value in changes.items():
-            setattr(self.state, name, value)
-        partial = self.folder / f".{STATE}.partial"
-        partial.write_text(json.dumps(vars(self.state)), encoding="utf-8")
-        partial.replace(self.folder / STATE)
+        self.state = self.state.model_copy(update=changes)
+        self._files.write(STATE, self.state.model_dump_json().encode())
 
     def forget(self) -> None:
         """All is sent, and the run is over: the spool is not needed any more; who the run is, stays."""
         if self.is_empty and self.state.ended:
-            (self.folder / SPOOL).unlink(missing_ok=True)
+            self._files.remove(SPOOL)
             self.note(offset=0)

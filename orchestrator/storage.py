@@ -17,6 +17,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from actors.data.files import is_uri, printable, shown
 from orchestrator.errors import ConfigError
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -83,15 +84,15 @@ def open_storage(uri: str | None, default: Path, *below: str) -> Storage:
         ConfigError: it is no URI that pyarrow knows.
     """
     if uri is None:
-        return LocalStorage(default)
+        return LocalStorage(default.parent, default.name)
     if not is_uri(uri):
-        return LocalStorage(Path(uri).expanduser().absolute().joinpath(*below))
+        return LocalStorage(Path(uri).expanduser().absolute(), *below)
     try:
         filesystem, root = FileSystem.from_uri(_bounded_uri(uri))
     except (OSError, pa.ArrowException, ValueError) as error:
         raise ConfigError(f"checkpoint.uri: {shown(uri)} cannot be used: {_without(uri, one_line(error))}") from None
     if isinstance(filesystem, LocalFileSystem):
-        return LocalStorage(Path(root).joinpath(*below))
+        return LocalStorage(Path(root), *below)
     if not root.strip("/"):
         raise ConfigError(f"checkpoint.uri: {shown(uri)} cannot be used: it names no bucket")
     address = shown(uri).partition("?")[0]
@@ -121,24 +122,16 @@ class _Stoppable:
 class LocalStorage(_Stoppable):
     """A folder of this machine. Contents are on the disk (fsync) before a name refers to them for good."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.shown = str(root)
+    def __init__(self, root: Path, *below: str) -> None:
+        """``root`` is taken as it is; no folder ``below`` it, and nothing in them, is reached through a link."""
+        self._folder = Folder(root, *below)
+        self.shown = str(self._folder)
 
     def folders(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        if not self._root.exists():
-            return found
-        for folder in self._root.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # somebody has just removed it
-                if folder.is_dir():
-                    found[folder.name] = {path.name for path in folder.iterdir()}
-        return found
+        return self._folder.folders()
 
     def put(self, path: str, pieces: Iterable[Piece]) -> None:
-        place = self._root / path
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("wb") as file:
+        with self._folder.create(path) as file:
             for piece in _chunks(pieces):
                 self._go_on()
                 file.write(piece)
@@ -146,27 +139,23 @@ class LocalStorage(_Stoppable):
             os.fsync(file.fileno())
 
     def put_whole(self, path: str, data: bytes) -> None:
-        place = self._root / path
-        partial = place.with_name(f".{place.name}.partial")
-        self.put(f"{place.parent.name}/{partial.name}", [data])
-        _fsync(place.parent)  # the names of the other files, before the one that vouches for them
-        partial.replace(place)
-        for folder in (place.parent, self._root):
-            _fsync(folder)
+        above, _, name = path.rpartition("/")
+        partial = f"{above}/.{name}.partial"
+        self.put(partial, [data])
+        self._folder.sync(above)  # the names of the other files, before the one that vouches for them
+        self._folder.rename(partial, path)
+        for folder in (above, "."):
+            self._folder.sync(folder)
 
     def get(self, path: str, most: int) -> Bytes:
-        with (self._root / path).open("rb", buffering=0) as file:
+        with self._folder.open(path) as file:
             return _filled(file, min(os.fstat(file.fileno()).st_size, most))
 
     def remove(self, path: str) -> None:
-        (self._root / path).unlink(missing_ok=True)
+        self._folder.remove(path)
 
     def remove_folder(self, folder: str) -> None:
-        place = self._root / folder
-        with contextlib.suppress(FileNotFoundError):
-            for path in place.iterdir():
-                path.unlink()
-            place.rmdir()
+        self._folder.remove_folder(folder)
 
 
 class RemoteStorage(_Stoppable):
@@ -288,11 +277,3 @@ def _filled(file: Any, nbytes: int) -> Bytes:  # noqa: ANN401 - Python's files a
             return data[:done]
         done += count
     return data
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

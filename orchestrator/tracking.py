@@ -23,11 +23,11 @@ import yaml
 
 from algorithms.api import SERVER
 from orchestrator.config import MLflowTracking
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, RunError
 from orchestrator.records import Observer
 from orchestrator.sections import without_password
 from orchestrator.sender import Sender
-from orchestrator.spool import SPOOL, Outbox, Spool
+from orchestrator.spool import SPOOL, TRIALS_OF, Outbox, Spool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -218,25 +218,33 @@ def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, boo
     """Send what a tracker has missed of a run or a sweep: how many runs had something left, and whether all is sent.
 
     Raises:
-        ConfigError: the run is not tracked.
+        ConfigError: the run is not tracked, or what is to be sent is damaged.
+        RunError: the tracker refuses it.
     """
     if not isinstance(config.tracking, MLflowTracking):
         raise ConfigError(f"{run_dir}: its configuration has tracking: none; there is nothing to send")
     folders = folders_of(run_dir)
-    left = [folder for folder in folders if not Outbox(folder).is_empty]
+    outboxes = [Outbox(folder) for folder in folders]
+    for problem in (outbox.problem for outbox in outboxes):
+        if problem is not None:
+            raise ConfigError(problem)
+    left = [outbox for outbox in outboxes if not outbox.is_empty]
     tracking = config.tracking
     sender = Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: folders)
-    return len(left), sender.close(timeout_s)
+    done = sender.close(timeout_s)
+    if sender.problem is not None:
+        raise RunError(f"{run_dir}: {without_password(sender.uri)} did not take it: {sender.problem}")
+    return len(left), done
 
 
 def folders_of(folder: Path) -> list[Path]:
     """Where the spools of a run or a sweep are: its directory, and one for each trial."""
-    return [folder, *sorted(path.parent for path in folder.glob(f"tracking/*/{SPOOL}"))]
+    return [folder, *sorted(path.parent for path in folder.glob(f"{TRIALS_OF}/*/{SPOOL}"))]
 
 
 def spool_of(sweep_dir: Path, trial: str) -> Path:
     """Where the spool of a trial is: not in its run directory, which may have to be made anew."""
-    folder = sweep_dir / "tracking" / trial
+    folder = sweep_dir / TRIALS_OF / trial
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

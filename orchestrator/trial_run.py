@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import queue
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import run_files
 from orchestrator.errors import StarlingError
-from orchestrator.records import Observer, RoundRecord
+from orchestrator.records import Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from orchestrator.records import Started, Summary
+    from orchestrator.records import RoundRecord, Started, Summary
 
 _POLL_S = 0.25
 _STOP_TIMEOUT_S = 30.0
@@ -160,6 +160,4 @@ class _Reporter(Observer):
 
 def recorded(run_dir: Path) -> Iterator[RoundRecord]:
     """The rounds of a run, as its directory has them."""
-    with (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            yield RoundRecord(**json.loads(line))
+    return run_files.rounds(run_dir)

@@ -7,12 +7,17 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
+from orchestrator import run_files, saved_state
 from orchestrator.checkpoints import FOLDER, CheckpointStore
 from orchestrator.config import parse
 from orchestrator.errors import CheckpointReadError, ConfigError
 from orchestrator.lease import Lease
 from orchestrator.revival import Revival
 from orchestrator.run_directory import RunDirectory
+from orchestrator.run_files import OriginFile
+from orchestrator.safe_files import Folder
 from orchestrator.trial_run import recorded
 
 if TYPE_CHECKING:
@@ -56,12 +61,13 @@ def opened(
 def _checkpoint(config: Config, run_dir: Path) -> tuple[CheckpointStore | None, Checkpoint]:
     """The last one: of its own, with its store, or, before it had one, of the trial that it was cloned from."""
     names = [run_dir.name]
-    if (run_dir / _ORIGIN).exists():
-        names.append(json.loads((run_dir / _ORIGIN).read_text(encoding="utf-8"))["run_id"])
+    origin = run_files.read(Folder(run_dir), _ORIGIN, TypeAdapter(OriginFile))
+    if origin is not None:
+        names.append(origin.run_id)
     for name in names:
         store = CheckpointStore(config.checkpoint.uri, run_dir, name, keep=config.checkpoint.keep)
         try:
-            return (store if name == run_dir.name else None), store.read()
+            return (store if name == run_dir.name else None), saved_state.check(store.read())
         except CheckpointReadError:
             if name == names[-1]:
                 raise

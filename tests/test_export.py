@@ -109,15 +109,14 @@ def test_neither_data_nor_beginning_need_be_there(finished: Path, tmp_path: Path
 
 
 def test_a_run_that_has_not_ended(finished: Path, tmp_path: Path):
-    for name in ("config.yaml", "checkpoints"):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / name).symlink_to(finished / name)
+    shutil.copytree(finished / "checkpoints", tmp_path / "run/checkpoints")
+    shutil.copy(finished / "config.yaml", tmp_path / "run")
     with pytest.raises(
         ConfigError, match=r"has not ended with a model; --round 3 exports a checkpoint's; there are 2, 3"
     ):
         export(tmp_path / "run")
     assert export(tmp_path / "run", 3).digest == digest_of(finished)
-    (tmp_path / "run/checkpoints").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(ConfigError, match="has not ended with a model; and there is no checkpoint of it"):
         export(tmp_path / "run")
 

@@ -85,12 +85,46 @@ def test_a_holder_on_another_machine_is_judged_by_its_last_renewal(tmp_path: Pat
         mine.release()
 
 
-def test_a_file_that_is_no_lease_is_replaced(tmp_path: Path):
-    for text in ("", "[1]", '{"token": 1}'):
-        (tmp_path / "lease.json").write_text(text)
-        with pytest.raises(LeaseError, match="has just begun"):
-            Lease(tmp_path)
-        (tmp_path / "lease.json").unlink()
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "it is empty"),
+        ("[1]", "must be an object|valid dictionary"),
+        ('{"token": 1}', "host is missing"),
+        ('{"token": "1", "host": "a", "pid": 1, "started": 1.0, "renewed": 1.0}', "token should be a valid integer"),
+        ('{"token": 1, "host": "a", "pid": -1, "started": 1.0, "renewed": 1.0}', "pid should be greater than 0"),
+        ('{"token": 1, "token": 2}', "the key 'token' is there twice"),
+    ],
+)
+def test_a_file_that_is_no_lease_is_refused_until_it_is_old(tmp_path: Path, text: str, what: str):
+    path = tmp_path / "lease.json"
+    path.write_text(text)
+    with pytest.raises(LeaseError, match=rf"lease.json: .*({what}).* try again in 30 s") as error:
+        Lease(tmp_path)
+    assert "\n" not in str(error.value)
+    os.utime(path, (time.time() - 60,) * 2)
+    mine = Lease(tmp_path)
+    assert mine.token == 1
+    mine.release()
+
+
+def test_a_lease_from_far_ahead_is_nobodys(tmp_path: Path):
+    facts = {"token": 4, "host": "elsewhere", "pid": 1, "started": 1.0, "renewed": time.time() + 1e7}
+    (tmp_path / "lease.json").write_text(json.dumps(facts))
+    Lease(tmp_path).release()
+
+
+def test_a_link_in_the_place_of_a_lease_is_replaced_and_not_followed(tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/lease.json").symlink_to(outside)
+    os.utime(tmp_path / "run/lease.json", (time.time() - 60,) * 2, follow_symlinks=False)
+    mine = Lease(tmp_path / "run")
+    mine.check()
+    mine.release()
+    assert outside.read_text() == "kept"
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_it_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch):

@@ -12,6 +12,7 @@ from orchestrator.config import load
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, Observers, Summary
 from orchestrator.run_directory import RunDirectory
+from orchestrator.safe_files import Folder
 from tests.observed import MODEL, configuration, record, started, summary, tell
 
 
@@ -93,10 +94,10 @@ def test_a_run_that_fails_later_keeps_what_it_has(tmp_path: Path):
     assert sorted(path.name for path in directory.path.iterdir()) == ["config.yaml", "summary.json"]
 
 
-def test_a_full_disk_fails_the_run_in_a_line(tmp_path: Path):
+def test_a_full_disk_fails_the_run_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     directory = RunDirectory(configuration(), tmp_path / "run")
     directory.on_start(started())
-    (directory.path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(Folder, "append_text", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115 - it is closed by what is tested
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left on device"):
         directory.on_round(record(0))
 
