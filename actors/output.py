@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ class Tee(io.TextIOBase):
         self._line = ""
 
     def write(self, text: str) -> int:
-        self._stream.write(text)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, say: printing fails no program
+            self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             self._host.log(self._host.current, line)
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import DivergedError
+from orchestrator.terminal import ENDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -271,7 +272,7 @@ def _kept_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in ENDING}
     try:
         yield
     finally:
@@ -285,7 +286,8 @@ def _undisturbed() -> Iterator[None]:
     """Close to the end: every wait in it is bounded, and a second Ctrl-C would leave processes behind."""
     with _kept_handlers():
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDING:
                 # Not SIG_IGN, which processes that are started now would inherit.
-                signal.signal(number, lambda *_: None)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, lambda *_: None)
         yield

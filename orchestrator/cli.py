@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from orchestrator import submit
+from orchestrator import streams, submit
 from orchestrator.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -27,7 +27,7 @@ from orchestrator.errors import (
     StarlingError,
     exit_code,
 )
-from orchestrator.terminal import everything_to_stderr, interruptible, warnings_shown_by
+from orchestrator.terminal import ENDING, everything_to_stderr, interruptible, warnings_shown_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,11 +74,12 @@ Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False
 
 def main() -> None:
     """Run the command line."""
+    streams.secure()
     try:
         app(prog_name="starling")
     finally:
         # All is said and closed; what is left is the interpreter's own end, and the exit code.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -88,7 +89,7 @@ def _print_version(wanted: bool) -> None:
             version = importlib.metadata.version("starling")
         except importlib.metadata.PackageNotFoundError:
             version = "(not installed)"
-        typer.echo(f"starling {version}")
+        streams.say(f"starling {version}")
         raise typer.Exit
 
 
@@ -349,7 +350,7 @@ def _train(
             return done.to_json()
         view = display(console)
         views.append(view)
-        with warnings_shown_by(view), interruptible():
+        with warnings_shown_by(view):
             try:
                 view.open(config, _place(command, config))
                 if command == "replay":
@@ -437,7 +438,8 @@ def _answer(
     answer: dict[str, Any] = {}
     with everything_to_stderr() if as_json else contextlib.nullcontext():
         try:
-            answer = act(Console(stderr=as_json))
+            with interruptible():
+                answer = act(Console(stderr=as_json))
         except StarlingError as error:
             code, problem = exit_code(error), str(error)
             _print_error(problem, error.traceback if isinstance(error, NodeFailedError) else None)
@@ -450,7 +452,7 @@ def _answer(
     if as_json:
         if code:
             answer = {"status": "interrupted" if code == EXIT_INTERRUPTED else "failed"} | failed()
-        typer.echo(json.dumps(answer | {"error": problem}))
+        streams.say(json.dumps(answer | {"error": problem}))
     if code:
         raise typer.Exit(code)
 
@@ -458,9 +460,10 @@ def _answer(
 def _print_error(message: str, trace: str | None = None) -> None:
     """Plain text, never folded: people search for it, and scripts read it."""
     if trace:
-        typer.echo(trace.rstrip(), err=True)
+        streams.say(trace.rstrip(), err=True)
+    label = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
     for line in message.splitlines():
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {line}", err=True)
+        streams.say(f"{label} {line}", err=True)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

@@ -18,6 +18,7 @@ from orchestrator.config import MLflowTracking
 from orchestrator.narration import told
 from orchestrator.records import Observer
 from orchestrator.sections import without_password
+from orchestrator.terminal import View, unfailing
 from orchestrator.tracking import store_of, ui_command
 from orchestrator.units import bytes_text, number_text, seconds_text
 
@@ -45,7 +46,7 @@ def display(console: Console) -> Display:
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
 
 
-class Display(Observer):
+class Display(Observer, View):
     """What both views share: the start, the notes and the end."""
 
     def __init__(self, console: Console) -> None:
@@ -60,6 +61,7 @@ class Display(Observer):
     def open(self, config: Config, place: str) -> None:
         """Say that nodes are being started, in ``place``; it may take a while."""
 
+    @unfailing
     def on_start(self, started: Started) -> None:
         self.stop()
         self._started = started
@@ -74,6 +76,7 @@ class Display(Observer):
             self.note(f"there is room for {there} of {wanted} nodes; the others join when there is more (ray status)")
         self.begin(started)
 
+    @unfailing
     def on_round(self, record: RoundRecord) -> None:
         assert self._started is not None
         self._sent += record.payload_bytes
@@ -83,6 +86,7 @@ class Display(Observer):
         each_s = (time.monotonic() - self._began) / (record.round - before)
         self.show(self._started, record, each_s * (rounds - record.round - 1))
 
+    @unfailing
     def on_event(self, event: Mapping[str, Any]) -> None:
         text = told(event)
         if text is None or self._started is None:
@@ -106,6 +110,7 @@ class Display(Observer):
     def stop(self) -> None:
         """Show nothing from now on."""
 
+    @unfailing
     def note(self, text: str) -> None:
         """Say something in between."""
         self._console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
@@ -114,6 +119,7 @@ class Display(Observer):
 class PlainDisplay(Display):
     """A line for each round."""
 
+    @unfailing
     def open(self, config: Config, place: str) -> None:
         self._console.print(_opening(config, place), highlight=False)
 
@@ -147,6 +153,7 @@ class LiveDisplay(Display):
     _metrics: Mapping[str, float] | None = None
     _evaluated: int = 0
 
+    @unfailing
     def open(self, config: Config, place: str) -> None:
         self._live = self._console.status(_opening(config, place))
         self._live.start()
@@ -171,10 +178,11 @@ class LiveDisplay(Display):
         if isinstance(self._live, Live):
             self._live.update(Group(self._bar, self._values(started, record)))
 
+    @unfailing
     def stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     def _values(self, started: Started, record: RoundRecord) -> RenderableType:
         table = _two_columns()

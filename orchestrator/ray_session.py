@@ -29,6 +29,7 @@ from ray.experimental import internal_kv
 
 from orchestrator.errors import ClusterError
 from orchestrator.lease import started_at
+from orchestrator.terminal import ENDING
 
 _LOG = logging.getLogger("starling")
 
@@ -337,12 +338,18 @@ def _probe(address: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's start-up messages for those who ask for them, and this process's signal handlers as they are."""
+    """Keep Ray's start-up messages for those who ask for them, and this process's signal handlers as they are.
+
+    What is started meanwhile is deaf to SIGHUP: a terminal that goes away tells all processes that were begun in it,
+    and we need those of Ray to save what the nodes have. They end with us.
+    """
     logger = logging.getLogger("ray")
     level = logger.level
     logger.setLevel(logging.ERROR)
     main = threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    handlers = {number: signal.getsignal(number) for number in ENDING} if main else {}
+    if main:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:

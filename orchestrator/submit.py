@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from urllib.parse import urlsplit
 import typer
 
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ClusterError, ConfigError, RunError
+from orchestrator.streams import say
+from orchestrator.terminal import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -315,28 +316,16 @@ def asker(choice: Choice) -> Callable[[], Choice | None]:
         answers = {"s": Choice.STOP, "l": Choice.LEAVE, "f": None, "": None}
         try:
             while True:
-                typer.echo("\n[s]top the job, [l]eave it running, or go on [f]ollowing it? [f] ", err=True, nl=False)
+                say("\n[s]top the job, [l]eave it running, or go on [f]ollowing it? [f] ", err=True, end="")
                 answer = sys.stdin.readline()
                 if not answer:
                     return Choice.LEAVE  # the terminal is gone
                 if answer.strip().lower()[:1] in answers:
                     return answers[answer.strip().lower()[:1]]
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # OSError: a terminal that hung up
             return Choice.LEAVE
 
     return ask
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def command(
@@ -374,7 +363,7 @@ def command(
         client = connect(address)
 
         def note(text: str) -> None:
-            typer.echo(text, err=True)
+            say(text, err=True)
 
         job = submit(client, address, planned, note)
         known.update(job.to_json())
@@ -382,8 +371,8 @@ def command(
         if not wait:
             note(said)
             return {"status": "submitted"} | known
-        with _terminated_like_interrupted():
-            follower = Follower(client, job, lambda text: typer.echo(text, nl=False), asker(on_interrupt), note)
+        with interruptible(deaf_s=0.0):
+            follower = Follower(client, job, lambda text: say(text, end=""), asker(on_interrupt), note)
             code = follower.follow(said)
         known["exit_code"] = code
         status = {0: "finished", EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator import cli
-from orchestrator.terminal import interruptible, warnings_shown_by
+from orchestrator.terminal import warnings_shown_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,7 +102,6 @@ def sweep(
             return displays[-1]
 
         stack = contextlib.ExitStack()
-        stack.enter_context(interruptible())
         try:
             if resume is not None:
                 result = sweeps.resume_sweep(resume, watcher=watch, on_result=results.append)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from orchestrator.sweep_board import Row
 from orchestrator.sweep_report import label
+from orchestrator.terminal import View, unfailing
 from orchestrator.tuning import Watcher
 from orchestrator.units import bytes_text, number_text, seconds_text
 
@@ -31,7 +32,7 @@ _MAX_ROWS = 20
 """Of the table at the end; results.csv has all."""
 
 
-class SweepDisplay(Watcher):
+class SweepDisplay(Watcher, View):
     """A line for each trial that is over; on a terminal also how far the others are."""
 
     def __init__(self, console: Console, board: Board, options: Options, folder: Path) -> None:
@@ -63,23 +64,28 @@ class SweepDisplay(Watcher):
             self._live = Live(self._bar, console=console, transient=True, refresh_per_second=4)
             self._live.start()
 
+    @unfailing
     def stop(self) -> None:
         """Show nothing from now on."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
+    @unfailing
     def note(self, text: str) -> None:
         """Say something in between."""
         print_line(self._console, f"[yellow]warning:[/] {escape(text)}")
 
+    @unfailing
     def on_trial_start(self, trial: Trial) -> None:
         self._running[trial.number] = trial
         self._update()
 
+    @unfailing
     def on_report(self, trial: Trial) -> None:
         self._update()
 
+    @unfailing
     def on_trial_end(self, trial: Trial) -> None:
         self._running.pop(trial.number, None)
         stage = [one for one in self._board.trials.values() if one.stage == trial.stage]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from orchestrator.streams import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from orchestrator.display import Display
     from orchestrator.sweep_display import SweepDisplay
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run in order: Ctrl-C, ``kill``, a terminal that goes away. SIGQUIT (Ctrl-\\) ends the process at once."""
+
+_LOG = logging.getLogger("starling")
 
 _DEAF_S = 5.0
 """To a repeated Ctrl-C."""
@@ -27,7 +36,7 @@ def everything_to_stderr() -> Iterator[None]:
         try:
             stdout = sys.stdout.fileno()
             stderr = sys.stderr.fileno()
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             pass  # captured by a test: these are no files
         else:
             sys.stdout.flush()
@@ -40,30 +49,59 @@ def everything_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does, and the impatient may repeat either.
+def interruptible(deaf_s: float = _DEAF_S) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, and the impatient may repeat any.
 
     A repetition within seconds is not heard: it would cut short what the first one has begun to close. After that it
     is, for the first may have been lost (Python swallows what is raised in a finalizer).
+
+    What is ignored stays so: the background job of a script is not meant to hear Ctrl-C, and one under nohup is not
+    meant to hear that its terminal is gone.
     """
-    heard_at = -_DEAF_S
+    heard_at = -math.inf
 
     def interrupt(*_: object) -> None:
         nonlocal heard_at
         now = time.monotonic()
-        if now - heard_at >= _DEAF_S:
+        if now - heard_at >= deaf_s:
             heard_at = now
             raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # a background job of a script is not meant to hear Ctrl-C
+        if handler != signal.SIG_IGN:
             signal.signal(number, interrupt)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class View:
+    """Something that shows; that it cannot any more ends nothing of what it shows."""
+
+    is_broken: bool = False
+
+
+_V = TypeVar("_V", bound=View)
+_P = ParamSpec("_P")
+
+
+def unfailing(method: Callable[Concatenate[_V, _P], None]) -> Callable[Concatenate[_V, _P], None]:
+    """Let a method of a view do nothing from the first time that one fails; this is said."""
+
+    @functools.wraps(method)
+    def guarded(view: _V, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if view.is_broken:
+            return
+        try:
+            method(view, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - whatever a terminal, or what draws on it, does
+            view.is_broken = True
+            _LOG.warning("nothing more is shown (%s: %s); all else goes on", type(error).__name__, error)
+
+    return guarded
 
 
 class _Notes(logging.Handler):
@@ -75,7 +113,10 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one."""
-        self._view.note(record.getMessage())
+        if self._view.is_broken:
+            say(f"warning: {record.getMessage()}", err=True)
+        else:
+            self._view.note(record.getMessage())
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from ray.tune.stopper import Stopper
 
 from orchestrator.errors import ConfigError
 from orchestrator.sweep_space import plain
+from orchestrator.terminal import ENDING
 from orchestrator.trial import STOP_FILE, StarlingTrial
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def tune_all(
     """Run trials until all are over.
 
     Raises:
-        KeyboardInterrupt: SIGINT or SIGTERM came; all trials have been closed.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; all trials have been closed.
         ConfigError: the trials do not report what they are to be judged by; as above.
     """
     interrupt = Interrupt(folder / STOP_FILE)
@@ -336,9 +337,8 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in names}
-    for number in names[:2]:
+    before = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGUSR1)}
+    for number in ENDING:
         if before[number] != signal.SIG_IGN:
             signal.signal(number, lambda *_: interrupt())
     try:

@@ -379,6 +379,23 @@ def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
+def test_nobody_reads_what_a_run_says(folder: Path):
+    script = f"{sys.executable} -m orchestrator simulate run.yaml --run-dir here; echo $? >code"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        ["sh", "-c", f"({script}) | head -1"],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (folder / "code").read_text() == "0\n"
+    assert (ended.stdout, ended.stderr) == ("starting 2 nodes in the simulator ...\n", "")
+    assert json.loads((folder / "here" / "summary.json").read_text())["status"] == "finished"
+
+
 def test_nothing_but_json_reaches_stdout(folder: Path):
     noise = "    def build(self):\n        import os\n        os.system('echo noise')\n        return super().build()\n"
     path = task(folder, "noisy", noise)
@@ -389,7 +406,7 @@ def test_nothing_but_json_reaches_stdout(folder: Path):
     assert "noise" in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_ends_cleanly(folder: Path, number):
     child = process("simulate", "run.yaml", "--json", "--run-dir", "here", "--set", "rounds=1000000")
     metrics = folder / "here" / "metrics.jsonl"
