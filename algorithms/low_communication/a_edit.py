@@ -6,8 +6,9 @@ With ρ = ``step_share`` a node that has done more counts more:
 
     w_m = (1 - ρ) softmax_m(-G_m / T) + ρ n_m / Σ_k n_k
 
-Deviations: n_m counts the steps since the last synchronization, where atorch's code counts all. As in ``edit`` for the
-rest; the steps of a warm-up round are ``inner_steps``.
+Deviations: n_m counts the steps since the last synchronization, where atorch's code counts all. An outlier has no
+weight at all, and its n_m does not count: the others' weights sum to 1. In atorch its share ρ n_m / Σ_k n_k is lost, so
+that the others' sum to less. As in ``edit`` for the rest; the steps of a warm-up round are ``inner_steps``.
 Elasticity: as ``edit``. Who is slow does not hold up anybody, but for one step.
 Cost: as ``edit``, and 8·N·(N-1) bytes for the numbers of steps. State: as ``edit``.
 Reference: Cheng et al., "EDiT: A Local-SGD-Based Efficient Distributed Training Method for Large Language Models",
@@ -37,10 +38,10 @@ _TOLERANCE = 1e-9
 class AEDiT(EDiT, name="a_edit"):
     """EDiT by the clock; see the module's docstring."""
 
-    interval_s: PositiveFloat = 600.0  # τ_time, seconds between synchronizations
-    min_total_steps: NonNegativeInt = 100  # of all nodes, for a synchronization
+    interval_s: PositiveFloat = 600.0  # τ_time, seconds between synchronizations; atorch
+    min_total_steps: NonNegativeInt = 100  # of all nodes, for a synchronization; atorch
     max_steps: PositiveInt = 1000  # of a node between synchronizations; learning-rate schedules plan with it
-    step_share: Share = 0.0  # ρ, how much of a weight is for steps; the code's other value is 0.5
+    step_share: Share = 0.0  # ρ, how much of a weight is for steps; atorch: off, 0.5 if on
 
     async def steps_alone(self, node: Node) -> Mapping[NodeId, float]:
         taken, all_taken = 0, {node.id: 0.0}

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from algorithms.api import NodeId, State
 
@@ -19,59 +19,61 @@ History: TypeAlias = "dict[str, State]"
 class Detector(BaseModel):
     """EWMA z-scores of several numbers at once, each with a history of its own.
 
-    With α = ``decay`` an accepted G moves the mean μ and the spread M, and its score z joins the last W = ``window``:
+    A number G is an outlier if z(G) > ``threshold`` · max(1, σ), σ the unbiased standard deviation of the last
+    ``warmup`` scores. With α = ``decay`` every finite G, outlier or not, then moves the mean μ and the spread M, and
+    its score by the *new* μ and M joins the scores:
 
-        z = (G - μ) / √M          d = G - μ          μ ← μ + α d          M ← (1 - α) (M + α d (G - μ))
+        z(G) = (G - μ) / √M          d = G - μ          μ ← μ + α d          M ← (1 - α) (M + α d (G - μ))
 
-    where the last μ is the new one. After ``warmup`` accepted ones G is an outlier if z > ``threshold`` · max(1, σ), σ
-    the standard deviation of the last scores. Before that z counts as 0 and nothing is an outlier: μ begins at 0, and
-    takes about 1/α numbers to arrive. Small numbers never are outliers.
+    where the last μ is the new one. Before ``warmup`` numbers z is 0 and no finite number is an outlier: μ begins at 0,
+    and takes about 1/α numbers to arrive. Small numbers never are outliers; what is not finite always is.
 
-    Reference: the code of EDiT (arXiv:2412.07210) in atorch, whose version for data-parallel groups learns from
-    accepted numbers alone.
+    As outliers are learned from, norms that rise for good are accepted again after some rounds; one very large norm
+    widens M, and hides smaller outliers for some 1/α rounds.
+
+    Reference: ``OnlineDynamicEWMA`` in atorch, and its use for sharded models (FSDP), which learns from all numbers;
+    that for data-parallel groups learns from accepted ones alone, and may lock a node out for good.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    decay: float = Field(default=0.02, gt=0, lt=1)  # α
-    warmup: PositiveInt = 120  # accepted numbers before there are outliers
-    threshold: PositiveFloat = 3.0  # in standard deviations
-    window: PositiveInt = 100  # W, scores that the threshold adapts to; not in the paper
+    decay: float = Field(default=0.02, gt=0, lt=1)  # α; atorch
+    warmup: PositiveInt = 120  # numbers before there are outliers, and scores that the threshold adapts to; atorch
+    threshold: PositiveFloat = 3.0  # in standard deviations; atorch (its megatron arguments: 4)
 
     def fresh(self, size: int) -> History:
         """No history, of ``size`` numbers."""
         zeros = torch.zeros(size, dtype=torch.float64)
-        scores = torch.zeros(size, self.window, dtype=torch.float64)
+        scores = torch.zeros(size, self.warmup, dtype=torch.float64)
         return {"mean": zeros, "spread": zeros, "scores": scores, "count": torch.zeros(size, dtype=torch.int64)}
 
     def outliers(self, history: History, values: Tensor) -> Tensor:
         """Which of ``values``, float64 of shape (n,), are outliers; shape (n,), bool."""
-        scores, count = _tensor(history, "scores"), _tensor(history, "count")
-        known = torch.arange(self.window) >= self.window - count.unsqueeze(1)
-        number = known.sum(dim=1).clamp(min=1)
-        mean = torch.where(known, scores, 0.0).sum(dim=1) / number
-        spread = (torch.where(known, scores - mean.unsqueeze(1), 0.0).square().sum(dim=1) / number).sqrt()
-        return (count >= self.warmup) & (self._scores(history, values) > self.threshold * spread.clamp(min=1.0))
+        count = _tensor(history, "count")
+        z = _scores(values, _tensor(history, "mean"), _tensor(history, "spread"))
+        # Once there may be outliers, ``warmup`` scores are known.
+        deviation = _tensor(history, "scores").std(dim=1, correction=min(1, self.warmup - 1))
+        return ~values.isfinite() | ((count >= self.warmup) & (z > self.threshold * deviation.clamp(min=1.0)))
 
-    def updated(self, history: History, values: Tensor, accepted: Tensor) -> History:
-        """The history with those of ``values`` that are ``accepted``, both of shape (n,)."""
+    def updated(self, history: History, values: Tensor) -> History:
+        """Return the history with ``values``, shape (n,), learned from; with those that are finite."""
         before, spread = _tensor(history, "mean"), _tensor(history, "spread")
         scores, count = _tensor(history, "scores"), _tensor(history, "count")
+        learned = values.isfinite()
         off = values - before
         mean = before + self.decay * off
         moved = (1 - self.decay) * (spread + self.decay * off * (values - mean))
-        pushed = torch.cat([scores[:, 1:], self._scores(history, values).unsqueeze(1)], dim=1)
+        z = torch.where(count + 1 >= self.warmup, _scores(values, mean, moved), 0.0)
         return {
-            "mean": torch.where(accepted, mean, before),
-            "spread": torch.where(accepted, moved, spread),
-            "scores": torch.where(accepted.unsqueeze(1), pushed, scores),
-            "count": count + accepted,
+            "mean": torch.where(learned, mean, before),
+            "spread": torch.where(learned, moved, spread),
+            "scores": torch.where(learned.unsqueeze(1), torch.cat([scores[:, 1:], z.unsqueeze(1)], dim=1), scores),
+            "count": count + learned,
         }
 
-    def _scores(self, history: History, values: Tensor) -> Tensor:
-        spread = _tensor(history, "spread")
-        scores = (values - _tensor(history, "mean")) / spread.where(spread > 0, 1.0).sqrt()
-        return torch.where((_tensor(history, "count") >= self.warmup) & (spread > 0), scores, 0.0)
+
+def _scores(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    return torch.where(spread > 0, (values - mean) / spread.where(spread > 0, 1.0).sqrt(), 0.0)
 
 
 def _tensor(history: History, key: str) -> Tensor:
@@ -81,12 +83,15 @@ def _tensor(history: History, key: str) -> Tensor:
 def weights_of(
     norms: Mapping[NodeId, Tensor], temperature: float, shares: Mapping[NodeId, float]
 ) -> dict[NodeId, list[float]]:
-    """softmax(-G / T) over the nodes, for each of the numbers in ``norms``; infinite ones weigh nothing.
+    """Return softmax(-G / T) over the nodes, for each of the numbers in ``norms``; infinite ones weigh nothing.
+
+    The weights of a number sum to 1, or are all 0 if all are infinite.
 
     Args:
         norms: G by node, each of shape (n,).
         temperature: T.
-        shares: of the weights, that nodes have for something else; the softmax gets what they leave of 1.
+        shares: of the weights, that nodes have for something else; the softmax gets what they leave of 1. Shares of
+            nodes that weigh nothing go to the others.
 
     >>> weights_of({0: torch.tensor([1.0]), 1: torch.tensor([1.0]), 2: torch.tensor([torch.inf])}, 1.0, {})
     {0: [0.5], 1: [0.5], 2: [0.0]}
@@ -95,9 +100,22 @@ def weights_of(
     told = torch.stack([norms[node].double().cpu() for node in nodes])
     weights = torch.softmax(-told / temperature, dim=0).nan_to_num(0.0)  # no number, if all are infinite
     if shares:
-        weights = (1 - sum(shares.values())) * weights + torch.tensor([[shares.get(node, 0.0)] for node in nodes])
-        weights = torch.where(told.isinf(), 0.0, weights)
+        given = torch.tensor([[shares.get(node, 0.0)] for node in nodes], dtype=torch.float64)
+        left = torch.where(told.isinf(), 0.0, given)
+        whole = given.sum()
+        left = left * torch.where(told.isinf().any(dim=0) & (left.sum(dim=0) > 0), whole / left.sum(dim=0), 1.0)
+        weights = torch.where(left.sum(dim=0) > 0, (1 - whole) * weights + left, weights)
     return {node: [float(weight) for weight in row] for node, row in zip(nodes, weights, strict=True)}
+
+
+def rolled_back(before: Sequence[int], weights: Mapping[NodeId, Sequence[float]]) -> list[int]:
+    """For how many rounds in a row each number has had no weight on any node, given how many it was ``before``.
+
+    >>> rolled_back([3, 3], {0: [0.0, 1.0], 1: [0.0, 0.0]})
+    [4, 0]
+    """
+    columns = zip(*weights.values(), strict=True)
+    return [0 if any(column) else count + 1 for count, column in zip(before, columns, strict=True)]
 
 
 def norm_of(values: Tensor) -> float:

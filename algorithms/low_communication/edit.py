@@ -8,12 +8,12 @@ T = ``temperature``, the greatest norm φ_c = ``max_norm``, and η, β of ``oute
     Δ = Σ_m w_m Δ_m          Δ ← Δ min(1, φ_c / (‖Δ‖₂ + 1e-6))
     v ← β v + Δ          φ ← φ - η (Δ + β v)          θ_m ← φ
 
-A node whose G_m is an outlier in its own history (``detector``) tells an infinite one, and has no weight. A module in
-which all nodes do keeps φ and v: it is rolled back. With ``penalty: false`` weights are 1/N, which without ``max_norm``
-is DiLoCo.
+A node whose G_m is an outlier in its own history (``detector``) tells an infinite one, and has no weight; those of the
+others sum to 1. A module in which all nodes do keeps φ and v: it is rolled back, and if that happens again and again
+the node's log says so. With ``penalty: false`` weights are 1/N, which without ``max_norm`` is DiLoCo.
 
 Deviations: modules are exchanged one behind another at the round's end, and not inside of the next forward pass, which
-gives the same values. Detectors learn from accepted norms alone. Floating-point buffers are averaged, uncompressed.
+gives the same values. Floating-point buffers are averaged, uncompressed.
 Elasticity: φ and v are shared state; a joiner receives both, and its detector begins anew, during which nothing of it
 is an outlier. Who is lost between norms and means is left out, and the weights of the others count as they are. In the
 warm-up it is as with ``ddp``.
@@ -21,7 +21,8 @@ Cost: 4·L·N·(N-1) bytes for the norms of L modules, and 2·b·P·(N-1) for th
 ``result_codec`` out; up to 64 KiB a contribution travels inline. In the warm-up that of ``ddp``. State: 2·P values
 (φ, v) on the CPU, and the detectors'.
 Reference: Cheng et al., "EDiT: A Local-SGD-Based Efficient Distributed Training Method for Large Language Models",
-2024, arXiv:2412.07210, and its code in atorch, of which the defaults are.
+2024, arXiv:2412.07210; rules and the detector's defaults from its code in atorch. There penalty, detector, limit and
+outer optimizer are off by default; limit, η and β are those of the example in its README-EDiT (warm-up 10 steps).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
 from algorithms.low_communication import anchors
 from algorithms.low_communication import fragments as parts
-from algorithms.low_communication.anomalies import Detector, norm_of, weights_of
+from algorithms.low_communication.anomalies import Detector, norm_of, rolled_back, weights_of
 from algorithms.low_communication.base import average_buffers, buffer_bytes
 from algorithms.low_communication.ddp import Synchronous
 from algorithms.low_communication.fragments import gather, modules_of, to_host
@@ -45,20 +46,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from algorithms.api import Layout, Node, NodeId
+    from algorithms.api import Layout, Node, NodeId, State
     from algorithms.low_communication.anomalies import History
+
+
+_AGAIN = 10  # rounds in a row in which a module is rolled back, before the log says so
 
 
 class EDiT(Synchronous, name="edit"):
     """Layer-wise synchronization with a penalty for who goes astray; see the module's docstring."""
 
-    inner_steps: PositiveInt = 128  # τ, steps between two synchronizations; as remembered of the paper
+    inner_steps: PositiveInt = 128  # τ, steps between two synchronizations; source not found
     warmup_steps: NonNegativeInt = 0  # t_warm, steps that are taken together first; a multiple of inner_steps
     penalty: bool = True  # weigh by norms and leave outliers out; false: all count the same
-    temperature: PositiveFloat = 1.0  # T
-    max_norm: PositiveFloat | None = 10.0  # φ_c, of a module's mean; null: no limit
+    temperature: PositiveFloat = 1.0  # T; atorch
+    max_norm: PositiveFloat | None = 10.0  # φ_c, of a module's mean; null: no limit; README-EDiT
     detector: Detector = Detector()  # which norms are outliers
-    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.8)  # η, β
+    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.8)  # η, β; README-EDiT
 
     @model_validator(mode="after")
     def _warms_up_in_whole_rounds(self) -> Self:
@@ -126,8 +130,15 @@ class EDiT(Synchronous, name="edit"):
         norms = torch.tensor([norm_of(delta) for delta in deltas], dtype=torch.float64)
         history = cast("History", node.local["norms"])
         outliers = self.detector.outliers(history, norms)
-        node.local["norms"] = self.detector.updated(history, norms, ~outliers)
-        return weights_of(await AllGather(norms.masked_fill(outliers, torch.inf).float()), self.temperature, shares)
+        node.local["norms"] = self.detector.updated(history, norms)
+        told = await AllGather(norms.masked_fill(outliers, torch.inf).float())
+        weights = weights_of(told, self.temperature, shares)
+        counts = rolled_back(cast("list[int]", node.local.get("rolled back") or [0] * len(deltas)), weights)
+        for place in (place for place, count in enumerate(counts) if count and count % _AGAIN == 0):
+            words = f"module {place} was rolled back in the last {counts[place]} rounds"
+            print(f"round {node.round}: {words}")  # noqa: T201 - to the node's log
+        node.local["rolled back"] = cast("State", counts)
+        return weights
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
         if self.warms_up(number):
