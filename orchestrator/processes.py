@@ -71,6 +71,14 @@ class Processes(Calls):
     # --- start and end -----------------------------------------------------------------------------------------------
 
     def start(self) -> list[NodeFacts]:
+        try:
+            return self._start()
+        except Exception:
+            if self._session is not None:
+                self._session.check()  # what failed is a consequence, of which nobody can make anything
+            raise
+
+    def _start(self) -> list[NodeFacts]:
         config, cluster = self._config, self._config.cluster
         per_process = cluster.nodes_per_actor
         # Our own Ray has room for spares, and for one more process, in which a node goes on whose own is to end.

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from ray._private import ray_constants, state, worker
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 
+from orchestrator import ray_failure, ray_watcher
 from orchestrator.errors import ClusterError
 from orchestrator.lease import started_at
 from orchestrator.terminal import ENDING
@@ -47,6 +49,12 @@ _OWNER = "owner"
 _RAYS = "r"
 """Ray's part of our temporary folder: it lets everybody write to its own."""
 
+_LOGS = f"{_RAYS}/session_latest/logs"
+_TOKEN_FILE = "auth_token"  # noqa: S105 - its name
+
+_VITAL = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+"""Of the processes of a Ray."""
+
 _REMOVE_TIMEOUT_S = 5.0
 _MACHINES_PERIOD_S = 0.4
 
@@ -63,7 +71,14 @@ _SYSTEM_CONFIG = {
 class Session:
     """A connection to Ray; ``close`` leaves nothing behind of what it started."""
 
-    def __init__(self, folder: Path | None, *, owned: bool, environment: dict[str, str | None]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        owned: bool,
+        environment: dict[str, str | None],
+        watcher: subprocess.Popen[bytes] | None = None,
+    ) -> None:
         # Whatever `log_to_driver` says, Ray prints what it reports of machines, pages of it when one dies, to stdout,
         # where our results and progress are.
         self._printer = worker.print_to_stdstream
@@ -72,6 +87,7 @@ class Session:
         self._folder = folder
         self._owned = owned
         self._environment = environment
+        self._watcher = watcher
 
     @property
     def is_local(self) -> bool:
@@ -88,6 +104,21 @@ class Session:
                 lines += path.read_text(errors="replace").splitlines()[-num_lines:]
         return lines
 
+    def check(self) -> None:
+        """Look after the processes of our own Ray.
+
+        Raises:
+            ClusterError: one that a run cannot do without has ended.
+        """
+        node: Any = vars(worker)["_global_node"]
+        if self._folder is None or node is None:
+            return
+        dead = [name for name, _ in node.dead_processes() if name in _VITAL]
+        if dead:
+            told = ray_failure.said_last(self._folder / _LOGS, dead)
+            reason = f" ({told})" if told else ""
+            raise ClusterError(f"cluster.address local: Ray is gone: its {' and '.join(dead)} ended{reason}")
+
     def close(self) -> None:
         """Disconnect; stop what was started."""
         if self._owned:
@@ -97,9 +128,12 @@ class Session:
         if self._environment:
             _read_authentication_again()
         if self._folder is not None:
-            _remove(self._folder)
+            # Nobody else ends the processes of a Ray that did not come up.
+            ray_watcher.clean(self._folder, _REMOVE_TIMEOUT_S)
             # Ray makes folders of a session that is over again when this process begins another.
-            atexit.register(_remove, self._folder)
+            atexit.register(ray_watcher.clean, self._folder, _REMOVE_TIMEOUT_S)
+        if self._watcher is not None:
+            ray_watcher.dismiss(self._watcher)
 
 
 def _remove_abandoned(base: Path) -> None:
@@ -120,17 +154,6 @@ def _owner(pid: int) -> str:
     """What tells a process of this machine from all others, also from those that have its number later."""
     machine = f"{platform.node()}/{Path('/proc/self/ns/pid').stat().st_ino}"
     return f"{machine} {pid} {started_at(pid)}"
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder in which processes that are ending may still write; bounded."""
-    deadline = time.monotonic() + _REMOVE_TIMEOUT_S
-    while folder.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        if time.monotonic() >= deadline:
-            return
-        if folder.exists():
-            time.sleep(0.1)
 
 
 def _take_lines(data: dict[str, Any], *_: object, **__: object) -> None:
@@ -240,7 +263,7 @@ def connect(
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
                 namespace="starling",
                 runtime_env=runtime_env,
             )
@@ -260,29 +283,24 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
             "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
         )
         raise ClusterError(message)
-    # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
-    base = tempfile.gettempdir()
-    base = base if len(base) <= _MAX_BASE_LENGTH else "/tmp"  # noqa: S108
-    _remove_abandoned(Path(base))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    (folder / _OWNER).write_text(_owner(os.getpid()), encoding="ascii")
-    token = folder / "auth_token"
-    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(_TOKEN)
+    folder = _folder()
     environment = _set(
         {
             # Only processes of this run may talk to it, and nothing is written to ~/.ray. A file and not a variable:
             # variables are in error reports, and in what `ps e` shows.
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_AUTH_TOKEN_PATH": str(folder / _TOKEN_FILE),
             "RAY_AUTH_TOKEN": None,  # it would be preferred
+            "PYTHONOPTIMIZE": None,  # Ray's agents do not start without their docstrings
+            "RAY_REDIS_ADDRESS": None,  # of another Ray
+            ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: None,  # any that is free
             "RAY_USAGE_STATS_ENABLED": "0",
             # Bind to loopback. Ray does so by itself on systems where it does not support clusters of machines.
             ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         }
     )
     _read_authentication_again()
-    session = Session(folder, owned=True, environment=environment)
+    session = Session(folder, owned=True, environment=environment, watcher=ray_watcher.watch(folder))
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -293,18 +311,49 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
                 num_gpus=num_gpus,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.ERROR,
+                logging_level=logging.CRITICAL,
                 namespace="starling",
                 runtime_env=runtime_env,
                 _temp_dir=str(folder / _RAYS),
                 _system_config=_SYSTEM_CONFIG,
             )
+        session.check()
+    except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
+        problem = ray_failure.not_started(error, folder / _LOGS)
+        session.close()
+        raise problem from None
     except BaseException:
         session.close()
         raise
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
     return session
+
+
+def _folder() -> Path:
+    """A new temporary folder for a Ray of our own, with the token in it.
+
+    Raises:
+        ClusterError: none can be made.
+    """
+    base = "the temporary folder"
+    try:
+        # Unix sockets live in it, whose paths may have 107 characters, and Ray's own part of them takes 62.
+        base = tempfile.gettempdir()
+        base = base if len(base) <= _MAX_BASE_LENGTH else "/tmp"  # noqa: S108
+        _remove_abandoned(Path(base))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+        try:
+            (folder / _OWNER).write_text(_owner(os.getpid()), encoding="ascii")
+            token = folder / _TOKEN_FILE
+            with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(_TOKEN)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ray_failure.not_writable(base, error) from None
+    return folder
 
 
 def reason_of(error: BaseException) -> str:
@@ -345,7 +394,7 @@ def _quiet() -> Iterator[None]:
     """
     logger = logging.getLogger("ray")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what goes wrong is raised too, and said in one line
     main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in ENDING} if main else {}
     if main:

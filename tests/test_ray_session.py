@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
+import pytest
+import ray
+from ray._private import worker
+
+from orchestrator import ray_failure, ray_session, ray_watcher
+from orchestrator.errors import ClusterError
 from orchestrator.ray_session import _owner, _remove_abandoned
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_folders_of_processes_that_were_killed_are_removed_and_no_others(tmp_path: Path):
@@ -26,3 +39,100 @@ def test_folders_of_processes_that_were_killed_are_removed_and_no_others(tmp_pat
     _remove_abandoned(tmp_path)
     left = {one.name.removeprefix("starling-") for one in tmp_path.iterdir()}
     assert left == {"mine", "of-a-container", "of-another", "torn", "of-a-user"}
+
+
+def folders() -> set[Path]:
+    return set(Path("/tmp").glob("starling-*"))
+
+
+@pytest.mark.parametrize(
+    "error", [Exception("it timed out\nat length"), AssertionError(), ImportError("no such module")]
+)
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch, error):
+    def init(**_: object) -> None:
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert "PYTHONOPTIMIZE" not in os.environ
+        raise error
+
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    monkeypatch.setattr(ray, "init", init)
+    before, environment, handler = folders(), dict(os.environ), signal.getsignal(signal.SIGHUP)
+    with pytest.raises(ClusterError) as caught:
+        ray_session.connect("local", num_cpus=1)
+    assert str(caught.value).startswith(f"cluster.address local: Ray does not start: {type(error).__name__}")
+    assert "\n" not in str(caught.value)
+    assert (folders() - before, dict(os.environ)) == (set(), environment)
+    assert signal.getsignal(signal.SIGHUP) == handler
+
+
+def test_no_place_for_rays_files_is_one_line(monkeypatch):
+    def full(**_: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
+
+    monkeypatch.setattr(ray_session.tempfile, "mkdtemp", full)
+    with pytest.raises(ClusterError, match="files cannot be written to /tmp .No space left on device.; .*TMPDIR"):
+        ray_session.connect("local", num_cpus=1)
+
+
+def test_what_rays_servers_said_is_part_of_the_line(tmp_path: Path):
+    (tmp_path / "raylet.out").write_text(
+        "[2026-11-30 15:00:00,000 I 1 1] (raylet) a.cc:1: fine\n"
+        "[2026-11-30 15:00:00,001 C 1 1] (raylet) b.cc:2: Likely a bug. Check failed: port is taken\n*** StackTrace\n"
+    )
+    (tmp_path / "dashboard.log").write_text("  File 'x'\nOSError: [Errno 98] in use\n")
+    assert ray_failure.said_last(tmp_path) == "raylet said: port is taken"
+    assert ray_failure.said_last(tmp_path, ["gcs_server"]) is None
+    line = str(ray_failure.not_started(RuntimeError("no\nanswer"), tmp_path))
+    assert line.startswith("cluster.address local: Ray does not start: RuntimeError: no; raylet said: port is taken; ")
+
+
+def test_a_ray_of_our_own_that_is_gone_is_named(monkeypatch, tmp_path: Path):
+    node = SimpleNamespace(dead_processes=lambda: [("log_monitor", None), ("raylet", None)])
+    monkeypatch.setattr(worker, "_global_node", node)
+    ray_session.Session(None, owned=True, environment={}).check()  # somebody else's
+    with pytest.raises(ClusterError, match="Ray is gone: its raylet ended$"):
+        ray_session.Session(tmp_path, owned=False, environment={}).check()
+
+
+def test_a_watcher_cleans_up_after_a_process_that_is_killed(tmp_path: Path):
+    folder, other = tmp_path / "starling-a", tmp_path / "starling-ab"
+    for one in (folder, other):
+        (one / "r").mkdir(parents=True)
+    sleep = "import time; time.sleep(600)"
+    servers = [subprocess.Popen([sys.executable, "-c", sleep, f"--temp-dir={one}/r"]) for one in (folder, other)]
+    body = f"""
+import os, pathlib
+from orchestrator import ray_watcher
+print(ray_watcher.watch(pathlib.Path({str(folder)!r})).pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    try:
+        driver = subprocess.run(
+            [sys.executable, "-c", body],
+            check=False,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        watcher = int(driver.stdout)
+        assert driver.returncode == -signal.SIGKILL
+        assert servers[0].wait(60) == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while psutil.pid_exists(watcher) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not psutil.pid_exists(watcher)
+        assert not folder.exists()
+        assert other.exists()
+        assert servers[1].poll() is None
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+def test_a_watcher_that_is_dismissed_is_gone(tmp_path: Path):
+    watcher = ray_watcher.watch(tmp_path / "starling-none")
+    assert watcher is not None
+    ray_watcher.dismiss(watcher)
+    assert watcher.returncode == 0

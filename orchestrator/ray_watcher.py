@@ -1,0 +1,77 @@
+"""Cleans up after a process that began a Ray of its own and was killed before it could: run as a script.
+
+It waits until its standard input ends, which that process alone holds open. Then it ends whatever still runs for the
+folder that it is given, and removes that. Nothing but the standard library is imported: it is there in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_TIMEOUT_S = 30.0
+_PAUSE_S = 0.2
+_DISMISS_S = 5.0
+
+
+def watch(folder: Path) -> subprocess.Popen[bytes] | None:
+    """Have somebody clean up if this process is killed; ``None``: then the next Ray that is started here does."""
+    with contextlib.suppress(OSError):
+        return subprocess.Popen(  # noqa: S603 - this file
+            [sys.executable, "-I", "-S", __file__, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env={},
+            start_new_session=True,  # what is sent to all processes of a terminal is not meant for it
+        )
+    return None
+
+
+def dismiss(watcher: subprocess.Popen[bytes]) -> None:
+    """The folder is gone, and nobody needs to watch; bounded."""
+    if watcher.stdin is not None:
+        with contextlib.suppress(OSError):
+            watcher.stdin.close()
+    try:
+        watcher.wait(_DISMISS_S)
+    except subprocess.TimeoutExpired:
+        watcher.kill()
+        watcher.wait()
+
+
+def clean(folder: Path, timeout_s: float = _TIMEOUT_S) -> None:
+    """End Ray's own processes of a folder, and remove it; both again until nothing is left, or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while folder.exists() and time.monotonic() < deadline:
+        for number in processes_of(folder):
+            with contextlib.suppress(OSError):
+                os.kill(number, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            time.sleep(_PAUSE_S)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those that were started with a path in the folder: Ray's servers and agents. Its workers end with them."""
+    name, found = os.fsencode(folder) + b"/", []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                if name in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+if __name__ == "__main__":
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    clean(Path(sys.argv[1]))
