@@ -68,6 +68,8 @@ class Asynchronous:
         self._mark = (0.0, 0, 0)
         """Clock, payload and transport at the last recorded round."""
         self._is_revived = False
+        self._stands = False
+        """It goes on from a checkpoint, with the processes of then."""
         self._idle: set[NodeId] = set()
         """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
         self._saving_since: float | None = None
@@ -78,11 +80,15 @@ class Asynchronous:
         """Go on until the configured number of rounds is done, then let everybody stand still."""
         if not self._is_revived:
             self._mark = self._now()
-        self._members.act()
-        self._strike_late()
-        for node in sorted(self._entered):
-            self._begin(node)
-        self._admit()
+        if self._stands:
+            for node in sorted(self._entered):
+                self._go_on(node)
+        else:
+            self._members.act()
+            self._strike_late()
+            for node in sorted(self._entered):
+                self._begin(node)
+            self._admit()
         while not self._is_over():
             self._step()
         self._stop()
@@ -429,22 +435,39 @@ class Asynchronous:
             "rounds": {str(node): number for node, number in self._rounds.items()},
             "seen": {str(node): members for node, members in self._seen.items()},
             "begun": {str(node): begun for node, begun in self._begun.items()},
-            "readings": {str(node): values for node, values in self._readings.items() if node in self._entered},
+            "readings": {str(node): list(values) for node, values in self._readings.items() if node in self._entered},
             "commits": self._num_commits,
             "last": self._last,
             "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._since],
             "contributed": sorted(self._contributed),
             "mark": [value - then for value, then in zip(now, self._mark, strict=True)],
             "faults": self._faults.to_json(),
+            "entered": sorted(self._entered),
+            "too_few_since": self._too_few_since,
         }
         server = [SERVER] if SERVER in self._entered else []
-        self._progress.save(state, [*self._members.to_save(), *server], None, self._mail)
+        nodes = [*self._members.to_save(self._entered), *server]
+        self._progress.save(state, nodes, None, self._mail, self._members, self._entered)
 
     def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
         """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
-        self._is_revived = True
         self._members.bring_back(rounds)
         self._entered = {node for node in self._progress.facts if node in rounds and node not in self._members.new}
+        self._go_on_with(state)
+        for node in set(self._progress.facts) - self._entered:
+            self._mail.room.leave_out(node)
+        return self._mail.room.revive(mail)
+
+    def stand(self, state: Mapping[str, Any], mail: Mapping[str, Any], members: Mapping[str, Any]) -> list[Envelope]:
+        """The same where processes are what they were, and at the same moment; ``members`` are these nodes'."""
+        self._members.revive(members)
+        self._entered = set(state["entered"])
+        self._go_on_with(state)
+        self._stands, self._too_few_since = True, state["too_few_since"]
+        return self._mail.room.revive(mail, exactly=True)
+
+    def _go_on_with(self, state: Mapping[str, Any]) -> None:
+        self._is_revived = True
         self._present = self._entered - {SERVER}
         self._view_number = state["view"] + (self._present != set(state["present"]))
         self._rounds = {int(node): number for node, number in state["rounds"].items()}
@@ -454,14 +477,16 @@ class Asynchronous:
         self._num_commits, self._last = state["commits"], state["last"]
         self._since = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
         self._contributed = set(state["contributed"])
-        for node in set(self._progress.facts) - self._entered:
-            self._mail.room.leave_out(node)
-        return self._mail.room.revive(mail)
 
     def go_on_from(self, mark: Sequence[float]) -> None:
         """The clock has been set: the last recorded round was so long ago, and so many bytes."""
         seconds, payload, transport = self._now()
         self._mark = seconds - mark[0], payload - int(mark[1]), transport - int(mark[2])
+
+    @property
+    def in_flight(self) -> Sequence[Envelope]:
+        """Messages that were sent and have not arrived."""
+        return self._mail.room.in_flight
 
     def stand_still(self) -> None:
         """Cancel what runs, in bounded time: what was committed last can be saved then."""

@@ -119,6 +119,10 @@ class Checkpointing:
         self._submitted, self._is_owed, self._waited = number, False, 0.0
         self._writer.submit(number, controller, nodes)
 
+    def go_on(self) -> None:
+        """The run goes on from a checkpoint, as if that had just been made."""
+        self._cadence.began(self._runtime.now)
+
     def waited(self, seconds: float) -> None:
         """The run stood still for so long, so that it could be saved."""
         self._waited += seconds

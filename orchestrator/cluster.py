@@ -25,7 +25,7 @@ from orchestrator.ray_session import reason_of
 from orchestrator.runtime import Arrived, FinalModel, Kept, Loaded, NotLoaded, Retired, Unreadable, Vanished
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from ray import ObjectRef
 
@@ -46,6 +46,7 @@ class Cluster(DataPlane):
     """The runtime on Ray; see ``runtime.Runtime`` for its contract."""
 
     virtual = False
+    standing = None
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -239,13 +240,15 @@ class Cluster(DataPlane):
         # In a list, so that Ray does not fetch them: a donor that is gone is no failure of the joiner's.
         self._await_load(node, source, actor.handle.load.remote(node, source, refs, position))
 
-    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
+    def snapshot(
+        self, nodes: Sequence[NodeId], shared: NodeId | None, kept: Collection[NodeId] = ()
+    ) -> Iterator[tuple[NodeId, StateExport]]:
         self._num_snapshots += 1
         number = self._num_snapshots
         there: dict[int, list[NodeId]] = defaultdict(list)
         for node in nodes:
             actor = self._home[node]
-            if actor.alive and (actor.index, node) not in self._retired:
+            if actor.alive and (actor.index, node) not in self._retired and node not in kept:
                 there[actor.index].append(node)
         calls: dict[NodeId, list[ObjectRef[Any]]] = {node: self._kept[node] for node in nodes if node in self._kept}
         for index, those in there.items():

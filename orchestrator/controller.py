@@ -63,7 +63,7 @@ class Controller:
         progress = self._progress
         config, runtime = progress.config, progress.runtime
         if self._revival is not None:
-            runtime.num_parts = self._revival.num_parts
+            self._revival.prepare(runtime)
         facts = runtime.start()
         progress.facts = {one.node: one for one in facts}
         progress.samples.start(runtime.num_parts, runtime.part_sizes)

@@ -239,17 +239,21 @@ class DataLedger:
             "extras": {str(node): [list(one) for one in extras] for node, extras in sorted(self._extras.items())},
             "pool": [list(one) for one in self._pool],
             "changed": sorted(self._changed),
+            "stale": sorted(self._stale),
             "most": self._most,
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> DataLedger:
-        """As it was; everybody is new, and is told what to draw when it begins."""
+    def from_json(data: Mapping[str, Any], *, same_processes: bool = False) -> DataLedger:
+        """As it was; unless they are the ``same_processes``, everybody is told what to draw when it begins."""
         ledger = DataLedger(data["sizes"])
         ledger._positions = {int(node): Position(*position) for node, position in data["positions"].items()}
         ledger._extras = {int(node): [Segment(*one) for one in extras] for node, extras in data["extras"].items()}
         ledger._pool = [Segment(*one) for one in data["pool"]]
         ledger._most, ledger._changed = data["most"], set(data["changed"])
+        if same_processes:
+            ledger._stale = set(data["stale"])
+            return ledger
         for node in ledger._positions:
             ledger._extras.setdefault(node, [])
         ledger._stale = set(ledger._extras)

@@ -268,7 +268,7 @@ class Mailroom:
         return boxed + [envelope for envelope in self._in_flight.values() if self._counts(envelope)]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``revive``; each open round is one that has not begun, and what is on its way has arrived.
+        """Plain data, for ``revive``; each open round is one that has not begun.
 
         Letters have other names in it: -1, -2, … in the order of ``waiting``.
         """
@@ -279,21 +279,27 @@ class Mailroom:
                 arriving[envelope.to].append(envelope)
         return {
             "attempt": self._attempt,
+            "arriving": {str(node): [_written(one, letters) for one in those] for node, those in arriving.items()},
             "boxes": {
                 str(node): {
                     "round": box.round,
                     "sent": box.sent,
                     "heard": {str(other): number for other, number in box.heard.items()},
                     "unsent": sorted(box.unsent),
-                    "queue": [_written(what, letters) for what in (*self._open(box), *arriving[node])],
+                    "queue": [_written(what, letters) for what in self._open(box)],
                 }
                 for node, box in self._boxes.items()
             },
         }
 
-    def revive(self, state: Mapping[str, Any]) -> list[Envelope]:
-        """Go on from what ``to_json`` gave, for those who are there; return the messages that wait."""
+    def revive(self, state: Mapping[str, Any], *, exactly: bool = False) -> list[Envelope]:
+        """Go on from what ``to_json`` gave, for those who are there; return the messages that wait.
+
+        What was on its way has arrived, unless it is to be ``exactly`` as it was: then whoever had a box has one.
+        """
         self._attempt = state["attempt"]
+        if exactly:
+            self._boxes = {int(node): self._boxes.get(int(node), _Box()) for node in state["boxes"]}
         for node, box in self._boxes.items():
             saved = state["boxes"].get(str(node))
             if saved is not None:
@@ -302,7 +308,18 @@ class Mailroom:
                 box.heard = {int(other): number for other, number in saved["heard"].items()}
                 box.unsent = {(number, place) for number, place in saved["unsent"]}
                 box.queue = deque(_read(what) for what in saved["queue"])
+        for node, those in state.get("arriving", {}).items():
+            arriving = [cast("Envelope", _read(what)) for what in those]
+            if exactly:
+                self._in_flight |= {(*one.key, one.attempt): one for one in arriving}
+            elif int(node) in self._boxes:
+                self._boxes[int(node)].queue.extend(arriving)
         return self.waiting()
+
+    @property
+    def in_flight(self) -> list[Envelope]:
+        """Messages that were sent and have not arrived."""
+        return list(self._in_flight.values())
 
     def _open(self, box: _Box) -> list[Envelope | Left | Timeout]:
         again = [what for number, what in box.log if number == box.round and box.is_open and not self._lockstep]

@@ -6,17 +6,19 @@ programs stand still.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, cast
 
 from algorithms.api import SERVER
 from orchestrator.errors import RunError
 from orchestrator.membership import Launch, Pool, StandBy
 from orchestrator.recoveries import Recoveries
 from orchestrator.runtime import Died, Kept, Loaded, Notice, NotLoaded, NotUp, Retired, Room, SpareLost, Up
+from orchestrator.simulated_state import facts, read, written
 from orchestrator.transfers import Transfers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from actors.tickets import Returned
     from algorithms.api import NodeId
@@ -279,16 +281,53 @@ class Members:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def to_save(self) -> list[NodeId]:
-        """Of whom there is state to be saved: who is there and has more than the initial one, and whose was kept."""
-        there = [node for node in self._progress.nodes if node not in self.new]
+    def to_save(self, begun: Collection[NodeId] = ()) -> list[NodeId]:
+        """Of whom there is state to be saved: who is there and has more than the initial one, and whose was kept.
+
+        New nodes have no more than that, but for those that have ``begun`` with another's.
+        """
+        there = [node for node in self._progress.nodes if node not in self.new or node in begun]
         return sorted({*there, *self._kept} - {SERVER})
 
-    def bring_back(self, rounds: Mapping[NodeId, int]) -> None:
+    def kept_alone(self, begun: Collection[NodeId] = ()) -> set[NodeId]:
+        """Whose state is what was kept: they have left, or who has taken their place has not got it yet."""
+        return self._kept.keys() & (self.new | self._progress.down) - set(begun)
+
+    def to_json(self) -> dict[str, Any]:
+        """Who comes and goes, and when, as plain data; who is being given state is given it anew."""
+        return {
+            "pool": self._pool.to_json(),
+            "recoveries": self.recoveries.to_json(),
+            "facts": [asdict(one) for one in self._progress.facts.values()],
+            "down": sorted(self._progress.down),
+            "new": sorted(self.new),
+            "leaving": {str(node): until for node, until in self.leaving.items()},
+            "withdrawn": sorted(self._withdrawn),
+            "retiring": sorted(self._retiring),
+            "successors": [written(up) for up in self._successors.values()],
+            "kept": {str(node): number for node, number in self._kept.items()},
+            "unsent": {str(node): norm for node, norm in self._unsent.items()},
+        }
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``to_json`` gave, with the same processes at the same moment."""
+        self._pool.revive(state["pool"])
+        self.recoveries.revive(state["recoveries"])
+        self._progress.stand({one["node"]: facts(one) for one in state["facts"]}, state["down"])
+        self.new = set(state["new"])
+        self.leaving = {int(node): until for node, until in state["leaving"].items()}
+        self._withdrawn, self._retiring = set(state["withdrawn"]), set(state["retiring"])
+        ups = [cast("Up", read(one, {})) for one in state["successors"]]
+        self._successors = {up.facts.node: up for up in ups}
+        self._kept = {int(node): number for node, number in state["kept"].items()}
+        self._unsent = {int(node): norm for node, norm in state["unsent"].items()}
+
+    def bring_back(self, rounds: Mapping[NodeId, int], late: Collection[NodeId] = ()) -> None:
         """Give those that are there what a checkpoint has of them; they go on as if they had never been away.
 
         Args:
             rounds: the committed rounds of those whose state is in the checkpoint.
+            late: those that had missed the last round, and go on with their own state.
 
         Raises:
             RunError: they do not take it in time.
@@ -297,7 +336,11 @@ class Members:
         self._kept = dict(rounds)
         is_async = not progress.config.algorithm.synchronous
         # Who had been away at the last commit is given its own, and a donor's on top, before the next round.
-        whole = {node for node in progress.facts if node in rounds and (is_async or rounds[node] == progress.committed)}
+        whole = {
+            node
+            for node in progress.facts
+            if node in rounds and (is_async or rounds[node] == progress.committed or node in late)
+        }
         self.new = set(progress.facts)
         for node in sorted(whole):
             self.give_state(progress.committed, node)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from algorithms.api import NodeId
 
@@ -153,3 +153,21 @@ class Pool:
     def next_due(self) -> float | None:
         """When ``decide`` is to be asked again, if nothing happens before."""
         return min((one.due for one in self._crashes.values() if one.due is not None), default=None)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return {
+            "wanted": sorted(self._wanted),
+            "starting": sorted(self._starting),
+            "crashes": {str(node): [one.count, one.due] for node, one in sorted(self._crashes.items())},
+            "places": self._places,
+            "spares": [self._spares.count, self._spares.due],
+        }
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``to_json`` gave."""
+        self._wanted, self._starting = set(state["wanted"]), set(state["starting"])
+        self._crashes = {int(node): _Crashes(count, due) for node, (count, due) in state["crashes"].items()}
+        self._places, self._spares = state["places"], _Crashes(*state["spares"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,6 +55,14 @@ class Network:
     def is_instant(self) -> bool:
         """Whether everything arrives when it is sent."""
         return not (self._rate or self._latency_s or self._pair_latencies)
+
+    def to_json(self) -> list[Any]:
+        """Until when each link carries what was put on it, as plain data."""
+        return [[*link, until] for link, until in self._free_at.items()]
+
+    def revive(self, state: Sequence[Any]) -> None:
+        """Go on from what ``to_json`` gave."""
+        self._free_at.update({(source, target): until for source, target, until in state})
 
     def latency_s(self, one: NodeId, other: NodeId) -> float:
         """How long nothing at all takes between two nodes, one way."""

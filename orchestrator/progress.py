@@ -6,10 +6,12 @@ import contextlib
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actors.transcript import Transcript
 from algorithms.api import SERVER
+from orchestrator import sealed_log
 from orchestrator.checkpointing import MAIL, complete
 from orchestrator.errors import NodeFailedError, NodeGoneError
 from orchestrator.ledger import Ledger
@@ -19,14 +21,14 @@ from orchestrator.samples import Samples
 from orchestrator.sealed_log import Members, Sealed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from actors.host import Returned
     from algorithms.api import NodeId, View
     from orchestrator.checkpointing import Checkpointing
     from orchestrator.config import Config
     from orchestrator.mail import Mail
+    from orchestrator.members import Members as MembersOfRun
     from orchestrator.records import Observer, Status
     from orchestrator.runtime import FinalModel, Happening, NodeFacts, Runtime
 
@@ -258,17 +260,30 @@ class Progress:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self, loop: Mapping[str, Any], nodes: Sequence[NodeId], shared: NodeId | None, mail: Mail) -> None:
-        """Have the run saved as it is between two rounds: ``nodes``, what the ``loop`` knows, and what is in boxes."""
+    def save(
+        self,
+        loop: Mapping[str, Any],
+        nodes: Sequence[NodeId],
+        shared: NodeId | None,
+        mail: Mail,
+        members: MembersOfRun,
+        begun: Collection[NodeId] = (),
+    ) -> None:
+        """Have the run saved as it is between two rounds: ``nodes``, what the ``loop`` knows, and what is in boxes.
+
+        New nodes that have ``begun`` have more than the initial state.
+        """
         assert self.checkpoints is not None
         began = time.monotonic()
         envelopes = mail.room.waiting()
         letters = self.runtime.letters(envelopes) if envelopes else iter(())
         needed = {SERVER}.intersection(nodes) if shared is None else {shared}
-        states = complete(self.runtime.snapshot(nodes, shared), needed)
+        states = complete(self.runtime.snapshot(nodes, shared, members.kept_alone(begun)), needed)
         saved = itertools.chain(states, ((MAIL, export) for export in letters))
         self.record("saving", round=self.committed, nodes=sorted(nodes))
-        mine = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}
+        mine: dict[str, Any] = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}
+        if self.runtime.standing is not None:
+            mine |= {"processes": self.runtime.standing.to_json(), "members": members.to_json()}
         self.checkpoints.save(self.committed, {**self.observer.on_saving(), **mine}, saved)
         self.checkpoints.waited(time.monotonic() - began)
         self.note_checkpoints()
@@ -293,13 +308,18 @@ class Progress:
             "joined": self.num_joined,
             "drained": self.num_drained,
             "healed": self.num_healed,
-            "residuals": self.lost_residuals if self.has_residuals else None,
+            "residuals": list(self.lost_residuals) if self.has_residuals else None,
             "metrics": self._metrics,
             "samples": self.samples.to_json(),
         }
 
-    def revive(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+    def stand(self, facts: Mapping[NodeId, NodeFacts], down: Iterable[NodeId]) -> None:
+        """These nodes are known, and some of them are not there."""
+        self.facts, self.down = dict(facts), set(down)
+        self._counted = (0, 0, 0)
+
+    def revive(self, state: Mapping[str, Any], *, same_processes: bool = False) -> None:
+        """Go on from a checkpoint, with other processes, or with the same at the same moment."""
         self.committed, self.members = state["committed"], tuple(state["members"])
         self.ledger.revive(state["booked"])
         self.num_started, self.num_lost = state["started"], state["lost"]
@@ -308,8 +328,9 @@ class Progress:
         self.lost_residuals = state["residuals"] or []
         self._told_residuals = len(self.lost_residuals)
         self._metrics = state["metrics"]
-        self.samples.revive(state["samples"])
+        self.samples.revive(state["samples"], same_processes=same_processes)
         self._began = time.monotonic() - state["seconds"]
+        self._base, self._records = sealed_log.latest(Path(self._run_dir), self._run_id)
 
     def set_forward(self, state: Mapping[str, Any]) -> None:
         """Let the clock show the time that the run had taken when it was saved."""

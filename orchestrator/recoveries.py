@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from algorithms.api import NodeId
     from orchestrator.progress import Progress
@@ -35,6 +35,14 @@ class Recoveries:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._open: dict[NodeId, _Recovery] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return {str(node): asdict(one) for node, one in self._open.items()}
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``to_json`` gave."""
+        self._open = {int(node): _Recovery(**one) for node, one in state.items()}
 
     def struck(self, node: NodeId) -> None:
         """A scheduled fault happens to ``node`` now."""

@@ -137,7 +137,7 @@ class History:
                 self.start, self.parts = tuple(event["nodes"]), event.get("parts")
             case "again":
                 self._again(node)
-            case "resume":
+            case "resume" if not event.get("same_processes"):
                 # What brought nodes back is nothing that happened between rounds.
                 self._steps = []
             case "lost":

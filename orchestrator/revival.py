@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from algorithms.api import SERVER
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.checkpointing import MAIL
 from orchestrator.errors import ConfigError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from orchestrator.checkpoints import Checkpoint
     from orchestrator.config import Config
     from orchestrator.progress import Progress
+    from orchestrator.runtime import Runtime
     from orchestrator.synchronous import Synchronous
 
 _FIXED = ("task.name", "task.model", "algorithm.name", "optimizer.name", "optimizer.precision", "seed", "data.source")
@@ -36,6 +38,8 @@ class Revival:
     """As it was when the checkpoint was written."""
     same_data: bool = field(init=False)
     """The data are divided into the parts into which they were divided."""
+    same_processes: bool = field(init=False)
+    """Processes go on as they were, those too that were away or about to leave; else all nodes are started anew."""
     num_parts: int | None = field(init=False)
     """How many these are; ``None``: as many as there are nodes now."""
 
@@ -46,6 +50,10 @@ class Revival:
             if then != given:
                 message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"
                 raise ConfigError(f"{message}; begin another run for that")
+        # A virtual clock is the run's own, so that what was to happen to processes, and when, is what will.
+        self.same_processes = (
+            "processes" in self.checkpoint.controller and self.before.num_nodes == self.config.num_nodes
+        )
         samples = self.checkpoint.controller["progress"]["samples"]
         # Parts that others may draw are kept, however many nodes there are now: no sample is drawn twice, or left out.
         as_many = self.before.num_nodes == self.config.num_nodes or samples["ledger"] is not None
@@ -59,6 +67,13 @@ class Revival:
         pending = FaultsConfig(events=self.checkpoint.controller["loop"]["faults"]).events
         new = [event for event in self.config.faults.events if event not in self.before.faults.events]
         return (*pending, *new)
+
+    def prepare(self, runtime: Runtime) -> None:
+        """Say with which nodes, and which parts of the data, ``runtime`` is to start."""
+        runtime.num_parts = self.num_parts
+        if self.same_processes and runtime.standing is not None:
+            known = (one["node"] for one in self.checkpoint.controller["members"]["facts"])
+            runtime.standing.initial = tuple(sorted(node for node in known if node != SERVER))
 
     def revive(self, progress: Progress, loop: Synchronous | Asynchronous) -> None:
         """Give all nodes that are there what the checkpoint has of them, and let the run stand where it stood.
@@ -76,15 +91,25 @@ class Revival:
             raise ConfigError(f"{where}, and {here} as it is configured now")
         if not self.same_data:
             saved["progress"]["samples"]["parts"] = None
-        progress.revive(saved["progress"])
-        runtime.adopt(states)
-        rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
-        envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
+        progress.revive(saved["progress"], same_processes=self.same_processes)
+        if self.same_processes:
+            members = saved["members"]
+            envelopes = loop.stand(saved["loop"], saved["mail"], members)
+            kept = {int(node) for node in members["kept"]}
+            new = set(members["new"]).difference(saved["loop"].get("entered", ()))
+            assert runtime.standing is not None
+            runtime.standing.bring_back(saved["processes"], states, kept, new, loop.in_flight)
+        else:
+            runtime.adopt(states)
+            rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
+            envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
         if envelopes:
             runtime.put_back(envelopes, self.checkpoint.nodes[MAIL])
         progress.set_forward(saved["progress"])
         if isinstance(loop, Asynchronous):
             loop.go_on_from(saved["loop"]["mark"])
+        if progress.checkpoints is not None:
+            progress.checkpoints.go_on()
         self._record(progress)
 
     def _as_own(self, export: StateExport) -> StateExport:
@@ -96,7 +121,15 @@ class Revival:
 
     def _record(self, progress: Progress) -> None:
         last = progress.committed
-        progress.record("resume", round=last, nodes=sorted(progress.facts), checkpoint=self.checkpoint.where)
+        progress.record(
+            "resume",
+            round=last,
+            nodes=sorted(progress.facts),
+            checkpoint=self.checkpoint.where,
+            same_processes=self.same_processes,
+        )
+        if self.same_processes:
+            return
         for node in sorted(progress.facts.keys() - self.checkpoint.nodes.keys()):
             progress.num_joined += 1
             progress.record("up", node=node, place=progress.facts[node].place)

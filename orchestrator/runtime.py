@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from actors.data.plans import NOTHING_NEW
 from orchestrator.events import Event
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from actors.data import Place, Position
     from actors.host import Returned
@@ -258,6 +258,31 @@ class FinalModel:
     safetensors: bytes | memoryview
 
 
+class Standing(Protocol):
+    """Processes as they are between two rounds, on a clock that can be set."""
+
+    initial: tuple[NodeId, ...]
+    """The nodes to begin with, besides the server, if they are not those of the configuration."""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """What processes are doing, and what is to happen when, as plain data; nothing of a round is in it."""
+        ...
+
+    def bring_back(
+        self,
+        processes: Mapping[str, Any],
+        saved: Mapping[NodeId, StateExport],
+        kept: Collection[NodeId],
+        new: Collection[NodeId],
+        in_flight: Sequence[Envelope],
+    ) -> None:
+        """Let everything be as it was when ``to_json`` gave ``processes``, with the nodes of ``initial`` started.
+
+        ``saved`` is of those who were there, but for ``new`` ones, and of ``kept``; ``in_flight`` had not arrived.
+        """
+        ...
+
+
 class Runtime(Protocol):
     """Carries out what the controller decides, and reports what happens."""
 
@@ -273,6 +298,11 @@ class Runtime(Protocol):
     """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
     part_sizes: tuple[int, ...] | None
     """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
+
+    @property
+    def standing(self) -> Standing | None:
+        """Its processes, if they can be brought back as they were; ``None`` where time is not the runtime's own."""
+        ...
 
     @property
     def now(self) -> float:
@@ -422,8 +452,10 @@ class Runtime(Protocol):
         """Give ``node`` all that was kept of it; say whether there is anything. Otherwise as ``transfer``."""
         ...
 
-    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
-        """All that ``nodes`` have committed, as it is now; those that have left, as it was kept.
+    def snapshot(
+        self, nodes: Sequence[NodeId], shared: NodeId | None, kept: Collection[NodeId] = ()
+    ) -> Iterator[tuple[NodeId, StateExport]]:
+        """All that ``nodes`` have committed, as it is now; those that have left, and ``kept``, as it was kept.
 
         It may be taken in another thread, while rounds go on; who dies before is left out. The shared state comes from
         ``shared`` alone, unless that is ``None``.

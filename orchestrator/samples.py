@@ -117,8 +117,8 @@ class Samples:
             "committed": self.num_committed,
         }
 
-    def revive(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``to_json`` gave, with other processes.
+    def revive(self, state: Mapping[str, Any], *, same_processes: bool = False) -> None:
+        """Go on from what ``to_json`` gave, with other processes, or with the same at the same moment.
 
         If the data are divided into other parts now, all of them begin anew.
         """
@@ -126,4 +126,4 @@ class Samples:
         if state["parts"] == self.num_parts:
             self._positions = {int(node): Position(*position) for node, position in state["positions"].items()}
             if self.ledger is not None and state["ledger"] is not None:
-                self.ledger = DataLedger.from_json(state["ledger"])
+                self.ledger = DataLedger.from_json(state["ledger"], same_processes=same_processes)

@@ -164,6 +164,24 @@ def read(path: Path, run_id: str | None = None) -> Iterator[Entry]:
         offset = last
 
 
+def latest(run_dir: Path, run_id: str) -> tuple[Path | None, list[bytes]]:
+    """The file of the last snapshot, ``None`` if there was none, and the records of the rounds since.
+
+    Of a log that is not there, or damaged, they are ``None`` and none.
+    """
+    base: Path | None = None
+    records: list[bytes] = []
+    try:
+        for entry in read(run_dir / NAME, run_id):
+            if isinstance(entry, Sealed):
+                records.append(entry.record)
+            elif isinstance(entry, Snapshot):
+                base, records = run_dir / snapshot_name(entry.round), []
+    except ConfigError:
+        return None, []
+    return base, records
+
+
 def _run_id_of(header: bytes) -> str | None:
     try:
         return str(json.loads(header)["run_id"])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import torch
 
@@ -27,9 +28,10 @@ from orchestrator.runtime import (
     Retired,
     Up,
 )
+from orchestrator.simulated_state import End, read, written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from actors.data import Position
     from actors.host import Host
@@ -38,13 +40,7 @@ if TYPE_CHECKING:
     from actors.transcript import Transcript
     from algorithms.api import Layout, NodeId
     from orchestrator.config import Config
-
-
-class End(NamedTuple):
-    """A process is ended: it has not stopped in time, or (with its ``incarnation``) was given notice of this."""
-
-    node: NodeId
-    incarnation: int | None
+    from orchestrator.mailroom import Envelope
 
 
 Item: TypeAlias = "tuple[NodeId, int, End | Happening | None, int, object, int | None]"
@@ -64,6 +60,8 @@ class SimulatedProcesses:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.initial: tuple[NodeId, ...] = ()
+        """The nodes to begin with, if a log or a checkpoint says so."""
         self._spec = config.replica_spec()
         self._now = 0.0
         self._network = Network(config.network)
@@ -87,6 +85,11 @@ class SimulatedProcesses:
         """Of nodes that have left."""
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
+
+    @property
+    def standing(self) -> Self:
+        """Itself: its clock can be set."""
+        return self
 
     @property
     def now(self) -> float:
@@ -158,6 +161,10 @@ class SimulatedProcesses:
     def _build(self, node: NodeId) -> NodeFacts:
         """A new incarnation of ``node``, which is not there yet."""
         self._incarnations[node] = self._incarnations.get(node, -1 + (node in self._attempts)) + 1
+        return self._prepare(node)
+
+    def _prepare(self, node: NodeId) -> NodeFacts:
+        """Have the latest incarnation of ``node`` ready to take its place."""
         (replica,) = build_replicas([node], self._spec, self._data, [torch.device("cpu")], clock=lambda: self._now)
         replica.incarnation = self._incarnations[node]
         self._coming[node] = replica
@@ -264,11 +271,13 @@ class SimulatedProcesses:
             self._load(node, node, holder, export, None)
         return export is not None
 
-    def snapshot(self, nodes: Sequence[NodeId], shared: NodeId | None) -> Iterator[tuple[NodeId, StateExport]]:
+    def snapshot(
+        self, nodes: Sequence[NodeId], shared: NodeId | None, kept: Collection[NodeId] = ()
+    ) -> Iterator[tuple[NodeId, StateExport]]:
         replicas = self.host.replicas
         taken: list[tuple[NodeId, StateExport]] = []
         for node in nodes:
-            if node in self._present:
+            if node in self._present and node not in kept:
                 taken.append((node, snapshot(replicas[node], shared=shared in (None, node))))
             elif node in self._kept:
                 taken.append((node, self._kept[node]))
@@ -281,6 +290,50 @@ class SimulatedProcesses:
     def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
         del transport_nbytes
         self._now = seconds
+
+    def to_json(self) -> Mapping[str, Any]:
+        items = (
+            (arrival, when, node, what) for when, those in self._queue.items() for node, arrival, what, *_ in those
+        )
+        coming = [(when, node, what) for _, when, node, what in sorted(items, key=itemgetter(0)) if what is not None]
+        queue = [[when, node, form] for when, node, what in coming if (form := written(what)) is not None]
+        return {
+            "present": {str(node): self.host.replicas[node].incarnation for node in sorted(self._present)},
+            "hung": sorted(self._hung),
+            "incarnations": {str(node): count for node, count in sorted(self._incarnations.items())},
+            "coming": sorted(self._coming),
+            "up": sorted(self._up),
+            "spares": list(self._spares),
+            "ready": [form for what in self._ready if (form := written(what)) is not None],
+            "queue": queue,
+            "network": self._network.to_json(),
+        }
+
+    def bring_back(
+        self,
+        processes: Mapping[str, Any],
+        saved: Mapping[NodeId, StateExport],
+        kept: Collection[NodeId],
+        new: Collection[NodeId],
+        in_flight: Sequence[Envelope],
+    ) -> None:
+        self.adopt(saved)
+        present = {int(node): incarnation for node, incarnation in processes["present"].items()}
+        for node, incarnation in present.items():
+            self.host.replicas[node].incarnation = incarnation
+            if node in self._kept and node not in new:
+                load_state(self.host.replicas[node], self._kept[node])
+        self._kept = {node: export for node, export in self._kept.items() if node in kept or node not in present}
+        self._present, self._hung = set(present), set(processes["hung"])
+        self._incarnations = {int(node): count for node, count in processes["incarnations"].items()}
+        for node in processes["coming"]:
+            self._prepare(node)
+        self._up, self._spares = set(processes["up"]), list(processes["spares"])
+        flying = {(*one.key, one.attempt): one for one in in_flight}
+        self._ready.extend(cast("Happening", read(form, flying)) for form in processes["ready"])
+        for when, node, form in processes["queue"]:
+            self._at(when, node, read(form, flying))
+        self._network.revive(processes["network"])
 
     def _load(
         self, node: NodeId, source: NodeId, holder: NodeId, export: StateExport, position: Position | None

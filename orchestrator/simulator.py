@@ -95,8 +95,6 @@ class Simulator(SimulatedProcesses):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.initial: tuple[NodeId, ...] = ()
-        """The nodes to begin with, if a log says so."""
         self.num_parts: int | None = None
         self._step_ms = config.network.step_ms
         self._speeds = config.network.speeds

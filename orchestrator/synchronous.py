@@ -97,10 +97,16 @@ class Synchronous:
         """Cancelled, and not standing still yet."""
         self._faults = Faults(self._config.faults)
         self._number = 0
+        self._is_revived = False
+        self._stands = False
+        """It goes on from a checkpoint, with the processes of then."""
 
     def run(self) -> None:
         """Do all rounds; one that cannot be finished begins again with whoever is there."""
-        self._members.act()
+        if not self._stands:
+            self._members.act()
+        if self._is_revived:
+            self._end_round(self._progress.committed)  # which a checkpoint is made before
         for number in range(self._progress.committed + 1, self._config.rounds):
             tries, was_silent = 1, False
             while (attempt := self._attempt(number)).aborted is not None:
@@ -127,17 +133,38 @@ class Synchronous:
         state = {
             "view": [view.number, view.members, view.joined, view.left],
             "epoch": self._epoch,
+            "late": sorted(self._late),
+            "halting": sorted(self._halting),
             "faults": self._faults.to_json(),
         }
         shared = min(self.result) if self._config.algorithm.replicated else None
-        self._progress.save(state, self._members.to_save(), shared, self._mail)
+        self._progress.save(state, self._members.to_save(), shared, self._mail, self._members)
 
     def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
         """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
+        self._go_on_from(state)
+        if not self._config.algorithm.replicated:
+            self._late = set(state.get("late", ())) & self._progress.facts.keys()
+        self._members.bring_back(rounds, self._late)
+        return self._mail.room.revive(mail)
+
+    def stand(self, state: Mapping[str, Any], mail: Mapping[str, Any], members: Mapping[str, Any]) -> list[Envelope]:
+        """The same where processes are what they were, and at the same moment; ``members`` are these nodes'."""
+        self._go_on_from(state)
+        self._stands = True
+        self._late, self._halting = set(state["late"]), set(state["halting"])
+        self._members.revive(members)
+        return self._mail.room.revive(mail, exactly=True)
+
+    def _go_on_from(self, state: Mapping[str, Any]) -> None:
         self._view = View(state["view"][0], *map(tuple, state["view"][1:]))
         self._epoch = state["epoch"]
-        self._members.bring_back(rounds)
-        return self._mail.room.revive(mail)
+        self._is_revived = True
+
+    @property
+    def in_flight(self) -> Sequence[Envelope]:
+        """Messages that were sent and have not arrived."""
+        return self._mail.room.in_flight
 
     def stand_still(self) -> None:
         """Cancel what runs, in bounded time: what was committed last can be saved then."""
@@ -231,11 +258,15 @@ class Synchronous:
         )
         if progress.checkpoints is not None and progress.checkpoints.is_due(number):
             self.save()
+        self._end_round(number)
+        return attempt
+
+    def _end_round(self, number: int) -> None:
+        """Let happen what is to happen when round ``number`` is committed, and say what could not happen in it."""
         self._strike("commit", number)
         for event in self._faults.missed(number):
             line = f"faults.events: round {number} has no moment {event.phase!r}; nothing happened to this node"
-            progress.observer.on_log(event.who, (line,))
-        return attempt
+            self._progress.observer.on_log(event.who, (line,))
 
     def _next_view(self) -> View:
         """All nodes that have what was committed last; a change counts against the last committed round."""
