@@ -181,6 +181,7 @@ class Learner:
                     losses.append(loss.item() if immediate else loss)
                     if immediate and not math.isfinite(losses[-1]):
                         break
+        bench.check("loss")
         values = [float(loss) for loss in losses]
         seconds = time.perf_counter() - began
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
@@ -208,6 +209,9 @@ class Learner:
         drawn = self.draw()
         num_samples, size = len(drawn), self.spec.batch_size
         pieces = (self.load(torch.from_numpy(drawn[start : start + size])) for start in range(0, num_samples, size))
+        if not num_samples and not self._own_data("Train").may_be_empty:
+            self.bench.no_gradient()
+            return self.parameters.new_zeros(()), 0
         return self.bench.differentiate(self.parameters, pieces, num_samples), num_samples
 
     def _ruled(self, rule: Rule) -> Callable[[], tuple[Tensor, int]]:
@@ -400,8 +404,8 @@ class Learner:
         with bench.at(self.tensors, parameters) as point:
             bench.mode(training=True)
             loss = bench.differentiate(point, self._split(batch), batch.num_samples)
-        assert bench.gradient is not None
-        return bench.gradient, loss
+            bench.check("loss")
+        return bench.distinct_gradient(), loss
 
     def loss(self, operation: Loss) -> float:
         """Carry out ``Loss``; as for ``gradient``, forward only.
@@ -421,6 +425,7 @@ class Learner:
             bench.mode(training=True)
             for part in self._split(batch) if batch.num_samples else ():
                 total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
+            bench.check("loss")
         if not (math.isfinite(total) or operation.probe):
             self._give_up_round(f"loss is {total} in a Loss")
             return math.nan

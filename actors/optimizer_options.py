@@ -54,11 +54,12 @@ def read_option(name: str, value: object, annotation: Any = inspect.Parameter.em
 
 
 def try_steps(kind: type[Optimizer], rate: float, options: Mapping[str, Option]) -> None:
-    """Take two steps on a small matrix.
+    """Take two steps on a small matrix, at a rate of at most 1: what too high a one does depends on the model.
 
     Raises:
         SettingsError: with these options the optimizer fails, and without them it does not.
     """
+    rate = min(rate, 1.0)
     problem = _problem(kind, rate, options)
     # Some are for tensors of other shapes than this one, which is no fault of their options.
     if problem is not None and _problem(kind, rate, {}) is None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from algorithms.api import State
+    from algorithms.layout import Layout
 
 _PARAMETERS = "params"
 """Of a group: which parameters it has, not what it remembers."""
@@ -33,12 +34,34 @@ def unpack(optimizer: Optimizer, state: State) -> None:
     """Let a fresh optimizer remember what ``packed`` gave; it copies what it keeps."""
     kept = cast("dict[str, Any]", state)
     fresh = optimizer.state_dict()
+    given_groups = kept["groups"] or [{}] * len(fresh["param_groups"])  # None: as they are
     groups = [
         group | {key: tuple(value) if isinstance(group.get(key), tuple) else value for key, value in given.items()}
-        for group, given in zip(fresh["param_groups"], kept["groups"], strict=True)
+        for group, given in zip(fresh["param_groups"], given_groups, strict=True)
     ]
     tensors = {int(place): _copied(one) for place, one in kept["state"].items()}
     optimizer.load_state_dict({"state": tensors, "param_groups": groups})
+
+
+def taken_apart(state: State, layout: Layout) -> State:
+    """What ``packed`` gave of an optimizer of one flat parameter, for one of the parameters of ``layout``."""
+    kept = cast("dict[str, Any]", state)
+    flat: dict[str, Any] = kept["state"].get("0", {})
+    return {
+        "groups": kept["groups"],
+        "state": {
+            str(place): {
+                key: value[one.start : one.stop].view(one.shape) if _is_flat(value, layout) else value
+                for key, value in flat.items()
+            }
+            for place, one in enumerate(layout.entries)
+            if flat
+        },
+    }
+
+
+def _is_flat(value: object, layout: Layout) -> bool:
+    return isinstance(value, Tensor) and value.shape == (layout.num_values,)
 
 
 def _plain(value: Any, name: str) -> State:  # noqa: ANN401 - whatever an optimizer keeps

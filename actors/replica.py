@@ -129,7 +129,7 @@ class Replica(Learner):
     ) -> dict[str, float]:
         """The task's metrics on held-out samples at ``at`` (default: ``Algorithm.model``) and ``buffers`` (own)."""
         at = self.spec.algorithm.model(self) if at is None else at
-        with self.bench.at(self.tensors, at, buffers):
+        with self.bench.at(self.tensors, at, buffers, moves=False):
             return self.bench.evaluate(samples, self.spec.batch_size, max_batches)
 
     def model_tensors(self, at: Tensor | None = None, buffers: Tensor | None = None) -> dict[str, Tensor]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from actors import optimizers, perturbing
+from actors.bound_module import BoundModule, buffer_slots
+from actors.flat_gradient import FlatGradient
 from actors.modules import compile_in_place, give_back_memory, initial_module
 from actors.tasks import Task
 from actors.together import update_of
@@ -58,18 +60,6 @@ class ModelTensors:
     """The parameters one by one, once the node has been attached, if they are few."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a flat tensor holds one of its parts."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    start: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat.as_strided(self.shape, self.stride, flat.storage_offset() + self.start)
-
-
 class Workbench:
     """One module, its gradient and its loss; see the module's docstring."""
 
@@ -82,24 +72,22 @@ class Workbench:
         self.module = self._build()
         if config.compile:
             compile_in_place(self.module, device)
-        named = {name: one for name, one in self.module.named_parameters() if one.requires_grad}
-        self.parameters = list(named.values())
-        self._places = _consecutive(self.parameters)
+        self._bound = BoundModule(self.module, task.name)
+        self.parameters = self._bound.parameters
+        self._places = self._bound.places
         entries = (
             LayoutEntry(name, place.start, place.start + math.prod(place.shape), place.shape, _block_of(name))
-            for name, place in zip(named, self._places, strict=True)
+            for name, place in zip(self._bound.names, self._places, strict=True)
         )
-        self._floating, self._counting = _buffer_slots(self.module)
-        self._buffer_places = _consecutive([slot.tensor for slot in self._floating])
-        self.layout = Layout(tuple(entries), self.dtype, sum(slot.tensor.numel() for slot in self._floating))
+        num_buffer_values = sum(slot.tensor.numel() for slot in self._bound.floating)
+        self.layout = Layout(tuple(entries), self.dtype, num_buffer_values)
         self.attached: ModelTensors | None = None
         self.can_be_probed = False
         """It has been looked at, and nothing speaks against it."""
         self._is_fresh = True
         """Until the first node is attached the module has the initial values."""
-        self.gradient: Tensor | None = None
-        """The flat gradient, allocated when it is first needed; nodes need it only while it is their turn."""
-        self._gradient_views: list[Tensor] = []
+        self._gradient: FlatGradient | None = None
+        """Allocated when it is first needed; nodes need it only while it is their turn."""
         # One flat tensor instead of many: the same bits, and one kernel instead of one per layer.
         self._flat = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device))
         self.is_flat = optimizers.is_elementwise(config)
@@ -112,13 +100,13 @@ class Workbench:
         # The task's own form does not know of autocast, whose bits are those of autograd's operations.
         self.has_closed_form = type(task).gradients is not Task.gradients and config.precision != "bf16"
 
-    def make_optimizer(self) -> Optimizer:
-        """A fresh optimizer for one node. It updates whoever is attached.
+    def make_optimizer(self, *, one_by_one: bool = False) -> Optimizer:
+        """A fresh optimizer for one node, of its parameters as they are or ``one_by_one``. It updates who is attached.
 
         Raises:
             SettingsError: the optimizer does not take such parameters.
         """
-        return optimizers.build(self.config, self.trained)
+        return optimizers.build(self.config, [*self.parameters] if one_by_one else self.trained)
 
     def _build(self) -> nn.Module:
         return initial_module(self.task, self._seed, self.device).to(device=self.device, dtype=self.dtype)
@@ -126,13 +114,13 @@ class Workbench:
     def initialize(self, parameters: Tensor, buffers: Tensor) -> list[Tensor]:
         """Write the initial values into flat tensors; return the counters."""
         module = self.module if self._is_fresh else self._build()
-        trainable = [one for one in module.parameters() if one.requires_grad]
+        trainable = self.parameters if self._is_fresh else [one for one in module.parameters() if one.requires_grad]
         for place, parameter in zip(self._places, trainable, strict=True):
             view = place.of(parameters)
             # One by one they take the place of what the module was built with: there are never two whole models.
             parameter.data = view.copy_(parameter.detach())
-        floating, counting = _buffer_slots(module)
-        for place, slot in zip(self._buffer_places, floating, strict=True):
+        floating, counting = buffer_slots(module)
+        for place, slot in zip(self._bound.buffer_places, floating, strict=True):
             place.of(buffers).copy_(slot.tensor)
         return [slot.tensor.clone() for slot in counting]
 
@@ -145,26 +133,18 @@ class Workbench:
             if len(views) <= _MAX_KEPT_VIEWS:
                 tensors.views[:] = views
             self._bind(tensors.parameters, views)
-            self._bind_buffers(tensors.buffers, tensors.counters)
+            self._bound.bind_buffers(tensors.buffers, tensors.counters)
             self.attached = tensors
             self._is_fresh = False
 
     def _bind(self, parameters: Tensor, views: Sequence[Tensor]) -> None:
-        for parameter, view in zip(self.parameters, views, strict=True):
-            parameter.data = view
+        self._bound.bind(views)
         self._flat.data = parameters
-        # A graph that was made at one node's parameters and is differentiated in another's turn would give a gradient
-        # of neither; with this, autograd refuses it.
-        torch.autograd.graph.increment_version(self.parameters)
-
-    def _bind_buffers(self, buffers: Tensor, counters: Sequence[Tensor]) -> None:
-        for place, slot in zip(self._buffer_places, self._floating, strict=True):
-            slot.tensor = place.of(buffers)
-        for slot, counter in zip(self._counting, counters, strict=True):
-            slot.tensor = counter
 
     @contextlib.contextmanager
-    def at(self, tensors: ModelTensors, parameters: Tensor | None, buffers: Tensor | None = None) -> Iterator[Tensor]:
+    def at(
+        self, tensors: ModelTensors, parameters: Tensor | None, buffers: Tensor | None = None, *, moves: bool = True
+    ) -> Iterator[Tensor]:
         """Compute at other parameters or buffers than a node's; its own tensors stay as they are.
 
         Statistics of a batch norm move with the node's own model only: what is computed at other parameters leaves its
@@ -174,6 +154,7 @@ class Workbench:
             tensors: of the node whose turn it is.
             parameters: shape (P,); ``None``, or the node's own: its own.
             buffers: shape (B,); ``None``: a copy of its own.
+            moves: whether what is computed at the node's own parameters may move its buffers.
 
         Yields:
             The parameters that the module has.
@@ -184,14 +165,14 @@ class Workbench:
         self.attach(tensors)
         own = tensors.parameters
         point = own if parameters is None else self._like(parameters, own, "parameters")
-        if point.data_ptr() == own.data_ptr() and buffers is None:
+        if point.data_ptr() == own.data_ptr() and buffers is None and moves:
             yield own
             return
         statistics = (tensors.buffers if buffers is None else self._like(buffers, tensors.buffers, "buffers")).clone()
         counters = [counter.clone() for counter in tensors.counters]
         self.attached = None
         self._bind(point, [place.of(point) for place in self._places])
-        self._bind_buffers(statistics, counters)
+        self._bound.bind_buffers(statistics, counters)
         try:
             yield point
         finally:
@@ -212,8 +193,19 @@ class Workbench:
 
     def mode(self, *, training: bool) -> None:
         """Put the module into training or evaluation mode."""
-        if self.module.training != training:
-            self.module.train(training)
+        self._bound.mode(training=training)
+
+    def check(self, method: str) -> None:
+        """Look at the module after the task's ``method`` ran, whoever is attached; see ``BoundModule``.
+
+        Raises:
+            ProgramError: it is not as it was built.
+        """
+        if self.attached is None:
+            self._bound.drop()
+        else:
+            self._bound.take_back(method)
+        self._bound.check(method)
 
     # --- the loss and its gradient -----------------------------------------------------------------------------------
 
@@ -241,23 +233,35 @@ class Workbench:
             batches: together ``num_samples`` samples.
             num_samples: how many; without any the gradient and the loss are zero.
         """
-        gradient = self.clear_gradient()
+        gradient = self._ready_gradient()
         if not num_samples:
-            return gradient.new_zeros(())
+            gradient.zero()
+            return gradient.values.new_zeros(())
         if self.has_closed_form:
             batches = list(batches)
             closed = self.closed_form(point.unsqueeze(0), _with_a_dimension(batches), num_samples)
             if closed is not None:
-                gradient.copy_(closed[0][0])
+                gradient.zero()
+                gradient.values.copy_(closed[0][0])
                 return closed[1][0]
         total: Tensor | None = None
+        gradient.begin()
         for batch in batches:
+            # The loss may run backward passes of its own: each piece begins without a gradient, and ends with what is
+            # at the parameters then, whatever it is made of.
+            gradient.forget()
             loss = self.loss(batch)
             size = batch[0].shape[0]
             if size < num_samples:
                 loss = loss * (size / num_samples)
             loss.backward()
+            gradient.take()
+            if self.attached is not None:
+                self._bound.take_back("loss")
             total = loss.detach() if total is None else total + loss.detach()
+        gradient.end()
+        if not self.is_flat:
+            gradient.publish()
         assert total is not None
         return total
 
@@ -288,24 +292,41 @@ class Workbench:
             total = (gradients, losses) if total is None else (total[0] + gradients, total[1] + losses)
         return total
 
-    def clear_gradient(self) -> Tensor:
-        """Set the gradient to zero; return it."""
-        return self._ready_gradient().zero_()
+    @property
+    def gradient(self) -> Tensor | None:
+        """The flat gradient, shape (P,), −0.0 at parameters that have none; ``None`` until it is first needed."""
+        return None if self._gradient is None else self._gradient.values
+
+    @property
+    def absent(self) -> frozenset[int]:
+        """Which parameters have no gradient, by their place in ``Layout.entries``."""
+        return frozenset() if self._gradient is None else self._gradient.absent
+
+    def no_gradient(self) -> None:
+        """Let no parameter have a gradient: a step leaves all alone."""
+        self._ready_gradient().none()
+        if not self.is_flat:
+            self.publish()
 
     def set_gradient(self, gradient: Tensor) -> None:
         """Copy a gradient, shape (P,), into this one, which it may share memory with."""
-        self._ready_gradient().copy_(gradient)
+        self._ready_gradient().set(gradient)
+        if not self.is_flat:
+            self.publish()
 
-    def _ready_gradient(self) -> Tensor:
-        if self.gradient is None:
-            self.gradient = torch.zeros(self.layout.num_values, dtype=self.dtype, device=self.device)
-            self._gradient_views = [place.of(self.gradient) for place in self._places]
-        self._flat.grad = self.gradient
-        for parameter, view in zip(self.parameters, self._gradient_views, strict=True):
-            # A rule, or a program that has the module, may have set it to None.
-            if parameter.grad is not view:
-                parameter.grad = view
-        return self.gradient
+    def publish(self) -> None:
+        """Let the module's parameters have the gradient one by one."""
+        self._ready_gradient().publish()
+
+    def _ready_gradient(self) -> FlatGradient:
+        if self._gradient is None:
+            self._gradient = FlatGradient(self.parameters, self._places, self.layout.num_values)
+        self._flat.grad = self._gradient.values
+        return self._gradient
+
+    def distinct_gradient(self) -> Tensor:
+        """``gradient``, as it can be told by itself which parameters have none."""
+        return self._ready_gradient().distinct()
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -345,8 +366,11 @@ class Workbench:
     def named_buffers(self, tensors: ModelTensors, buffers: Tensor | None = None) -> dict[str, Tensor]:
         """A node's buffers by name, the floating-point ones those of ``buffers``, shape (B,), if given."""
         flat = tensors.buffers if buffers is None else buffers.detach()
-        floating = {slot.name: place.of(flat) for slot, place in zip(self._floating, self._buffer_places, strict=True)}
-        return floating | {slot.name: one for slot, one in zip(self._counting, tensors.counters, strict=True)}
+        floating = {
+            slot.name: place.of(flat)
+            for slot, place in zip(self._bound.floating, self._bound.buffer_places, strict=True)
+        }
+        return floating | {slot.name: one for slot, one in zip(self._bound.counting, tensors.counters, strict=True)}
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.config.precision == "bf16":
@@ -422,51 +446,6 @@ class Slab:
         current.buffers.copy_(committed.buffers)
         for counter, value in zip(current.counters, committed.counters, strict=True):
             counter.copy_(value)
-
-
-class _BufferSlot:
-    """A buffer's place in its submodule."""
-
-    def __init__(self, name: str, owner: nn.Module, attribute: str) -> None:
-        self.name = name
-        self._buffers: dict[str, Any] = owner._buffers  # noqa: SLF001 - the only way to rebind one
-        self._attribute = attribute
-
-    @property
-    def tensor(self) -> Tensor:
-        return self._buffers[self._attribute]
-
-    @tensor.setter
-    def tensor(self, value: Tensor) -> None:
-        self._buffers[self._attribute] = value
-
-
-def _buffer_slots(module: nn.Module) -> tuple[list[_BufferSlot], list[_BufferSlot]]:
-    """The places of floating-point buffers, and of the others.
-
-    A buffer that is no part of the module's state (the frequencies of rotary positions, say) is among the others: nodes
-    average the former, and a mean of equal numbers may differ from them in its last bit.
-    """
-    floating: list[_BufferSlot] = []
-    counting: list[_BufferSlot] = []
-    state = module.state_dict(keep_vars=True).keys()
-    for name, buffer in module.named_buffers():
-        owner, _, attribute = name.rpartition(".")
-        slots = floating if buffer.is_floating_point() and name in state else counting
-        slots.append(_BufferSlot(name, module.get_submodule(owner), attribute))
-    return floating, counting
-
-
-def _consecutive(tensors: Sequence[Tensor]) -> list[_Place]:
-    """Places for tensors one after another."""
-    places: list[_Place] = []
-    start = 0
-    for tensor in tensors:
-        shape = tuple(tensor.shape)
-        stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        places.append(_Place(shape, stride, start))
-        start += tensor.numel()
-    return places
 
 
 def _with_a_dimension(batches: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

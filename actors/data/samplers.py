@@ -68,6 +68,9 @@ class Draws(ABC):
         DataError: there are no samples.
     """
 
+    may_be_empty = False
+    """Whether a batch without samples is one of its law, whose gradient is zero, and not the lack of a batch."""
+
     def __init__(self, indices: Indices, seed: int, node: int) -> None:
         if len(indices) == 0:
             raise DataError(f"data: node {node} has no samples to draw from")
@@ -226,6 +229,8 @@ class EpochSampler(OrderedDraws):
 
 class PoissonDraws(Draws):
     """Each sample with probability q, independently of all others and of all other batches."""
+
+    may_be_empty = True
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """A batch of about ``batch_size`` samples in ascending places."""
