@@ -134,9 +134,10 @@ class Learner:
         """How often the round has drawn from each part, less one."""
         self._step = 0
         self.milestone = Milestone()
-        self._own_steps = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
+        steps = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
+        self._own_steps = steps or 0
         self._pace = pace or Pace.of(spec, [len(indices)], 1)
-        if node != SERVER and self._pace.steps:
+        if node != SERVER and (steps is None or self._pace.steps):
             self.rate()  # raises, before anything is trained, if the schedule cannot work
 
     @property

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from actors.data import Place
     from actors.tickets import Ticket
     from algorithms.api import Layout, NodeId, View
+    from algorithms.registry import Part
 
 Ref: TypeAlias = Any
 """A Ray ``ObjectRef``; this module does not import Ray."""
@@ -44,7 +45,9 @@ class Setup:
     """Of what must be alike in all processes."""
     incarnation: int = 0
     sys_path: tuple[str, ...] = ()
-    """Folders of the driver in which a user's modules may lie; those that exist here are searched too."""
+    """Where the driver looks for modules; what exists here is searched in the same order."""
+    parts: Mapping[str, type[Part]] = field(default_factory=dict)
+    """Classes that are named above and that only the driver can import, as those of a script or a notebook."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+from pydantic import ValidationError
 
 from actors import IMPORTED_AT
 from actors.data import DataConfig
@@ -39,6 +40,7 @@ from actors.usage import Usage
 from actors.versions import difference
 from algorithms.api import Algorithm, Layout, Message
 from algorithms.errors import StarlingError
+from algorithms.registry import carry, problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +92,10 @@ class NodeActor(StateCalls):
         unlike = difference(setup.versions)
         if unlike is not None:
             return Failed(f"{self._place()} cannot take part: {unlike}", None)
-        sys.path[:0] = [folder for folder in setup.sys_path if folder not in sys.path and Path(folder).is_dir()]
+        # In the driver's order: a user's types.py must not hide the library's here if it does not there.
+        driver = [folder for folder in setup.sys_path if Path(folder).exists()]
+        sys.path[:] = [*driver, *(folder for folder in sys.path if folder not in driver)]
+        carry(setup.parts)
         self._setup = setup
         self._fetch_timeout_s = setup.fetch_timeout_s
         try:
@@ -108,6 +113,8 @@ class NodeActor(StateCalls):
                 self._spec.bench(torch.device("cpu"))  # what a first model imports and compiles is there from now on
         except StarlingError as error:
             return Failed(str(error), None)
+        except ValidationError as error:
+            return Failed(f"{self._place()}: {'; '.join(problems(error.errors()))}", None)
         except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
             return failure(setup.nodes[0] if setup.nodes else 0, 0, error)
         if setup.nodes:

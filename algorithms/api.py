@@ -524,21 +524,30 @@ class Algorithm(Part, family="algorithm", catalog="algorithms"):
         """The parameters that are evaluated, saved and digested, shape (P,); see ``result`` if not replicated."""
         return node.parameters
 
-    @abstractmethod
-    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        """Payload bytes of one round over all nodes, without losses; of an asynchronous one, as ``rounds`` counts."""
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int | None:
+        """Return the payload bytes of one round over all nodes, without losses; ``None``: not known in advance.
 
-    def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
-        """Those of round ``number`` of ``num_rounds``, where they differ, and ``expected_bytes`` a typical one."""
+        Of an asynchronous algorithm: of one round, as a run's ``rounds`` count them.
+        """
+        del layout, num_nodes
+        return None
+
+    def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int | None:
+        """Return the payload bytes of round ``number`` of ``num_rounds``, if rounds differ; ``None``: not known.
+
+        ``expected_bytes`` is then a typical round's.
+        """
         del number, num_rounds
         return self.expected_bytes(layout, num_nodes)
 
-    @abstractmethod
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        """Local steps that a node takes in one round, at ``batch_size`` samples to a step; for plans and schedules.
+    def steps_per_round(self, num_samples: int, batch_size: int) -> int | None:
+        """Return the local steps of a node in one round, at ``batch_size`` samples to a step; ``None``: not known.
 
-        0: none of its optimizer's, for which there is then no schedule.
+        Plans and learning-rate schedules need them. Where they are not known, a schedule needs its own
+        ``optimizer.schedule.total_steps``. 0: none of its optimizer's, for which there is then no schedule.
         """
+        del num_samples, batch_size
+        return None
 
     def node_rounds(self, num_nodes: int) -> float:
         """Rounds that a node does in one of the run, on average; another number than 1 only where a server counts."""

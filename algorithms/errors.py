@@ -17,3 +17,7 @@ class DataError(StarlingError):
 
 class ProgramError(StarlingError):
     """An algorithm's program broke a rule of ``algorithms.api``."""
+
+
+class ImportPathError(StarlingError):
+    """An import path (``package.module:Class``) does not lead to a class."""

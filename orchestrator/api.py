@@ -211,7 +211,7 @@ def drive(
     with contextlib.ExitStack() as stack:
         lease = lease or Lease(directory.path)
         stack.callback(lease.release)
-        tracker = (track or _tracker)(config, directory.path)
+        tracker = track(config, directory.path) if track else config.tracking.observer(directory.path)
         everyone = Observers([directory, *([tracker] if tracker else []), *observers])
         names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
         checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
@@ -246,16 +246,6 @@ def drive(
         with _undisturbed():
             everyone.on_end(summary)
     return summary
-
-
-def _tracker(config: Config, run_dir: Path) -> Observer | None:
-    from orchestrator.config import MLflowTracking
-
-    if not isinstance(config.tracking, MLflowTracking):
-        return None
-    from orchestrator.tracking import MLflowTracker
-
-    return MLflowTracker(config.tracking, run_dir)
 
 
 def _end_badly(everyone: Observer, summary: Summary) -> None:

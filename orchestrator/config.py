@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 from urllib.parse import urlsplit
@@ -33,6 +34,8 @@ from orchestrator.sections import SERVER_NAME, CheckpointConfig, FaultsConfig, N
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from orchestrator.records import Observer
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -136,9 +139,16 @@ class ReplayConfig(Section):
 class Tracking(Part, family="tracking", catalog="orchestrator.config"):
     """Where a run's parameters and metrics are recorded."""
 
+    @abstractmethod
+    def observer(self, run_dir: Path) -> Observer | None:
+        """Return what is told of the run whose directory is ``run_dir``; ``None``: nobody is."""
+
 
 class NoTracking(Tracking, name="none"):
     """Nowhere but the run directory."""
+
+    def observer(self, run_dir: Path) -> None:
+        del run_dir
 
 
 class MLflowTracking(Tracking, name="mlflow"):
@@ -167,6 +177,11 @@ class MLflowTracking(Tracking, name="mlflow"):
             if not host:
                 raise ValueError(f"must have a host, as in http://localhost:5000, got {shown(uri)}")
         return uri
+
+    def observer(self, run_dir: Path) -> Observer:
+        from orchestrator.tracking import MLflowTracker
+
+        return MLflowTracker(self, run_dir)
 
 
 class Config(Section):

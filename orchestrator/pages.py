@@ -41,8 +41,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "parameters": f"{plan.parameters:,}, {bytes_text(plan.model_bytes)}",
         "rounds": f"{plan.rounds:,}{_steps(plan)}, in batches of {plan.batch_size}",
         "optimizer": plan.schedule,
-        "bytes": f"{bytes_text(plan.payload_bytes['per_round'])} payload per round over all nodes, "
-        f"{bytes_text(plan.payload_bytes['total'])} in all, without losses",
+        "bytes": _payload(plan.payload_bytes),
         "evaluations": f"{plan.evaluations:,}",
     }
     if plan.baselines:
@@ -53,12 +52,19 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def _steps(plan: Plan) -> str:
     """Optimizer steps in a round."""
-    if not plan.steps_per_round["most"]:
+    if plan.steps_per_round is None or not plan.steps_per_round["most"]:
         return ""
     steps = f" of {_range(plan.steps_per_round)} steps"
     if plan.node_rounds == 1:
         return f"{steps} per node"
     return f" of the server; in each a node does {plan.node_rounds:.3g} of its own{steps}"
+
+
+def _payload(sent: Mapping[str, int] | None) -> str:
+    if sent is None:
+        return "not known in advance: the algorithm does not define expected_bytes; runs count what they send"
+    per_round, total = bytes_text(sent["per_round"]), bytes_text(sent["total"])
+    return f"{per_round} payload per round over all nodes, {total} in all, without losses"
 
 
 def _range(least_and_most: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from algorithms.api import SERVER, Algorithm
 from orchestrator.simulator import user_code
 
 if TYPE_CHECKING:
+    from algorithms.api import Layout
     from orchestrator.config import Config
 
 
@@ -37,13 +38,15 @@ class Plan:
     parameters: int
     model_bytes: int
     """Of the parameters and floating-point buffers, as they are exchanged without a codec."""
-    steps_per_round: dict[str, int]
-    """``least`` and ``most`` that a node takes in a round of its own; all 0: it does not use its optimizer."""
+    steps_per_round: dict[str, int] | None
+    """``least`` and ``most`` that a node takes in a round of its own; all 0: it does not use its optimizer.
+
+    ``None``: the algorithm does not say."""
     node_rounds: float
     """Rounds that a node does in one of the run, on average: another number than 1 where a server counts them."""
     schedule: str
-    payload_bytes: dict[str, int]
-    """``per_round`` over all nodes without losses, on average, and in ``total``."""
+    payload_bytes: dict[str, int] | None
+    """``per_round`` over all nodes without losses, on average, and in ``total``; ``None`` as before."""
     evaluations: int
     baselines: dict[str, float]
     runtimes: list[str]
@@ -67,13 +70,10 @@ def make_plan(config: Config) -> Plan:
         layout = Replica(SERVER, spec, data.train, data.parts[0], torch.device("cpu")).layout
     counts = [len(part) for part in data.parts]
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
-    steps = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
+    told = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
+    steps = [count for count in told if count is not None]
     pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
-    rounds = config.rounds
-    if type(config.algorithm).round_bytes is Algorithm.round_bytes:
-        total = rounds * config.algorithm.expected_bytes(layout, num_nodes)
-    else:
-        total = sum(config.algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds))
+    total = _payload(config.algorithm, layout, num_nodes, config.rounds)
     every = config.evaluation.every_rounds
     return Plan(
         name=config.name,
@@ -93,20 +93,30 @@ def make_plan(config: Config) -> Plan:
         batch_size=config.data.batch_size,
         parameters=layout.num_values,
         model_bytes=layout.nbytes + layout.buffer_nbytes,
-        steps_per_round={"least": min(steps), "most": max(steps)},
+        steps_per_round={"least": min(steps), "most": max(steps)} if steps else None,
         node_rounds=config.algorithm.node_rounds(num_nodes),
-        schedule=_schedule(config, pace),
-        payload_bytes={"per_round": round(total / rounds), "total": total},
+        schedule=_schedule(config, pace, is_known=bool(steps)),
+        payload_bytes=None if total is None else {"per_round": round(total / config.rounds), "total": total},
         evaluations=-(-config.rounds // every) if every else 1,
         baselines=baselines,
         runtimes=["cluster", "simulator"],
     )
 
 
-def _schedule(config: Config, pace: Pace) -> str:
+def _payload(algorithm: Algorithm, layout: Layout, num_nodes: int, rounds: int) -> int | None:
+    """Return the payload bytes of all rounds without losses; ``None`` if the algorithm does not say."""
+    if type(algorithm).round_bytes is Algorithm.round_bytes:
+        each = algorithm.expected_bytes(layout, num_nodes)
+        return None if each is None else rounds * each
+    sent = [algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds)]
+    known = [count for count in sent if count is not None]
+    return sum(known) if len(known) == rounds else None
+
+
+def _schedule(config: Config, pace: Pace, *, is_known: bool) -> str:
     """The learning rate over the run, in words."""
     optimizer, schedule = config.optimizer, config.optimizer.schedule
-    if not pace.steps:
+    if is_known and not pace.steps:
         return f"none: with {config.algorithm.name} nodes take no optimizer steps; it has a step size of its own"
     total = pace.total_steps(schedule)
     schedule.factor(0, total)  # raises, if it cannot work
@@ -118,5 +128,7 @@ def _schedule(config: Config, pace: Pace) -> str:
     text += f", {schedule.name} to {schedule.final_fraction * optimizer.lr:g} at step {total:.10g}"
     if total == pace.planned_steps:
         return f"{text}, the end of the run"
+    if not is_known:
+        return f"{text}; how many steps the run takes is not known"
     last = optimizer.lr * schedule.factor(max(0.0, pace.planned_steps - 1), total)
     return f"{text}; the run ends at step {pace.planned_steps:.10g} with {last:.3g}"

@@ -18,6 +18,7 @@ from actors.node_actor import remote_class
 from actors.tickets import Failed
 from actors.versions import versions
 from algorithms.api import SERVER
+from algorithms.registry import carried
 from orchestrator import ray_session
 from orchestrator.calls import POLL_S, Actor, Calls
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
@@ -324,6 +325,7 @@ class Processes(Calls):
             versions=versions(),
             incarnation=actor.incarnation,
             sys_path=self._sys_path(),
+            parts=carried(config),
         )
 
     def _on_place(self, actor: Actor, _: object) -> None:

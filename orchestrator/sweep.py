@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 
+from algorithms.registry import carried
 from orchestrator import ray_session
 from orchestrator.api import resolve
 from orchestrator.config import MLflowTracking, load
@@ -174,6 +175,11 @@ def _refuse(config: Config, options: Options) -> None:
     import tune_spaces
     from orchestrator.tuning import scheduler_of
 
+    for path in carried(config.dump()):
+        where = "is defined in a script, a notebook or a function, which the processes of trials cannot import"
+        raise ConfigError(
+            f"{path} {where}: put it in a module (train.py, say) and name it as train:{path.split(':')[1]}"
+        )
     space = tune_spaces.find(options.space)
     check(space, options.space, config, seeds=options.seeds)
     scheduler_of(options.scheduler, config, Board(options.objectives), space)

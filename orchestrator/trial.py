@@ -182,7 +182,7 @@ class StarlingTrial(tune.Trainable):
 
         def track(config: Config, run_dir: Path) -> Observer | None:
             if not isinstance(config.tracking, MLflowTracking):
-                return None
+                return config.tracking.observer(run_dir)
             tags = {"sweep": folder.name, "trial": str(spec["number"])}
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 

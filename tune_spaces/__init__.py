@@ -14,15 +14,19 @@ import importlib
 import importlib.util
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ray.tune.search.sample import Domain
 
-from algorithms.errors import SettingsError
+from algorithms.errors import ImportPathError, SettingsError
+from algorithms.import_paths import module_of
 from algorithms.registry import did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
+
+T = TypeVar("T")
 
 Space: TypeAlias = dict[str, Domain]
 
@@ -77,18 +81,17 @@ def _from_file(path: Path, name: str) -> ModuleType:
     if not path.is_file() or spec is None or spec.loader is None:
         raise SettingsError(f"--space {name}: there is no file {path}")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with a user's file
-        raise SettingsError(f"--space {name}: {path} cannot be loaded: {type(error).__name__}: {error}") from None
+    loader = spec.loader
+    _loaded(name, lambda: loader.exec_module(module))
     return module
 
 
 def _imported(source: str, name: str) -> ModuleType:
+    return _loaded(name, lambda: importlib.import_module(source), source)
+
+
+def _loaded(name: str, load_it: Callable[[], T], module: str = "") -> T:
     try:
-        return importlib.import_module(source)
-    except ImportError as error:
-        raise SettingsError(
-            f"--space {name}: cannot import {source!r}: {error}; it must be importable from here "
-            "(PYTHONPATH, or the current folder)"
-        ) from None
+        return module_of(name, load_it, module)
+    except ImportPathError as error:
+        raise SettingsError(f"--space {name}: {error}") from None
