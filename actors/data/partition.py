@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from actors.data.columns import codes_of
 from actors.data.indices import Indices, Ranges, concrete
 from algorithms.errors import DataError
 from algorithms.registry import Part
@@ -26,6 +27,8 @@ from algorithms.seeds import generator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from actors.tasks.base import Samples
 
@@ -89,27 +92,48 @@ class Quantity(Partition, name="quantity"):
 class Dirichlet(Partition, name="dirichlet"):
     """Label skew: each class is divided among the nodes in proportions drawn from a Dirichlet distribution.
 
-    For each class k, p_k ~ Dir(``alpha`` · 1), shape (N,), and node m is given p_km of its samples, chosen at random.
+    For each class k, p_k ~ Dir(``alpha`` · 1), shape (N,), and node m is given p_km of its samples, chosen at random. A
+    class is given only to nodes that have fewer than n/N samples so far (p_k is scaled to sum to 1 over these), and all
+    is drawn again until every node has ``min_samples``, and at least one.
     Reference: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019; Li et al.,
-    ICDE 2022, as "distribution-based label imbalance". Both draw again until every node has ten samples; here
-    ``min_samples`` says what a node must have.
+    ICDE 2022, as "distribution-based label imbalance"; the scaling as in their code, in FedLab and in FL-bench, which
+    require ten samples.
     """
 
     alpha: PositiveFloat = 0.5  # α; 0.1 is severe, 100 is nearly iid
+    balanced: bool = True  # classes go to nodes below n/N samples, and are redrawn; false: once, to all, as the formula
 
     def split(self, samples: Samples, num_nodes: int, seed: int) -> Sequence[Indices]:
         """Divide class by class, in the order of the labels."""
         labels = labels_of(samples, "dirichlet")
         rng = generator("partition", "dirichlet", seed)
+        least = max(1, self.min_samples)
+        can_be = self.balanced and len(labels) >= least * num_nodes
+        parts = self._drawn(labels, num_nodes, rng)
+        for _ in range(_REDRAWS if can_be else 0):
+            if min(len(part) for part in parts) >= least:
+                break
+            parts = self._drawn(labels, num_nodes, rng)
+        return parts
+
+    def _drawn(self, labels: Tensor, num_nodes: int, rng: torch.Generator) -> Sequence[Tensor]:
         parts: list[list[Tensor]] = [[] for _ in range(num_nodes)]
+        sizes = [0] * num_nodes
         for label in labels.unique().tolist():
             members = _shuffled((labels == label).nonzero().flatten(), rng)
-            for part, piece in zip(parts, cut(members, dirichlet(self.alpha, num_nodes, rng)), strict=True):
-                part.append(piece)
+            # Somebody is below the mean as long as there is something to give.
+            open_to = [not self.balanced or size * num_nodes < len(labels) for size in sizes]
+            for node, piece in enumerate(cut(members, dirichlet(self.alpha, num_nodes, rng, open_to))):
+                parts[node].append(piece)
+                sizes[node] += len(piece)
         return [torch.cat(part) for part in parts]
 
     def advice(self) -> str:
         return "raise data.partition.alpha, set data.partition.min_samples, or ask for fewer nodes"
+
+
+_REDRAWS = 50
+"""After as many, nodes that have too few are given some of others', or there is an error."""
 
 
 class Shards(Partition, name="shards"):
@@ -269,8 +293,10 @@ def labels_of(samples: Samples, partition: str) -> Tensor:
 def column_of(samples: Samples, column: str) -> Tensor:
     """The values of a column as numbers from 0 in the order of the values, int64, shape (n,).
 
+    What is missing (``None``, in a column of objects) is a value of its own, the last.
+
     Raises:
-        DataError: there is no such column.
+        DataError: there is no such column, or its values have no order.
     """
     values = getattr(samples, "column", lambda _: None)(column)
     if values is None and column == "label":
@@ -279,7 +305,20 @@ def column_of(samples: Samples, column: str) -> Tensor:
         known = sorted(getattr(samples, "columns", ()))
         there = f"there are: {', '.join(known)}" if known else "these samples have none"
         raise DataError(f"data.partition.column: there is no column {column!r} ({there})")
-    return torch.from_numpy(np.unique(np.asarray(values), return_inverse=True)[1])
+    found = np.asarray(values)
+    return torch.from_numpy(
+        np.unique(_codes(found, column) if found.dtype == object else found, return_inverse=True)[1]
+    )
+
+
+def _codes(values: NDArray[Any], column: str) -> NDArray[Any]:
+    import pyarrow as pa
+
+    try:
+        return codes_of(pa.chunked_array([pa.array(values, from_pandas=True)]), column)[0]
+    except (pa.ArrowException, TypeError):
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise DataError(f"data.partition.column: {column} holds values of several types ({kinds})") from None
 
 
 def whole_blocks(samples: Samples) -> Ranges | None:
@@ -287,12 +326,15 @@ def whole_blocks(samples: Samples) -> Ranges | None:
     return getattr(samples, "blocks", None)
 
 
-def dirichlet(alpha: float, size: int, rng: torch.Generator) -> Tensor:
+def dirichlet(alpha: float, size: int, rng: torch.Generator, among: Sequence[bool] | None = None) -> Tensor:
     """A draw from the symmetric Dirichlet distribution, float64, shape (size,).
 
+    Of those that are not ``among`` it is 0, and the others' sum is 1: what is left of a Dirichlet distribution is one.
     As normalised gamma variates, kept as logarithms: with a small ``alpha`` all of them may be zero in float64.
     """
     logs = [_log_gamma_variate(alpha, rng) for _ in range(size)]
+    if among is not None:
+        logs = [log if one else -math.inf for log, one in zip(logs, among, strict=True)]
     top = max(logs)
     values = [math.exp(one - top) for one in logs]
     # Rounded: exp and log may differ in the last bit between machines, which must not disagree about a sample.

@@ -10,15 +10,18 @@ whatever the size of the data set, each row group as tensors (float32 features t
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from actors.data import files
+from actors.data.columns import codes_of, plain, plain_type
 from actors.data.indices import Ranges
 from algorithms.errors import DataError
 from algorithms.registry import did_you_mean
@@ -79,62 +82,132 @@ class RowGroup:
             raise UnreadableError(f"{self.place} has {table.num_rows} rows instead of {len(self)}")
         return table
 
+    def statistics(self, column: str) -> tuple[Any, Any] | None:
+        """The least and the greatest value of a column as the footer has them; ``None``: one has to read it.
+
+        Of the column alone: those of others may be of a kind that pyarrow cannot read.
+        """
+        import pyarrow as pa
+
+        (info,) = self.fragment.row_groups
+        metadata: Any = self.fragment.metadata.row_group(info.id)
+        for number in range(metadata.num_columns):
+            if metadata.column(number).path_in_schema == column:
+                try:
+                    known = metadata.column(number).statistics
+                    return (known.min, known.max) if known is not None and known.has_min_max else None
+                except pa.ArrowException:
+                    return None
+        return None
+
 
 def open_row_groups(key: str, path: str) -> tuple[pa.Schema, list[RowGroup]]:
     """The schema, and all row groups in the order of the files' paths. Reads footers alone.
 
+    Types are those of the values (``plain_type``): files may differ in how these are encoded, in the order of columns,
+    and in whether values may be missing.
+
     Raises:
         DataError: a file is missing, is no Parquet, or has another schema than the first.
     """
-    return _open(key, path)
+    opened = _opened(key, path)
+    return opened.schema, opened.groups
+
+
+class _Opened(NamedTuple):
+    schema: pa.Schema
+    groups: list[RowGroup]
+    index_columns: frozenset[str]
 
 
 @files.remembered
-def _open(key: str, path: str) -> tuple[pa.Schema, list[RowGroup]]:
+def _opened(key: str, path: str) -> _Opened:
     import pyarrow as pa
     import pyarrow.dataset
 
     listing = files.find(key, path, {".parquet", ".pq"})
-    kind = pyarrow.dataset.ParquetFileFormat()
+    checked = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    kind = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=checked)
     groups: list[RowGroup] = []
-    first: pa.Schema | None = None
+    index: set[str] = set()
+    merged: pa.Schema | None = None
     for file in listing.files:
         try:
             fragment = kind.make_fragment(file, listing.filesystem)
-            schema = fragment.physical_schema.remove_metadata()
+            schema = fragment.physical_schema
             pieces = fragment.split_by_row_group()
         except (OSError, pa.ArrowException) as error:
             raise DataError(files.unreachable(key, f"{files.shown(path)} ({file})", error)) from None
-        first = schema if first is None else first
-        if schema != first:
-            raise DataError(f"{key}: {file} has another schema than {listing.files[0]}: {_difference(first, schema)}")
+        index |= _index_of(schema)
+        plain = pa.schema([pa.field(field.name, plain_type(field.type)) for field in schema])
+        merged = plain if merged is None else _merged(key, merged, plain, listing.files[0], file)
         for piece in pieces:
             (info,) = piece.row_groups
             if info.num_rows:
                 groups.append(RowGroup(piece, info.id, 0, info.num_rows))
-    if not groups or first is None:
+    if not groups or merged is None:
         raise DataError(f"{key}: {files.shown(path)} has no rows")
-    return first, groups
+    return _Opened(merged, groups, frozenset(index))
 
 
-def _difference(first: pa.Schema, other: pa.Schema) -> str:
-    for field in first:
-        if field.name not in other.names:
-            return f"it lacks the column {field.name}"
-        if other.field(field.name).type != field.type:
-            return f"column {field.name} is {other.field(field.name).type}, not {field.type}"
-    more = [name for name in other.names if name not in first.names]
-    return f"it has the columns {', '.join(more)} besides" if more else "its columns come in another order"
+def index_columns(key: str, path: str) -> frozenset[str]:
+    """Columns that are the index of a pandas frame: numbers of rows, and no data."""
+    return _opened(key, path).index_columns
+
+
+def _index_of(schema: pa.Schema) -> set[str]:
+    names = {name for name in schema.names if _INDEX.fullmatch(name)}
+    try:
+        known = json.loads((schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+        return names | {name for name in known if isinstance(name, str)}  # a range of numbers is no column
+    except (ValueError, AttributeError, TypeError):
+        return names
+
+
+_INDEX = re.compile(r"__index_level_\d+__")
+
+
+def _merged(key: str, first: pa.Schema, other: pa.Schema, first_file: str, file: str) -> pa.Schema:
+    """What two files have in common: the same columns of the same types, in whatever order, nullable or not.
+
+    A column that has no values in one file has the other's type.
+
+    Raises:
+        DataError: they differ.
+    """
+    import pyarrow as pa
+
+    what = f"{key}: {file} has another schema than {first_file}"
+    if sorted(first.names) != sorted(other.names):
+        more = sorted(set(other.names) - set(first.names))
+        lacking = sorted(set(first.names) - set(other.names))
+        told = f"it lacks the column {lacking[0]}" if lacking else f"it has the columns {', '.join(more)} besides"
+        raise DataError(f"{what}: {told if more or lacking else 'it has columns of one name twice'}")
+    fields: list[pa.Field] = []
+    for place, field in enumerate(first):
+        # Of columns that share a name one only knows the place.
+        unique = first.names.count(field.name) == 1
+        found = other.field(field.name) if unique else other.field(place)
+        if pa.types.is_null(field.type):
+            fields.append(found)
+        elif pa.types.is_null(found.type) or found.type == field.type:
+            fields.append(field)
+        else:
+            raise DataError(f"{what}: column {field.name} is {found.type}, not {field.type}")
+    return pa.schema(fields)
 
 
 def require_column(key: str, schema: pa.Schema, name: str) -> pa.Field:
     """A column.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: there is none of that name, or there are several.
     """
     if name not in schema.names:
         raise DataError(f"{key}: there is no column {name!r}{did_you_mean(name, schema.names)}")
+    if schema.names.count(name) > 1:
+        count = schema.names.count(name)
+        raise DataError(f"{key}: there are {count} columns {name!r}; give them different names (a join leaves such)")
     return schema.field(name)
 
 
@@ -174,7 +247,8 @@ class RowGroupSamples:
     Args:
         groups: whose rows they are, in order.
         decode: makes tensors of a row group.
-        label: the column of the classes, if samples have any.
+        label: makes the classes of a row group, if samples have any.
+        label_columns: what it is made of.
         memory_mb: how much of what was read is kept, in 10⁶ bytes.
         mixed: how many row groups an epoch mixes with one another; that many are always kept.
         whole: whether row groups are dealt to nodes as a whole.
@@ -183,6 +257,8 @@ class RowGroupSamples:
     """
 
     owners = None
+    class_names: Sequence[str] | None = None
+    """Of the classes, in the order of their numbers, if they have names."""
 
     def __init__(
         self,
@@ -240,15 +316,31 @@ class RowGroupSamples:
         return list(self._groups[0].fragment.physical_schema.names)
 
     def column(self, name: str) -> NDArray[Any] | None:
-        """The values of a column; reads it of all row groups, one at a time."""
+        """The values of a column, numbered in their order; reads it of all row groups, one at a time."""
         if name not in self.columns:
             return None
+        if self.columns.count(name) > 1:
+            raise DataError(f"data.partition.column: there are {self.columns.count(name)} columns {name!r}")
         import pyarrow as pa
 
-        # Values may be texts, of which numbers in the order of the values are as good and take less memory.
-        pieces = [group.checked([name]).column(0).combine_chunks() for group in self._groups]
-        encoded = pa.chunked_array(pieces).combine_chunks()
-        return encoded.to_numpy(zero_copy_only=False)
+        # Numbered in the order of the values: of texts that takes less memory, and it is all that is asked for.
+        pieces = [chunk for group in self._groups for chunk in self._column_of(group, name).chunks]
+        codes, missing = codes_of(pa.chunked_array(pieces), name)
+        if missing:
+            what = f"data.partition.column: {missing} of {len(codes)} rows have no {name}"
+            files.say_once(f"missing {name}", f"{what}; these are taken for rows of one value, the last")
+        return codes
+
+    def _column_of(self, group: RowGroup, name: str) -> pa.ChunkedArray:
+        import pyarrow as pa
+
+        kind = next((plain_type(one.fragment.physical_schema.field(name).type) for one in self._groups), pa.null())
+        try:
+            return plain(group.checked([name]).column(0)).cast(kind)
+        except UnreadableError as error:
+            if not self._skip_bad:
+                raise DataError(f"{error}; {self._advice}") from None
+            return pa.chunked_array([pa.nulls(len(group), kind)])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -320,107 +412,3 @@ class RowGroupSamples:
 
 def _nbytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(one.numel() * one.element_size() for one in tensors)
-
-
-def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without its encoding: of categories (a dictionary) their values."""
-    import pyarrow as pa
-
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
-
-
-def plain_type(kind: pa.DataType) -> pa.DataType:
-    """The type of a column's values, whatever encodes them: files of one table may differ in that."""
-    import pyarrow as pa
-
-    if pa.types.is_dictionary(kind):
-        return plain_type(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return pa.binary()
-    return kind
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds texts, or categories that are texts."""
-    import pyarrow as pa
-
-    return pa.types.is_string(plain_type(kind))
-
-
-def numbers_of(column: pa.ChunkedArray, name: str, place: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A column of numbers as an array of ``dtype``, shape (n,), or (n, k) if its values are lists of k numbers.
-
-    Raises:
-        DataError: there are nulls, or lists of different lengths.
-    """
-    import pyarrow as pa
-
-    if column.null_count:
-        raise DataError(f"{place}: column {name} has {column.null_count} nulls; fill them, or leave those rows out")
-    array = column.combine_chunks()
-    num_rows = len(array)
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        lengths = array.value_lengths().unique()
-        if len(lengths) > 1:
-            raise DataError(f"{place}: the lists of column {name} have different lengths; features must have one shape")
-        array = array.flatten()
-    elif pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
-    if array.null_count:
-        raise DataError(f"{place}: column {name} has nulls in its lists")
-    values = array.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
-    return (
-        values
-        if len(values) == num_rows and values.ndim == 1 and not _is_listed(column)
-        else values.reshape(num_rows, -1)
-    )
-
-
-def _is_listed(column: pa.ChunkedArray) -> bool:
-    import pyarrow as pa
-
-    kind = column.type
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-# --- classes ----------------------------------------------------------------------------------------------------------
-
-
-def checked_classes(table: pa.Table, label: str, place: str, classes: int) -> Tensor:
-    """A column of classes, int64, shape (r,).
-
-    Raises:
-        DataError: one is not among the classes, or the column holds something else.
-    """
-    labels = numbers_of(table.column(label), label, place, np.dtype(np.int64))
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        what = f"column {label} has the class {wrong}, and classes are 0 to {classes - 1}"
-        raise DataError(f"{place}: {what}; raise task.classes, or number the classes from 0")
-    return torch.from_numpy(labels.copy())
-
-
-@files.remembered
-def num_classes(key: str, path: str, label: str) -> int:
-    """The largest label, plus one: from the files' footers, or else by reading that column.
-
-    Raises:
-        DataError: the label is no column of whole numbers.
-    """
-    from pyarrow import types
-
-    schema, groups = open_row_groups(key, path)
-    kind = require_column("task.label", schema, label).type
-    if not types.is_integer(kind) and not types.is_boolean(kind):
-        raise DataError(f"task.label: column {label} is {kind}; classes must be whole numbers, from 0")
-    return 1 + max(_greatest(group, label) for group in groups)
-
-
-def _greatest(group: RowGroup, label: str) -> int:
-    (info,) = group.fragment.row_groups
-    known: dict[str, Any] = (info.statistics or {}).get(label) or {}
-    if known.get("max") is not None:
-        return int(known["max"])
-    return int(numbers_of(group.checked([label]).column(label), label, group.place, np.dtype(np.int64)).max())

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from actors.data import files
-from actors.data.row_groups import is_text, open_row_groups, plain, require_column
+from actors.data.columns import is_text, plain
+from actors.data.row_groups import open_row_groups, require_column
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:

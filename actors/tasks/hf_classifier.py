@@ -1,8 +1,8 @@
 """Hugging Face classifier: fine-tune any sequence classifier of transformers, whole or through LoRA.
 
 Any model that ``AutoModelForSequenceClassification`` loads. The data are Parquet files with a column of texts and one
-of classes, whole numbers from 0; they are read, divided and held out as in the task ``parquet``. A text is cut to
-``context`` tokens of the model's tokenizer, and padded to them.
+of classes, whole numbers from 0 or texts; they are read, divided and held out as in the task ``parquet``. A text is cut
+to ``context`` tokens of the model's tokenizer, and padded to them.
 
 Only what is trained is exchanged and saved: with ``lora``, the adapters and the classifying head. When the run is over,
 its directory has, besides ``model.safetensors``, a folder ``export`` that ``from_pretrained`` of
@@ -24,7 +24,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from actors.data import files, row_groups
-from actors.data.row_groups import RowGroup, RowGroupSamples, open_row_groups
+from actors.data.classes import Classes, ClassesField, find_classes
+from actors.data.columns import is_text, plain
+from actors.data.row_groups import RowGroup, RowGroupSamples, UnreadableError, open_row_groups
 from actors.tasks import hugging_face, supervised
 from actors.tasks.base import Task
 from actors.tasks.hugging_face import LoRA
@@ -42,7 +44,7 @@ class HFClassifier(Task, name="hf_classifier"):
     text: str = "text"  # the column of texts
     label: str = "label"  # the column of classes
     validation: str | None = None  # held-out data; null: a tenth of the training data
-    classes: PositiveInt | None = None  # null: the largest label, plus one
+    classes: ClassesField = None  # how many, or their names; null: the largest number plus one, or the texts there are
     pretrained: bool = True  # with its weights; false: freshly initialised, as its configuration says
     lora: LoRA | None = None  # train adapters and the head alone; null: all of the model
     tokenizer: str | None = None  # a folder or a name; null: the model's own
@@ -80,7 +82,11 @@ class HFClassifier(Task, name="hf_classifier"):
         """The model, with a head for the classes, and with adapters if there are to be any."""
         hugging_face.check_context(self.model, self.context)
         # Models that look at the last token of a text have to know which ones pad it.
-        extra = {"num_labels": self.num_classes, "pad_token_id": self.load_tokenizer().pad_token_id}
+        classes = self.found_classes
+        extra: dict[str, Any] = {"num_labels": classes.count, "pad_token_id": self.load_tokenizer().pad_token_id}
+        if classes.names is not None:
+            extra |= {"id2label": dict(enumerate(classes.names))}
+            extra |= {"label2id": {name: number for number, name in extra["id2label"].items()}}
         return hugging_face.build("SEQ_CLS", self.model, pretrained=self.pretrained, lora=self.lora, extra=extra)
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -106,14 +112,12 @@ class HFClassifier(Task, name="hf_classifier"):
         return True
 
     @property
-    def num_classes(self) -> int:
-        """How many there are."""
-        if self.classes is not None:
-            return self.classes
-        if files.is_per_node(self.path):
-            path = files.require_common("task.validation", self.validation)
-            return row_groups.num_classes("task.validation", path, self.label)
-        return row_groups.num_classes("task.path", self.path, self.label)
+    def found_classes(self) -> Classes:
+        """The classes, as they are named or found."""
+        key, path = "task.path", self.path
+        if files.is_per_node(path):
+            key, path = "task.validation", files.require_common("task.validation", self.validation)
+        return find_classes(key, path, self.label, self.classes, skip_bad=self.on_bad_row_group == "skip")
 
     def load_tokenizer(self) -> Any:  # noqa: ANN401 - transformers' own type
         """The tokenizer, which knows no token that the model does not."""
@@ -123,15 +127,13 @@ class HFClassifier(Task, name="hf_classifier"):
         return tokenizer
 
     def _samples(self, key: str, path: str, groups: list[RowGroup], *, whole: bool) -> RowGroupSamples:
-        from pyarrow import types
-
         schema = open_row_groups(key, path)[0]
         kind = row_groups.require_column("task.text", schema, self.text).type
-        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+        if not is_text(kind):
             raise DataError(f"task.text: column {self.text} is {kind}; it must hold texts (string)")
         row_groups.require_column("task.label", schema, self.label)
         decoder = _Decoder(self)
-        return RowGroupSamples(
+        samples = RowGroupSamples(
             groups,
             decoder,
             label=decoder.labels,
@@ -141,6 +143,8 @@ class HFClassifier(Task, name="hf_classifier"):
             whole=whole,
             skip_bad=self.on_bad_row_group == "skip",
         )
+        samples.class_names = self.found_classes.names
+        return samples
 
 
 class _Decoder:
@@ -148,12 +152,20 @@ class _Decoder:
 
     def __init__(self, task: HFClassifier) -> None:
         self._task = task
-        self._classes = task.num_classes
+        self._classes = task.found_classes
         self.columns = (task.text, task.label)
 
     def __call__(self, table: pa.Table, place: str) -> tuple[Tensor, ...]:
         task = self._task
-        texts = [text or "" for text in table.column(task.text).to_pylist()]
+        column = table.column(task.text)
+        if column.null_count:
+            raise DataError(
+                f"{place}: column {task.text} has {column.null_count} nulls; fill them, or leave those rows out"
+            )
+        try:
+            texts: list[str] = plain(column).to_pylist()
+        except UnicodeDecodeError:
+            raise UnreadableError(f"{place}: column {task.text} has texts that are not UTF-8") from None
         found = task.load_tokenizer()(texts, truncation=True, max_length=task.context, padding="max_length")
         tokens = torch.from_numpy(np.array(found["input_ids"], dtype=np.int32))
         mask = torch.from_numpy(np.array(found["attention_mask"], dtype=np.uint8))
@@ -161,4 +173,4 @@ class _Decoder:
 
     def labels(self, table: pa.Table, place: str) -> Tensor:
         """The classes."""
-        return row_groups.checked_classes(table, self._task.label, place, self._classes)
+        return self._classes.of(table, self._task.label, place)

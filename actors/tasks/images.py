@@ -2,7 +2,7 @@
 
 * A folder: ``path/<class>/<any>.png``; classes are numbered in the order of their names. A pattern or URI will do too.
 * Parquet: ``image`` is a column of encoded images (binary, or the struct with ``bytes`` that Hugging Face's datasets
-  write), ``label`` one of whole numbers. Row groups are dealt and read as in the task ``parquet``.
+  write), ``label`` one of whole numbers or of texts. Row groups are dealt and read as in the task ``parquet``.
 * Every picture that Pillow can read is taken, of several frames the first. It is turned as its EXIF data say, laid on
   white where it is transparent, and scaled to ``size`` × ``size``, its values to [0, 1] (16 bits to 8 bits first).
   Values of which nobody knows the range (floats, 32 bits) are refused.
@@ -22,6 +22,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from actors.data import files, row_groups
+from actors.data.classes import Classes, ClassesField, find_classes
 from actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
 from actors.models import CNN, Model
 from actors.tasks import supervised
@@ -53,7 +54,7 @@ class Images(Task, name="images"):
     image: str = "image"  # the column of encoded images, of Parquet
     label: str = "label"  # the column of their classes, of Parquet
     validation: str | None = None  # held-out images, in the same form; null: a tenth of the training data
-    classes: PositiveInt | None = None  # of Parquet; null: the largest label, plus one
+    classes: ClassesField = None  # how many, or their names; null: the folders, or as in the task parquet
     size: PositiveInt = 32  # to which images are scaled, each way
     channels: Literal[1, 3] = 3  # grey or red, green and blue
     model: Model = CNN()
@@ -92,7 +93,7 @@ class Images(Task, name="images"):
 
     def build(self) -> nn.Module:
         """The chosen model."""
-        return self.model.build((self.channels, self.size, self.size), self._num_classes)
+        return self.model.build((self.channels, self.size, self.size), self._classes.count)
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean cross-entropy, in nats."""
@@ -119,16 +120,22 @@ class Images(Task, name="images"):
         return _holds_parquet(self._common())
 
     @property
-    def _num_classes(self) -> int:
-        if not self._is_parquet:
-            return len(_list_folder("task.path", self._common())[1])
-        if self.classes is not None:
-            return self.classes
-        return row_groups.num_classes("task.path", self._common(), self.label)
+    def _classes(self) -> Classes:
+        skip = self.on_bad_image == "skip"
+        if self._is_parquet:
+            return find_classes("task.path", self._common(), self.label, self.classes, skip_bad=skip)
+        found = _list_folder("task.path", self._common())[1]
+        names = self.classes if isinstance(self.classes, tuple) else tuple(found)
+        unknown = sorted(set(found) - set(names))
+        if unknown:
+            raise DataError(f"task.classes: {self._common()} has the class {unknown[0]}, which is not among them")
+        if isinstance(self.classes, int) and self.classes < len(found):
+            raise DataError(f"task.classes: {self._common()} has {len(found)} classes; raise it, or leave it out")
+        return Classes(self.classes if isinstance(self.classes, int) else len(names), names)
 
     def _folder(self, key: str, path: str, part: str | None) -> Folder:
         listing, classes, labels = _list_folder(key, path)
-        known = _list_folder("task.path", self._common())[1]
+        known = list(self._classes.names or ())
         unknown = sorted(set(classes) - set(known))
         if unknown:
             raise DataError(f"{key}: {path} has the class {unknown[0]}, which {self._common()} has not")
@@ -150,7 +157,7 @@ class Images(Task, name="images"):
             raise DataError(f"task.image: {what}")
         row_groups.require_column("task.label", schema, self.label)
         decoder = _Decoder(self)
-        return RowGroupSamples(
+        samples = RowGroupSamples(
             groups,
             decoder,
             label=decoder.labels,
@@ -160,6 +167,8 @@ class Images(Task, name="images"):
             skip_bad=self.on_bad_image == "skip",
             option="on_bad_image",
         )
+        samples.class_names = self._classes.names
+        return samples
 
 
 class Folder:
@@ -238,7 +247,7 @@ class _Decoder:
     """Images, uint8 of shape (r, channels, size, size), and classes, of a row group."""
 
     def __init__(self, task: Images) -> None:
-        self._task = task
+        self._task, self._classes = task, task._classes  # noqa: SLF001 - ours
         self.columns = (task.image, task.label)
 
     def __call__(self, table: pa.Table, place: str) -> tuple[Tensor, ...]:
@@ -254,7 +263,7 @@ class _Decoder:
 
     def labels(self, table: pa.Table, place: str) -> Tensor:
         """The classes."""
-        return row_groups.checked_classes(table, self._task.label, place, self._task._num_classes)  # noqa: SLF001 - ours
+        return self._classes.of(table, self._task.label, place)
 
 
 def _decoded(data: bytes, place: str, size: int, channels: int) -> Tensor:

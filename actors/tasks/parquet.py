@@ -2,8 +2,10 @@
 
 * ``path`` is a file, a folder, a pattern (``data/part-*.parquet``) or a URI (``s3://bucket/folder``) of pyarrow's file
   systems. With ``data.source: federated`` it has ``{node}`` in it, and each node opens its own.
-* ``features`` are columns of numbers, or of lists of numbers of one length; by default all of them but the label.
-* A label of whole numbers is a class, from 0 to ``classes`` − 1; a label of floats is a number to be predicted.
+* ``features`` are columns of numbers, or of lists of numbers of one length; by default all of them but the label and
+  the index of a pandas frame. Nulls, NaN and infinity are refused, and whole numbers that float32 does not hold.
+* A label of whole numbers is a class, from 0 to ``classes`` − 1. So is a label of texts or of pandas categories:
+  ``classes`` are their names in order, by default all that there are, sorted. A label of floats is a number to predict.
 * Without ``validation``, every tenth row group is held out; of fewer than ten, the last tenth of each one's rows.
 
 Row groups are dealt to nodes as a whole where there are at least two per node, and each node reads only its own; an
@@ -21,7 +23,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from actors.data import files, row_groups
-from actors.data.row_groups import RowGroup, RowGroupSamples, numbers_of, open_row_groups
+from actors.data.classes import Classes, ClassesField, find_classes
+from actors.data.columns import is_feature, is_listed, is_number, is_text, is_whole, numbers_of
+from actors.data.row_groups import RowGroup, RowGroupSamples, open_row_groups
 from actors.models import MLP, Model
 from actors.tasks import supervised
 from actors.tasks.base import Task
@@ -40,7 +44,7 @@ class Parquet(Task, name="parquet"):
     label: str  # the column that is predicted
     features: tuple[str, ...] | None = None  # the columns that it is predicted from; null: all other columns of numbers
     validation: str | None = None  # held-out data; null: a tenth of the training data
-    classes: PositiveInt | None = None  # of a label of whole numbers; null: the largest label, plus one
+    classes: ClassesField = None  # how many, or their names; null: the largest number plus one, or the texts there are
     model: Model = MLP()
     whole_row_groups: bool | None = None  # deal them to nodes as a whole; null: if there are two per node
     mix_row_groups: PositiveInt = 4  # how many an epoch shuffles together
@@ -75,7 +79,8 @@ class Parquet(Task, name="parquet"):
 
     def build(self) -> nn.Module:
         """The chosen model, with as many inputs as the features have values."""
-        return self.model.build(_shape(self._common(), self.label, self.features), self._classes or 1)
+        shape = _shape(self._common(), self.label, self.features)
+        return self.model.build(shape, self._classes.count if self._classes else 1)
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Mean cross-entropy in nats of a class, mean squared error of a number."""
@@ -108,8 +113,9 @@ class Parquet(Task, name="parquet"):
         return groups if self.validation is not None else row_groups.held_out(groups)[0]
 
     def _samples(self, groups: Sequence[RowGroup], *, whole: bool) -> RowGroupSamples:
-        decoder = _Decoder(_feature_columns(self._common(), self.label, self.features), self.label, self._classes)
-        return RowGroupSamples(
+        columns = _feature_columns(self._common(), self.label, self.features)
+        decoder = _Decoder(columns, self.label, self._classes, _shape(self._common(), self.label, self.features)[0])
+        samples = RowGroupSamples(
             groups,
             decoder,
             label=decoder.labels if self._classes else None,
@@ -119,6 +125,8 @@ class Parquet(Task, name="parquet"):
             whole=whole,
             skip_bad=self.on_bad_row_group == "skip",
         )
+        samples.class_names = self._classes.names if self._classes else None
+        return samples
 
     def _check_schema(self, key: str, path: str) -> None:
         """What is needed of a file is there, of the types that the others have."""
@@ -130,22 +138,29 @@ class Parquet(Task, name="parquet"):
                 raise DataError(f"{key}: column {name} of {path} is {kind}, and {expected} in {self._common()}")
 
     @property
-    def _classes(self) -> int | None:
-        """How many; ``None``: the label is a number."""
-        return _num_classes(self._common(), self.label, self.classes)
+    def _classes(self) -> Classes | None:
+        """``None``: the label is a number."""
+        return _classes(self._common(), self.label, self.classes, skip_bad=self.on_bad_row_group == "skip")
 
 
 class _Decoder:
     """Features, float32 of shape (r, d), and labels, int64 or float32 of shape (r,), of a row group."""
 
-    def __init__(self, features: Sequence[str], label: str, classes: int | None) -> None:
+    def __init__(self, features: Sequence[str], label: str, classes: Classes | None, width: int) -> None:
         self._features, self._label, self._classes = tuple(features), label, classes
+        self._width = width
         self.columns = (*features, label)
 
     def __call__(self, table: pa.Table, place: str) -> tuple[Tensor, ...]:
         pieces = [numbers_of(table.column(name), name, place, np.dtype(np.float32)) for name in self._features]
         widths = [1 if piece.ndim == 1 else piece.shape[1] for piece in pieces]
-        features = torch.empty(table.num_rows, sum(widths), dtype=torch.float32)
+        if sum(widths) != self._width:
+            listed = ", ".join(
+                f"{name} {width}" for name, width in zip(self._features, widths, strict=True) if width > 1
+            )
+            what = f"{place}: rows have {sum(widths)} values ({listed}), and {self._width} in the first row group"
+            raise DataError(f"{what}; features must have one shape")
+        features = torch.empty(table.num_rows, self._width, dtype=torch.float32)
         start = 0
         for piece, width in zip(pieces, widths, strict=True):
             features.numpy()[:, start : start + width] = piece.reshape(table.num_rows, width)
@@ -162,20 +177,7 @@ class _Decoder:
             return torch.from_numpy(
                 numbers_of(table.column(self._label), self._label, place, np.dtype(np.float32)).copy()
             )
-        return row_groups.checked_classes(table, self._label, place, self._classes)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
-
-
-def _is_feature(kind: pa.DataType) -> bool:
-    from pyarrow import types
-
-    listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    return _is_number(kind.value_type if listed else kind)  # pyright: ignore[reportAttributeAccessIssue] - of lists
+        return self._classes.of(table, self._label, place)
 
 
 @files.remembered
@@ -188,13 +190,16 @@ def _feature_columns(path: str, label: str, features: tuple[str, ...] | None) ->
     schema = open_row_groups("task.path", path)[0]
     row_groups.require_column("task.label", schema, label)
     if features is None:
-        found = tuple(field.name for field in schema if field.name != label and _is_feature(field.type))
+        index = row_groups.index_columns("task.path", path)
+        found = [field.name for field in schema if field.name not in {label, *index} and is_feature(field.type)]
         if not found:
             raise DataError(f"task.features: {path} has no columns of numbers besides {label}")
-        return found
+        for name in found:
+            row_groups.require_column("task.features", schema, name)
+        return tuple(found)
     for name in features:
         kind = row_groups.require_column("task.features", schema, name).type
-        if not _is_feature(kind):
+        if not is_feature(kind):
             what = f"column {name} is {kind}; features must be numbers, or lists of numbers of one length"
             raise DataError(f"task.features: {what}")
     if label in features:
@@ -207,36 +212,30 @@ def _feature_columns(path: str, label: str, features: tuple[str, ...] | None) ->
 @files.remembered
 def _shape(path: str, label: str, features: tuple[str, ...] | None) -> tuple[int, ...]:
     """The shape of one sample's features, (d,)."""
-    from pyarrow import types
-
     schema, groups = open_row_groups("task.path", path)
     columns = _feature_columns(path, label, features)
     kinds = [schema.field(name).type for name in columns]
-    if any(types.is_list(kind) or types.is_large_list(kind) for kind in kinds):
-        table, place = groups[0].read(columns), groups[0].place  # how long lists are is not in the schema
+    if any(is_listed(kind) and not hasattr(kind, "list_size") for kind in kinds):
+        table, place = groups[0].checked(columns), groups[0].place  # how long lists are is not in the schema
         shapes = [numbers_of(table.column(name), name, place, np.dtype(np.float32)).shape[1:] for name in columns]
         return (sum(shape[0] if shape else 1 for shape in shapes),)
     return (sum(getattr(kind, "list_size", 1) for kind in kinds),)
 
 
 @files.remembered
-def _num_classes(path: str, label: str, classes: int | None) -> int | None:
+def _classes(path: str, label: str, chosen: int | tuple[str, ...] | None, *, skip_bad: bool) -> Classes | None:
     """``None`` for a label that is a number.
 
     Raises:
-        DataError: the label is neither, or classes are given for a label that is no whole number.
+        DataError: the label is neither, or classes are given for a label that has none.
     """
-    from pyarrow import types
-
     schema = open_row_groups("task.path", path)[0]
     kind = row_groups.require_column("task.label", schema, label).type
-    if types.is_floating(kind):
-        if classes is not None:
-            raise DataError(f"task.classes: column {label} is {kind}; classes must be whole numbers, from 0")
+    if is_number(kind) and not is_whole(kind):
+        if chosen is not None:
+            raise DataError(f"task.classes: column {label} is {kind}; classes must be whole numbers, from 0, or texts")
         return None
-    if not types.is_integer(kind) and not types.is_boolean(kind):
-        what = f"column {label} is {kind}; a label must be whole numbers (classes, from 0) or floats"
+    if not is_whole(kind) and not is_text(kind):
+        what = f"column {label} is {kind}; a label must be whole numbers (classes, from 0), texts (classes) or floats"
         raise DataError(f"task.label: {what}")
-    if classes is not None:
-        return classes
-    return row_groups.num_classes("task.path", path, label)
+    return find_classes("task.path", path, label, chosen, skip_bad=skip_bad)

@@ -16,6 +16,7 @@ from actors.data import DataConfig, Iid, Partition, Ranges, assign
 from actors.data.indices import concrete
 from actors.data.partition import Column, Dirichlet, Feature, Quantity, Shards, cut, dirichlet
 from actors.tasks import TensorSamples
+from actors.tasks.digits import Digits
 from algorithms.errors import DataError
 from algorithms.registry import find, table
 from algorithms.seeds import generator
@@ -23,7 +24,7 @@ from algorithms.seeds import generator
 FILLED: list[Partition] = [
     Iid(),
     Quantity(alpha=0.3, min_samples=1),
-    Dirichlet(alpha=0.1, min_samples=1),
+    Dirichlet(alpha=0.1, min_samples=1, balanced=False),
     Shards(min_samples=1),
     Feature(),
     Feature(strength=0.4),
@@ -93,7 +94,7 @@ def test_parts_depend_on_the_seed_alone(partition: Partition):
 )
 def test_no_node_has_fewer_than_the_least(least: int, alpha: float, num_nodes: int, seed: int):
     samples = labelled([number % 3 for number in range(80)])
-    partition = Dirichlet(alpha=alpha, min_samples=max(1, least))
+    partition = Dirichlet(alpha=alpha, min_samples=max(1, least), balanced=False)
     parts = assign(samples, partition, num_nodes, seed)
     assert min(len(part) for part in parts) >= max(1, least)
     assert members(parts) == list(range(80))
@@ -101,8 +102,8 @@ def test_no_node_has_fewer_than_the_least(least: int, alpha: float, num_nodes: i
 
 def test_nodes_that_have_enough_and_give_nothing_keep_their_samples():
     samples = labelled([number % 3 for number in range(60)])
-    plain = Dirichlet(alpha=0.2).split(samples, 5, 3)
-    filled = assign(samples, Dirichlet(alpha=0.2, min_samples=4), 5, 3)
+    plain = Dirichlet(alpha=0.2, balanced=False).split(samples, 5, 3)
+    filled = assign(samples, Dirichlet(alpha=0.2, balanced=False, min_samples=4), 5, 3)
     sizes = [len(part) for part in plain]
     assert min(sizes) < 4
     for before, after in zip(plain, filled, strict=True):
@@ -177,6 +178,149 @@ def test_dirichlet_is_nearly_iid_for_a_large_alpha_and_pure_for_a_small_one():
     assert table_.amax(0).min() > 990
 
 
+def _of_niid_bench(labels: np.ndarray[Any, Any], num_nodes: int, beta: float, rng: np.random.Generator) -> list[Any]:
+    """``noniid-labeldir`` as in NIID-Bench's partition_data, FedLab's hetero_dir_partition and FL-bench's dirichlet."""
+    parts: list[list[int]] = [[] for _ in range(num_nodes)]
+    while min(map(len, parts)) < 10:
+        parts = [[] for _ in range(num_nodes)]
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            shares = rng.dirichlet([beta] * num_nodes)
+            shares = np.array(
+                [p * (len(part) < len(labels) / num_nodes) for p, part in zip(shares, parts, strict=True)]
+            )
+            bounds = (np.cumsum(shares / shares.sum()) * len(members)).astype(int)[:-1]
+            parts = [part + new.tolist() for part, new in zip(parts, np.split(members, bounds), strict=True)]
+    return parts
+
+
+def _skews(parts: list[list[int]], labels: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The coefficient of variation of the parts' sizes, and the mean entropy of their labels."""
+    shares = np.stack([np.bincount(labels[part], minlength=10) / len(part) for part in parts])
+    sizes = np.array([len(part) for part in parts])
+    entropy = -(shares * np.log(np.where(shares > 0, shares, 1))).sum(1)
+    return float(sizes.std() / sizes.mean()), float(entropy.mean())
+
+
+@pytest.mark.slow
+def test_dirichlet_has_the_law_of_its_peers():
+    labels = Digits().train_samples(1).labels
+    assert labels is not None
+    rng, seeds = np.random.default_rng(0), range(60)
+    samples, values = TensorSamples(labels, labels=labels), labels.numpy()
+    partition = Dirichlet(alpha=0.1, min_samples=10)
+    ours = np.mean(
+        [_skews([concrete(one).tolist() for one in partition.split(samples, 10, n)], values) for n in seeds], 0
+    )
+    theirs = np.mean([_skews(_of_niid_bench(values, 10, 0.1, rng), values) for _ in seeds], 0)
+    assert ours == pytest.approx(theirs, abs=0.07)  # four standard errors of the difference
+    assert ours == pytest.approx([0.42, 0.83], abs=0.05)
+
+
+def test_dirichlet_gives_a_class_to_nodes_that_have_less_than_the_mean():
+    """Independently of how shares are drawn: who has n/N samples when a class comes is given none of it."""
+    labels = torch.arange(10).repeat_interleave(40)
+    for seed in range(20):
+        table_ = torch.stack(
+            [labels[one].bincount(minlength=10) for one in Dirichlet(alpha=0.1).split(by(labels), 8, seed)]
+        )
+        before = table_.cumsum(1) - table_
+        assert int(table_[before >= 400 / 8].sum()) == 0
+        assert int(table_.sum(1).min()) >= 1
+    free = [Dirichlet(alpha=0.1, balanced=False).split(by(labels), 8, seed) for seed in range(20)]
+    assert max(len(part) for parts in free for part in parts) > 120
+    assert min(len(part) for parts in free for part in parts) == 0
+
+
+def test_dirichlet_draws_anew_until_all_have_enough():
+    labels = torch.arange(10).repeat_interleave(40)
+    for seed in range(5):
+        first, least = Dirichlet(alpha=0.3).split(by(labels), 8, seed), Dirichlet(alpha=0.3, min_samples=25)
+        assert min(map(len, least.split(by(labels), 8, seed))) >= 25  # not one is filled up
+        if min(map(len, first)) >= 25:
+            assert all(
+                torch.equal(concrete(a), concrete(b))
+                for a, b in zip(first, least.split(by(labels), 8, seed), strict=True)
+            )
+    hopeless = Dirichlet(alpha=0.001, min_samples=45)
+    assert min(map(len, assign(by(labels), hopeless, 8, 0))) == 45
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_dirichlet_draws_shares_of_its_own_for_each_class(balanced: bool):
+    labels = torch.arange(4).repeat_interleave(500)
+    parts = Dirichlet(alpha=1.0, balanced=balanced).split(by(labels), 4, 0)
+    table_ = torch.stack([labels[part].bincount(minlength=4) for part in parts]).double() / 500
+    assert float(table_.std(1).max()) > 0.15  # one p for all classes: 0
+
+
+def by(labels: torch.Tensor) -> TensorSamples:
+    return TensorSamples(torch.zeros(len(labels)), labels=labels)
+
+
+RANDOM: list[Partition] = [Quantity(alpha=5.0), Dirichlet(alpha=1e4), Dirichlet(alpha=1e4, balanced=False)]
+
+
+@pytest.mark.parametrize("partition", RANDOM, ids=str)
+def test_samples_of_a_part_are_random(partition: Partition):
+    parts = partition.split(by(torch.zeros(2000, dtype=torch.int64)), 4, 0)
+    for part in parts:
+        places = concrete(part).double()
+        assert abs(float(places.mean()) - 1000) < 4 * 577 / len(part) ** 0.5  # of consecutive ones it is 250, 750, …
+
+
+def test_quantity_is_the_more_unequal_the_smaller_alpha_is():
+    def spread(alpha: float) -> float:
+        sizes = [[len(part) for part in Quantity(alpha=alpha).split(pooled(4000), 8, seed)] for seed in range(12)]
+        return float(np.mean(np.std(sizes, axis=1))) / 500
+
+    # Of Dir(α · 1) a share has the coefficient of variation √((N − 1) / (N·α + 1)).
+    assert [spread(alpha) for alpha in (0.2, 1.0, 100.0)] == pytest.approx([1.64, 0.88, 0.094], rel=0.25)
+
+
+def test_shards_are_random_and_dealt_at_random():
+    labels = torch.arange(10).repeat_interleave(40)
+    hands, means = [], []
+    for seed in range(30):
+        parts = Shards().split(by(labels), 10, seed)
+        hands.append(sorted(labels[parts[0]].unique().tolist()))
+        one = concrete(parts[0])
+        means.append(float((one % 40).double().mean()))
+    assert len({tuple(hand) for hand in hands}) > 10  # dealt in order node 0 had class 0 alone
+    assert 3 < np.mean([label for hand in hands for label in hand]) < 6
+    # A shard is half of a class: in their order its samples are 0 … 19 or 20 … 39 of it, in the mean 9.5 or 29.5.
+    assert np.std(means) < 3
+
+
+def test_feature_skew_does_not_depend_on_units():
+    features = torch.randn(400, 3, generator=generator("units"))
+    for seed in range(3):
+        plain_, scaled = (
+            Feature().split(TensorSamples(features * torch.tensor([1.0, factor, 1.0])), 4, seed)
+            for factor in (1.0, 1024.0)
+        )
+        assert all(torch.equal(concrete(one), concrete(two)) for one, two in zip(plain_, scaled, strict=True))
+
+
+class Given(Partition):
+    """Parts of given sizes."""
+
+    sizes: tuple[int, ...]
+
+    def split(self, samples: Any, num_nodes: int, seed: int) -> Any:
+        return torch.arange(len(samples)).split(list(self.sizes))
+
+
+def test_who_has_most_gives():
+    parts = assign(pooled(80), Given(sizes=(0, 12, 10, 58), min_samples=5), 4, 0)
+    assert [len(part) for part in parts] == [5, 12, 10, 53]
+    assert set(concrete(parts[0]).tolist()) <= set(range(22, 80))
+    # Two that have most give in turn, each half of what it can spare.
+    parts = assign(pooled(80), Given(sizes=(0, 0, 10, 34, 36), min_samples=10), 5, 0)
+    assert [len(part) for part in parts][:3] == [10, 10, 10]
+    assert min(len(parts[3]), len(parts[4])) >= 24
+
+
 @given(per_node=st.integers(1, 3), num_nodes=st.integers(1, 10), seed=st.integers(0, 1000))
 def test_shards_give_each_node_few_classes(per_node: int, num_nodes: int, seed: int):
     labels = torch.arange(10).repeat_interleave(12)
@@ -196,6 +340,17 @@ def test_a_column_keeps_its_values_together():
     assert set.union(*found) == set(range(7))
     assert sum(map(len, found)) == 7
     assert sorted(map(len, found)) == [2, 2, 3]
+
+
+def test_a_column_may_have_gaps_and_must_have_an_order():
+    def parts(values: list[Any]) -> list[list[int]]:
+        samples = TensorSamples(torch.zeros(4), columns={"user": np.array(values, dtype=object)})
+        return [concrete(part).tolist() for part in assign(samples, Column(column="user"), 3, 0)]
+
+    assert parts(["b", None, "a", "b"]) == [[2], [0, 3], [1]]
+    assert parts([2.5, float("nan"), 1, 2.5]) == [[2], [0, 3], [1]]
+    with pytest.raises(DataError, match=r"data.partition.column: user holds values of several types \(int, str\)"):
+        parts(["b", 1, "a", "b"])
 
 
 def test_as_many_values_as_nodes_are_given_in_their_order():
@@ -230,6 +385,18 @@ def test_blocks_are_dealt_whole(partition: Partition, sizes: list[int], seed: in
     for part in parts:
         assert isinstance(part, Ranges)
         assert set(part.runs()) <= blocks
+
+
+@pytest.mark.parametrize("partition", [Iid(), Quantity(alpha=100.0)], ids=lambda one: one.name)
+def test_blocks_are_dealt_in_random_order(partition: Partition):
+    samples = Blocked([5] * 40)
+    firsts = [{run[0] // 5 for run in partition.split(samples, 4, seed)[0].runs()} for seed in range(8)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(set(map(frozenset, firsts))) == 8
+    assert 12 < np.mean([block for first in firsts for block in first]) < 27
+    for first in firsts:
+        gaps = np.diff(sorted(first))
+        assert gaps.max() > 4  # in their order every fourth is node 0's
+        assert gaps.min() < 4
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=8, max_size=40))

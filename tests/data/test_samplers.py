@@ -162,6 +162,19 @@ def test_an_epoch_of_blocks_keeps_to_its_windows(num_samples: int, batch_size: i
     assert sorted(seen) == list(range(-(-num_samples // 7)))
 
 
+def test_samples_of_a_window_are_mixed():
+    """Neither block after block, nor in the order of the samples."""
+    draws = Epoch().begin(torch.arange(80), 0, 0, Blocks(Ranges([(n, n + 10) for n in range(0, 80, 10)]), 4))
+    drawn = draws.next(80).tolist()
+    for window in (drawn[:40], drawn[40:]):
+        blocks = [sample // 10 for sample in window]
+        assert len(set(blocks)) == 4
+        assert len(set(blocks[:10])) > 1
+        assert sum(one != two for one, two in itertools.pairwise(blocks)) > 15  # block after block: 3
+        inside = [sample for sample in window if sample // 10 == blocks[0]]
+        assert inside != sorted(inside)
+
+
 def test_single_samples_of_blocks_are_drawn_block_by_block():
     mine = torch.tensor([3, 4, 11, 12, 13, 40])
     runs = Ranges((start, start + 10) for start in range(0, 50, 10))

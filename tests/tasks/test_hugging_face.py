@@ -226,7 +226,7 @@ def test_each_node_opens_its_own_rows(folder: Path, tmp_path: Path):
     task = classifier(folder, path=str(tmp_path / "site-{node}.parquet"), validation=str(folder / "table.parquet"))
     data = load_data(task, DataConfig(source="federated"), 2, 0)
     assert [data.train.batch(concrete(data.parts[node]))[2].tolist() for node in range(2)] == [[0] * 4, [1] * 4]
-    assert (task.num_classes, len(data.validation)) == (3, 120)
+    assert (task.found_classes.count, len(data.validation)) == (3, 120)
     corpus = causal(folder, corpus=str(tmp_path / "{node}.txt"), validation=str(folder / "corpus.txt"))
     (tmp_path / "1.txt").write_text("the lazy dog\n" * 40)
     texts = load_data(corpus, DataConfig(source="federated"), 2, 0)

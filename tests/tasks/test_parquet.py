@@ -215,7 +215,7 @@ def test_columns_for_partitions(file: Path):
     train = task(file).train_samples(1)
     words = train.column("word")
     assert words is not None
-    assert words[:4].tolist() == ["w0", "w1", "w2", "w0"]
+    assert words[:4].tolist() == [0, 1, 2, 0]  # numbers in the order of w0, w1, w2
     assert train.column("nothing") is None
 
 
@@ -286,7 +286,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"path": "{text}"}, "task.path: .*text.parquet.* cannot be read: .*"),
     ({"path": "{mixed}"}, "task.path: .*/b.parquet has another schema than .*/a.parquet: column a is int64, not float"),
     ({"label": "z"}, "task.label: there is no column 'z'"),
-    ({"label": "word"}, "task.label: column word is string; a label must be whole numbers .* or floats"),
+    (
+        {"path": "{when}", "label": "when"},
+        r"task.label: column when is timestamp.*; a label must be whole numbers .*, texts .* or floats",
+    ),
     ({"features": ["aa"]}, r"task.features: there is no column 'aa' \(did you mean a\?\)"),
     (
         {"features": ["a", "word"]},
@@ -301,7 +304,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"label": "r", "classes": 2}, "task.classes: column r is double; classes must be whole numbers"),
     (
         {"path": "{negative}"},
-        "row group .: column y has the class -1, and classes are 0 to 1; .* number the classes from 0",
+        "task.label: column y has the class -1, and classes are 0 to 1; .* number the classes from 0",
     ),
     ({"path": "{nulls}"}, "nulls.parquet, row group 0: column a has 1 nulls; fill them, or leave those rows out"),
     (
@@ -324,12 +327,14 @@ def test_what_is_wrong_is_said_in_a_line(file: Path, tmp_path: Path, fields: dic
     write(tmp_path / "mixed" / "a.parquet")
     write(tmp_path / "mixed" / "b.parquet", a=np.arange(ROWS))
     write(tmp_path / "negative.parquet", y=[-1, 1] * (ROWS // 2))
+    write(tmp_path / "when.parquet", when=pa.array(range(ROWS), pa.timestamp("s")))
     write(tmp_path / "nulls.parquet", a=[None, *range(ROWS - 1)])
     write(tmp_path / "ragged.parquet", v=[[1.0], [1.0, 2.0]] * (ROWS // 2))
     write(tmp_path / "other.parquet", a=["x"] * ROWS)
     broken(tmp_path / "broken.parquet")
     places = {
-        name: str(tmp_path / f"{name}.parquet") for name in ("text", "negative", "nulls", "ragged", "broken", "other")
+        name: str(tmp_path / f"{name}.parquet")
+        for name in ("text", "when", "negative", "nulls", "ragged", "broken", "other")
     }
     places |= {"folder": str(tmp_path), "empty": str(tmp_path / "empty"), "mixed": str(tmp_path / "mixed")}
     filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in fields.items()}
