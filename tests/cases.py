@@ -81,11 +81,13 @@ CASES = (
         | {
             "algorithm": {
                 "name": "fzoos",
+                "lr": 0.1,
                 "features": 50,
                 "steps": 2,
                 "candidates": 9,
                 "neighbors": 20,
                 "surrogate_queries": 9,
+                "surrogate_candidates": 12,
             }
         }
         | {"rounds": 10},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, cast
 
@@ -9,11 +10,10 @@ import torch
 
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
+from algorithms.zeroth_order.kernels import ROOT5, distances_of, likeliest_length, matern
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ROOT5 = math.sqrt(5)
 
 
 class GaussianProcess:
@@ -26,45 +26,50 @@ class GaussianProcess:
     Args:
         points: shape (n, d), float64.
         values: y, shape (n,), float64.
-        length: ℓ, of the kernel.
+        length: ℓ, of the kernel; ``None``: the one with the greatest marginal likelihood, see ``likeliest_length``.
         noise: σ², a variance that is added to the values'.
     """
 
-    def __init__(self, points: Tensor, values: Tensor, length: float = 1.0, noise: float = 1e-6) -> None:
-        self._points = points
-        self._length = length
-        rho = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") * (_ROOT5 / length)
-        covariance = (1 + rho + rho.square() / 3) * (-rho).exp()
+    def __init__(self, points: Tensor, values: Tensor, length: float | None = 1.0, noise: float = 1e-6) -> None:
+        self._origin = points.mean(dim=0)
+        self._points = points - self._origin
+        self._gram = self._points @ self._points.T
+        distances = distances_of(self._gram)
+        self.length = likeliest_length(distances, values, noise) if length is None else length
+        covariance = matern(distances / self.length)
         covariance.diagonal().add_(noise)
         self._factor = cast("Tensor", torch.linalg.cholesky(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
         self._weights = torch.cholesky_solve(values.unsqueeze(1), self._factor).squeeze(1)
 
     def mean(self, at: Tensor) -> Tensor:
         """μ at one point, shape (d,); a number."""
-        rho = _lengths(self._points - at) * (_ROOT5 / self._length)
-        return ((1 + rho + rho.square() / 3) * (-rho).exp()) @ self._weights
+        return matern(_lengths(self._points - (at - self._origin)) / self.length) @ self._weights
 
     def gradient(self, at: Tensor) -> Tensor:
         """∇μ at one point, shape (d,)."""
-        apart = at - self._points
-        return (self._slopes(apart) * self._weights) @ apart
+        apart = (at - self._origin) - self._points
+        return (self._slopes(_lengths(apart)) * self._weights) @ apart
 
     def gradient_variance(self, at: Tensor) -> Tensor:
-        """The trace of the posterior covariance of ∇f at each of several points, shape (m, d); shape (m,)."""
-        num_values = at.shape[1]
-        prior = num_values * 5 / (3 * self._length**2)
+        """The trace of the posterior covariance of ∇f at each of several points, shape (m, d); shape (m,).
+
+        It needs no more of the points than the products of their differences: n² numbers a point, whatever d is.
+        """
+        prior = at.shape[1] * 5 / (3 * self.length**2)
         inverse = torch.cholesky_inverse(self._factor)
+        moved = at - self._origin
+        squares, products = moved.square().sum(dim=1), moved @ self._points.T
+        lengths = (squares.unsqueeze(1) - 2 * products + self._gram.diagonal()).clamp(min=0).sqrt()
         variances: list[Tensor] = []
-        for point in at:
-            apart = point - self._points
-            jacobian = self._slopes(apart).unsqueeze(1) * apart
-            variances.append(prior - (inverse * (jacobian @ jacobian.T)).sum())
+        for square, product, slopes in zip(squares, products, self._slopes(lengths), strict=True):
+            inner = square - product - product.unsqueeze(1) + self._gram
+            variances.append(prior - slopes @ (inverse * inner) @ slopes)
         return torch.stack(variances)
 
-    def _slopes(self, apart: Tensor) -> Tensor:
-        """∂k(x, x_j) / (x − x_j) for the rows x − x_j of ``apart``, shape (n,)."""
-        rho = _lengths(apart) * (_ROOT5 / self._length)
-        return (1 + rho) * (-rho).exp() * (-5 / (3 * self._length**2))
+    def _slopes(self, lengths: Tensor) -> Tensor:
+        """∂k(x, x_j) / (x − x_j) at distances |x − x_j|."""
+        rho = lengths * (ROOT5 / self.length)
+        return (1 + rho) * (-rho).exp() * (-5 / (3 * self.length**2))
 
 
 class FourierFeatures:
@@ -103,6 +108,12 @@ class FourierFeatures:
         """The gradient of νᵀφ at one point, shape (d,); linear in ``weights``, shape (D,)."""
         waves = (self._omega @ at + self._phases).sin()
         return (weights * waves) @ self._omega * -self._scale
+
+
+@functools.lru_cache(maxsize=1)
+def common_features(count: int, num_values: int, seed: int, length: float) -> FourierFeatures:
+    """Return the features of all nodes of a run, which are many numbers: those of the last call are kept."""
+    return FourierFeatures(count, num_values, seed, length)
 
 
 def _lengths(rows: Tensor) -> Tensor:

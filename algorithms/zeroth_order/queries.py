@@ -1,0 +1,43 @@
+"""What a node of FZooS has queried: points and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from algorithms.api import Node
+
+Queries: TypeAlias = "tuple[Tensor, Tensor]"
+"""Queried points, shape (n, P), as the model's values, and what was found there, shape (n,), float64."""
+
+
+def known_to(node: Node) -> Queries:
+    """Return what ``node`` has queried; nothing if it is new."""
+    if "points" not in node.local:
+        none = node.parameters.new_empty((0, node.layout.num_values))
+        return none, none.new_empty(0, dtype=torch.float64)
+    return cast("Tensor", node.local["points"]), cast("Tensor", node.local["values"])
+
+
+def around(x: Tensor, radius: float, count: int, rng: torch.Generator) -> Tensor:
+    """Return points uniform in a cube around ``x``, shape (count, P)."""
+    away = torch.rand(count, len(x), dtype=torch.float64, generator=rng) * 2 - 1
+    return x + away.to(x.device) * radius
+
+
+def nearest(known: Queries, x: Tensor, count: int) -> Queries:
+    """Return those of the queries that are nearest to ``x``, in float64."""
+    points, values = known
+    pieces = (points[start : start + 128] for start in range(0, len(points), 128))
+    order = torch.cat([(piece - x).square().sum(dim=1) for piece in pieces]).argsort(stable=True)[:count]
+    return points[order].double(), values[order]
+
+
+def scaled(values: Tensor) -> tuple[Tensor, float]:
+    """Return values between 0 and 1, and the length of the range that they had."""
+    extent = float(values.max() - values.min()) or 1.0
+    return (values - values.min()) / extent, extent
