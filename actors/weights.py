@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import struct
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from algorithms.errors import DataError
 
@@ -13,6 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _NAME = "model.safetensors"
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER = 100_000_000  # as safetensors has it
+
+
+class HeaderError(ValueError):
+    """The header of a safetensors file is none, or not that of this file."""
 
 
 def read_weights(key: str, path: str) -> dict[str, Tensor]:
@@ -33,7 +43,9 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
             if filesystem.get_file_info(place).type == FileType.Directory:
                 place = f"{place.rstrip('/')}/{_NAME}"
             with filesystem.open_input_stream(place) as stream:
-                return load(stream.read())
+                data = stream.read()
+                check_header(BytesIO(data), len(data))
+                return load(data)
         local = Path(path).expanduser()
         if local.is_dir():
             if not (local / _NAME).is_file():
@@ -43,11 +55,38 @@ def read_weights(key: str, path: str) -> dict[str, Tensor]:
             local /= _NAME
         if not local.is_file():
             raise DataError(f"{key}: {local} does not exist here; name a safetensors file, or a run's directory")
+        with local.open("rb") as file:
+            check_header(file, os.fstat(file.fileno()).st_size)
         return load_file(local)
+    except HeaderError as error:
+        raise DataError(f"{key}: {shown(path)} {error}") from None
     except SafetensorError as error:
         raise DataError(f"{key}: {shown(path)} is not a safetensors file: {error}") from None
     except (OSError, ValueError) as error:
         raise DataError(unreachable(key, path, error)) from None
+
+
+def check_header(file: BinaryIO, size: int) -> None:
+    """Check, before anything is allocated, that the header of a safetensors file is that of a file of ``size`` bytes.
+
+    Raises:
+        HeaderError: it is not, or its tensors are more than this machine's memory holds.
+    """
+    head = file.read(_LENGTH.size)
+    length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+    if length > min(size - _LENGTH.size, _MAX_HEADER):
+        raise HeaderError("is not a safetensors file: its header is longer than the file")
+    try:
+        entries: dict[str, Any] = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        end = max([0, *ends])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise HeaderError("is not a safetensors file: its header is none") from None
+    if _LENGTH.size + length + end != size:
+        raise HeaderError(f"is not a whole safetensors file: its header describes {end} bytes of tensors")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise HeaderError(f"has {size} bytes, more than the memory of this machine ({memory})")
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], key: str, path: str) -> None:

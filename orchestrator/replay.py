@@ -11,7 +11,6 @@ bits if the optimizer has no memory.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from actors.data import Place, Position
 from algorithms.api import SERVER, Left, Timeout, View
+from orchestrator import event_lines, run_files
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
@@ -26,6 +26,7 @@ from orchestrator.events import Deadline, Post, Posts
 from orchestrator.exchange import Phase
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
+from orchestrator.safe_files import Folder
 from orchestrator.sections import FaultsConfig
 from orchestrator.synchronous import Synchronous
 
@@ -101,21 +102,14 @@ class History:
             ConfigError: there is none, or it is not whole.
         """
         path = Path(run_dir)
-        try:
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            lines = (path / "events.jsonl").read_text(encoding="utf-8").splitlines()
-            events = [json.loads(line) for line in lines]
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}"
-            raise ConfigError(f"--replay {path}: {reason}; it takes the directory of a finished run") from None
-        except ValueError as error:
-            raise ConfigError(f"--replay {path}: its log is damaged ({error})") from None
-        if summary.get("status") != "finished":
-            raise ConfigError(
-                f"--replay {path}: that run is {summary.get('status')}, and only a finished one has an end"
-            )
-        history = History(path, summary.get("digest"))
-        for event in events:
+        summary = run_files.summary(path)
+        if summary is None or not Folder(path).exists(event_lines.NAME):
+            lacks = "summary.json" if summary is None else event_lines.NAME
+            raise ConfigError(f"--replay {path}: it has no {lacks}; it takes the directory of a finished run")
+        if summary.status != "finished":
+            raise ConfigError(f"--replay {path}: that run is {summary.status}, and only a finished one has an end")
+        history = History(path, summary.digest)
+        for event in event_lines.read(path):
             history._take(event)
         if history.lost and not history.rounds_done:
             raise ConfigError(
@@ -155,21 +149,27 @@ class History:
                 # Who comes up, or leaves, while a round is going on does so before the next.
                 self._begun = event | {"num_steps": len(self._steps)}
             case "commit" if "closed" in event:
-                begun, steps = self._begun, self._steps
-                self._steps = steps[begun["num_steps"] :]
-                self.rounds_done[event["round"]] = Done(
-                    steps=steps[: begun["num_steps"]],
-                    view=_view(begun, begun["view"]),
-                    joiners=frozenset(begun["joiners"]),
-                    closed={int(seq): tuple(nodes) for seq, nodes in event["closed"].items()},
-                    late=frozenset(begun["view"]).difference(event["committed"]),
-                )
+                self._commit(event)
             case "commit":
                 self._whole[node] = len(self.received[node]), len(self.seen[node])
                 self.rounds[node] += 1
                 self.last = self.last if node == SERVER else node
             case _:
                 pass
+
+    def _commit(self, event: dict[str, Any]) -> None:
+        """The attempt that was begun last is committed."""
+        begun, steps = self._begun, self._steps
+        if not begun:
+            raise ConfigError(f"--replay {self.path}: its log has a commit of a round that was never begun")
+        self._steps = steps[begun["num_steps"] :]
+        self.rounds_done[event["round"]] = Done(
+            steps=steps[: begun["num_steps"]],
+            view=_view(begun, begun["view"]),
+            joiners=frozenset(begun["joiners"]),
+            closed={int(seq): tuple(nodes) for seq, nodes in event["closed"].items()},
+            late=frozenset(begun["view"]).difference(event["committed"]),
+        )
 
     def _again(self, node: NodeId) -> None:
         """The node was stopped in mid-round, for a checkpoint, and did its round again."""

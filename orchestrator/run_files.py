@@ -125,6 +125,13 @@ class SentFile(Stored):
     ended: bool = False
 
 
+class SweepFile(Stored):
+    """``sweep.json``: what was asked for, and where Python looked for modules."""
+
+    options: dict[str, Any]
+    sys_path: list[str]
+
+
 class OriginFile(Stored):
     """``origin.json``: from whose checkpoint a trial goes on."""
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from orchestrator.checkpoints import Checkpoint
 
 _NodeName: TypeAlias = Annotated[str, Field(pattern=r"^-?\d{1,10}$")]
-_Place: TypeAlias = Annotated[list[Count], Field(min_length=3, max_length=3)]
+_Place: TypeAlias = Annotated[list[Count], Field(min_length=2, max_length=3)]
+_Segment: TypeAlias = Annotated[list[Count], Field(min_length=4, max_length=4)]
 _Pair: TypeAlias = Annotated[list[Count], Field(min_length=2, max_length=2)]
 _LIST = Strict(strict=False)
 """JSON has lists where we have tuples."""
@@ -32,8 +33,8 @@ _DEEPEST = 100
 class _Ledger(Stored):
     sizes: list[Count]
     positions: dict[_NodeName, _Place]
-    extras: dict[_NodeName, list[list[Count]]]
-    pool: list[list[Count]]
+    extras: dict[_NodeName, list[_Segment]]
+    pool: list[_Segment]
     changed: list[Node]
     most: Count
 
@@ -142,7 +143,7 @@ class _Node(Stored):
     local: dict[str, Any] | None
     optimizer: dict[str, Any] | None
     position: _Place | None
-    extras: list[list[Count]]
+    extras: list[_Segment]
     num_void: Count
     incarnation: Count = 0
     tensors: list[_Tensor]

@@ -32,13 +32,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from algorithms.registry import carried
-from orchestrator import ray_session
+from orchestrator import ray_session, run_files
 from orchestrator.api import resolve
 from orchestrator.config import MLflowTracking, load
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
 from orchestrator.lease import Lease
+from orchestrator.run_files import SweepFile
+from orchestrator.safe_files import Folder
 from orchestrator.searchers import Given, OptunaSource, RandomSource, Samples
 from orchestrator.sweep_board import Board, Objective, Trial
 from orchestrator.sweep_result import SweepResult, write
@@ -51,8 +54,9 @@ if TYPE_CHECKING:
     from orchestrator.api import Source
     from orchestrator.config import Config
     from orchestrator.sweep_tracking import SweepTracking
-    from orchestrator.tuning import Scheduler, Watcher
+    from orchestrator.tuning import Watcher
 
+_FILE = "sweep.json"
 _MOST = 1000
 """Trials at a time."""
 
@@ -66,7 +70,7 @@ class Options:
     samples: int
     seeds: int = 1
     """Runs of each sample, with the configuration's seed and those after it."""
-    scheduler: Scheduler = "none"
+    scheduler: Literal["asha", "pbt", "hyperband", "none"] = "none"
     search: Literal["random", "optuna"] = "random"
     max_concurrent: int | None = None
     """Trials at a time; by default as many as there is room for."""
@@ -153,12 +157,14 @@ def resume_sweep(
         StarlingError: it is no sweep's directory, or as ``sweep``.
     """
     folder = Path(sweep_dir).expanduser().resolve()
+    facts = run_files.read(Folder(folder), _FILE, TypeAdapter(SweepFile))
+    if facts is None:
+        raise ConfigError(f"--resume {folder}: is not the directory of a sweep (it has no {_FILE})")
     try:
-        facts = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        options = Options(**facts["options"] | {"metrics": tuple(facts["options"]["metrics"])})
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"--resume {folder}: is not the directory of a sweep (it has no sweep.json)") from None
-    for entry in facts["sys_path"]:
+        options = TypeAdapter(Options).validate_python(facts.options)
+    except ValidationError as error:
+        raise ConfigError(f"{folder / _FILE}: options.{run_files.problem(error)}") from None
+    for entry in facts.sys_path:
         if entry not in sys.path:
             sys.path.append(entry)
     resolved = load(folder / "config.yaml")
@@ -202,7 +208,7 @@ def _made(config: Config, options: Options, path: str | Path | None) -> Path:
         text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
         (folder / "config.yaml").write_text(text, encoding="utf-8")
         facts = {"options": asdict(options), "sys_path": [entry for entry in sys.path if entry]}
-        (folder / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / _FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise RunDirectoryError(f"sweep directory {folder} cannot be made: {error.strerror}") from None
     return folder

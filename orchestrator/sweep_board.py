@@ -15,9 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
+from pydantic import TypeAdapter
+
 from algorithms.registry import did_you_mean
+from orchestrator import run_files
 from orchestrator.errors import ConfigError
 from orchestrator.records import finite
+from orchestrator.run_files import Count, Stored
+from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,6 +32,34 @@ if TYPE_CHECKING:
 Stage: TypeAlias = Literal["search", "confirm"]
 End: TypeAlias = Literal["finished", "stopped", "failed", "interrupted"]
 """``stopped``: by the scheduler, as others were better; ``interrupted``: with the sweep."""
+
+
+class _Report(Stored):
+    round: Count
+
+
+class _Line(Stored):
+    """A line of ``trials.jsonl``; which fields it has depends on what happened."""
+
+    trial: Count
+    sample: Count = 0
+    seed: int = 0
+    stage: Stage = "search"
+    of: Count | None = None
+    values: dict[str, Any] = {}
+    change: dict[str, Any] = {}
+    report: _Report = _Report(round=0)
+    reopen: Count = 0
+    end: End = "finished"
+    summary: dict[str, Any] | None = None
+    error: str | None = None
+
+
+_LINE = TypeAdapter(_Line)
+_KINDS: dict[str, tuple[str, ...]] = {
+    "values": ("sample", "seed", "stage"), "report": (), "change": (), "reopen": (), "end": ("summary", "error"),
+}  # fmt: skip
+"""What happened, and what a line that says so has besides."""
 
 JOURNAL = "trials.jsonl"
 TRIALS = "trials"
@@ -171,7 +204,7 @@ class Board:
         if self._path is None:
             return
         if self._file is None:
-            self._file = (self._path / JOURNAL).open("a", encoding="utf-8")
+            self._file = Folder(self._path).append_text(JOURNAL)
         self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
 
@@ -189,25 +222,33 @@ class Board:
             ConfigError: there is none, or it is none.
         """
         board = cls(objectives)
+        folder, whole = Folder(path), list[bytes]()
+        is_cut = False
         try:
-            text = (path / JOURNAL).read_text(encoding="utf-8")
+            for place, line in enumerate(folder.lines(JOURNAL), 1):
+                where = f"{path / JOURNAL}, line {place}"
+                is_cut = not line.endswith(b"\n")
+                if not is_cut:
+                    whole.append(line)
+                    run_files.checked(_LINE, line, where)
+                    board._read(json.loads(line), where)
+            if is_cut:
+                folder.write(JOURNAL, b"".join(whole))
         except FileNotFoundError:
-            text = ""  # it was interrupted before its first trial
+            pass  # it was interrupted before its first trial
         except OSError as error:
-            raise ConfigError(f"{path / JOURNAL} cannot be read: {error.strerror}") from None
-        whole, _, cut = text.rpartition("\n")
-        for place, line in enumerate(whole.splitlines()):
-            try:
-                board._read(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path / JOURNAL}, line {place + 1}: is no line of a sweep: {error}") from None
-        if cut:
-            (path / JOURNAL).write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+            raise ConfigError(f"{path / JOURNAL}: {run_files.reason(error)}") from None
         board._path = path
         return board
 
-    def _read(self, line: dict[str, Any]) -> None:
+    def _read(self, line: dict[str, Any], where: str) -> None:
         number = line["trial"]
+        kinds = [kind for kind in _KINDS if kind in line]
+        lacking = [name for kind in kinds[:1] for name in _KINDS[kind] if name not in line]
+        if not kinds or lacking:
+            raise ConfigError(f"{where}: {lacking[0] if lacking else ' or '.join(_KINDS)} is missing")
+        if "values" not in line and number not in self.trials:
+            raise ConfigError(f"{where}: trial {number} was not begun before")
         if "values" in line:
             self.trials[number] = Trial(
                 number, line["sample"], line["seed"], line["values"], line["stage"], line.get("of")

@@ -194,7 +194,7 @@ def test_only_the_directory_of_a_finished_run_is_taken(tmp_path: Path):
     simulate(config("Mailing"), run_dir=tmp_path / "run")
     whole = (tmp_path / "run/events.jsonl").read_text()
     (tmp_path / "run/events.jsonl").write_text("{broken\n")
-    with pytest.raises(ConfigError, match=r"--replay .*run: its log is damaged"):
+    with pytest.raises(ConfigError, match=r"events\.jsonl, line \d+: is not whole JSON"):
         replay(tmp_path / "run", run_dir=tmp_path / "again")
     (tmp_path / "run/events.jsonl").write_text(whole)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -202,5 +202,5 @@ def test_only_the_directory_of_a_finished_run_is_taken(tmp_path: Path):
     with pytest.raises(ConfigError, match="that run is failed, and only a finished one has an end"):
         replay(tmp_path / "run", run_dir=tmp_path / "again")
     (tmp_path / "run/summary.json").unlink()
-    with pytest.raises(ConfigError, match=r"No such file or directory: .*summary.json.*; it takes the directory"):
+    with pytest.raises(ConfigError, match=r"it has no summary.json; it takes the directory"):
         replay(tmp_path / "run", run_dir=tmp_path / "again")

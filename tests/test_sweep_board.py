@@ -129,7 +129,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_gone_on_after(tmp_path):
 
 def test_a_line_that_is_none_is_named(tmp_path):
     (tmp_path / "trials.jsonl").write_text('{"trial": 3, "report": {"round": 1}}\n')
-    with pytest.raises(ConfigError, match="trials.jsonl, line 1: is no line of a sweep"):
+    with pytest.raises(ConfigError, match="trials.jsonl, line 1: trial 3 was not begun before"):
         Board.load((LOSS,), tmp_path)
 
 
