@@ -44,7 +44,7 @@ _BASE: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "fedavg": _BASE | {"algorithm": {"name": "fedavg", "epochs": 1}},
-    "just_one_byte": _BASE | {"algorithm": {"name": "just_one_byte"}},
+    "just_one_byte": _BASE | {"algorithm": {"name": "just_one_byte"}, "optimizer": {"lr": 1e-4}},
     "fedbuff": _BASE | {"algorithm": {"name": "fedbuff", "buffer_size": 1, "steps": 2}},
     "diloco": _BASE | {"algorithm": {"name": "diloco", "inner_steps": 2}, "optimizer": {"name": "adamw", "lr": 0.01}},
 }
@@ -220,7 +220,10 @@ def _field_damage(rng: random.Random, data: Any) -> tuple[Any, str]:
 
 def _json_damage(rng: random.Random, run: Path) -> str:
     """A field in one of the files of JSON; a checkpoint's manifest then vouches for it all the same."""
-    file = rng.choice([one for one in _files(run) if one.suffix in (".json", ".jsonl")])
+    there = [one for one in _files(run) if one.suffix in (".json", ".jsonl")]
+    # What all that follows is made from, more often than the others.
+    states = [one for one in there if one.name.startswith("state")]
+    file = rng.choice(states[-2:] if states and rng.random() < 0.5 else there)
     text = file.read_text()
     if file.suffix == ".jsonl":
         lines = text.splitlines()
