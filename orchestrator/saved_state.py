@@ -8,23 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field, Strict, ValidationError
+from pydantic import Field, ValidationError
 
 from orchestrator.checkpointing import MAIL
 from orchestrator.errors import CheckpointReadError
 from orchestrator.run_files import Count, Node, Round, Seconds, Stored, Value, problem
+from orchestrator.saved_processes import LIST, Members, NodeName, Processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from orchestrator.checkpoints import Checkpoint
 
-_NodeName: TypeAlias = Annotated[str, Field(pattern=r"^-?\d{1,10}$")]
 _Place: TypeAlias = Annotated[list[Count], Field(min_length=2, max_length=3)]
 _Segment: TypeAlias = Annotated[list[Count], Field(min_length=4, max_length=4)]
 _Pair: TypeAlias = Annotated[list[Count], Field(min_length=2, max_length=2)]
-_LIST = Strict(strict=False)
-"""JSON has lists where we have tuples."""
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _DEEPEST = 100
 """Levels of a tree of state."""
@@ -32,8 +30,8 @@ _DEEPEST = 100
 
 class _Ledger(Stored):
     sizes: list[Count]
-    positions: dict[_NodeName, _Place]
-    extras: dict[_NodeName, list[_Segment]]
+    positions: dict[NodeName, _Place]
+    extras: dict[NodeName, list[_Segment]]
     pool: list[_Segment]
     changed: list[Node]
     most: Count
@@ -42,7 +40,7 @@ class _Ledger(Stored):
 class _Samples(Stored):
     parts: Annotated[int, Field(ge=1, le=2**31 - 1)] | None
     ledger: _Ledger | None
-    positions: dict[_NodeName, _Place]
+    positions: dict[NodeName, _Place]
     drawn: Count
     committed: Count
 
@@ -82,14 +80,15 @@ class _Left(Stored):
 class _Box(Stored):
     round: int
     sent: Annotated[list[int], Field(min_length=2, max_length=2)]
-    heard: dict[_NodeName, int]
+    heard: dict[NodeName, int]
     unsent: list[_Pair]
     queue: list[_Envelope | _Left | Literal["timeout"]]
 
 
 class _Mail(Stored):
     attempt: Count
-    boxes: dict[_NodeName, _Box]
+    boxes: dict[NodeName, _Box]
+    arriving: dict[NodeName, list[_Envelope]] = {}
 
 
 class _Directory(Stored):
@@ -103,21 +102,25 @@ class _Loop(Stored):
 
 
 class _Synchronous(_Loop):
-    view: Annotated[tuple[Count, list[Node], list[Node], list[Node]], _LIST]
+    view: Annotated[tuple[Count, list[Node], list[Node], list[Node]], LIST]
     epoch: Count
+    late: list[Node] = []
+    halting: list[Node] = []
 
 
 class _Asynchronous(_Loop):
     view: Count
     present: list[Node]
-    rounds: dict[_NodeName, Count]
-    seen: dict[_NodeName, list[Node]]
-    begun: dict[_NodeName, Annotated[tuple[Count, bool, bool], _LIST]]
-    readings: dict[_NodeName, list[float]]
+    rounds: dict[NodeName, Count]
+    seen: dict[NodeName, list[Node]]
+    begun: dict[NodeName, Annotated[tuple[Count, bool, bool], LIST]]
+    readings: dict[NodeName, list[float]]
     commits: Count
     last: Node
-    since: list[Annotated[tuple[Value, Count, float], _LIST]]
+    since: list[Annotated[tuple[Value, Count, float], LIST]]
     contributed: list[Node]
+    entered: list[Node] = []
+    too_few_since: float | None = None
     mark: Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -127,6 +130,8 @@ class _Controller(Stored):
     mail: _Mail
     directory: _Directory
     config: dict[str, Any]
+    processes: Processes | None = None
+    members: Members | None = None
 
 
 class _Tensor(Stored):
@@ -182,6 +187,9 @@ def _problem(checkpoint: Checkpoint) -> str | None:
         return f"controller.{problem(error)}"
     if controller.progress.committed != checkpoint.number:
         return f"controller.progress.committed is {controller.progress.committed}, in round {checkpoint.number}'s"
+    faults = _lacking(controller, state)
+    if faults is not None:
+        return faults
     there = 0
     for node, export in checkpoint.nodes.items():
         kind = _Letters if node == MAIL else _Node
@@ -194,6 +202,17 @@ def _problem(checkpoint: Checkpoint) -> str | None:
             return f"nodes.{node}.{wrong}"
         there += node != MAIL
     return None if there else "nodes has none"
+
+
+def _lacking(controller: _Controller, state: dict[str, Any]) -> str | None:
+    """What goes with something that is there, and is not."""
+    if controller.processes is None:
+        return None
+    if controller.members is None:
+        return "controller.members is missing"
+    wanted = ("late", "halting") if isinstance(controller.loop, _Synchronous) else ("entered", "too_few_since")
+    absent = next((f"controller.loop.{name}" for name in wanted if name not in state["loop"]), None)
+    return None if absent is None else f"{absent} is missing"
 
 
 def _faults(meta: dict[str, Any], *, is_mail: bool) -> Iterator[str]:
