@@ -49,6 +49,8 @@ class DataReport:
     """Row by row of nodes, a column for each label."""
     validation: int
     has_labels: bool
+    reading: dict[str, str]
+    """What is read of the data, and what is left out, as the task says it."""
 
     @property
     def sizes(self) -> list[int]:
@@ -76,6 +78,7 @@ class DataReport:
             "samples": self.sizes,
             "validation": self.validation,
             "label_skew": self.skew,
+            "reading": self.reading,
         }
 
 
@@ -90,6 +93,7 @@ def measure(config: Config) -> DataReport:
         data = load_data(config.task, config.data, num_nodes, config.seed)
         parts = list(data.parts)
         labels, names = _labels(data.train)
+        reading = config.task.reading()
     if labels is None:
         counts = [[len(part)] for part in parts]
         names = ["samples"]
@@ -106,6 +110,7 @@ def measure(config: Config) -> DataReport:
         counts=counts,
         validation=len(data.validation),
         has_labels=labels is not None,
+        reading=reading,
     )
 
 
@@ -116,7 +121,9 @@ def _partition(config: Config, train: Samples) -> str:
     fields = {field: getattr(partition, field) for field in type(partition).model_fields}
     default = {field: info.default for field, info in type(partition).model_fields.items()}
     texts = [
-        f"{field}: {value}" for field, value in fields.items() if field != "min_samples" or value != default[field]
+        f"{field}: {str(value).lower() if isinstance(value, bool) else value}"
+        for field, value in fields.items()
+        if field not in {"min_samples", "balanced"} or value != default[field]
     ]
     return f"{partition.name} ({', '.join(texts)})" if texts else partition.name
 
@@ -183,6 +190,7 @@ def print_report(console: Console, report: DataReport, plot: Path | None) -> Non
     lines = {"per node": f"{min(sizes):,} to {max(sizes):,} samples", "held out": f"{report.validation:,}"}
     if report.skew is not None:
         lines["label skew"] = f"{number_text(report.skew)} (mean total variation distance; 0: every node as the whole)"
+    lines |= report.reading
     console.print()
     for label, value in lines.items():
         console.print(f"  [dim]{label:<10}[/] {escape(value)}", highlight=False, soft_wrap=True)

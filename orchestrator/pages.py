@@ -38,6 +38,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         "nodes": f"{plan.nodes}{processes}",
         "needs": f"{plan.num_cpus:g} CPUs and {plan.num_gpus:g} GPUs of the cluster",
         "samples": f"{samples['training']:,}, {_range(samples)} per node; {samples['validation']:,} held out",
+        **plan.reading,
         "parameters": f"{plan.parameters:,}, {bytes_text(plan.model_bytes)}",
         "rounds": f"{plan.rounds:,}{_steps(plan)}, in batches of {plan.batch_size}",
         "optimizer": plan.schedule,

@@ -49,6 +49,8 @@ class Plan:
     """``per_round`` over all nodes without losses, on average, and in ``total``; ``None`` as before."""
     evaluations: int
     baselines: dict[str, float]
+    reading: dict[str, str]
+    """What is read of the data, and what is left out, as the task says it."""
     runtimes: list[str]
     """Where it can run; a slow network that is configured is the simulator's, and a cluster is throttled to it."""
 
@@ -66,7 +68,7 @@ def make_plan(config: Config) -> Plan:
     num_nodes, spec = config.num_nodes, config.replica_spec()
     with user_code(0, 0):
         data = load_data(config.task, config.data, num_nodes, config.seed)
-        baselines = config.task.baselines(num_nodes)
+        baselines, reading = config.task.baselines(num_nodes), config.task.reading()
         layout = Replica(SERVER, spec, data.train, data.parts[0], torch.device("cpu")).layout
     counts = [len(part) for part in data.parts]
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
@@ -99,6 +101,7 @@ def make_plan(config: Config) -> Plan:
         payload_bytes=None if total is None else {"per_round": round(total / config.rounds), "total": total},
         evaluations=-(-config.rounds // every) if every else 1,
         baselines=baselines,
+        reading=reading,
         runtimes=["cluster", "simulator"],
     )
 

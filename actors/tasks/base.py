@@ -154,6 +154,10 @@ class Task(Part, family="task", catalog="actors.tasks"):
         samples = self.train_samples(num_nodes)
         return None if samples.owners is None else Subset(samples, (samples.owners == node).nonzero().flatten())
 
+    def reading(self) -> dict[str, str]:
+        """What is read of the data, and what is left out, as text by heading; default: nothing to say."""
+        return {}
+
     @abstractmethod
     def build(self) -> nn.Module:
         """A freshly initialised model, in float32 on the CPU; called with torch's generator seeded by the run."""

@@ -132,6 +132,8 @@ class HFClassifier(Task, name="hf_classifier"):
         if not is_text(kind):
             raise DataError(f"task.text: column {self.text} is {kind}; it must hold texts (string)")
         row_groups.require_column("task.label", schema, self.label)
+        if self.label == self.text:
+            raise DataError(f"task.label: {self.label} is the column of texts; name the one of classes")
         decoder = _Decoder(self)
         samples = RowGroupSamples(
             groups,

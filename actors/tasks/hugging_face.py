@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from actors.data import files
+from actors.data.texts import vocabulary_size
+from actors.tasks import hf_checks
 from algorithms.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Kind = Literal["CAUSAL_LM", "SEQ_CLS"]
+_LOG = logging.getLogger("starling")
 
 
 class LoRA(BaseModel):
@@ -69,8 +75,9 @@ def check_vocabulary(name: str, tokenizer: Any, size: int) -> None:  # noqa: ANN
     Raises:
         DataError: it has some.
     """
-    if len(tokenizer) > size:
-        what = f"the tokenizer {name} has {len(tokenizer)} tokens, and the model's vocabulary {size}"
+    count = vocabulary_size(tokenizer.get_vocab())
+    if count > size:
+        what = f"the tokenizer {name} has {count} tokens, and the model's vocabulary {size}"
         raise DataError(f"task.tokenizer: {what}; take the one that the model was trained with")
 
 
@@ -84,7 +91,8 @@ def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' own types
     with _loading("task.tokenizer", name) as transformers:
         tokenizer = transformers.AutoTokenizer.from_pretrained(_place(name))
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+        words = tokenizer.get_vocab()
+        tokenizer.pad_token = tokenizer.eos_token or max(words, key=words.__getitem__)
     return tokenizer
 
 
@@ -131,16 +139,44 @@ def build(kind: Kind, model: str, *, pretrained: bool, lora: LoRA | None, extra:
     """
     import torch
 
-    with _loading("task.model", model) as transformers:
-        auto = transformers.AutoModelForCausalLM
-        if kind == "SEQ_CLS":
-            auto = transformers.AutoModelForSequenceClassification
-        if pretrained:
-            module = auto.from_pretrained(_place(model), dtype=torch.float32, **extra)
-        else:
+    def made(extra: dict[str, Any]) -> Any:  # noqa: ANN401 - transformers' own types
+        with _loading("task.model", model) as transformers:
+            auto = transformers.AutoModelForCausalLM
+            if kind == "SEQ_CLS":
+                auto = transformers.AutoModelForSequenceClassification
+            if pretrained:
+                return auto.from_pretrained(_place(model), dtype=torch.float32, **extra)
             config = transformers.AutoConfig.from_pretrained(_place(model), **extra)
-            module = auto.from_config(config, dtype=torch.float32)
+            return auto.from_config(config, dtype=torch.float32)
+
+    module = made(extra)
+    if kind == "CAUSAL_LM":
+        module = _causal(module, model, lambda: made(extra | {"is_decoder": True}))
     return module if lora is None else _adapted(module, kind, lora)
+
+
+def _causal(module: Any, model: str, as_decoder: Callable[[], Any]) -> Any:  # noqa: ANN401 - as above
+    """A model whose positions see no later token: an encoder that can be a decoder is made one.
+
+    Raises:
+        SettingsError: it sees the tokens that it is to predict.
+    """
+    size = vocabulary(model)
+    try:
+        if not hf_checks.looks_ahead(module, size):
+            return module
+        if hasattr(module.config, "is_decoder"):
+            module = as_decoder()
+            if not hf_checks.looks_ahead(module, size):
+                files.say_once(
+                    f"decoder {model}", f"task.model: {model} is an encoder; it is trained with is_decoder: true"
+                )
+                return module
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(f"task.model: {model} cannot be asked for the next token: {reason}") from None
+    what = f"task.model: {model} is no causal language model: its positions see the tokens that they are to predict"
+    raise SettingsError(f"{what}; take a decoder")
 
 
 def _adapted(module: Any, kind: Kind, lora: LoRA) -> nn.Module:  # noqa: ANN401 - as above
@@ -167,13 +203,29 @@ def _adapted(module: Any, kind: Kind, lora: LoRA) -> nn.Module:  # noqa: ANN401 
 
 
 def export(module: Any, tokenizer: str, folder: Path) -> None:  # noqa: ANN401 - as above
-    """Write a folder that ``from_pretrained`` loads, of model and tokenizer; the adapters alone go into ``adapter``."""
+    """Write a folder that ``from_pretrained`` loads, of model and tokenizer; the adapters alone go into ``adapter``.
+
+    What was written is loaded again and asked for a few tokens: if it answers otherwise than the model, there is a
+    warning.
+    """
+    size = int(module.config.get_text_config().vocab_size)
+    expected = hf_checks.outputs(module, size)
     with _quiet():
         if hasattr(module, "merge_and_unload"):
             module.save_pretrained(folder / "adapter")
-            module = module.merge_and_unload()
+            module = hf_checks.untied(module).merge_and_unload()
         module.save_pretrained(folder)
         load_tokenizer(tokenizer).save_pretrained(folder)
+        again = type(module).from_pretrained(folder, dtype=next(module.parameters()).dtype)
+    off = hf_checks.difference(expected, hf_checks.outputs(again, size))
+    if off is not None:
+        _LOG.warning(
+            "%s is another model than the one that was trained: its logits differ by up to %.3g, of %.3g; take "
+            "model.safetensors and load_model",
+            folder,
+            off,
+            float(expected.abs().max()),
+        )
 
 
 def _place(name: str) -> str:
@@ -199,20 +251,50 @@ def _loading(key: str, name: str) -> Iterator[Any]:
         raise DataError(f"{key}: {name} cannot be loaded: {reason}") from None
 
 
+_ADVICE = re.compile(
+    "deprecat|fan_in_fan_out|use_cache|HF_TOKEN|unauthenticated|legacy|fast tokenizer|remove_columns|Setting `|"
+    "generation flags|copying from a non-meta parameter",
+    re.IGNORECASE,
+)
+"""Of what transformers and peft say, what changes no result."""
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and advice: a run has a view of its own."""
-    from transformers.utils import logging
+    """Without progress bars and advice: a run has a view of its own. What else they warn of is a warning of ours."""
+    from transformers.utils import logging as theirs
 
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    bars = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    said = _Collected()
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
+    kept = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [said], False
+        logger.setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, (handlers, propagate, level) in zip(loggers, kept, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
+    silent = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning)
+    said.texts += [str(one.message) for one in caught if not issubclass(one.category, silent)]
+    for text in dict.fromkeys(" ".join(text.split()) for text in said.texts):
+        if not _ADVICE.search(text):
+            files.say_once(text, files.printable(text[:400]))
+
+
+class _Collected(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())

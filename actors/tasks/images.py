@@ -156,6 +156,8 @@ class Images(Task, name="images"):
             what = f"column {self.image} is {kind}; it must hold encoded images: binary, or a struct with a field bytes"
             raise DataError(f"task.image: {what}")
         row_groups.require_column("task.label", schema, self.label)
+        if self.label == self.image:
+            raise DataError(f"task.label: {self.label} is the column of images; name the one of classes")
         decoder = _Decoder(self)
         samples = RowGroupSamples(
             groups,

@@ -77,6 +77,19 @@ class Parquet(Task, name="parquet"):
             raise DataError(f"task.path: {self.path} has too few rows to hold out a tenth; name task.validation")
         return self._samples(groups, whole=False)
 
+    def reading(self) -> dict[str, str]:
+        """The features and the label; the columns that are left out, and why."""
+        path = self._common()
+        schema = open_row_groups("task.path", path)[0]
+        chosen = _feature_columns(path, self.label, self.features)
+        index = row_groups.index_columns("task.path", path)
+        others = [field for field in schema if field.name not in {*chosen, self.label}]
+        left = [f"{one.name} ({'index of a pandas frame' if one.name in index else one.type})" for one in others]
+        classes = self._classes
+        label = f"{self.label} (a number)" if classes is None else f"{self.label} ({classes.count} classes)"
+        told = {"features": _listed(chosen), "label": label}
+        return told | ({"left out": _listed(left)} if left else {})
+
     def build(self) -> nn.Module:
         """The chosen model, with as many inputs as the features have values."""
         shape = _shape(self._common(), self.label, self.features)
@@ -178,6 +191,14 @@ class _Decoder:
                 numbers_of(table.column(self._label), self._label, place, np.dtype(np.float32)).copy()
             )
         return self._classes.of(table, self._label, place)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+_SHOWN = 12
 
 
 @files.remembered

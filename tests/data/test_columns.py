@@ -122,6 +122,7 @@ def test_values_are_numbered_in_their_order_and_what_is_missing_comes_last():
 
 Y = [0, 1] * 10
 X = [float(number) for number in range(20)]
+ANIMALS = np.array(["dog", "cat"] * 10)
 
 
 def test_a_column_whose_statistics_cannot_be_read_is_read(tmp_path: Path):
@@ -151,6 +152,23 @@ def test_the_index_of_a_frame_is_no_feature(tmp_path: Path):
     plain = pq.read_table(tmp_path / "a.parquet").replace_schema_metadata(None)  # other writers drop the note
     pq.write_table(plain, tmp_path / "c.parquet")
     assert inputs(task(tmp_path / "c.parquet")) == 1
+
+
+def test_a_task_says_what_it_reads_and_what_it_leaves_out(tmp_path: Path):
+    import pandas as pd
+
+    days = pd.date_range("2026-01-01", periods=20)
+    frame = pd.DataFrame({"a": X, "when": days, "b": X, "y": ANIMALS}, index=range(20, 0, -1))
+    frame.to_parquet(tmp_path / "a.parquet", index=True)
+    expected = {"features": "a, b", "label": "y (2 classes)"}
+    told = task(tmp_path / "a.parquet").reading()
+    left = told.pop("left out")
+    assert told == expected
+    assert left.startswith("when (timestamp[")
+    assert "__index_level_0__ (index of a pandas frame)" in left or "index" not in left
+    wide = task(written(tmp_path / "b.parquet", **{f"f{n}": X for n in range(30)}, y=X)).reading()
+    assert wide["features"].endswith("f11 and 18 more")
+    assert wide["label"] == "y (a number)"
 
 
 def test_files_of_one_table_may_be_encoded_differently(tmp_path: Path):
@@ -190,8 +208,6 @@ def test_a_page_that_does_not_fit_its_checksum_is_not_read(tmp_path: Path):
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
-
-ANIMALS = np.array(["dog", "cat"] * 10)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from actors.data import DataConfig
+from actors.data import DataConfig, files
 from actors.data.indices import concrete
 from actors.setup import load_data
-from actors.tasks import hugging_face
+from actors.tasks import hf_checks, hugging_face
 from actors.tasks.hf_causal_lm import HFCausalLM
 from actors.tasks.hf_classifier import HFClassifier
 from actors.workbench import Workbench
@@ -267,7 +269,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "classifier",
         {"label": "text"},
         DataError,
-        "task.label: column text is string; classes must be whole numbers, from 0",
+        "task.label: text is the column of texts; name the one of classes",
     ),
     (
         "classifier",
@@ -276,6 +278,77 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         "row group .: column label has the class 2, and classes are 0 to 1; raise",
     ),
 ]
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]], ids=str)
+def test_layers_that_share_weights_are_merged_apart(folder: Path, tmp_path: Path, targets: list[str]):
+    tied = transformers.LlamaConfig(
+        **SIZES,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(), hugging_face._quiet():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(tied).save_pretrained(tmp_path / "tied")
+        transformers.AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(tmp_path / "tied")
+    module: Any = causal(folder, model=str(tmp_path / "tied"), lora={"rank": 2, "targets": targets}).build()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    expected = hf_checks.outputs(module, 320)
+    hugging_face.export(module, str(tmp_path / "tied"), tmp_path / "export")
+    assert torch.equal(hf_checks.outputs(module, 320), expected)  # it is as it was
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert torch.allclose(hf_checks.outputs(again, 320), expected, atol=1e-4)
+
+
+def test_what_is_written_is_read_back(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    module: Any = causal(folder).build()
+    hugging_face.export(module, str(folder / "llama"), tmp_path / "export")
+    assert not caplog.records
+    save = module.save_pretrained
+
+    def lossy(path: Path) -> None:  # as a library's fault would
+        with torch.no_grad():
+            module.lm_head.weight.mul_(1.01)
+        save(path)
+
+    module.save_pretrained = lossy
+    hugging_face.export(module, str(folder / "llama"), tmp_path / "export")
+    assert "export is another model than the one that was trained: its logits differ by up to" in caplog.text
+
+
+def test_an_encoder_is_made_a_decoder_or_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert not hf_checks.looks_ahead(causal(folder).build(), 320)
+    for pretrained in (True, False):
+        module: Any = causal(folder, "bert", pretrained=pretrained).build()
+        assert module.config.is_decoder
+        assert not hf_checks.looks_ahead(module, 320)
+    encoder = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, intermediate_size=32, pad_token_id=1))
+    assert hf_checks.looks_ahead(encoder, 320)
+    monkeypatch.setattr(hf_checks, "looks_ahead", lambda module, size: True)
+    with pytest.raises(
+        SettingsError, match="is no causal language model: its positions see the tokens that they are to"
+    ):
+        causal(folder).build()
+
+
+def test_what_libraries_warn_of_is_passed_on_but_for_advice(caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    theirs = transformers.utils.logging.get_logger("transformers.models")
+    files.forget()
+    with hugging_face._quiet():
+        theirs.warning("weights of x were not initialized")
+        warnings.warn("y is tied", stacklevel=1)
+        warnings.warn("z is deprecated", FutureWarning, stacklevel=1)
+        theirs.warning("`use_cache=True` is incompatible with gradient checkpointing")
+        theirs.info("nothing")
+    assert [record.message for record in caplog.records] == ["weights of x were not initialized", "y is tied"]
 
 
 @pytest.mark.parametrize(("kind", "fields", "error", "message"), WRONG, ids=[one[3][:40] for one in WRONG])
