@@ -7,10 +7,11 @@ the others within one step of its grid):
 * a model is L layers; forward takes a third of a step, layer by layer, and backward two thirds, in reverse;
 * where a layer is communicated, its S/L bits enter one first-in-first-out link when its backward pass ends, and its
   forward pass waits for them in the next step, or with an overlap of τ steps in the τ-th after that;
-* S is 16 bits a parameter, 4 with FP4, and M = 2 nodes, for which a ring sends each value once;
+* S is 16 bits a parameter, 4 both ways with FP4, and M = 2 nodes, for which a ring sends each value once;
 * a cell is the largest bandwidth of ``GRID`` at which the utilization is still below the target.
 
-For a user's run the network is the simulator's (``orchestrator.network``), with the phases of its exchanges.
+For a user's run what is sent is FP4 and what comes back in ``result_codec``, bf16 by default. Its network is the
+simulator's (``orchestrator.network``), with the phases of its exchanges.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def print_preset(console: Console, name: str) -> dict[str, Any]:
     _print_table(console, table)
     console.print(
         "\n[dim]As published (arXiv:2501.18512, table 4): the last point of a grid of factors of 1.2 that "
-        "is below the target.[/]",
+        "is below the target. FP4 is four bits both ways; the table of a configuration has bf16 on the way back.[/]",
         highlight=False,
         soft_wrap=True,
     )

@@ -245,7 +245,11 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
     if transport is not None:
         rows.append(("transport", f"{bytes_text(transport)} between processes"))
     if recovery:
-        rows.append(("recovery", f"{bytes_text(recovery)} for nodes that had missed something"))
+        # A server's state is kept elsewhere after each of its rounds, whether or not anything is lost.
+        reasons = ["for nodes that had missed something"] if summary.nodes["lost"] or summary.nodes["joined"] else []
+        copies = ["of kept copies of the server"] if config.algorithm.has_server else []
+        words = " and ".join(copies + reasons) or "for nodes that had missed something"
+        rows.append(("recovery", f"{bytes_text(recovery)} {words}"))
     changes = (f"{what} {summary.nodes[what]}" for what in ("lost", "drained", "joined") if summary.nodes[what])
     rows.append(("nodes", ", ".join([f"{summary.nodes['started']} started", *changes])))
     rows.append(("samples", _samples(summary)))

@@ -36,3 +36,34 @@ def test_each_row_of_the_failure_semantics_names_its_test():
     for table in tables:
         for row in table.splitlines()[2:]:
             assert NAMED.search(row), row
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| \n").split("|")]
+
+
+def table_of_benchmarks() -> dict[str, list[str]]:
+    """What is measured, and its row: ours, reference, ratio, promised, kept."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    return {row[0]: row[1:] for row in map(cells, text.splitlines()) if len(row) == 6}
+
+
+def test_each_figure_of_the_readme_is_in_the_table_of_benchmarks():
+    """Every row of its table, to the letter; and every measured second that its text names."""
+    table = table_of_benchmarks()
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Speed")[2].partition("\n## ")[0]
+    rows = [row for row in map(cells, text.splitlines()) if len(row) == 4][2:]
+    assert len(rows) >= 8
+    for what, *figures in rows:
+        assert figures == table[what][2:], what
+    measured = {figure for row in table.values() for cell in row for figure in re.findall(r"[\d.]+", cell)}
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    assert set(re.findall(r"\b0\.\d+", prose)) <= measured
+
+
+def test_the_readme_shows_each_promise_that_is_not_kept():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Speed")[2].partition("\n## ")[0]
+    missed = [row for row in table_of_benchmarks().values() if row[4] == "**no**"]
+    assert missed
+    for ours, _, ratio, *_ in missed:
+        assert (ratio or ours) in text

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 History: TypeAlias = "dict[str, State]"
 
 
+AGAIN = 10
+"""Rounds in a row in which a module is rolled back, before the node's log says so."""
+
+
 class Detector(BaseModel):
     """EWMA z-scores of several numbers at once, each with a history of its own.
 

@@ -45,10 +45,8 @@ if TYPE_CHECKING:
 class EagerDiLoCo(LowCommunication, name="eager_diloco"):
     """DiLoCo with a whole round to communicate; see the module's docstring."""
 
-    inner_steps: PositiveInt = (
-        100  # H, optimizer steps between exchanges, and during each; the paper's is 30 (secondary)
-    )
-    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; sgd or nesterov; the paper's, by a secondary source
+    inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges, and during each; the paper: 30 (secondary)
+    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; sgd or nesterov; the paper's (secondary)
 
     @model_validator(mode="after")
     def _outer_step_is_linear(self) -> Self:

@@ -35,7 +35,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
 from algorithms.low_communication import anchors
 from algorithms.low_communication import fragments as parts
-from algorithms.low_communication.anomalies import Detector, norm_of, rolled_back, weights_of
+from algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
 from algorithms.low_communication.base import average_buffers, buffer_bytes
 from algorithms.low_communication.ddp import Synchronous
 from algorithms.low_communication.fragments import gather, modules_of, to_host
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 
     from algorithms.api import Layout, Node, NodeId, State
     from algorithms.low_communication.anomalies import History
-
-
-_AGAIN = 10  # rounds in a row in which a module is rolled back, before the log says so
 
 
 class EDiT(Synchronous, name="edit"):
@@ -134,7 +131,7 @@ class EDiT(Synchronous, name="edit"):
         told = await AllGather(norms.masked_fill(outliers, torch.inf).float())
         weights = weights_of(told, self.temperature, shares)
         counts = rolled_back(cast("list[int]", node.local.get("rolled back") or [0] * len(deltas)), weights)
-        for place in (place for place, count in enumerate(counts) if count and count % _AGAIN == 0):
+        for place in (place for place, count in enumerate(counts) if count and count % AGAIN == 0):
             words = f"module {place} was rolled back in the last {counts[place]} rounds"
             print(f"round {node.round}: {words}")  # noqa: T201 - to the node's log
         node.local["rolled back"] = cast("State", counts)

@@ -1,20 +1,22 @@
-"""Streaming DiLoCo: one fragment of the model at a time, while training goes on, in four bits a value.
+"""Streaming DiLoCo: one fragment of the model at a time, while training goes on, sent in four bits a value.
 
 The model is divided into F = ``fragments`` fragments, each of which is exchanged once in H = ``inner_steps`` steps: a
 round is H/F steps, and round k exchanges fragment p = k mod F. What it has become τ = ``overlap_steps`` steps before
 the round's end, at step s, is sent; the outer step (η = ``outer.lr``, β = ``outer.momentum``) on the anchor θ_p is
 taken at the end, and merged into what the node m has been training meanwhile with α = ``merge_alpha``:
 
-    Δ_m,p = θ_p - θ_m,p(s)          Δ_p = mean_m decode(encode(Δ_m,p))
+    Δ_m,p = θ_p - θ_m,p(s)          Δ_p = R(mean_m Q(Δ_m,p))
     v_p ← β v_p + Δ_p          θ_p ← θ_p - η (Δ_p + β v_p)          θ_m,p ← α θ_m,p(s + τ) + (1 - α) θ_p
 
-A run is evaluated and saved as θ, each fragment as of its last exchange. With one fragment, τ = 0, α = 0 and no codec
-this is DiLoCo. The paper has three blocks in a fragment, ``strided``; ``staggered: false`` exchanges all fragments at
-the end of the H steps, for comparisons.
+Q is what arrives through ``codec``, four bits a value, and R through ``result_codec``, 16 bits: both ways together that
+is 3.2 times less than float32, and 159 times less than bf16 gradients in each of H = 100 steps. With
+``result_codec: fp4`` it is 7.9 and 394 times. A run is evaluated and saved as θ, each fragment as of its last exchange.
+With one fragment, τ = 0, α = 0 and no codec this is DiLoCo. The paper has three blocks in a fragment, ``strided``;
+``staggered: false`` exchanges all fragments at the end of the H steps, for comparisons.
 
-Deviations: H must be a multiple of F. Tensors outside of blocks go to the smallest fragments. The scales of the four
-bits are ours (codec ``fp4``). Floating-point buffers, of which the paper's models have none, are averaged every round,
-uncompressed.
+Deviations: the mean comes back in bf16; the paper counts four bits both ways. H must be a multiple of F. Tensors
+outside of blocks go to the smallest fragments. The scales of the four bits are ours (codec ``fp4``). Floating-point
+buffers, of which the paper's models have none, are averaged every round, uncompressed.
 Elasticity: θ, v and the round are shared state: a round that is not finished is repeated with the same fragment. A
 joiner begins at θ in all fragments, so that its first Δ is measured from there, with a fresh inner optimizer. A node
 that is lost between s and s + τ is left out of the reduction, or in it if it was whole; nobody waits. With
@@ -55,9 +57,9 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
     overlap_steps: NonNegativeInt = 1  # τ, steps that go on while a fragment travels; paper, table 1
     merge_alpha: Share = 0.5  # α, what the local values count when the exchanged ones are merged in; paper, figure 10
     staggered: bool = True  # a fragment in each round of H/F steps; false: all of them in each round of H
-    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; as remembered of the paper, not verified
+    outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; the paper's, by a secondary source
     codec: Codec = FP4()  # of the outer gradients; paper, section 3
-    result_codec: Codec = BFloat16()  # of their mean
+    result_codec: Codec = BFloat16()  # of their mean; ours, fp4: four bits this way too
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

@@ -13,11 +13,12 @@ at which μ_i's gradient is least certain. After the common step (η_s = ``serve
 fits ν_i, the weights of D = ``features`` random Fourier features φ that all clients share. The length of μ_i's kernel
 is fitted at each step, by the marginal likelihood of its values.
 
-Deviations from the authors' code: gradients are analytic, where it differentiates numerically with a step of 1e-20. The
+Deviations: gradients are analytic, where the authors' code differentiates numerically with a step of 1e-20. The
 likelihood's maximum is searched on a grid that is refined, where scikit-learn climbs from 20 random starts. Uncertainty
 is that of μ_i's own Matérn kernel; theirs is an RBF kernel's of the same length. The common step is always taken; their
-server keeps the old x if F, which it can evaluate, does not improve. f_i is the loss on one batch in each round. Least
-squares have a ridge of ``noise``. The last ``history`` queries are kept, there all.
+server keeps the old x if F, which it can evaluate, does not improve. f_i is the loss on one batch in each round; values
+of earlier batches are shifted so that they agree at the round's x. Least squares have a ridge of ``noise``. The last
+``history`` queries are kept, there all.
 Elasticity: x and ν are shared state. A joiner without queries makes ``initial`` before its first step; a lost node's
 share of ν and x is left out, and the others' weights are scaled up.
 Cost: two exchanges, of P and of D values of b = 4 bytes: 2·(N-1)·b·(P + D), or N·(N-1)·b·(P + D) up to 64 KiB each.
@@ -37,7 +38,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
 from algorithms.errors import ProgramError
 from algorithms.outer import Adam
-from algorithms.zeroth_order.queries import around, known_to, nearest, scaled
+from algorithms.zeroth_order.queries import around, known_to, nearest, rebased, scaled
 from algorithms.zeroth_order.surrogates import GaussianProcess, common_features
 
 if TYPE_CHECKING:
@@ -73,10 +74,12 @@ class FZooS(Algorithm, name="fzoos"):
         rng = node.rng("queries")
         x = start = node.parameters.double()
         known = known_to(node)
-        near = start.unsqueeze(0)
-        if not len(known[1]):
+        earlier, near = len(known[1]), start.unsqueeze(0)
+        if not earlier:
             near = torch.cat([around(start, self.radius, self.initial, rng), near])
         known = await self._query(node, batch, known, near)
+        if earlier and torch.equal(known[0][-1], node.parameters):  # its value there is finite
+            known = rebased(known)
         adam, length = Adam(lr=self.lr), self.length
         state = adam.init(x)
         for step in range(1, self.steps + 1):

@@ -48,7 +48,7 @@ def matern(scaled: Tensor) -> Tensor:
 
 
 def distances_of(gram: Tensor) -> Tensor:
-    """Return |x_j − x_k| of points with products x_j·x_k."""
-    squares = gram.diagonal()
-    distances = (squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * gram).clamp(min=0).sqrt()
-    return distances.fill_diagonal_(0.0)
+    """Return |x_j − x_k| of points with products x_j·x_k; 0 for those that rounding does not tell apart."""
+    sums = gram.diagonal().unsqueeze(0) + gram.diagonal().unsqueeze(1)
+    squares = sums - 2 * gram
+    return squares.where(squares > 1e-12 * sums, 0.0).sqrt()

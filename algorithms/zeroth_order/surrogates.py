@@ -36,9 +36,12 @@ class GaussianProcess:
         self._gram = self._points @ self._points.T
         distances = distances_of(self._gram)
         self.length = likeliest_length(distances, values, noise) if length is None else length
-        covariance = matern(distances / self.length)
-        covariance.diagonal().add_(noise)
-        self._factor = cast("Tensor", torch.linalg.cholesky(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+        covariance, failed = matern(distances / self.length), 1
+        while failed:  # rounded distances may need more than the noise to be those of points
+            covariance.diagonal().add_(noise)
+            factor, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+            failed, noise = int(info), 10 * noise
+        self._factor = factor
         self._weights = torch.cholesky_solve(values.unsqueeze(1), self._factor).squeeze(1)
 
     def mean(self, at: Tensor) -> Tensor:
