@@ -29,6 +29,7 @@ from actors.tickets import (
     Stale,
     Ticket,
     Waiting,
+    mean_loss,
 )
 from actors.times import Times
 from algorithms.api import (
@@ -306,18 +307,14 @@ class Host(Exchanges):
             for report in reports:
                 done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
                 self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
-        loss, num_samples, seconds = 0.0, 0, 0.0
-        for report in reports:
-            loss += report.loss
-            num_samples += report.num_samples
-            seconds += report.seconds
+        num_samples = sum(report.num_samples for report in reports)
         record = replica.spec.algorithm.sealed(replica)
         return Returned(
             digest=self._digest(replica, record),
             num_collectives=len(program.exchanges),
-            loss=loss / len(reports) if reports else None,
+            loss=mean_loss([(report.loss, report.num_samples) for report in reports]),
             num_samples=num_samples,
-            train_seconds=seconds,
+            train_seconds=sum(report.seconds for report in reports),
             record=record,
             position=replica.position if replica.position != replica.committed_position else None,
             num_drawn=replica.num_drawn - replica.num_void,

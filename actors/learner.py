@@ -21,6 +21,7 @@ from actors import probes
 from actors.data import PlannedDraws, Position, blocks_of
 from actors.modules import seeded
 from actors.pace import Milestone, Pace
+from actors.tickets import mean_loss
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned
 from algorithms.api import SERVER, Batch, GradientReport, Perturbed, TrainReport
@@ -129,7 +130,9 @@ class Learner:
         self._law = sampler
         self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
         self.num_drawn = 0
-        """Samples of training data that it has drawn since its last commit, those of rounds that were given up too."""
+        """Samples of training data that it has drawn since its last commit, those of rounds that were given up too.
+
+        Without those that a task leaves out because they cannot be read."""
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
@@ -162,7 +165,7 @@ class Learner:
         bench.attach(self.tensors)
         bench.mode(training=True)
         losses: list[float | Tensor] = []
-        drawn = 0
+        counts: list[int] = []
         immediate = self.device.type == "cpu"
         rate = 0.0
         with seeded(derive_seed(self.spec.seed, self.round, self.id, self._step, "train"), self.device):
@@ -176,8 +179,8 @@ class Learner:
                 rate = self.rate()
                 self.optimizer.step(self.parameters, rate)
                 self._count(1)
-                drawn += num_samples
                 if num_samples:
+                    counts.append(num_samples)
                     # On a GPU reading a loss waits for the device, so they are looked at once, at the end.
                     losses.append(loss.item() if immediate else loss)
                     if immediate and not math.isfinite(losses[-1]):
@@ -193,7 +196,8 @@ class Learner:
         if not _is_finite(self.parameters):
             self._give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})")
             return TrainReport(math.nan, 0, 0, seconds)
-        return TrainReport(sum(values) / len(values) if values else math.nan, drawn, steps, seconds)
+        mean = mean_loss(list(zip(values, counts, strict=True)))
+        return TrainReport(math.nan if mean is None else mean, sum(counts), steps, seconds)
 
     def num_steps(self, operation: Train) -> int:
         """Optimizer steps of a ``Train``.
@@ -221,13 +225,13 @@ class Learner:
         rng = generator(spec.seed, self.round, self.id, self._step, "rule")
         size = spec.samples_per_step
         loss = bench.loss_of_module
-        problem = LocalProblem(self._gradient_at, self._module, loss, self.layout, self.num_samples, size, rng)
+        problem = LocalProblem(self._gradient_at, self._module, loss, self.layout, len(own.indices), size, rng)
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward() -> tuple[Tensor, int]:
             drawn = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
-            self.num_drawn += len(drawn)
             indices = self._readable(drawn)
+            self.num_drawn += len(indices)
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -292,8 +296,9 @@ class Learner:
     def draw(self) -> NDArray[np.int64]:
         """The samples of one step, by index."""
         drawn = self._own_data("Train").draw(self.spec.samples_per_step)
+        drawn = drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
         self.num_drawn += len(drawn)
-        return drawn if self._present is None else self._readable(torch.from_numpy(drawn)).numpy()
+        return drawn
 
     def _own_data(self, operation: str) -> Draws:
         if self._sampler is None:
@@ -344,8 +349,8 @@ class Learner:
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
-        self.num_drawn += len(indices)
         indices = self._readable(indices)
+        self.num_drawn += len(indices)
         return DataBatch(self.load(indices), len(indices))
 
     def _readable(self, indices: Tensor) -> Tensor:
@@ -464,6 +469,8 @@ class Learner:
             own = draws if self.id < len(self.parts or ()) else None
             draws = self._sampler = PlannedDraws(own, draws.indices, self.seed, self.id, self._order_of)
         draws.plan(place)
+        if draws.own is None:
+            self.num_samples = max(1, sum(one.size for one in place.extras))
 
     def _order_of(self, part: int) -> Order:
         assert self.parts is not None

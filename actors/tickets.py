@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from actors.buffers import Buffer, Signature, TensorSpec
     from actors.data import Position
     from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Step, Train
@@ -106,6 +108,20 @@ class Returned(NamedTuple):
     """The same, in rounds since its last commit that were given up."""
     unsent: float = 0.0
     """``Algorithm.unsent``."""
+
+
+def mean_loss(losses: Sequence[tuple[float, int]]) -> float | None:
+    """Average mean losses, each of so many samples, over the samples; ``None`` without losses.
+
+    Where nothing is known of samples, each loss counts alike.
+
+    >>> mean_loss([(1.0, 2), (4.0, 1)])
+    2.0
+    """
+    total = sum(count for _, count in losses)
+    if not total:
+        return sum(loss for loss, _ in losses) / len(losses) if losses else None
+    return sum(loss * count for loss, count in losses) / total
 
 
 @dataclass(frozen=True)

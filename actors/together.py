@@ -19,6 +19,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from actors import optimizer_state
+from actors.tickets import mean_loss
 from algorithms.api import TrainReport
 
 if TYPE_CHECKING:
@@ -133,7 +134,9 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
     reports: list[TrainReport | None] = []
     for row, replica in enumerate(replicas):
         if good[row]:
-            reports.append(TrainReport(sum(losses[row]) / steps, rows.num_samples[row], steps, seconds))
+            counts = rows.counts[row]
+            loss = mean_loss(list(zip(losses[row], counts, strict=True)))
+            reports.append(TrainReport(math.nan if loss is None else loss, sum(counts), steps, seconds))
         else:
             replica.position, replica.num_drawn = positions[row]
             reports.append(None)
@@ -162,7 +165,8 @@ class _Rows:
         }
         self.losses: list[Tensor] = []
         """Of each step, shape (n,)."""
-        self.num_samples = [0] * len(replicas)
+        self.counts: list[list[int]] = [[] for _ in replicas]
+        """Samples of each step, node by node."""
 
     def step(self, number: int) -> bool:
         """Take the ``number``-th step; ``False`` if these nodes have to go on alone."""
@@ -180,7 +184,7 @@ class _Rows:
         bench.update(self.values, gradients, self._moments, first.optimizer.age + number, first.rate(number))
         self.losses.append(losses)
         for row, indices in enumerate(drawn):
-            self.num_samples[row] += len(indices)
+            self.counts[row].append(len(indices))
         return True
 
     def _gradients(self, drawn: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor] | None:

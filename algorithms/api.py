@@ -108,7 +108,7 @@ class Node(Protocol):
     participates: bool
     """Whether this node is in the round's cohort. One that is not awaits no ``Train`` and contributes ``None``."""
     num_samples: int
-    """Training samples that this node owns."""
+    """Training samples that this node owns; of one without a part of its own, those that it is handed, at least 1."""
     layout: Layout
     parameters: Tensor
     """The trainable values, flat and contiguous, shape (P,); the module's parameters are views into it."""
@@ -162,8 +162,9 @@ class TrainReport(NamedTuple):
     """What a ``Train`` did."""
 
     loss: float
-    """Mean over the steps; NaN when the node skips the round (``on_nan: skip``)."""
+    """Mean over the samples; NaN when the node skips the round (``on_nan: skip``)."""
     num_samples: int
+    """Those that were trained on: of the node's own part or, while others are away, of theirs."""
     num_steps: int
     seconds: float
 

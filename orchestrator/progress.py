@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.tickets import mean_loss
 from actors.transcript import Transcript
 from algorithms.api import SERVER
 from orchestrator import sealed_log
@@ -176,12 +177,12 @@ class Progress:
             evaluate_seconds = time.monotonic() - began
         residuals = self.lost_residuals[self._told_residuals :]
         self._told_residuals += len(residuals)
-        losses = [report.loss for report in reports if report.loss is not None and report.loss == report.loss]
+        losses = [(report.loss, report.num_samples) for report in reports if report.loss is not None]
         train_seconds = max((report.train_seconds for report in reports), default=0.0)
         self.observer.on_round(
             RoundRecord(
                 round=number,
-                loss=sum(losses) / len(losses) if losses else None,
+                loss=mean_loss([(loss, count) for loss, count in losses if not math.isnan(loss)]),
                 num_samples=sum(report.num_samples for report in reports),
                 nodes=len(self.members),
                 contributing=contributing,

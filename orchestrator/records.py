@@ -26,7 +26,7 @@ class RoundRecord:
 
     round: int
     loss: float | None
-    """Mean training loss over the nodes that trained; ``None`` if nobody did."""
+    """Mean training loss over the samples of the nodes that trained; ``None`` if nobody did."""
     num_samples: int
     nodes: int
     """Committed members."""

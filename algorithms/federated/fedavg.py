@@ -7,8 +7,10 @@ from the shared model x, and the server step γ = ``outer.lr`` goes along the we
     x ← x - γ Σ_{i∈S} w_i Δ_i
 
 Deviations: there is no server; all nodes reduce among themselves and hold the result, also those outside the cohort.
-With ``steps`` a node takes that many steps instead of E epochs. Floating-point buffers are averaged alike. Another
-``aggregator`` may take the weighted mean's place, and codecs may shrink what travels.
+With ``steps`` a node takes that many steps instead of E epochs. n_i are the samples that a node's epoch has trained on:
+its own, or those of nodes that are away; with ``steps`` those that it owns, or was handed if it owns none.
+Floating-point buffers are averaged alike. Another ``aggregator`` may take the weighted mean's place, and codecs may
+shrink what travels.
 Elasticity: x is shared state, and all there is; a joiner receives it. A node lost before the reduction drops out of
 the mean, whose weights are those of the others.
 Cost: with S contributors among N nodes (S-1)·b·P + (N-1)·b·P bytes per round over all nodes, b = 4 for float32 (as a
@@ -57,9 +59,12 @@ class FedAvg(Federated, name="fedavg"):
         contribution = None
         weight = 1.0
         if node.participates:
-            await self.local_work(self.rule(model))
+            report = await self.local_work(self.rule(model))
             contribution = {"difference": model - node.parameters, "buffers": node.buffers}
-            weight = float(node.num_samples if self.weighting == "samples" else 1)
+            if self.weighting == "samples":
+                # What an epoch has trained on: another number than its own part's where it stands in for others.
+                trained = report.num_samples / self.epochs if self.steps is None else node.num_samples
+                weight = max(1.0, float(trained))
         codec, result_codec = exchange_codecs(self.codec, self.result_codec, node.round)
         mean = await AllReduce(
             contribution,

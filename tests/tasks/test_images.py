@@ -230,6 +230,24 @@ def test_pictures_beside_tables_are_not_left_out_in_silence(tmp_path: Path):
         small(tmp_path).train_samples(1)
 
 
+def test_images_that_are_left_out_are_not_counted(tmp_path: Path):
+    for name in "ab":
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for number in range(12):
+            data = b"" if name == "a" and number in (3, 4, 5) else encoded((9 * number, 1, 1))
+            (tmp_path / "d" / name / f"{number:02}.png").write_bytes(data)
+    raw = {
+        "rounds": 1,
+        "algorithm": "fedavg",
+        "task": {"name": "images", "path": str(tmp_path / "d"), "size": 8, "on_bad_image": "skip"},
+        "data": {"batch_size": 8},
+        "cluster": {"nodes": {"target": 2}},
+        "tracking": "none",
+    }
+    samples = simulate(raw, run_dir=tmp_path / "run").samples
+    assert (samples["drawn"], samples["committed"], samples["redrawn"]) == (19, 19, 0)  # of 22
+
+
 def test_a_bad_image_in_parquet_names_its_row(tmp_path: Path):
     path = tmp_path / "t.parquet"
     images = [encoded((1, 1, 1))] * 20
