@@ -167,9 +167,13 @@ class Exchanges:
         self._last_form: _Form | None = None
         """If the last operation was a neighbour gather: in a gossip round a thousand come one after the other."""
         self._concluded: dict[int, _Concluded] = {}
+        self._number = 0
+        self._members: tuple[NodeId, ...] = ()
 
-    def forget(self) -> None:
-        """A new round begins."""
+    def forget(self, number: int, members: tuple[NodeId, ...]) -> None:
+        """Round ``number`` of ``members`` begins."""
+        # Not to be read off a replica: who takes a dead node's place in mid-round is in no round, and has no view.
+        self._number, self._members = number, members
         self._mixings, self._concluded = {}, {}
 
     # --- contributions -----------------------------------------------------------------------------------------------
@@ -206,7 +210,7 @@ class Exchanges:
             return Posted(seq, signature, specs, 1.0, (nbytes,), (), inline, close, wants, waits)
         specs = signature.tensors
         assert specs is not None
-        cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(replica.view.members))
+        cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(self._members))
         exchange.parts = cuts.encode(payload)
         sizes = cuts.part_nbytes
         inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
@@ -262,8 +266,7 @@ class Exchanges:
         """Who is whose neighbour in this round's view; found once for all nodes of the process."""
         known = self._mixings.get(seq)
         if known is None or known.topology is not topology:
-            replica = self.replicas[node]
-            mixing = topology.mixing(replica.view.members, replica.round, replica.spec.seed)
+            mixing = topology.mixing(self._members, self._number, self.replicas[node].spec.seed)
             last = self._known
             known = last if last is not None and last.mixing is mixing else _Neighborhoods(topology, mixing)
             self._mixings[seq] = self._known = known
@@ -287,6 +290,14 @@ class Exchanges:
         if exchange.payload is not None and not exchange.parts:
             exchange.parts = [buffers.pack(exchange.payload)]
         return exchange.parts
+
+    def detach(self, node: NodeId) -> None:
+        """Let nothing that a node has contributed share memory with its parameters, which are about to go back."""
+        program = self.programs.get(node)
+        for exchange in () if program is None else program.exchanges:
+            exchange.parts = [part.copy() for part in exchange.parts]
+            if exchange.payload is not None:
+                exchange.payload = _copy(exchange.payload, self.replicas[node].device)
 
     def conclude_here(self, nodes: Sequence[NodeId], seq: int) -> None:
         """Work out the result of a closed gather whose contributions, those of ``nodes``, are all in this process."""
@@ -315,7 +326,7 @@ class Exchanges:
         exchange = self.programs[node].exchanges[seq]
         if exchange.cuts is None:
             operation = cast("AllReduce[Any]", exchange.operation)
-            exchange.cuts = self._cut(operation, exchange.signature.parts, specs, len(self.replicas[node].view.members))
+            exchange.cuts = self._cut(operation, exchange.signature.parts, specs, len(self._members))
         return exchange.cuts
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -370,11 +381,10 @@ class Exchanges:
         weights, mixtures = None, None
         if isinstance(operation, NeighborAllGather):
             known = self._neighborhoods(node, seq, operation.topology)
-            replica = self.replicas[node]
-            members, closed = replica.view.members, frozenset(payloads if present is None else present)
+            seed, closed = self.replicas[node].spec.seed, frozenset(payloads if present is None else present)
             mixing = known.mixing
-            if len(closed) < len(members):
-                mixing = operation.topology.mixing(members, replica.round, replica.spec.seed, closed)
+            if len(closed) < len(self._members):
+                mixing = operation.topology.mixing(self._members, self._number, seed, closed)
             weights = mixing.weights
             if stacked and mixing is known.mixing:
                 own = {member: self.programs[member].exchanges[seq].payload for member in payloads}

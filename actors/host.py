@@ -159,7 +159,7 @@ class Host(Exchanges):
         """
         self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
-        self.forget()
+        self.forget(number, view.members)
         algorithm = self.replicas[self.current].spec.algorithm
         cohort = algorithm.participants(view, generator(self.replicas[self.current].spec.seed, number, "participants"))
         members = frozenset(cohort)
@@ -195,6 +195,10 @@ class Host(Exchanges):
         for replica in replicas[1:]:
             if replica.device == replicas[0].device:
                 replica.shared.adopt(replicas[0].shared)
+
+    def is_over(self, node: NodeId) -> bool:
+        """Whether the program of ``node`` has returned or was closed: ``resume`` then does nothing."""
+        return self.programs[node].over
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
         """Run a program to its next operation, or to its end."""
@@ -345,6 +349,7 @@ class Host(Exchanges):
             if program is not None:
                 program.over = True
                 program.coroutine.close()
+            self.detach(node)
             self.replicas[node].rollback()
 
     # --- compute -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from orchestrator.faults import Faults
 from orchestrator.mail import Mail
 from orchestrator.mailroom import Delivery
 from orchestrator.members import Members
-from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Seen, Sleeps
+from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Seen, Sleeps, Unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from orchestrator.progress import Progress
     from orchestrator.runtime import Happening
     from orchestrator.sections import FaultPhase
+
+
+_MAX_LATE = 10
+"""How often a node may be late at one round while the run stands still."""
 
 
 class Asynchronous:
@@ -58,6 +62,8 @@ class Asynchronous:
         self._working: dict[NodeId, float] = {}
         """Since when each node computes, of those that do not wait for a message."""
         self._halting: set[NodeId] = set()
+        self._late: dict[NodeId, tuple[int, int]] = {}
+        """Of nodes that were late: how often, since the run had done so many rounds."""
         self._too_few_since: float | None = None
         self._num_commits = 0
         """Of nodes that are not the server."""
@@ -157,9 +163,13 @@ class Asynchronous:
         if self._saving_since is not None and self._is_quiet():
             self._save_now()
             return
-        if self._mail.room.stuck(self._mail.room.nodes) and not self._is_changing():
-            message = "every node waits for a message, and none is on its way: the programs wait for one another"
-            raise RunError(message)
+        if self._is_stuck():
+            happening = self._runtime.next(self._runtime.now)  # what has happened already is taken first
+            if happening is None:
+                message = "every node waits for a message, and none is on its way: the programs wait for one another"
+                raise RunError(message)
+            self._note(happening)
+            return
         timeout = self._mail.next_timeout()
         moments = timeout, members.next_due(), members.next_withdrawal(), self._next_late(), self._patience()
         happening = self._runtime.next(min((moment for moment in moments if moment is not None), default=math.inf))
@@ -172,10 +182,12 @@ class Asynchronous:
         if timeout is not None and timeout <= self._runtime.now:
             self._mail.expire()
 
-    def _is_changing(self) -> bool:
-        """Whether somebody is on the way who may break a deadlock."""
-        progress = self._progress
-        return bool(self._halting or progress.down or self._members.transfers.pending or self._members.is_retiring)
+    def _is_stuck(self) -> bool:
+        """Whether nobody computes, no message is on its way, and nobody comes or goes who may break the deadlock."""
+        room, members = self._mail.room, self._members
+        moves = self._working or self._halting or room.num_in_flight or room.next_timeout() is not None
+        changes = members.transfers.is_moving or members.is_retiring or members.are_coming
+        return not (moves or changes or len(self._progress.nodes) < self._config.cluster.nodes.min)
 
     # --- who works too long, and who is missing ----------------------------------------------------------------------
 
@@ -190,7 +202,25 @@ class Asynchronous:
         late = sorted(node for node, since in self._working.items() if since + limit <= self._runtime.now)
         for node in late:
             self._progress.record("late", node=node, round=self._rounds[node], reason="it has not been heard of")
+            self._count_late(node, limit)
         return late
+
+    def _count_late(self, node: NodeId, limit: float) -> None:
+        """Count that ``node`` was late.
+
+        Raises:
+            RunError: it is so again and again, and nobody else takes the run any further.
+        """
+        committed = self._progress.committed
+        times, since = self._late.get(node, (0, committed))
+        times = times + 1 if since == committed else 1
+        self._late[node] = times, committed
+        if times == _MAX_LATE:
+            who = f"{'the server' if node == SERVER else f'node {node}'} cannot finish its round {self._rounds[node]}"
+            raise RunError(
+                f"{who}: it computes for longer than {limit:g} s without a word, tried {times} times; "
+                "raise cluster.round_deadline_s if it is only slow"
+            )
 
     def _halt(self, nodes: list[NodeId]) -> None:
         for node in nodes:
@@ -241,7 +271,7 @@ class Asynchronous:
                 self._progress.note(happening)
             case Sleeps(node, until):
                 self._working[node] = until
-            case Receives(node):
+            case Receives(node) | Unreadable(node):
                 self._working.pop(node, None)
                 self._mail.take(happening)
             case _:
@@ -264,6 +294,8 @@ class Asynchronous:
         members.transfers.donors = self._donors()
         if not members.take(self._progress.committed + 1, happening):
             return False
+        if SERVER in self._progress.down and not members.comes(SERVER):
+            raise RunError("the server has died too often to be started again, and has the only model")
         if isinstance(happening, Kept) and happening.node == SERVER:
             self._forget(self._mail.room.kept(SERVER, happening.number))
         self._admit()
@@ -342,6 +374,7 @@ class Asynchronous:
         progress.record("commit", node=node, round=number)
         self._members.committed(number, {node: report})
         self._rounds[node] += 1
+        self._late.pop(node, None)
         self._readings.pop(node, None)
         self._working.pop(node, None)
         self._forget(self._mail.room.end(node))

@@ -140,16 +140,20 @@ class Cluster(DataPlane):
                 # Not waited for: calls of one group run in the order in which they were made.
                 actor.handle.settle.remote({node: committed[node] for node in nodes})
 
-    def retire(self, nodes: Sequence[NodeId]) -> None:
+    def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
         for node in nodes:
             self._retiring.add(node)
             actor = self._home[node]
+            if node in empty:
+                self._retire(actor, node, 0, None)
+                continue
             self._export(node, lambda nbytes, ref, node=node, actor=actor: self._retire(actor, node, nbytes, ref))
 
-    def _retire(self, actor: Actor, node: NodeId, nbytes: int, ref: ObjectRef[Any]) -> None:
+    def _retire(self, actor: Actor, node: NodeId, nbytes: int, ref: ObjectRef[Any] | None) -> None:
         if self._home[node] is not actor or node not in self._retiring:
             return  # it died while its state was copied, and that was told
-        self._kept[node] = [ref]
+        if ref is not None:
+            self._kept[node] = [ref]
         self._retiring.discard(node)
         self._retired.add((actor.index, node))
         if all((actor.index, other) in self._retired for other in actor.nodes):
@@ -160,9 +164,13 @@ class Cluster(DataPlane):
         self._ready.append(Retired(node, nbytes))
 
     def keep(self, node: NodeId, number: int) -> None:
+        actor = self._home[node]
+
         def done(nbytes: int, ref: ObjectRef[Any]) -> None:
-            self._kept[node] = [ref]
-            self._ready.append(Kept(node, number, nbytes))
+            # Another may be there already, which has been given what was kept before.
+            if self._home[node] is actor:
+                self._kept[node] = [ref]
+                self._ready.append(Kept(node, number, nbytes))
 
         self._export(node, done)
 

@@ -64,6 +64,8 @@ class Members:
         """There already, for nodes that are leaving."""
         self._kept: dict[NodeId, int] = {}
         """The round of what was kept of nodes that have left."""
+        self._held: dict[NodeId, int] = {}
+        """The round of what each node has: the one that it committed last, or whose state it was given."""
         self._unsent: dict[NodeId, float] = {}
         """The norm of what each node had still to send then: its residuals."""
 
@@ -113,8 +115,10 @@ class Members:
             case (node, True):
                 # For its program, and everybody else's, nothing has happened.
                 self.new.discard(node)
+                self._held[node] = self._kept[node]
             case (node, False):
                 self.loaded.add(node)
+                self._held[node] = self._progress.committed
             case None:
                 pass
 
@@ -159,8 +163,10 @@ class Members:
 
     def _left(self, number: int, node: NodeId, nbytes: int) -> None:
         self._progress.leave(node, number, nbytes)
+        if node not in self.new:
+            # One that was cancelled in the last round has that of the round before.
+            self._kept[node] = self._held.get(node, -1)
         self._gone(node)
-        self._kept[node] = self._progress.committed
         self._say(node, f"{self._progress.name(node)} has left in round {number}, as it was told to")
         self._succeed(node)
 
@@ -171,6 +177,7 @@ class Members:
         self._withdrawn.discard(node)
         self.new.discard(node)
         self.loaded.discard(node)
+        self._held.pop(node, None)
         self.transfers.gone(node)
 
     def _succeed(self, node: NodeId) -> None:
@@ -196,6 +203,15 @@ class Members:
                 case StandBy(count):
                     self._runtime.stand_by(count)
         return bool(decisions)
+
+    def comes(self, node: NodeId) -> bool:
+        """Whether ``node`` is being started, or will be."""
+        return self._pool.comes(node)
+
+    @property
+    def are_coming(self) -> bool:
+        """Whether anybody is."""
+        return self._pool.are_coming
 
     def next_due(self) -> float | None:
         """When ``act`` is to be called again, if nothing happens before."""
@@ -226,6 +242,7 @@ class Members:
         self._unsent |= {node: report.unsent for node, report in reports.items()}
         self._progress.has_residuals |= any(report.unsent for report in reports.values())
         self.new.difference_update(reports)
+        self._held |= dict.fromkeys(reports, number)
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:
             del self._kept[node]
@@ -248,11 +265,15 @@ class Members:
             self.retire([node])
 
     def retire(self, nodes: Iterable[NodeId]) -> None:
-        """Let nodes leave that stand still, and are committed as far as they will be."""
+        """Let nodes leave that stand still, and are committed as far as they will be.
+
+        Who has not committed a round hands over nothing: it has the initial state, or what others have too, and what
+        its predecessor handed over is kept for whoever comes next.
+        """
         due = [node for node in nodes if node not in self._retiring]
         if due:
             self._retiring.update(due)
-            self._runtime.retire(due)
+            self._runtime.retire(due, empty=self.new.intersection(due))
 
     def kept_round(self, node: NodeId) -> int:
         """The round of what is kept of ``node``; -1: nothing is."""

@@ -150,6 +150,16 @@ class Pool:
         self._wanted.update(new)
         return new
 
+    def comes(self, node: NodeId) -> bool:
+        """Whether ``node`` is being started, or will be."""
+        known = self._crashes.get(node)
+        return node in self._starting or (known is not None and known.due is not None)
+
+    @property
+    def are_coming(self) -> bool:
+        """Whether anybody is."""
+        return bool(self._starting) or any(map(self.comes, self._crashes))
+
     def next_due(self) -> float | None:
         """When ``decide`` is to be asked again, if nothing happens before."""
         return min((one.due for one in self._crashes.values() if one.due is not None), default=None)

@@ -30,7 +30,9 @@ def told(event: Mapping[str, Any]) -> str | None:
         case "notice":
             return f"{when}{who} is to leave within {seconds_text(event['left_s'])}: {event['reason']}"
         case "left":
-            return f"{when}{who} left as it was told to, {bytes_text(event['kept_nbytes'])} of its state are kept"
+            kept = event["kept_nbytes"]
+            state = f"{bytes_text(kept)} of its state are kept" if kept else "with nothing of its own yet"
+            return f"{when}{who} left as it was told to, {state}"
         case "late":
             return f"{when}{who} left behind: {event['reason']}"
         case "up":

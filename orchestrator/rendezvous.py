@@ -128,7 +128,7 @@ class Rendezvous:
             case Deadline():
                 self._deadline()
             case Elapsed(seq):
-                self._try_close(self.exchanges[seq])
+                self._elapsed(seq)
         if not self.over:
             self._try_commit()
         decisions, self._out = self._out, []
@@ -264,6 +264,11 @@ class Rendezvous:
         # The end of the program is waited for like an exchange.
         if not self.over and len(self.returned) >= self.need:
             self._cancel(self.active - self.returned.keys(), "it had not finished the round")
+
+    def _elapsed(self, seq: int) -> None:
+        exchange = self.exchanges.get(seq)
+        if exchange is not None:  # else all who had come to it are gone
+            self._try_close(exchange)
 
     def _leave_debtors(self, exchange: Exchange) -> None:
         """Cancel who has owed an answer since the deadline before: a member may hang in an exchange too."""

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from orchestrator.synchronous import Attempt
 
 
-Step: TypeAlias = "tuple[Literal['left', 'up'], NodeId] | tuple[Literal['transfer'], NodeId, NodeId, Position | None]"
+Step: TypeAlias = (
+    "tuple[Literal['left', 'left empty', 'up'], NodeId] | tuple[Literal['transfer'], NodeId, NodeId, Position | None]"
+)
 """What happens to members between two rounds: one leaves, one comes up, one is given another's state (or its own)."""
 
 
@@ -136,9 +138,9 @@ class History:
                 self._steps = []
             case "lost":
                 self.lost.add(node)
-            case "left" | "up":
+            case "left" | "up" as what:
                 self.lost.add(node)
-                self._steps.append((event["event"], node))
+                self._steps.append((what if event.get("kept_nbytes", 1) else "left empty", node))
             case "transfer":
                 position = event["position"]
                 given = None if position is None else Position(*position)
@@ -309,8 +311,8 @@ class SynchronousReplay(Synchronous):
         self._settle()
         for step in done.steps:
             match step:
-                case ("left", node):
-                    self._simulator.retire([node])
+                case ("left" | "left empty" as how, node):
+                    self._simulator.retire([node], empty=[node] if how == "left empty" else ())
                     self._mail.left(node)
                 case ("up", node):
                     self._progress.back(self._simulator.embody_again(node))

@@ -347,8 +347,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def retire(self, nodes: Sequence[NodeId]) -> None:
-        """Let nodes that stand still leave; ``Retired`` comes for each, or ``Died``."""
+    def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
+        """Let nodes that stand still leave; ``Retired`` comes for each, or ``Died``.
+
+        What they have committed is kept. Those in ``empty`` have nothing: what is kept of their places stays.
+        """
         ...
 
     def kill(self, node: NodeId) -> None:

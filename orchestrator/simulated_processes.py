@@ -47,8 +47,11 @@ Item: TypeAlias = "tuple[NodeId, int, End | Happening | None, int, object, int |
 """What is to happen at a moment, in the order of (node, arrival).
 
 The third is ``None`` where a program runs on, in the node's given attempt (what was meant for an earlier one is
-dropped), with the given result or that of the exchange of the given number.
+dropped), with the given result or that of the exchange of the given number. Of what happens the fourth is the epoch to
+which it belongs, or ``ALWAYS``.
 """
+
+ALWAYS = -1
 
 
 class SimulatedProcesses:
@@ -64,6 +67,7 @@ class SimulatedProcesses:
         """The nodes to begin with, if a log or a checkpoint says so."""
         self._spec = config.replica_spec()
         self._now = 0.0
+        self._epoch = ALWAYS
         self._network = Network(config.network)
         self._times: list[float] = []
         """A heap of the moments at which something is to happen."""
@@ -97,9 +101,9 @@ class SimulatedProcesses:
 
     # --- the virtual clock --------------------------------------------------------------------------------------------
 
-    def _at(self, when: float, node: NodeId, what: End | Happening) -> None:
+    def _at(self, when: float, node: NodeId, what: End | Happening, epoch: int = ALWAYS) -> None:
         self._arrival += 1
-        self._moment(when).append((node, self._arrival, what, 0, None, None))
+        self._moment(when).append((node, self._arrival, what, epoch, None, None))
 
     def _resume_at(self, when: float, node: NodeId, result: object = None, seq: int | None = None) -> None:
         self._arrival += 1
@@ -208,17 +212,18 @@ class SimulatedProcesses:
         for node in self._hung.intersection(nodes):
             self._at(self._now + self._config.cluster.cancel_grace_s, node, End(node, None))
 
-    def retire(self, nodes: Sequence[NodeId]) -> None:
+    def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
         for node in nodes:
             if node not in self._present:
                 continue  # its death is on its way already
             if node in self._hung:
                 self._at(self._now + self._config.cluster.cancel_grace_s, node, End(node, None))
                 continue
-            self._kept[node] = export_state(self.host.replicas[node], everything=True)
+            if node not in empty:
+                self._kept[node] = export_state(self.host.replicas[node], everything=True)
             self._stop(node)
             self._leave(node)
-            self._at(self._now, node, Retired(node, self._kept[node].nbytes))
+            self._at(self._now, node, Retired(node, 0 if node in empty else self._kept[node].nbytes))
 
     def _stop(self, node: NodeId) -> None:
         self.host.drop(node)

@@ -55,7 +55,7 @@ from orchestrator.runtime import (
     Sent,
     Sleeps,
 )
-from orchestrator.simulated_processes import End, SimulatedProcesses
+from orchestrator.simulated_processes import ALWAYS, End, SimulatedProcesses
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -141,7 +141,7 @@ class Simulator(SimulatedProcesses):
         places: Mapping[NodeId, Place] = NOTHING_NEW,
         seen: Sequence[float] = (),
     ) -> None:
-        del epoch
+        self._epoch = epoch
         self._exchanges = {}
         nodes = [node for node in nodes if node in self._present and node not in self._hung]
         if nodes:
@@ -196,14 +196,15 @@ class Simulator(SimulatedProcesses):
                 }
                 exchange.reduced[one.part] = self.host.reduce(one.by, one.seq, one.part, first.specs, contributions)
             got = Secured(one.seq, one.part, one.by, frozenset(one.members), one.generation)
-            self._at(arrivals.get(one.by, self._now), one.by, got)
+            self._at(arrivals.get(one.by, self._now), one.by, got, self._epoch)
 
     def _deliver(self, decision: Deliver) -> None:
         """One phase: each reduced part from its maker to everybody."""
         phase = phases.delivering(decision, self._exchanges[decision.seq].posted)
         arrivals = self._network.arrivals(self._now, phase)
         for node in decision.nodes:
-            self._at(arrivals.get(node, self._now), node, Delivered(decision.seq, node, decision.generation))
+            delivered = Delivered(decision.seq, node, decision.generation)
+            self._at(arrivals.get(node, self._now), node, delivered, self._epoch)
 
     def _conclude(self, decision: Close) -> None:
         """Work out the result now, before anybody runs on: contributions may share memory with parameters."""
@@ -293,7 +294,9 @@ class Simulator(SimulatedProcesses):
             attempts = self._attempts
             for node, _, what, attempt, result, seq in sorted(self._queue.pop(self._now)):
                 if what is not None:
-                    self._happens(what)
+                    # A step of an exchange is no news once its attempt was given up.
+                    if attempt in (ALWAYS, self._epoch):
+                        self._happens(what)
                 elif attempt == attempts[node]:
                     resumes.append((node, result, seq))
             self._run(resumes)
@@ -305,6 +308,8 @@ class Simulator(SimulatedProcesses):
         computing: list[tuple[NodeId, Compute]] = []
         tickets: list[tuple[NodeId, Ticket]] = []
         for node, result, seq in resumes:
+            if host.is_over(node):  # it has died, and what comes for it is told to nobody
+                continue
             ticket = host.resume(node, result if seq is None else host.take(node, seq))
             if isinstance(ticket, Computing):
                 computing.append((node, ticket.operation))

@@ -62,6 +62,11 @@ class Transfers:
         """Who is being given state, sorted."""
         return tuple(sorted(self._joiners))
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether somebody is being given state, and does not only wait for a donor to come."""
+        return any(not joiner.waits for joiner in self._joiners.values())
+
     def begin(self, number: int, node: NodeId, position: Position | None, kept: int | None) -> None:
         """Give ``node`` the committed state, that of its own from round ``kept`` first; its data go on at ``position``.
 
@@ -142,4 +147,6 @@ class Transfers:
                 return None
         del self._joiners[node]
         self._recoveries.transferred(node, seconds)
-        return node, source == node and joiner.kept == progress.committed
+        # Without a barrier everybody's last round is its own.
+        is_last = joiner.kept == progress.committed or not progress.config.algorithm.synchronous
+        return node, source == node and is_last

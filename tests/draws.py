@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actors.data import DataConfig, Epoch, EpochSampler, blocks_of
+from actors.data import Epoch, EpochSampler, blocks_of
 from actors.data.samplers import BlockDraws
 from actors.setup import load_data
 from actors.tasks import Task, TensorSamples
@@ -101,7 +101,7 @@ def num_complete(ledger: DataLedger) -> int:
 def expected(ledger: DataLedger, config: Config) -> Counter[int]:
     """How often each sample was committed."""
     num_parts = len(ledger.to_json()["sizes"])
-    data = load_data(config.task, DataConfig(batch_size=1), num_parts, config.seed)
+    data = load_data(config.task, config.data, num_parts, config.seed)
 
     def numbers(part: int, epoch: int, start: int, stop: int) -> list[int]:
         if start == stop:
