@@ -62,6 +62,8 @@ class Asynchronous:
         self._working: dict[NodeId, float] = {}
         """Since when each node computes, of those that do not wait for a message."""
         self._halting: set[NodeId] = set()
+        self._known: dict[NodeId, dict[NodeId, int]] = {}
+        """Of which rounds of others the state of a node has heard that is to join: its own or its donor's."""
         self._late: dict[NodeId, tuple[int, int]] = {}
         """Of nodes that were late: how often, since the run had done so many rounds."""
         self._too_few_since: float | None = None
@@ -79,8 +81,7 @@ class Asynchronous:
         self._idle: set[NodeId] = set()
         """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
         self._saving_since: float | None = None
-        remembers = progress.checkpoints is not None
-        self._mail.room.remembers = self._runtime.keeps_letters = remembers
+        self._mail.room.remembers = self._runtime.keeps_letters = True
 
     def run(self) -> None:
         """Go on until the configured number of rounds is done, then let everybody stand still."""
@@ -261,11 +262,12 @@ class Asynchronous:
             case Halted(node):
                 self._halting.discard(node)
                 self._progress.record("again", node=node, round=self._rounds[node])
+                # What it has received in this round is not in its committed state, and nobody sends it again.
+                self._mail.room.rewind(node)
                 if self._saving_since is not None:
-                    self._mail.room.rewind(node)
                     self._idle.add(node)
                 else:
-                    self._go_on(node)  # its own committed state is all that it needs
+                    self._go_on(node)
             case Seen(node, values):
                 self._readings[node] += values
                 self._progress.note(happening)
@@ -278,6 +280,8 @@ class Asynchronous:
                 _ = self._changed(happening) or self._progress.note(happening) or self._mail.take(happening)
 
     def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
+        # A joiner is no older than what it begins with.
+        self._known[joiner] = self._mail.room.known(donor) | {donor: self._rounds[donor]}
         for node in (joiner, donor):
             self._strike("transfer", node)
 
@@ -339,9 +343,10 @@ class Asynchronous:
             self._mail.room.stop(SERVER)
             return
         if node in self._present:
+            self._known[node] = self._mail.room.known(node)
             self._present.discard(node)
             self._view_number += 1
-            self._forget(self._mail.room.end(node))
+            self._forget(self._mail.room.clear(node))
             self._mail.left(node)
 
     def _enter(self, node: NodeId) -> None:
@@ -351,7 +356,7 @@ class Asynchronous:
             self._rounds[SERVER] = self._members.kept_round(SERVER) + 1
             self._mail.room.again(SERVER)
         else:
-            self._mail.room.join(node)
+            self._mail.room.join(node, self._known.pop(node, {}))
             self._present.add(node)
             self._view_number += 1
         self._begin(node, joins=True)
@@ -469,6 +474,10 @@ class Asynchronous:
             "seen": {str(node): members for node, members in self._seen.items()},
             "begun": {str(node): begun for node, begun in self._begun.items()},
             "readings": {str(node): list(values) for node, values in self._readings.items() if node in self._entered},
+            "known": {
+                str(node): {str(other): number for other, number in known.items()}
+                for node, known in self._known.items()
+            },
             "commits": self._num_commits,
             "last": self._last,
             "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._since],
@@ -507,6 +516,9 @@ class Asynchronous:
         self._seen = {int(node): tuple(members) for node, members in state["seen"].items()}
         self._begun = {int(node): cast("tuple[int, bool, bool]", tuple(one)) for node, one in state["begun"].items()}
         self._readings.update({int(node): list(values) for node, values in state["readings"].items()})
+        self._known = {
+            int(node): {int(other): number for other, number in known.items()} for node, known in state["known"].items()
+        }
         self._num_commits, self._last = state["commits"], state["last"]
         self._since = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
         self._contributed = set(state["contributed"])

@@ -71,7 +71,9 @@ class _Box:
     sent: tuple[int, int] = (-1, -1)
     """(round, number) of the last message: what is not after it was sent before, in an earlier attempt."""
     heard: dict[NodeId, int] = field(default_factory=dict)
-    """Of each other node: its round when it sent what was received from it last."""
+    """Of each other node: its round when it sent what was received from it last, or had what this one began with."""
+    known: dict[NodeId, int] = field(default_factory=dict)
+    """The same as of the last commit: a round that begins again has heard of nothing since."""
     queue: deque[Envelope | Left | Timeout] = field(default_factory=deque)
     log: list[tuple[int, Envelope | Left | Timeout]] = field(default_factory=list)
     """What it was handed, in order, and in which round, since what is kept of it; of the server, or of all."""
@@ -117,12 +119,12 @@ class Mailroom:
         """``node`` begins round ``number``."""
         self.stop(node)
         box = self._boxes[node]
-        box.round, box.num_sent, box.is_open = number, 0, True
+        box.round, box.num_sent, box.is_open, box.heard = number, 0, True, dict(box.known)
 
     def end(self, node: NodeId) -> list[Envelope]:
         """``node`` has committed its round: return what nobody will be handed again, unless it is the server's."""
         box = self._boxes[node]
-        box.is_open = False
+        box.is_open, box.known = False, dict(box.heard)
         return [] if node == SERVER else self.kept(node, box.round)
 
     def send(self, sender: NodeId, to: NodeId, nbytes: int, letter: int) -> Envelope | None:
@@ -174,9 +176,15 @@ class Mailroom:
             self._note(node, Timeout())
         return [Handover(node, Timeout()) for node in late]
 
-    def join(self, node: NodeId) -> None:
-        """``node`` is there, with an empty box; nobody is told."""
-        self._boxes.setdefault(node, _Box())
+    def join(self, node: NodeId, known: Mapping[NodeId, int] | None = None) -> None:
+        """``node`` is there, with an empty box, and has heard of others' rounds as ``known``; nobody is told."""
+        box = self._boxes.setdefault(node, _Box())
+        if known is not None:
+            box.known = dict(known)
+
+    def known(self, node: NodeId) -> dict[NodeId, int]:
+        """Of which round of each other node the last commit of ``node`` has heard."""
+        return dict(self._boxes[node].known) if node in self._boxes else {}
 
     def leave_out(self, node: NodeId) -> None:
         """``node`` is not there yet; nobody is told."""
@@ -200,6 +208,14 @@ class Mailroom:
         done = [what for round_, what in box.log if round_ <= number and isinstance(what, Envelope)]
         box.log = [one for one in box.log if one[0] > number]
         return done
+
+    def clear(self, node: NodeId) -> list[Envelope]:
+        """``node`` is gone: return the messages that were for it, or that it would have been handed again."""
+        box = self._boxes[node]
+        found = [what for what in (*(what for _, what in box.log), *box.queue) if isinstance(what, Envelope)]
+        box.log = []
+        box.queue.clear()
+        return found
 
     def forget(self, number: int) -> None:
         """Round ``number`` begins again: what was sent in it was never sent."""
@@ -284,7 +300,7 @@ class Mailroom:
                 str(node): {
                     "round": box.round,
                     "sent": box.sent,
-                    "heard": {str(other): number for other, number in box.heard.items()},
+                    "heard": {str(other): number for other, number in box.known.items()},
                     "unsent": sorted(box.unsent),
                     "queue": [_written(what, letters) for what in self._open(box)],
                 }
@@ -305,7 +321,8 @@ class Mailroom:
             if saved is not None:
                 box.round = saved["round"]
                 box.sent = cast("tuple[int, int]", tuple(saved["sent"]))
-                box.heard = {int(other): number for other, number in saved["heard"].items()}
+                box.known = {int(other): number for other, number in saved["heard"].items()}
+                box.heard = dict(box.known)
                 box.unsent = {(number, place) for number, place in saved["unsent"]}
                 box.queue = deque(_read(what) for what in saved["queue"])
         for node, those in state.get("arriving", {}).items():

@@ -118,7 +118,7 @@ class Members:
                 self._held[node] = self._kept[node]
             case (node, False):
                 self.loaded.add(node)
-                self._held[node] = self._progress.committed
+                self._held[node] = self._kept[node] if happening.source == node else self._progress.committed
             case None:
                 pass
 
@@ -327,6 +327,7 @@ class Members:
             "retiring": sorted(self._retiring),
             "successors": [written(up) for up in self._successors.values()],
             "kept": {str(node): number for node, number in self._kept.items()},
+            "held": {str(node): number for node, number in self._held.items()},
             "unsent": {str(node): norm for node, norm in self._unsent.items()},
         }
 
@@ -341,6 +342,7 @@ class Members:
         ups = [cast("Up", read(one, {})) for one in state["successors"]]
         self._successors = {up.facts.node: up for up in ups}
         self._kept = {int(node): number for node, number in state["kept"].items()}
+        self._held = {int(node): number for node, number in state["held"].items()}
         self._unsent = {int(node): norm for node, norm in state["unsent"].items()}
 
     def bring_back(self, rounds: Mapping[NodeId, int], late: Collection[NodeId] = ()) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from algorithms.api import SERVER
 from orchestrator.errors import RunError
+from orchestrator.mailroom import Delivery, Mailroom
 from tests.soak.histories import draw
 from tests.soak.watch import Wrong, live
 from tests.toys import attempt
@@ -89,6 +91,62 @@ def test_a_server_that_is_given_up_ends_the_run():
     faults = [("kill", "server", number, "train") for number in [3] * 8]
     ran = attempt(history({"name": "fedbuff", "buffer_size": 2, "steps": 1}, *faults))
     assert isinstance(ran.error, RunError | None)
+
+
+@pytest.mark.parametrize("algorithm", [{"name": "fedbuff", "buffer_size": 3}, {"name": "async_diloco"}], ids=str)
+@pytest.mark.parametrize("kind", ["kill", "preempt", "late_join"])
+def test_who_joins_is_as_old_as_what_it_begins_with(algorithm: Any, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Not by the whole run: its first update counts like any other."""
+    steps = {"fedbuff": {"steps": 1}, "async_diloco": {"inner_steps": 2, "lr": 0.1}}[algorithm["name"]]
+    number = 20 if kind == "late_join" else 5
+    found: list[int] = []
+
+    def serve(room: Mailroom, node: int) -> list[Any]:
+        handovers = real(room, node)
+        found.extend(
+            one.outcome.staleness for one in handovers if one.node == SERVER and isinstance(one.outcome, Delivery)
+        )
+        return handovers
+
+    real = Mailroom._serve
+    monkeypatch.setattr(Mailroom, "_serve", serve)
+    ran = attempt(history(algorithm | steps, (kind, 1, number, "train"), nodes=4, rounds=60))
+    assert ran.error is None
+    assert ran.summary is not None
+    assert ran.summary.nodes["joined"] == 1
+    assert 0 < max(found) <= 4
+
+
+def test_updates_of_workers_that_come_back_count_though_all_were_lost():
+    """Also while the server does not know yet that anybody is there."""
+    faults = [("kill", node, number, "receive") for node in (0, 1) for number in (2, 3)]
+    for rule in ("delayed_nesterov", "delayed_sgd"):
+        algorithm = {"name": "async_diloco", "inner_steps": 2, "lr": 0.1, "rule": rule}
+        assert live(history(algorithm, *faults, nodes=2, rounds=20)) == "finished"
+
+
+def test_a_first_member_that_comes_late_begins_no_second_walk():
+    ran = attempt(history("random_walk", ("late_join", 0, 2, "train"), rounds=12))
+    assert ran.error is None
+    received = [
+        tuple(event["outcome"]) for event in ran.sought("received") if isinstance(event["outcome"], list | tuple)
+    ]
+    commits = [event for event in ran.sought("commit") if event["node"] >= 0]
+    assert {event["node"] for event in commits} == {0, 1, 2}
+    assert len(received) == len(set(received))
+    # One token: each step is done once, one after the other.
+    assert len({event["at_s"] for event in commits}) == len(commits)
+
+
+def test_what_was_received_in_a_round_that_is_begun_again_is_received_again():
+    """A walk's token is not lost where its holder is slow."""
+    network = {"step_ms": 10, "speeds": {1: 0.15}}
+    ran = attempt(
+        history("random_walk", network=network, rounds=12)
+        | {"cluster": {"nodes": {"target": 3}, "round_deadline_s": 0.05}}
+    )
+    assert str(ran.error).startswith("node 1 cannot finish its round")
+    assert len(ran.sought("late")) == 10
 
 
 def test_steps_of_an_exchange_that_was_given_up_do_not_reach_the_next_attempt():

@@ -15,8 +15,9 @@ n_w = ⌊H v_w / max v⌋, v being steps per second as last measured, H = ``inne
 Deviations: which samples a worker draws is its own affair; learning rates follow its own steps. Floating-point buffers
 move by 1/N_b towards those of the worker. Formulas as in public code (halos), not verified with the paper.
 Elasticity: a worker is the model that it was given and nothing else: with one that is gone its update is lost, and its
-speed is forgotten after ``speed_timeout_s``; a new one begins with the initial model. The server has θ, m and B, and
-must not be lost.
+speed is forgotten after ``speed_timeout_s``; a new one begins with the server's model. N_b by the number of workers
+is that of when B was 0: whoever comes or goes counts from the next B on. The server has θ, m and B, and must not be
+lost.
 Cost: 2·(b·P + 8) bytes for an update and its answer, b = 4 for float32; a round of the server is one update, or all
 that come within ``grace_s``. State: 3·P values on the server, P on a worker.
 Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024, arXiv:2401.09135,
@@ -67,7 +68,7 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     def init(self, node: Node) -> None:
         node.local["steps"] = self.inner_steps
         if node.id == SERVER:
-            node.local.update({"waiting": [], "speeds": {}, "count": 0})
+            node.local.update({"waiting": [], "speeds": {}, "count": 0, "size": 0})
             for name in ("buffer", "velocity"):
                 node.local[name] = torch.zeros_like(node.parameters)
 
@@ -99,17 +100,20 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
                 continue
             until = node.now + self.grace_s if until is None else until
             waiting.append(message.sender)
-            self._apply(node, message, self.buffer_size or len(there))
+            there.add(message.sender)  # it may have come since the round began
+            self._apply(node, message, len(there))
         node.local["waiting"] = waiting
 
-    def _apply(self, node: Node, message: Message, size: int) -> None:
+    def _apply(self, node: Node, message: Message, num_workers: int) -> None:
         payload = cast("dict[str, Tensor]", message.payload)
         update, speed = payload["update"], float(payload["speed"])
         if speed > 0:
             speeds = cast("dict[str, State]", node.local["speeds"])
             node.local["speeds"] = {**speeds, str(message.sender): [speed, node.now]}
         buffer = cast("Tensor", node.local["buffer"]) + update
-        count = cast("int", node.local["count"]) + 1
+        begun = cast("int", node.local["count"])
+        size = self.buffer_size or (cast("int", node.local["size"]) if begun else num_workers)
+        count = begun + 1
         full, velocity = count >= size, cast("Tensor", node.local["velocity"])
         if self.rule == "delayed_sgd":
             if full:
@@ -122,7 +126,7 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
             share = 1 - self.between * size + self.between if full else self.between
             node.parameters.sub_((velocity * (share * self.momentum)).add_(update / size), alpha=self.lr)
         node.buffers.lerp_(payload["buffers"], 1 / size)
-        node.local["velocity"], node.local["count"] = velocity, 0 if full else count
+        node.local["velocity"], node.local["count"], node.local["size"] = velocity, 0 if full else count, size
         node.local["buffer"] = torch.zeros_like(buffer) if full else buffer
 
     def steps_of(self, node: Node, worker: NodeId) -> int:

@@ -11,8 +11,8 @@ All are answered at once, but for the one that fills the buffer: it waits for th
 Deviations: a worker asks for work whenever it has none; no server chooses among many. Floating-point buffers become
 the mean of those of the K. A worker that skips a round (``on_nan``) sends a difference of zero.
 Elasticity: the server alone has state that must not be lost. A worker that is gone takes the update with it that it
-was working on, and nobody waits for it; a new one begins with the initial model, and its first update counts from
-t = 0: ``max_staleness`` drops what is too old. K stays as it is, also above the number of workers.
+was working on, and nobody waits for it; a new one begins with the server's model, and its first update is as old as
+that: ``max_staleness`` drops what is too old. K stays as it is, also above the number of workers.
 Cost: 2·K·b·P bytes per round of the server, b = 4 for float32, and what is on its way when the run ends. State: x and
 the sum of the differences on the server, the model it was given on a worker, P values each.
 Reference: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv:2106.06639,

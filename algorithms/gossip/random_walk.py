@@ -11,7 +11,8 @@ matrix of ``topology``, a walk that comes to all nodes equally often in the long
 With α = 0 the walk is P's own. With a < b, as by default, the variance of θ falls with α like 1/α².
 Deviations: floating-point buffers travel along. The defaults of α, a and b are ours. A node that skips a step
 (``on_nan``) passes θ on as it came.
-Elasticity: there is one token, and it is lost with the node that holds it: the run then ends with an error. Where
+Elasticity: there is one token, which the first of those begins with that are there at the start, and it is lost with
+the node that holds it, or with the first one before its first step: the run then ends with an error. Where
 another node is gone the graph is made anew over the others; a new one counts as the least visited.
 Cost: b·P + 8·N + 8 bytes for each hop to another node, b = 4 for float32, and none where the token stays; a round of
 a run is N steps, in which it stays Σ_i P_ii times in the long run. State: P values.
@@ -60,7 +61,8 @@ class RandomWalk(Algorithm, name="random_walk"):
     async def round(self, node: Node) -> None:
         members = list(node.view.members)
         step, visits = 0, torch.full((len(members),), 1 / len(members), dtype=torch.float64)
-        if node.round or node.incarnation or node.id != members[0]:
+        # Whoever joins finds the walk begun, also as the first member: a view of number 0 is that of the start.
+        if node.round or node.incarnation or node.view.number or node.id != members[0]:
             while not isinstance(message := await Receive(), Message):
                 if isinstance(message, Left):
                     members = [member for member in members if member != message.node]

@@ -116,10 +116,12 @@ class Synchronous(Watched):
         """Before a round all have what was committed: the same, if they are replicas."""
         number, view = event["round"], event["view"]
         kept.begin = event
+        bodies = {node: self.bodies[node] for node in view}
+        self.runtime.settle(dict.fromkeys(view, number - 1))
+        if isinstance(self.config.algorithm, Mixer):
+            kept.before = {node: one.committed.double() for node, one in bodies.items()}
         if number == 0:
             return
-        self.runtime.settle(dict.fromkeys(view, number - 1))
-        bodies = {node: self.bodies[node] for node in view}
         if self.config.algorithm.replicated:
             first = bodies[view[0]]
             for node, one in bodies.items():
@@ -184,7 +186,7 @@ class Synchronous(Watched):
         weights = mixer.topology.mixing(tuple(view), number, self.config.seed, frozenset(closed)).weights
         for node in event["committed"]:
             row = weights[node] if node in closed else {node: 1.0}
-            mixed = sum((self.bodies[other].committed.double() + 1) * weight for other, weight in row.items())
+            mixed = sum((kept.before[other] + 1) * weight for other, weight in row.items())
             if not torch.allclose(self.bodies[node].parameters.double(), cast("Tensor", mixed), atol=1e-5):
                 raise Broken("what is mixed is not what was contributed", f"node {node}, round {number}")
 
@@ -202,6 +204,8 @@ class Kept:
         """Have not committed a round since they came."""
         self.last: tuple[int, ...] = ()
         self.begin: Mapping[str, Any] = {}
+        self.before: dict[int, Tensor] = {}
+        """Parameters at the begin."""
         self.is_sound = False
 
 
