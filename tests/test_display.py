@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def test_residuals_that_were_lost_are_in_the_summary():
     output, file = console()
     print_summary(output, summary(lost={"residuals": 2, "residual_norm": 0.25}), configuration())
     assert "lost             2 residuals of norm 0.25" in file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "words"),
+    [
+        ("fedavg", 1, "for nodes that had missed something"),
+        ("fedavg", 0, "for nodes that had missed something"),  # those that were late
+        ("fedbuff", 0, "of kept copies of the server"),
+        ("fedbuff", 1, "of kept copies of the server and for nodes that had missed something"),
+    ],
+)
+def test_what_recovery_was_for(name: str, lost: int, words: str):
+    output, file = console()
+    ended = summary()
+    ended = dataclasses.replace(ended, bytes=ended.bytes | {"recovery": 5000}, nodes=ended.nodes | {"lost": lost})
+    print_summary(output, ended, configuration(algorithm=name))
+    (line,) = [line for line in file.getvalue().splitlines() if line.startswith("recovery")]
+    assert line.split(maxsplit=1)[1] == f"5.00 kB {words}"
 
 
 def test_the_summary_names_where_to_look(tmp_path: Path):

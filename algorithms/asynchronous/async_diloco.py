@@ -13,7 +13,7 @@ and takes that one. With ``dynamic_steps`` a slow worker takes fewer steps, so t
 n_w = ⌊H v_w / max v⌋, v being steps per second as last measured, H = ``inner_steps``.
 
 Deviations: which samples a worker draws is its own affair; learning rates follow its own steps. Floating-point buffers
-move by 1/N_b towards those of the worker. Formulas as in public code (halos), not verified with the paper.
+move by 1/N_b towards those of the worker. Formulas of public code (halos), to the same values; the paper is unread.
 Elasticity: a worker is the model that it was given and nothing else: with one that is gone its update is lost, and its
 speed is forgotten after ``speed_timeout_s``; a new one begins with the server's model. N_b by the number of workers
 is that of when B was 0: whoever comes or goes counts from the next B on. The server has θ, m and B, and must not be
@@ -49,7 +49,7 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     replicated: ClassVar[bool] = False
     synchronous: ClassVar[bool] = False
 
-    inner_steps: PositiveInt = 50  # H, steps of the fastest worker between two exchanges; paper, section 5
+    inner_steps: PositiveInt = 50  # H, steps of the fastest worker between two exchanges; the paper's (secondary)
     rule: Literal["delayed_nesterov", "delayed_sgd"] = "delayed_nesterov"  # step with each update, or with N_b
     buffer_size: PositiveInt | None = None  # N_b, updates to a change of momentum; null: as there are workers
     between: Share = 0.0  # c, how much momentum steps in between have; at most 1 / N_b

@@ -9,7 +9,9 @@ the last time is added. With Q of shape (m, r), r = ``rank``, from the last time
 Both products are linear in M, so the result is that of the mean, and so the errors sum up to what the mean lacks. All
 else, and matrices for which r (n + m) ≥ n·m, is sent as it is.
 
-Deviations: none; the columns are made orthonormal by a QR decomposition.
+Deviations: the columns are made orthonormal by a QR decomposition. It compresses from the first step on (torch's hook
+begins after 1000, the authors' code after 100), and at any gain (both: at twofold or more). The first Q is the same in
+all runs, whatever their seed.
 Elasticity: Q is shared state, and a joiner receives it; e is its node's own: it survives the loss of others, and is
 lost with its node.
 Cost: two exchanges, of 4·r·n and the uncompressed values and then of 4·r·m bytes. State: r·m shared values, P own ones.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class DiLoCo(Algorithm, name="diloco"):
     """Distributed low-communication training; see the module's docstring."""
 
-    inner_steps: PositiveInt = 500  # H, optimizer steps between exchanges; paper, section 3
-    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.9)  # η, β; paper, section 3
+    inner_steps: PositiveInt = 500  # H, optimizer steps between exchanges; OpenDiLoCo
+    outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.9)  # η, β; OpenDiLoCo
     aggregator: Aggregator = Mean()  # combines the outer gradients
     codec: Codec = Identity()  # what travels; decoded before it is combined
     result_codec: Codec = Identity()  # what travels back: the combined outer gradient

@@ -15,8 +15,8 @@ With one fragment, τ = 0, α = 0 and no codec this is DiLoCo. The paper has thr
 ``staggered: false`` exchanges all fragments at the end of the H steps, for comparisons.
 
 Deviations: the mean comes back in bf16; the paper counts four bits both ways. H must be a multiple of F. Tensors
-outside of blocks go to the smallest fragments. The scales of the four bits are ours (codec ``fp4``). Floating-point
-buffers, of which the paper's models have none, are averaged every round, uncompressed.
+outside of blocks go one by one to the smallest fragments. The scales of the four bits are ours (codec ``fp4``).
+Floating-point buffers, of which the paper's models have none, are averaged every round, uncompressed.
 Elasticity: θ, v and the round are shared state: a round that is not finished is repeated with the same fragment. A
 joiner begins at θ in all fragments, so that its first Δ is measured from there, with a fresh inner optimizer. A node
 that is lost between s and s + τ is left out of the reduction, or in it if it was whole; nobody waits. With
@@ -51,14 +51,14 @@ Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
     """DiLoCo in fragments, overlapped and quantized; see the module's docstring."""
 
-    inner_steps: PositiveInt = 100  # H, steps between two exchanges of one fragment; paper, section 3
+    inner_steps: PositiveInt = 100  # H, steps between two exchanges of one fragment; paper, table 4
     fragments: PositiveInt = 4  # F; the paper has as many as make three blocks each
     pattern: Pattern = "strided"  # which blocks make a fragment; size: equal parts of any model
     overlap_steps: NonNegativeInt = 1  # τ, steps that go on while a fragment travels; paper, table 1
     merge_alpha: Share = 0.5  # α, what the local values count when the exchanged ones are merged in; paper, figure 10
     staggered: bool = True  # a fragment in each round of H/F steps; false: all of them in each round of H
     outer: OuterOptimizer = Nesterov(lr=0.4, momentum=0.9)  # η, β; the paper's, by a secondary source
-    codec: Codec = FP4()  # of the outer gradients; paper, section 3
+    codec: Codec = FP4()  # of the outer gradients; the paper's four bits
     result_codec: Codec = BFloat16()  # of their mean; ours, fp4: four bits this way too
 
     @model_validator(mode="after")

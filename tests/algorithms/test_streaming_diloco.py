@@ -184,6 +184,21 @@ def test_s5_replicas_agree_after_a_loss(phase: str, overlap: int):
     assert again.digest == ran.digest
 
 
+def test_s5_a_fragment_is_the_mean_of_those_that_are_left():
+    """Where nothing is merged (α = 1) and the outer step is the mean: that of the survivors' own models, by hand."""
+    faults = {"events": [{"kind": "kill", "node": 0, "round": 2, "phase": "train"}]}
+    keys: dict[str, Any] = {"inner_steps": 6, "overlap_steps": 0, "merge_alpha": 1.0, **HALVES, **EXACT}
+    ran = run(rounds=3, faults=faults, network={"start_s": 100.0}, outer={"name": "sgd", "lr": 1.0}, **keys)
+    # Rounds of 3 steps: fragment 1 was last exchanged after 6, among all, and fragment 0 after 9.
+    optimizer, data = {"name": "adamw", "lr": 0.01}, {"batch_size": 8}
+    for p, steps, members in ((1, 6, (0, 1, 2)), (0, 9, (1, 2))):
+        alone = simulate(algorithm="test_silent", nodes=3, rounds=steps, optimizer=optimizer, data=data)
+        ranges = fragments_of(alone.replicas[0].layout, 2, "size")[p]
+        own = torch.stack([gather(alone.replicas[node].parameters, ranges) for node in members])
+        found = gather(ran.config.algorithm.model(ran.replicas[1]), ranges)
+        torch.testing.assert_close(found, own.mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_a_joiner_begins_at_the_anchor():
     faults = {"events": [{"kind": "kill", "node": 1, "round": 1, "phase": "post"}]}
     ran = run(
