@@ -209,6 +209,18 @@ class Cuts:
             for segments in self.parts
         ]
 
+    def are_finite(self, parts: Sequence[Buffer]) -> bool:
+        """Whether the values of an encoded contribution are finite, as others will decode them."""
+        for segments, buffer in zip(self.parts, parts, strict=True):
+            offset = 0
+            for one in segments:
+                dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
+                nbytes = self.codec.nbytes(size, dtype)
+                if not bool(self.codec.decode(_slice(buffer, offset, nbytes, dtype), size, dtype).isfinite().all()):
+                    return False
+                offset += nbytes
+        return True
+
     def reduce(
         self, operation: AllReduce[Any], part: int, contributions: Sequence[Buffer], weights: Sequence[float]
     ) -> Buffer:

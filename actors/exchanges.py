@@ -12,10 +12,12 @@ import torch
 
 from actors import buffers
 from actors.buffers import Cuts, Signature, TensorSpec
+from actors.finite import trouble
 from actors.mixtures import Mixtures, Rows
 from actors.tickets import Contributed, Posted
 from algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
-from algorithms.closing import Quorum
+from algorithms.closing import ClosePolicy, Quorum
+from algorithms.codecs import Identity
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -195,10 +197,10 @@ class Exchanges:
             wants = self._neighborhoods(node, seq, operation.topology).of(node)
         payload: Any = operation.tensors if isinstance(operation, AllReduce) else operation.payload
         waits, close = not started, None if type(operation.close) is Quorum else operation.close
+        if payload is not None and not replica.skipping:
+            self._check(replica, operation, payload, seq)
         if payload is None or replica.skipping:
-            if isinstance(operation, AllReduce):
-                signature = exchange.signature = Signature(signature.operation, signature.parts, None)
-            return Posted(seq, signature, None, 0.0, (), (), None, close, wants, waits)
+            return self._receives(replica, exchange, seq, close, wants, waits=waits)
         if started:
             payload = self._held(replica, exchange, payload)
         if not isinstance(operation, AllReduce):
@@ -212,10 +214,47 @@ class Exchanges:
         assert specs is not None
         cuts = exchange.cuts = self._cut(operation, signature.parts, specs, len(self._members))
         exchange.parts = cuts.encode(payload)
+        # Finite values may be too large for a codec's floats, or its norms.
+        if not (
+            isinstance(operation.codec, Identity) or operation.aggregator.bears_nan or cuts.are_finite(exchange.parts)
+        ):
+            replica.give_up_round(f"what it gives to exchange {seq} is not finite as {operation.codec.name} has it")
+            exchange.parts = ()
+            return self._receives(replica, exchange, seq, close, wants, waits=waits)
         sizes = cuts.part_nbytes
         inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
         weight, results = float(operation.weight), cuts.result_nbytes
         return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits)
+
+    @staticmethod
+    def _receives(
+        replica: Replica,
+        exchange: Exchange,
+        seq: int,
+        close: ClosePolicy | None,
+        wants: frozenset[NodeId] | None,
+        *,
+        waits: bool,
+    ) -> Posted:
+        """What is said of a node that has nothing to contribute."""
+        if isinstance(exchange.operation, AllReduce):
+            exchange.signature = Signature(exchange.signature.operation, exchange.signature.parts, None)
+        skipped = replica.skipped if replica.skipping else None
+        return Posted(seq, exchange.signature, None, 0.0, (), (), None, close, wants, waits, skipped)
+
+    @staticmethod
+    def _check(replica: Replica, operation: Collective, payload: Payload, seq: int) -> None:
+        """Keep from others what is not finite: the node stops, or skips the round, as ``on_nan`` says."""
+        weight, least = 1.0, 1
+        if isinstance(operation, AllReduce):
+            if operation.aggregator.bears_nan:
+                return
+            weight = operation.weight
+        elif isinstance(operation, AllGather):
+            least = max(1, replica.layout.num_values)
+        found = trouble(payload, len(replica.view.members), weight=weight, least=least)
+        if found is not None:
+            replica.give_up_round(f"what it gives to exchange {seq} ({type(operation).__name__}) {found}")
 
     @staticmethod
     def _held(replica: Replica, exchange: Exchange, payload: Payload) -> Payload:

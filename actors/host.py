@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from actors import buffers, together
 from actors.data.plans import NOTHING_NEW
 from actors.exchanges import Exchange, Exchanges, Shared
-from actors.replica import Interrupted
+from actors.finite import trouble
+from actors.replica import Interrupted, NonFiniteLossError
 from actors.state import same_bits
 from actors.tickets import (
     Computing,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from actors.data import Place
     from actors.replica import Replica
     from actors.tickets import Compute
-    from algorithms.api import NodeId, State, View
+    from algorithms.api import NodeId, Payload, State, View
 
 
 _COMPUTE = frozenset({Train, Batch, Gradient, Step, Loss, Evaluate})
@@ -256,7 +257,10 @@ class Host(Exchanges):
             case Wait(handle):
                 return self._wait(node, handle)
             case Send(to, payload):
-                specs, data = buffers.specs_of(payload), buffers.pack(payload).copy()
+                specs = buffers.specs_of(payload)
+                if self._is_withheld(node, to, payload):
+                    return self._finish(node)
+                data = buffers.pack(payload).copy()
                 nbytes, letter = buffers.payload_nbytes(specs), next(self._letters)
                 if nbytes > INLINE_LIMIT_BYTES:
                     self.outbox[letter] = data
@@ -270,6 +274,26 @@ class Host(Exchanges):
             case _:
                 message = f"the program awaits a {type(operation).__name__}; it may only await operations of the api"
                 raise ProgramError(message)
+
+    def _is_withheld(self, node: NodeId, to: NodeId, payload: Payload) -> bool:
+        """Whether a message is not to be sent, and its sender's round is over without it, as ``on_nan`` says.
+
+        Raises:
+            NonFiniteLossError: it is not finite, and somebody waits for it.
+        """
+        replica, program = self.replicas[node], self.programs[node]
+        found = trouble(payload, max(1, len(replica.view.members)))
+        if found is None:
+            return False
+        what = f"what it sends to {'the server' if to == SERVER else f'node {to}'} {found}"
+        if node == SERVER or to != SERVER:
+            who = "server" if node == SERVER else f"node {node}"
+            raise NonFiniteLossError(f"{who}, round {replica.round}: {what}; lower optimizer.lr, or the outer one")
+        replica.give_up_round(what)
+        replica.shared.rollback()
+        replica.local.rollback()
+        program.coroutine.close()
+        return True
 
     def _collective(self, node: NodeId, operation: Any, *, started: bool) -> Posted:  # noqa: ANN401 - one of three
         if node == SERVER:

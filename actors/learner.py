@@ -122,6 +122,8 @@ class Learner:
         self.parameters, self.buffers = self.tensors.parameters, self.tensors.buffers
         self.round = NOT_STARTED
         self.num_samples = len(indices)
+        self.skipped = ""
+        """Why, if it was."""
         self.skipping = False
         """Set for the rest of a round in which the loss was not finite (``on_nan: skip``): contributes nothing."""
         self.optimizer = NodeOptimizer(self.bench)
@@ -190,11 +192,11 @@ class Learner:
         seconds = time.perf_counter() - began
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
-            self._give_up_round(f"loss is {values[bad]} after inner step {bad} (lr {rate:.3g})")
+            self.give_up_round(f"loss is {values[bad]} after inner step {bad} (lr {rate:.3g})")
             return TrainReport(math.nan, 0, 0, seconds)
         # The last step's own result is in no loss yet, and must not reach the other nodes.
-        if not _is_finite(self.parameters):
-            self._give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})")
+        if not is_finite(self.parameters):
+            self.give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})")
             return TrainReport(math.nan, 0, 0, seconds)
         mean = mean_loss(list(zip(values, counts, strict=True)))
         return TrainReport(math.nan if mean is None else mean, sum(counts), steps, seconds)
@@ -305,13 +307,18 @@ class Learner:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._sampler
 
-    def _give_up_round(self, what: str) -> None:
+    def give_up_round(self, what: str) -> None:
+        """Go on without this node's round, if ``on_nan`` is ``skip``: its values are not finite, as ``what`` says.
+
+        Raises:
+            NonFiniteLossError: it is not.
+        """
         if not self.spec.skip_nan:
             where = f"{self._name()}, round {self.round}: {what}"
             message = f"{where}; lower optimizer.lr, or set on_nan: skip to go on without this node's round"
             raise NonFiniteLossError(message)
         # The round goes on with what was committed; the optimizer's moments have seen the NaN and are made anew.
-        self.skipping = True
+        self.skipping, self.skipped = True, what
         self.slab.restore(self.row)
         self.optimizer.reset()
 
@@ -374,9 +381,9 @@ class Learner:
         with self._seeded_for_batch():
             gradient, loss = self._gradient_at(at, batch)
         value = float(loss)
-        if not (math.isfinite(value) and _is_finite(gradient)):
+        if not (math.isfinite(value) and is_finite(gradient)):
             what = "the gradient is not finite" if math.isfinite(value) else f"loss is {value}"
-            self._give_up_round(f"{what} in a Gradient")
+            self.give_up_round(f"{what} in a Gradient")
             return GradientReport(torch.zeros_like(self.parameters), math.nan, 0)
         return GradientReport(gradient.clone(), value, batch.num_samples)
 
@@ -400,8 +407,8 @@ class Learner:
         rate = self.rate()
         self.optimizer.step(self.parameters, rate)
         self._count(1)
-        if not _is_finite(self.parameters):
-            self._give_up_round(f"parameters are not finite after a Step (lr {rate:.3g})")
+        if not is_finite(self.parameters):
+            self.give_up_round(f"parameters are not finite after a Step (lr {rate:.3g})")
             return TrainReport(math.nan, 0, 0, 0.0)
         return TrainReport(operation.report.loss, operation.report.num_samples, 0, 0.0)
 
@@ -433,7 +440,7 @@ class Learner:
                 total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
             bench.check("loss")
         if not (math.isfinite(total) or operation.probe):
-            self._give_up_round(f"loss is {total} in a Loss")
+            self.give_up_round(f"loss is {total} in a Loss")
             return math.nan
         return total
 
@@ -483,6 +490,7 @@ def _shuffled(population: int, *labels: int | str) -> Tensor:
     return torch.randperm(population, generator=generator(*labels))
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite."""
     # The sum is one pass, and finite only if all values are; that it is not may be its own overflow.
     return math.isfinite(values.sum()) or bool(values.isfinite().all())

@@ -13,7 +13,7 @@ import torch
 
 from actors.data import Epoch
 from actors.digest import digest_tensors
-from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec
+from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec, is_finite
 from actors.state import StagedState
 from algorithms.api import SERVER, TrainReport, View
 from algorithms.errors import ProgramError
@@ -170,14 +170,34 @@ class Replica(Learner):
 
         Raises:
             ProgramError: shared or local state was written in place, or parameters that the round was to leave alone.
+            NonFiniteLossError: parameters or buffers are not finite, and the round cannot do without this node's.
         """
         self.shared.check_unwritten()
         self.local.check_unwritten()
+        self._check_finite()
         if record is not None and self.spec.algorithm.steps_at_commit:
             if self.parameters._version != self._version:  # noqa: SLF001 - torch's counter of writes
                 raise ProgramError("the round wrote to node.parameters, though its step is made on commit")
             self._due = record
         self.staged_round = self.round
+
+    def _check_finite(self) -> None:
+        """Keep what is not finite from being committed."""
+        at_fault = [name for name in ("parameters", "buffers") if not is_finite(getattr(self, name))]
+        if not at_fault:
+            if self.skipping and not self.local.is_finite():
+                self.local.rollback()  # it was made of what was not given to others
+            return
+        what = f"node.{' and node.'.join(at_fault)} not finite at the round's end"
+        if self.id == SERVER or (self.spec.algorithm.replicated and at_fault != ["buffers"]):
+            # What all have alike cannot be left out.
+            raise NonFiniteLossError(
+                f"{self._name()}, round {self.round}: {what}; lower optimizer.lr, or the outer one"
+            )
+        self.give_up_round(what)
+        if not self.spec.algorithm.replicated:
+            self.shared.rollback()
+            self.local.rollback()
 
     def settle(self, committed: int) -> bool:
         """Make a staged round current if the controller has committed it; say whether. Idempotent."""

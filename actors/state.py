@@ -40,6 +40,11 @@ class StagedState(MutableMapping[str, "State"]):
         self._removed: set[str] = set()
         self._aliases: frozenset[int] = frozenset()
 
+    def is_finite(self) -> bool:
+        """Whether all floating-point tensors are finite, those that are staged included."""
+        found = (leaf for leaf in self.leaves().values() if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return all(bool(leaf.isfinite().all()) for leaf in found)
+
     def forbid_aliases_of(self, *tensors: Tensor) -> None:
         """Refuse values that share memory with ``tensors``, which are written in place."""
         self._aliases = frozenset(_storage(tensor) for tensor in tensors if tensor.numel())

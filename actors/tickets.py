@@ -40,6 +40,8 @@ class Posted(NamedTuple):
     """Of a neighbour gather: this round's in-neighbours."""
     waits: bool = True
     """False after a ``Start``: the program runs on at once."""
+    skipped: str | None = None
+    """Why the node, which trains in this round, has nothing to contribute (``on_nan: skip``)."""
 
     @property
     def nbytes(self) -> int:

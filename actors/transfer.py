@@ -10,8 +10,9 @@ from torch import Tensor
 
 from actors.buffers import as_buffer, as_tensor
 from actors.data import Place, Position
-from actors.learner import NOT_STARTED
+from actors.learner import NOT_STARTED, NonFiniteLossError, is_finite
 from actors.pace import Milestone
+from algorithms.api import SERVER
 from algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ def snapshot(replica: Replica, *, shared: bool = True) -> StateExport:
     It stays as it is, whatever the node does.
     """
     export = export_state(replica, everything=True, shared=shared)
+    if not is_finite(replica.committed_tensors().parameters):
+        name, number = "server" if replica.id == SERVER else f"node {replica.id}", replica.committed_round
+        raise NonFiniteLossError(f"{name}, round {number}: its parameters are not finite, and are not saved")
     # What is in the trees is replaced and not written to, and of the optimizer's state it has a copy already.
     own = export.meta["counters"] + 2
     arrays = [array.copy() for array in export.arrays[:own]] + export.arrays[own:]

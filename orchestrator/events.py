@@ -35,6 +35,8 @@ class Post(NamedTuple):
     close: ClosePolicy | None = None
     wants: frozenset[NodeId] | None = None
     """Of a neighbour gather: whose contributions ``node`` is to receive. ``None``: everybody's."""
+    skipped: str | None = None
+    """Why the node has nothing to contribute, though it takes part: its values are not finite."""
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,7 @@ class Rendezvous:
 
     def _check_need(self, exchange: Exchange) -> None:
         if not exchange.closed:
-            self._abort(f"nobody contributes to exchange {exchange.seq}, or nobody can fetch what is contributed")
+            self._abort(_nobody(exchange))
             return
         receivers = {node for node in self.active if not exchange.posts[node].contributes}
         if len(receivers.union(exchange.closed)) < self.need:
@@ -511,3 +511,15 @@ class Rendezvous:
     def _fail_programs(self, seq: int, first: NodeId, second: NodeId, message: str) -> None:
         self.over = True
         self._out.append(ProgramsDiverge(seq, first, second, message))
+
+
+def _nobody(exchange: Exchange) -> str:
+    """Why there is nothing to be had in an exchange."""
+    skipped = {node: post.skipped for node, post in sorted(exchange.posts.items()) if post.skipped}
+    if not skipped:
+        return f"nobody contributes to exchange {exchange.seq}, or nobody can fetch what is contributed"
+    first, reason = next(iter(skipped.items()))
+    who = f"node {first} skips" if len(skipped) == 1 else f"nodes {', '.join(map(str, skipped))} skip"
+    others = "" if len(skipped) == 1 else f"node {first}: "
+    advice = "lower optimizer.lr"
+    return f"nobody contributes to exchange {exchange.seq}: {who} the round (on_nan: skip); {others}{reason}; {advice}"

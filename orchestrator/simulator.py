@@ -444,6 +444,7 @@ def _alike(one: Posted, other: Posted) -> bool:
         and one.waits is other.waits
         and (one.specs is None) is (other.specs is None)
         and (one.inline is None) is (other.inline is None)
+        and one.skipped == other.skipped
     )
 
 
@@ -465,4 +466,5 @@ def post_event(node: NodeId, ticket: Posted) -> Post:
         waits=ticket.waits,
         close=ticket.close,
         wants=ticket.wants,
+        skipped=ticket.skipped,
     )

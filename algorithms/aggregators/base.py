@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class Aggregator(Part, family="aggregator", catalog="algorithms.aggregators"):
     A large exchange is cut into parts that different members reduce, so the result of a coordinate must not depend
     on any other coordinate, nor on where the cuts are.
     """
+
+    bears_nan: ClassVar[bool] = False
+    """Whether contributions that are not finite do no more harm than large ones; else no node may give such."""
 
     @abstractmethod
     def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:

@@ -11,7 +11,7 @@ arXiv:1803.01498, definitions 1 and 2 (``trim`` is their βm).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -39,6 +39,8 @@ class Median(Aggregator, name="median"):
     >>> out.item()  # half of the weight lies up to 7, half from 9 on
     8.0
     """
+
+    bears_nan: ClassVar[bool] = True
 
     def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         count = len(contributions)
@@ -80,6 +82,8 @@ class TrimmedMean(Aggregator, name="trimmed_mean"):
     >>> out.item()
     2.5
     """
+
+    bears_nan: ClassVar[bool] = True
 
     trim: NonNegativeInt | Annotated[float, Field(ge=0, lt=0.5)] = 1  # f; below 1 the fraction f/n, f rounded down
 
