@@ -101,7 +101,7 @@ class CheckpointWriter:
             return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Begin nothing more and repeat nothing; give up what is being written after ``timeout_s``.
+        """Write what was submitted, once, and repeat nothing; give up what is being written after ``timeout_s``.
 
         Returns:
             Whether the thread has ended. If not, the process's end waits for it, ``storage.LONGEST_S`` at most.
@@ -161,10 +161,11 @@ class CheckpointWriter:
 
     def _carry_out(self, job: _Job) -> dict[str, Any]:
         nbytes, retries, seconds, cpu_seconds, is_gone = 0, 0, 0.0, 0.0, False
-        error: str | None = "the run ended before it was begun"
-        while not self._is_closing:
+        # Also when the run has ended meanwhile: what was due is saved, however fast its rounds were.
+        while True:
             began, cpu_began = time.monotonic(), time.thread_time()
-            error, again = None, False
+            error: str | None = None
+            again = False
             try:
                 nbytes = self._store.write(job.number, job.controller, job.nodes)
             except CheckpointError as problem:

@@ -227,6 +227,21 @@ class CheckpointStore:
         self._begun_from = chosen
         return checkpoint
 
+    def forget_after(self, number: int) -> None:
+        """Remove the checkpoints of later rounds than ``number``: the run goes on from there, and they are of no run.
+
+        Raises:
+            CheckpointReadError: they cannot be removed.
+        """
+        try:
+            for name, files in self._storage.folders().items():
+                match = _NAME.fullmatch(name)
+                if match and int(match[1]) > number:
+                    _remove(self._storage, name, files)
+        except OSError as error:
+            what = f"the checkpoints after round {number} cannot be removed, and the run not taken back to it"
+            raise CheckpointReadError(f"{self._storage.shown}: {what}: {one_line(error)}") from None
+
     def _read(self, number: int) -> Checkpoint:
         folder = _folder(number)
         manifest = self._manifest(number)

@@ -59,4 +59,8 @@ def revival(
     if checkpoint.number + 1 > config.rounds:
         raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
     is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
-    return Revival(checkpoint, config, before), store, is_virtual
+    revival = Revival(checkpoint, config, before)
+    if from_previous:
+        # Before the records are taken back: whenever this ends, no other checkpoint is gone on from.
+        store.forget_after(checkpoint.number)
+    return revival, store, is_virtual

@@ -52,7 +52,9 @@ def events(path: Path, size: int, undone: Path) -> None:
     if data[size:]:
         with folder.append(undone.name) as file:
             file.write(data[size:])
-    folder.write(name, data[:size])
+    kept = data[:size]
+    # A machine that lost its power may have less of the file than of the checkpoint.
+    folder.write(name, kept[: kept.rfind(b"\n") + 1])
 
 
 def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:

@@ -93,10 +93,6 @@ class Worker(Program, name="test_poisoned_worker"):
     synchronous = False
     replicated = False
 
-    @property
-    def has_server(self) -> bool:
-        return True
-
     async def round(self, node: Node) -> None:
         bad = node.id == 1 and node.round == 1
         await Send(-1, torch.full_like(node.parameters, BAD[self.value]) if bad else node.parameters.clone())

@@ -122,6 +122,27 @@ def test_the_checkpoint_before_the_last(whole: Summary, tmp_path: Path):
     assert [event["round"] for event in lines(path) if event["event"] == "resume"] == [1]
 
 
+def test_a_run_that_was_taken_back_never_goes_on_from_what_it_left(whole: Summary, tmp_path: Path):
+    path = stopped(tmp_path / "run", after=6)
+    for stop in (True, False):  # the first is killed before it has saved anything
+        with contextlib.suppress(StoppedError):
+            api.resume(path, from_previous=stop, observers=[Stopper(4)] if stop else [])
+        left = sorted(one.name for one in (path / "checkpoints").iterdir())
+        assert left[-1] == ("round-000003" if stop else "round-000007")
+    assert json.loads((path / "summary.json").read_text())["digest"] == whole.digest
+    assert [event["round"] for event in lines(path) if event["event"] == "resume"] == [3]
+    assert [event["round"] for event in lines(path) if event["event"] == "commit"] == list(range(8))
+    assert [record["round"] for record in lines(path, "metrics.jsonl")] == list(range(8))
+
+
+def test_a_record_that_is_shorter_than_its_checkpoint_ends_with_a_whole_line(whole: Summary, tmp_path: Path):
+    path = stopped(tmp_path / "run")
+    data = (path / "events.jsonl").read_bytes()
+    (path / "events.jsonl").write_bytes(data[: data.index(b'"saving"') - 20])
+    assert api.resume(path).digest == whole.digest
+    assert lines(path)
+
+
 def test_a_finished_run_is_only_told_of_and_can_be_made_longer(whole: Summary, tmp_path: Path):
     path = tmp_path / "run"
     constant = {"optimizer": {"name": "adamw", "lr": 0.01}}
