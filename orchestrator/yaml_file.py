@@ -1,8 +1,9 @@
-"""YAML as the configuration wants it: no key twice, ``1e-3`` is a number, and ``a.b=c`` overrides."""
+"""Configurations as text: YAML files, and ``a.b=c`` overrides."""
 
 from __future__ import annotations
 
-import re
+import os
+import stat
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError, PydanticUndefined
 from algorithms.registry import Part, find
 from orchestrator.errors import ConfigError
 from orchestrator.fields import model_in
+from orchestrator.yaml_loader import MAX_BYTES, MAX_DEPTH, Loader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,54 +21,50 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, strict about keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        """Refuse a key that is there twice: YAML would silently take the last."""
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool | None):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is there twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-# YAML 1.1, which PyYAML reads, wants a point in a number with an exponent: 1e-3 would be a text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read(path: Path) -> dict[str, Any]:
     """The mapping that a file holds.
 
     Raises:
         ConfigError: there is no such file, or it holds something else.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    text = _text(path)
     try:
         raw = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{path}{where}: is not a configuration: {problem}") from None
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: is not a configuration: {_problem(error)}") from None
     if not isinstance(raw, dict):
         what = "it is empty" if raw is None else f"it is a {type(raw).__name__}"
         raise ConfigError(f"{path}: must be a mapping of keys (algorithm, task, …); {what}")
     return cast("dict[str, Any]", raw)
 
 
+def _text(path: Path) -> str:
+    """Return the text of a configuration; a pipe, a device or a large file is refused before it is read."""
+    try:
+        # Without waiting for somebody to write, should it be a pipe.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123 - a descriptor
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: cannot be read: it is no file")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ConfigError(f"{path}: is not a configuration: it is larger than {MAX_BYTES // 1024} kB")
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
 def _parse(text: str) -> object:
-    return yaml.load(text, _Loader)  # noqa: S506 - derived from the safe loader
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - derived from the safe loader
+    except RecursionError:  # PyYAML's scanner, in a text of brackets alone
+        raise yaml.YAMLError(f"more than {MAX_DEPTH} levels inside of one another") from None
 
 
 def split(text: str) -> tuple[tuple[str, ...], object]:
@@ -78,11 +76,20 @@ def split(text: str) -> tuple[tuple[str, ...], object]:
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
-        raise ConfigError(f"--set {text}: write it as key.path=value")
+        raise ConfigError(f"--set {cut(text)}: write it as key.path=value")
+    if len(path) > MAX_DEPTH or len(value) > MAX_BYTES:
+        raise ConfigError(f"--set {cut(text)}: is longer than a key or value can be")
     try:
         return path, _parse(value)
+    except yaml.composer.ComposerError as error:
+        raise ConfigError(f"--set {cut(text)}: {_problem(error)}") from None
     except yaml.YAMLError:
         return path, value
+
+
+def cut(text: str, limit: int = 200) -> str:
+    """Return ``text`` with its middle left out if it is longer than ``limit``."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 4 :]}"
 
 
 def assigned(data: object, path: Sequence[str], value: object, model: type[BaseModel] | None) -> dict[str, Any]:
