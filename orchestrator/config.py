@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from orchestrator.records import Observer
 
+_MOST_LINES = 10
+"""Of errors."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
@@ -350,6 +352,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config") -> Config:
     """Validate plain data; see ``load``."""
+    yaml_file.check_bounds(raw, source)
     data = dict(raw)
     given: dict[Place, str] = {}
     for text in overrides:
@@ -364,7 +367,10 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
         found = list(_booleans(data, config.model_dump()))
         if not found:
             return config
-    raise ConfigError("\n".join(f"{_source(place, given, source)}: {line}" for place, line in found))
+    lines = [f"{yaml_file.cut(_source(place, given, source))}: {yaml_file.cut(line, 600)}" for place, line in found]
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[: _MOST_LINES - 1], f"{source}: … and {len(lines) - _MOST_LINES + 1} more of these"]
+    raise ConfigError("\n".join(lines))
 
 
 def _source(place: Place, given: Mapping[Place, str], source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from pydantic import BaseModel
@@ -47,7 +48,12 @@ def _line(error: Mapping[str, Any], location: tuple[Any, ...], place: Place, roo
     if kind == "not_built" and message.startswith(f"{place[-1]}: "):
         return f"{key}{message.removeprefix(place[-1])}"
     message = message.partition(", unable to parse")[0].partition(", got a number with")[0]
+    message = (
+        message.replace("valid tuple", "list").replace("valid array", "list").replace("valid dictionary", "section")
+    )
     given = error["input"]
+    if kind == "string_type" and isinstance(given, bool | int | float | dt.date):
+        message += "; put it in quotes if it is a text"
     tail = "" if isinstance(given, dict | list | BaseModel) or "got" in message else f", got {shown(given)}"
     if not key:
         return message  # of the whole file; names its keys itself
@@ -60,7 +66,7 @@ def shown(value: object) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
+    text = str(value) if isinstance(value, dt.date) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

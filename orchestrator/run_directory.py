@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from actors.modules import initial_module
 from actors.tasks import Task
@@ -42,6 +41,7 @@ from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
 from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, SealedLog, Snapshot
+from orchestrator.yaml_loader import dump
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ class RunDirectory(Observer):
             # Created exclusively: of two runs that found the directory empty, one goes on.
             if not taken:
                 with (path / "config.yaml").open("x", encoding="utf-8") as file:
-                    yaml.safe_dump(config.dump(), file, sort_keys=False, allow_unicode=True)
+                    file.write(dump(config.dump()))
         except FileExistsError:
             taken = True
         except OSError as error:
@@ -116,7 +116,7 @@ class RunDirectory(Observer):
                 self._folder.remove(name)
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
-        self._whole("config.yaml", yaml.safe_dump(self._config.dump(), sort_keys=False, allow_unicode=True).encode())
+        self._whole("config.yaml", dump(self._config.dump()).encode())
 
     @property
     def run_id(self) -> str:

@@ -31,7 +31,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from algorithms.registry import carried
@@ -47,6 +46,7 @@ from orchestrator.sweep_board import Board, Objective, Trial
 from orchestrator.sweep_result import SweepResult, write
 from orchestrator.sweep_space import check
 from orchestrator.tracking import probe
+from orchestrator.yaml_loader import dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -205,7 +205,7 @@ def _made(config: Config, options: Options, path: str | Path | None) -> Path:
                 f"sweep directory {folder} is in use: it is not empty; name another one, or go on with it: "
                 f"starling sweep --resume {folder}"
             )
-        text = yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
+        text = dump(config.dump())
         (folder / "config.yaml").write_text(text, encoding="utf-8")
         facts = {"options": asdict(options), "sys_path": [entry for entry in sys.path if entry]}
         (folder / _FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

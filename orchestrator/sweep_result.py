@@ -7,11 +7,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from orchestrator.records import finite
 from orchestrator.sweep_board import TRIALS
 from orchestrator.sweep_space import assigned
+from orchestrator.yaml_loader import dump
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,7 +159,7 @@ def _write_config(result: SweepResult, config: Config, path: Path) -> None:
         f"# The best of {len(result.rows)} samples of {result.options.space}, trial {trial.number}: {metrics}\n"
         f"# {values}\n"
     )
-    body = yaml.safe_dump(resolved.dump(), sort_keys=False, allow_unicode=True)
+    body = dump(resolved.dump())
     path.write_text(head + body, encoding="utf-8")
 
 

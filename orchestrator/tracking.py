@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from algorithms.api import SERVER
 from orchestrator.config import MLflowTracking
 from orchestrator.errors import ConfigError, RunError
@@ -28,6 +26,7 @@ from orchestrator.records import Observer
 from orchestrator.sections import without_password
 from orchestrator.sender import Sender
 from orchestrator.spool import SPOOL, TRIALS_OF, Outbox, Spool
+from orchestrator.yaml_loader import dump
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +125,7 @@ class MLflowTracker(Observer):
         values["parameters"] = str(started.layout.num_values)
         self._put("params", values=values)
         if self._parent is None:
-            text = yaml.safe_dump(started.config.public(), sort_keys=False, allow_unicode=True)
+            text = dump(started.config.public())
             self._put("text", name="config.yaml", text=text)
 
     def on_round(self, record: RoundRecord) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from pydantic_core import PydanticCustomError, PydanticUndefined
+from yaml.composer import ComposerError
 
 from algorithms.registry import Part, find
 from orchestrator.errors import ConfigError
 from orchestrator.fields import model_in
-from orchestrator.yaml_loader import MAX_BYTES, MAX_DEPTH, Loader
+from orchestrator.yaml_loader import MAX_BYTES, MAX_DEPTH, MAX_VALUES, Loader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,10 +82,30 @@ def split(text: str) -> tuple[tuple[str, ...], object]:
         raise ConfigError(f"--set {cut(text)}: is longer than a key or value can be")
     try:
         return path, _parse(value)
-    except yaml.composer.ComposerError as error:
+    except ComposerError as error:
         raise ConfigError(f"--set {cut(text)}: {_problem(error)}") from None
     except yaml.YAMLError:
         return path, value
+
+
+def check_bounds(data: object, source: str) -> None:
+    """Refuse plain data with more levels or values than a file may have.
+
+    Raises:
+        ConfigError: there are more, as when a mapping holds itself.
+    """
+    values, waiting = 0, [(0, data)]
+    while waiting:
+        depth, value = waiting.pop()
+        values += 1
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{source}: has more than {MAX_DEPTH} levels inside of one another")
+        if values > MAX_VALUES:
+            raise ConfigError(f"{source}: has more than {MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            waiting += [(depth + 1, one) for one in cast("dict[object, object]", value).values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(depth + 1, one) for one in cast("Sequence[object]", value)]
 
 
 def cut(text: str, limit: int = 200) -> str:

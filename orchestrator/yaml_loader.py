@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 MAX_BYTES = 256 * 1024
@@ -25,7 +26,7 @@ _TAGS = frozenset(f"{_CORE}{name}" for name in ("str", "int", "float", "bool", "
 class Loader(yaml.SafeLoader):
     """Loads one document; errors are ``yaml.YAMLError``s with a mark."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def get_single_node(self) -> yaml.Node | None:
         """Compose the document, and refuse one that unfolds to too much."""
@@ -38,7 +39,7 @@ class Loader(yaml.SafeLoader):
         """Refuse deep nesting before Python's own limit does."""
         self._depth = getattr(self, "_depth", 0) + 1
         if self._depth > MAX_DEPTH:
-            raise yaml.composer.ComposerError(
+            raise ComposerError(
                 None, None, f"more than {MAX_DEPTH} levels inside of one another", self.peek_event().start_mark
             )
         try:
@@ -85,11 +86,11 @@ def _count(node: yaml.Node, counts: dict[int, int], above: set[int]) -> int:
     """The values that ``node`` unfolds to.
 
     Raises:
-        yaml.composer.ComposerError: too many, or a node inside of itself.
+        ComposerError: too many, or a node inside of itself.
     """
     name = id(node)
     if name in above:
-        raise yaml.composer.ComposerError(None, None, "an alias stands inside of what it names", node.start_mark)
+        raise ComposerError(None, None, "an alias stands inside of what it names", node.start_mark)
     if name not in counts:
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.SequenceNode):
@@ -99,7 +100,7 @@ def _count(node: yaml.Node, counts: dict[int, int], above: set[int]) -> int:
         counts[name] = 1 + sum(_count(one, counts, above | {name}) for one in inner)
     if counts[name] > MAX_VALUES:
         message = f"more than {MAX_VALUES:,} values, with each alias unfolded"
-        raise yaml.composer.ComposerError(None, None, message, node.start_mark)
+        raise ComposerError(None, None, message, node.start_mark)
     return counts[name]
 
 
@@ -108,17 +109,43 @@ def _shown(value: object) -> str:
     return repr(text if len(text) <= 40 else f"{text[:37]}…")
 
 
+_FLOAT = (
+    r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
 for _kind, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
+    ("float", _FLOAT, "-+0123456789."),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("merge", r"<<", "<"),
 ):
     Loader.add_implicit_resolver(f"{_CORE}{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 Loader.add_constructor(f"{_CORE}int", Loader.construct_whole)
+Loader.add_constructor(f"{_CORE}merge", Loader.construct_yaml_str)  # a value, not a key
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would read as something else than a text."""
+
+    yaml_implicit_resolvers = {
+        first: [*Loader.yaml_implicit_resolvers.get(first, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])]
+        for first in {*Loader.yaml_implicit_resolvers, *yaml.SafeDumper.yaml_implicit_resolvers}
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ANN401 - PyYAML's
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Unquoted or in single quotes, these line ends would be read as spaces.
+    style = '"' if any(end in text for end in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar(f"{_CORE}str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(data: dict[str, Any]) -> str:
+    """Return ``data``, which may be anything that JSON has, as YAML that ``Loader`` reads as ``data`` again."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -297,11 +297,17 @@ def test_flat_has_every_key_once_and_no_secret():
     [
         ("", "must be a mapping of keys (algorithm, task, …); it is empty"),
         ("- a\n", "must be a mapping of keys (algorithm, task, …); it is a list"),
-        ("a: [1\nb: 2\n", ", line 2: is not a configuration: expected ',' or ']', but got ':'"),
-        ("rounds: 1\nseed: 2\nrounds: 3\n", ", line 3: is not a configuration: rounds is there twice"),
-        ("a:\n\tb: 1\n", ", line 2: is not a configuration: found character '\\t' that cannot start any token"),
-        ("[1, 2]: 3\n", ", line 1: is not a configuration: a key must be a word"),
-        ("a: !!python/object:os.system {}\n", ", line 1: is not a configuration: could not determine a constructor"),
+        ("a: [1\nb: 2\n", ", line 2, column 2: is not a configuration: expected ',' or ']', but got ':'"),
+        ("rounds: 1\nseed: 2\nrounds: 3\n", ", line 3, column 1: is not a configuration: 'rounds' is there twice"),
+        (
+            "a:\n\tb: 1\n",
+            ", line 2, column 1: is not a configuration: found character '\\t' that",
+        ),
+        ("[1, 2]: 3\n", ", line 1, column 1: is not a configuration: a key must be a word"),
+        (
+            "a: !!python/object:os.system {}\n",
+            ", line 1, column 4: is not a configuration: the tag 'tag",
+        ),
     ],
 )
 def test_broken_files(tmp_path: Path, text: str, line: str):
