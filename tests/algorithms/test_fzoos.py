@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actors.tasks.quadratic import Quadratic
 from algorithms.zeroth_order import FZooS
-from algorithms.zeroth_order.queries import nearest
+from algorithms.zeroth_order.queries import nearest, rebased
 from algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
 from tests.membership import scripted
 from tests.toys import simulate
@@ -92,6 +92,27 @@ def test_what_is_near_counts():
     known = torch.tensor([[0.0], [3.0], [1.0], [2.0]]), torch.tensor([0.0, 3.0, 1.0, 2.0], dtype=torch.float64)
     points, values = nearest(known, torch.tensor([2.2], dtype=torch.float64), 3)
     assert (points.flatten().tolist(), values.tolist()) == ([2.0, 3.0, 1.0],) * 2
+
+
+def test_values_of_another_batch_are_shifted_to_agree():
+    """A loss that is 7 higher everywhere: the values that were known are moved by 7, and the point is known once."""
+    points = torch.tensor([[0.0], [1.0], [3.0], [1.0]])
+    moved, values = rebased((points, torch.tensor([5.0, 6.0, 8.0, 13.0], dtype=torch.float64)))
+    assert (moved.flatten().tolist(), values.tolist()) == ([0.0, 3.0, 1.0], [12.0, 15.0, 13.0])
+    alone = points[:1], torch.tensor([5.0], dtype=torch.float64)
+    assert rebased(alone) is alone
+
+
+def test_batches_that_differ_by_a_constant_make_no_slope():
+    """The second round's gradient is that of a loss without the constant: nodes move alike, to rounding."""
+    seen: list[Tensor] = []
+    for more in (0.0, 1000.0):
+        queries = normal(40, 3) * 0.05, (normal(40, 3) * 0.05).sum(dim=1)
+        x = torch.zeros(1, 3, dtype=torch.float64)
+        known = torch.cat([queries[0], x]), torch.cat([queries[1], torch.zeros(1).double() + more])
+        points, values = rebased(known)
+        seen.append(GaussianProcess(points, values - values.min(), 1.0).gradient(x[0]))
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1.0, 3.0])
