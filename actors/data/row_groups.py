@@ -147,6 +147,10 @@ def _opened(key: str, path: str) -> _Opened:
                 groups.append(RowGroup(piece, info.id, 0, info.num_rows))
     if not groups or merged is None:
         raise DataError(f"{key}: {files.shown(path)} has no rows")
+    named = {name for file in listing.files for name in _OF_FOLDERS.findall(listing.relative(file))} - set(merged.names)
+    if named:
+        what = f"{key}: folders of {files.shown(path)} are named by {', '.join(sorted(named))}"
+        files.say_once(f"folders {path}", f"{what}, and such columns are not read; write them into the files")
     return _Opened(merged, groups, frozenset(index))
 
 
@@ -164,6 +168,8 @@ def _index_of(schema: pa.Schema) -> set[str]:
         return names
 
 
+_OF_FOLDERS = re.compile(r"(?:^|/)([^/=]+)=[^/]*(?=/)")
+"""Hive and Spark write columns into names: ``user=3/part-0.parquet``."""
 _INDEX = re.compile(r"__index_level_\d+__")
 
 

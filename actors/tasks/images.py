@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -41,6 +42,10 @@ _SUFFIXES = frozenset(
         *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
     ]
 )
+_NOTES = frozenset(
+    {"", ".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"}
+)
+"""Of files that lie beside images."""
 _PARQUET = frozenset({".parquet", ".pq"})
 _HOLD_OUT_EVERY = 10
 _MAX_PIXELS = 64_000_000
@@ -354,6 +359,11 @@ def _list_folder(key: str, path: str) -> tuple[files.Listing, list[str], list[in
     if any("/" not in listing.relative(file) for file in listing.files):
         loose = next(file for file in listing.files if "/" not in listing.relative(file))
         raise DataError(f"{key}: {loose} lies in no class's folder; images must be in {path}/<class>/")
+    others = Counter(PurePosixPath(file).suffix.lower() for file in files.find(key, path).files)
+    strange = sorted(set(others) - _SUFFIXES - _NOTES)
+    if strange:
+        told = ", ".join(f"{others[suffix]} {suffix}" for suffix in strange)
+        files.say_once(f"others {path}", f"{key}: {path} has files that are not taken for images, left out: {told}")
     classes = sorted(set(names))
     numbers = {name: number for number, name in enumerate(classes)}
     return listing, classes, [numbers[name] for name in names]

@@ -189,6 +189,14 @@ def test_files_of_one_table_may_be_encoded_differently(tmp_path: Path):
         read(task(tmp_path / "d"))
 
 
+def test_columns_in_names_of_folders_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    for user in "ab":
+        written(tmp_path / f"user={user}" / "year=1" / "p=1.parquet", a=X, y=Y, year=Y)
+    task(tmp_path).build()
+    assert f"task.path: folders of {tmp_path} are named by user, and such columns are not read" in caplog.text
+
+
 def test_lists_of_another_length_are_named(tmp_path: Path):
     lists = [[1.0, 2.0]] * 4 + [[1.0, 2.0, 3.0]] * 4
     one = task(written(tmp_path / "a.parquet", v=lists, y=Y[:8]), validation=str(tmp_path / "a.parquet"))

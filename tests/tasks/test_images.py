@@ -222,6 +222,19 @@ def test_what_no_picture_can_be_made_of_is_said_in_a_line(data: bytes, message: 
         decoded(data)
 
 
+def test_pictures_of_a_kind_that_is_not_read_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    logging.getLogger("starling").propagate = True
+    files.forget()
+    (tmp_path / "a").mkdir()
+    for number in range(20):
+        (tmp_path / "a" / f"{number:02}.png").write_bytes(encoded((1, 1, 1)))
+    for name in ("x.heic", "y.heic", "notes.txt", ".z.raw"):
+        (tmp_path / "a" / name).write_bytes(b"")
+    assert len(small(tmp_path).train_samples(1)) == 18
+    (record,) = caplog.records
+    assert record.message.endswith("has files that are not taken for images, left out: 2 .heic")
+
+
 def test_pictures_beside_tables_are_not_left_out_in_silence(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.png").write_bytes(encoded((1, 1, 1)))
