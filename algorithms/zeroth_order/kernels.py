@@ -51,4 +51,4 @@ def distances_of(gram: Tensor) -> Tensor:
     """Return |x_j − x_k| of points with products x_j·x_k; 0 for those that rounding does not tell apart."""
     sums = gram.diagonal().unsqueeze(0) + gram.diagonal().unsqueeze(1)
     squares = sums - 2 * gram
-    return squares.where(squares > 1e-12 * sums, 0.0).sqrt()
+    return squares.masked_fill(squares <= 1e-12 * sums, 0.0).sqrt()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from algorithms.errors import ProgramError
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
 from algorithms.zeroth_order.kernels import ROOT5, distances_of, likeliest_length, matern
@@ -36,12 +37,7 @@ class GaussianProcess:
         self._gram = self._points @ self._points.T
         distances = distances_of(self._gram)
         self.length = likeliest_length(distances, values, noise) if length is None else length
-        covariance, failed = matern(distances / self.length), 1
-        while failed:  # rounded distances may need more than the noise to be those of points
-            covariance.diagonal().add_(noise)
-            factor, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
-            failed, noise = int(info), 10 * noise
-        self._factor = factor
+        self._factor = _factor(matern(distances / self.length), noise)
         self._weights = torch.cholesky_solve(values.unsqueeze(1), self._factor).squeeze(1)
 
     def mean(self, at: Tensor) -> Tensor:
@@ -73,6 +69,22 @@ class GaussianProcess:
         """∂k(x, x_j) / (x − x_j) at distances |x − x_j|."""
         rho = lengths * (ROOT5 / self.length)
         return (1 + rho) * (-rho).exp() * (-5 / (3 * self.length**2))
+
+
+def _factor(covariance: Tensor, noise: float) -> Tensor:
+    """Return the Cholesky factor of ``covariance`` with ``noise`` on its diagonal, or a little more.
+
+    Raises:
+        ProgramError: there is none, as points are too far apart for their differences to be numbers.
+    """
+    for _ in range(6):
+        # Rounded distances may need more than the noise to be those of points.
+        covariance.diagonal().add_(noise)
+        factor, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(covariance))  # pyright: ignore[reportUnknownMemberType] - torch's stubs
+        if not int(failed):
+            return factor
+        noise *= 10
+    raise ProgramError("fzoos: queries are too far apart for a surrogate; the model has diverged, lower lr")
 
 
 class FourierFeatures:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from actors.tasks.quadratic import Quadratic
+from algorithms.errors import ProgramError
 from algorithms.zeroth_order import FZooS
 from algorithms.zeroth_order.queries import nearest, rebased
 from algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
@@ -132,6 +133,15 @@ def test_the_process_goes_through_what_it_was_given():
     torch.testing.assert_close(torch.stack([process.mean(point) for point in points]), values, rtol=0, atol=1e-6)
 
 
+def test_points_that_cannot_be_told_apart_or_are_no_numbers_apart():
+    """Twice the same place, at a length at which rounding shows; and 1e200, whose square is infinite."""
+    far = normal(5, 400) + 100
+    points = torch.cat([far, far, far + 1e-9])
+    assert GaussianProcess(points, normal(15), 1e-5).gradient(far[0]).isfinite().all()
+    with pytest.raises(ProgramError, match="queries are too far apart"):
+        GaussianProcess(points * 1e200, normal(15))
+
+
 def test_the_gradient_is_most_certain_where_most_is_known():
     """Against the kernel's second derivatives by differences; and less where points are near."""
     points = normal(12, 3) * 0.3
@@ -217,5 +227,6 @@ def test_a_joiner_makes_its_own_queries_first():
 
     keys = {"name": "fzoos", "features": 20, "steps": 2, "queries": 3, "candidates": 30, "surrogate_queries": 10}
     scripted([(0, 1)] * 2 + [(0, 1, 2)] * 2, watch, algorithm=keys, task=TASK)
-    # 10 at first; in each round x, two steps' ends, 3 after the first of them, the common x, and 10 around it.
-    assert seen == [0, 0, 10 + 17, 10 + 34]
+    # 10 at first; in each round x, two steps' ends, 3 after the first of them, the common x, and 10 around it. The
+    # common x is the next round's x, and kept once.
+    assert seen == [0, 0, 10 + 17, 10 + 33]
