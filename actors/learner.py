@@ -5,8 +5,10 @@ Half of a replica; the other half (``actors.replica``) is what the node's progra
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -18,14 +20,17 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from actors import probes
+from actors.blame import non_finite, non_finite_of
 from actors.data import PlannedDraws, Position, blocks_of
+from actors.data.samplers import piece_sizes, planned_samples
 from actors.modules import seeded
 from actors.pace import Milestone, Pace
+from actors.tasks import TensorSamples
 from actors.tickets import mean_loss
 from actors.together import NodeOptimizer
 from actors.workbench import Slab, Workbench, aligned
 from algorithms.api import SERVER, Batch, GradientReport, Perturbed, TrainReport
-from algorithms.errors import ProgramError, StarlingError
+from algorithms.errors import DataError, ProgramError, StarlingError
 from algorithms.rules import DataBatch, LocalProblem
 from algorithms.seeds import derive_seed, generator
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from actors.tasks import Samples, Task
     from algorithms.api import Algorithm, Gradient, Loss, NodeId, Step, Train
     from algorithms.rules import GradientFunction, Rule
+
+_NOTHING = contextlib.nullcontext()
 
 NOT_STARTED = -1
 """The round before the first."""
@@ -73,11 +80,13 @@ class ReplicaSpec:
     seed: int
     rounds: int
     skip_nan: bool = False
+    min_batch: int = 1
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The same for nodes that can take over one another's state: SHA-256 of all of this."""
         parts = self.algorithm, self.task, self.optimizer, self.batch_size, self.seed, self.rounds, self.skip_nan
+        parts += (self.min_batch,) if self.min_batch > 1 else ()
         plain = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in parts]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -130,20 +139,35 @@ class Learner:
         self.samples = samples
         self._present: Callable[[Tensor], Tensor] | None = getattr(samples, "present", None)
         self._law = sampler
-        self._sampler = None if node == SERVER else sampler.begin(indices, spec.seed, node, blocks_of(samples))
+        self._sampler: Draws | None = None
+        if node != SERVER:
+            self._sampler = sampler.begin(indices, spec.seed, node, blocks_of(samples))
+            self._sampler.min_batch = spec.min_batch
+            if 0 < len(indices) < spec.min_batch:
+                what = f"data: node {node} has {len(indices)} samples, fewer than data.min_batch ({spec.min_batch})"
+                raise DataError(f"{what}; lower that, or give it more by data.partition")
         self.num_drawn = 0
         """Samples of training data that it has drawn since its last commit, those of rounds that were given up too.
 
         Without those that a task leaves out because they cannot be read."""
+        self._latest: tuple[DataBatch, Tensor] | None = None
+        """The batch that was drawn last by itself, and the indices of its samples."""
+        self._seen: list[Tensor] = []
+        """Those of each step of a ``Train``."""
         self._draws: dict[tuple[str | int, ...], int] = {}
         """How often the round has drawn from each part, less one."""
         self._step = 0
         self.milestone = Milestone()
-        steps = 0 if node == SERVER else spec.algorithm.steps_per_round(len(indices), spec.samples_per_step)
+        steps = 0 if node == SERVER else self._planned_steps(len(indices))
         self._own_steps = steps or 0
         self._pace = pace or Pace.of(spec, [len(indices)], 1)
         if node != SERVER and (steps is None or self._pace.steps):
             self.rate()  # raises, before anything is trained, if the schedule cannot work
+
+    def _planned_steps(self, num_samples: int) -> int | None:
+        spec = self.spec
+        planned = planned_samples(num_samples, spec.samples_per_step, spec.min_batch)
+        return spec.algorithm.steps_per_round(planned, spec.samples_per_step)
 
     @property
     def _module(self) -> nn.Module:
@@ -168,6 +192,7 @@ class Learner:
         bench.mode(training=True)
         losses: list[float | Tensor] = []
         counts: list[int] = []
+        self._seen = []
         immediate = self.device.type == "cpu"
         rate = 0.0
         with seeded(derive_seed(self.spec.seed, self.round, self.id, self._step, "train"), self.device):
@@ -192,11 +217,14 @@ class Learner:
         seconds = time.perf_counter() - began
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
         if bad is not None:
-            self.give_up_round(f"loss is {values[bad]} after inner step {bad} (lr {rate:.3g})")
+            seen = [one for one in self._seen if len(one)]
+            culprit = non_finite(self.samples, seen[bad]) if bad < len(seen) else None
+            self.give_up_round(f"loss is {values[bad]} after inner step {bad} (lr {rate:.3g})", culprit)
             return TrainReport(math.nan, 0, 0, seconds)
         # The last step's own result is in no loss yet, and must not reach the other nodes.
         if not is_finite(self.parameters):
-            self.give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})")
+            culprit = non_finite(self.samples, self._seen[-1]) if self._seen else None
+            self.give_up_round(f"parameters are not finite after inner step {steps - 1} (lr {rate:.3g})", culprit)
             return TrainReport(math.nan, 0, 0, seconds)
         mean = mean_loss(list(zip(values, counts, strict=True)))
         return TrainReport(math.nan if mean is None else mean, sum(counts), steps, seconds)
@@ -214,8 +242,13 @@ class Learner:
         """Fill the gradient of one optimizer step; return the mean loss and the number of samples."""
         # Drawn at once and weighted by size: k batches of b are one batch of k·b, also where an epoch ends.
         drawn = self.draw()
-        num_samples, size = len(drawn), self.spec.batch_size
-        pieces = (self.load(torch.from_numpy(drawn[start : start + size])) for start in range(0, num_samples, size))
+        self._seen.append(torch.from_numpy(drawn))
+        num_samples = len(drawn)
+        sizes = piece_sizes(num_samples, self.spec.batch_size, self.spec.min_batch)
+        starts = itertools.accumulate(sizes, initial=0)
+        pieces = (
+            self.load(torch.from_numpy(drawn[start : start + size])) for start, size in zip(starts, sizes, strict=False)
+        )
         if not num_samples and not self._own_data("Train").may_be_empty:
             self.bench.no_gradient()
             return self.parameters.new_zeros(()), 0
@@ -234,6 +267,7 @@ class Learner:
             drawn = own.next(size) if chosen is None else self._places(rule, chosen.next(size))
             indices = self._readable(drawn)
             self.num_drawn += len(indices)
+            self._seen.append(indices)
             batch = DataBatch(self.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
             bench.set_gradient(gradient)
@@ -260,7 +294,7 @@ class Learner:
 
     def load(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Samples by index, as the module takes them."""
-        return self.bench.to_device(self.samples.batch(indices))
+        return self.bench.drawn(self.samples, indices)
 
     def rate(self, ahead: int = 0) -> float:
         """The learning rate of the next step, or of one ``ahead`` of it."""
@@ -307,16 +341,26 @@ class Learner:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._sampler
 
-    def give_up_round(self, what: str) -> None:
+    def _culprit_of(self, batch: DataBatch) -> str | None:
+        """What of a batch is not finite."""
+        if self._latest is not None and self._latest[0] is batch:
+            return non_finite(self.samples, self._latest[1])
+        return non_finite_of(batch.tensors)
+
+    def give_up_round(self, what: str, culprit: str | None = None) -> None:
         """Go on without this node's round, if ``on_nan`` is ``skip``: its values are not finite, as ``what`` says.
+
+        Args:
+            what: is not finite, and where.
+            culprit: what its samples have to do with that, if anything.
 
         Raises:
             NonFiniteLossError: it is not.
         """
         if not self.spec.skip_nan:
-            where = f"{self._name()}, round {self.round}: {what}"
-            message = f"{where}; lower optimizer.lr, or set on_nan: skip to go on without this node's round"
-            raise NonFiniteLossError(message)
+            hint = "lower optimizer.lr" if culprit is None else f"{culprit}: mend the data, or leave such samples out"
+            where = f"{self._name()}, round {self.round}: {what}; {hint}"
+            raise NonFiniteLossError(f"{where}, or set on_nan: skip to go on without this node's round")
         # The round goes on with what was committed; the optimizer's moments have seen the NaN and are made anew.
         self.skipping, self.skipped = True, what
         self.slab.restore(self.row)
@@ -341,24 +385,38 @@ class Learner:
                 why = "this process has no held-out data" if self.validation is None else "held-out data have no parts"
                 raise ProgramError(f"Batch(source='validation', part={operation.part}): {why}")
             places = self._choose(("validation",), len(self.validation), size)
-            tensors = self.bench.to_device(self.validation.batch(places))
+            with self._seeded_for_load("validation", self.round, self._draws["validation",]):
+                tensors = self.bench.drawn(self.validation, places)
             return DataBatch(tensors, len(places))
         if operation.part is None:
+            labels: tuple[int | str, ...] = (self.round, self.id, *self.position.labels)
             indices = self._own_data("Batch without a part").next(size)
         elif self.parts is not None and 0 <= operation.part < len(self.parts):
             part = self.parts[operation.part]
+            # The same for all nodes: they may be asked for one batch, and its noise is part of it.
             if operation.key is None:
                 places = self._choose(("part", operation.part), len(part), size)
+                labels = ("part", operation.part, self.round, self._draws["part", operation.part])
             else:
+                labels = ("part", operation.part, operation.key)
                 # As no round is in the labels, a key cannot meet the draws of rounds, whose labels begin with one.
                 places = _shuffled(len(part), self.spec.seed, "part", operation.part, operation.key)[:size]
             indices = part[places]
         else:
             known = f"0 to {len(self.parts) - 1}" if self.parts else "none"
             raise ProgramError(f"Batch(part={operation.part}): there is no such part (there are: {known})")
-        indices = self._readable(indices)
-        self.num_drawn += len(indices)
-        return DataBatch(self.load(indices), len(indices))
+        with self._seeded_for_load(*labels):
+            indices = self._readable(indices)
+            self.num_drawn += len(indices)
+            batch = DataBatch(self.load(indices), len(indices))
+        self._latest = batch, indices
+        return batch
+
+    def _seeded_for_load(self, *labels: int | str) -> contextlib.AbstractContextManager[None]:
+        """For samples that draw from the generators of the process: what they add is of (seed, round, node, draw)."""
+        if type(self.samples) is TensorSamples and type(self.validation) in (TensorSamples, type(None)):
+            return _NOTHING  # they draw nothing, and a round may be as short as this takes
+        return seeded(derive_seed(self.spec.seed, "load", *labels), self.device)
 
     def _readable(self, indices: Tensor) -> Tensor:
         """Those whose samples can be read: a task may leave out what it cannot."""
@@ -383,7 +441,7 @@ class Learner:
         value = float(loss)
         if not (math.isfinite(value) and is_finite(gradient)):
             what = "the gradient is not finite" if math.isfinite(value) else f"loss is {value}"
-            self.give_up_round(f"{what} in a Gradient")
+            self.give_up_round(f"{what} in a Gradient", self._culprit_of(batch))
             return GradientReport(torch.zeros_like(self.parameters), math.nan, 0)
         return GradientReport(gradient.clone(), value, batch.num_samples)
 
@@ -438,16 +496,17 @@ class Learner:
             bench.mode(training=True)
             for part in self._split(batch) if batch.num_samples else ():
                 total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
-            bench.check("loss")
+        bench.check("loss")
         if not (math.isfinite(total) or operation.probe):
-            self.give_up_round(f"loss is {total} in a Loss")
+            self.give_up_round(f"loss is {total} in a Loss", self._culprit_of(batch))
             return math.nan
         return total
 
     def _split(self, batch: DataBatch) -> Iterator[tuple[Tensor, ...]]:
         """A batch in pieces of the configured size: it says how much is computed at once."""
         tensors = self.bench.to_device(batch.tensors)
-        pieces = ((aligned(piece) for piece in one.split(self.spec.batch_size)) for one in tensors)
+        sizes = piece_sizes(batch.num_samples, self.spec.batch_size, self.spec.min_batch)
+        pieces = ((aligned(piece) for piece in one.split(sizes)) for one in tensors)
         return zip(*pieces, strict=True)
 
     def _seeded_for_batch(self) -> Any:  # noqa: ANN401 - a context manager
@@ -475,6 +534,7 @@ class Learner:
         if not isinstance(draws, PlannedDraws):
             own = draws if self.id < len(self.parts or ()) else None
             draws = self._sampler = PlannedDraws(own, draws.indices, self.seed, self.id, self._order_of)
+            draws.min_batch = self.spec.min_batch
         draws.plan(place)
         if draws.own is None:
             self.num_samples = max(1, sum(one.size for one in place.extras))

@@ -107,6 +107,7 @@ class NodeActor(StateCalls):
                 seed=setup.seed,
                 rounds=setup.rounds,
                 skip_nan=setup.skip_nan,
+                min_batch=setup.data["min_batch"],
             )
             self._data = load_data(self._spec.task, DataConfig.model_validate(setup.data), setup.num_nodes, setup.seed)
             if not setup.nodes:

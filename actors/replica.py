@@ -14,10 +14,11 @@ import torch
 from actors.data import Epoch
 from actors.digest import digest_tensors
 from actors.learner import NOT_STARTED, Fence, Interrupted, Learner, NonFiniteLossError, ReplicaSpec, is_finite
+from actors.modules import seeded
 from actors.state import StagedState
 from algorithms.api import SERVER, TrainReport, View
 from algorithms.errors import ProgramError
-from algorithms.seeds import generator
+from algorithms.seeds import derive_seed, generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -129,7 +130,9 @@ class Replica(Learner):
     ) -> dict[str, float]:
         """The task's metrics on held-out samples at ``at`` (default: ``Algorithm.model``) and ``buffers`` (own)."""
         at = self.spec.algorithm.model(self) if at is None else at
-        with self.bench.at(self.tensors, at, buffers, moves=False):
+        # The same noise whoever evaluates and whenever: metrics are compared.
+        chance = seeded(derive_seed(self.spec.seed, "evaluate"), self.device)
+        with chance, self.bench.at(self.tensors, at, buffers, moves=False):
             return self.bench.evaluate(samples, self.spec.batch_size, max_batches)
 
     def model_tensors(self, at: Tensor | None = None, buffers: Tensor | None = None) -> dict[str, Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from actors import answers
 from actors.data import Epoch, Place, assign, files
 from actors.data.federated import Federated
+from actors.modules import seeded
 from actors.pace import Pace
 from actors.replica import Replica
 from algorithms.api import SERVER
 from algorithms.errors import DataError
+from algorithms.seeds import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,14 +67,29 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
         DataError: it cannot be read, or not be divided among ``num_nodes`` nodes.
     """
     files.forget()
-    federated = Federated(task, num_nodes) if data.source == "federated" else None
-    train = task.train_samples(num_nodes) if federated is None else federated
-    validation = task.validation_samples(num_nodes)
+    federated = Federated(task, num_nodes, seed) if data.source == "federated" else None
+    train: Samples
+    if federated is None:
+        with _seeded_for(seed, "train_samples"):
+            train = answers.samples(task, "train_samples", task.train_samples(num_nodes))
+    else:
+        train = federated
+    with _seeded_for(seed, "validation_samples"):
+        validation = answers.samples(task, "validation_samples", task.validation_samples(num_nodes))
     if not len(validation):
         message = f"task {task.name}: there are no held-out samples to evaluate on"
         raise DataError(message)
-    parts = assign(train, data.partition, num_nodes, seed) if federated is None else federated.parts
+    if federated is None:
+        with _seeded_for(seed, "partition"):
+            parts = assign(train, data.partition, num_nodes, seed)
+    else:
+        parts = federated.parts
     return RunData(train, validation, parts, data.sampler)
+
+
+def _seeded_for(seed: int, purpose: str) -> contextlib.AbstractContextManager[None]:
+    """For code that draws from generators of the process: the same in all of them."""
+    return seeded(derive_seed(seed, purpose), torch.device("cpu"))
 
 
 def build_replicas(

@@ -19,6 +19,9 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from actors import optimizer_state
+from actors.data.samplers import piece_sizes
+from actors.modules import drawn_from, same_draws
+from actors.tasks import TensorSamples
 from actors.tickets import mean_loss
 from algorithms.api import TrainReport
 
@@ -50,7 +53,9 @@ def train_together(requests: Sequence[Request], on_turn: Callable[[NodeId], None
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, (replica, operation, _) in enumerate(requests):
-        is_plain = replica.bench.update is not None and not replica.optimizer.is_one_by_one
+        is_plain = (
+            replica.bench.update is not None and not replica.bench.is_random and not replica.optimizer.is_one_by_one
+        )
         if replica.bench.has_closed_form and is_plain and operation.rule is None:
             alike.setdefault(_likeness(replica, operation), []).append(place)
     outcomes: list[Outcome | None] = [None] * len(requests)
@@ -119,10 +124,16 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
     positions = [(replica.position, replica.num_drawn) for replica in replicas]
     steps = replicas[0].num_steps(requests[0][1])
     rows = _Rows(replicas, [fence for _, _, fence in requests])
+    # Of tensors in memory nothing is drawn at random, and a round may be as short as looking takes.
+    may_draw = type(replicas[0].samples) is not TensorSamples
+    before = drawn_from() if may_draw else None
     try:
         done = all(rows.step(number) for number in range(steps))
     except Exception:  # noqa: BLE001 - alone, each gets the error that is its own
         done = False
+    if before is not None and not same_draws(before, drawn_from()):
+        # Its samples draw from the generators of the process: alone, each node gets what is its own.
+        replicas[0].bench.is_random, done = True, False
     if not done:
         for replica, position in zip(replicas, positions, strict=True):
             replica.position, replica.num_drawn = position
@@ -205,12 +216,13 @@ class _Rows:
 
     def _gradients_of_equal(self, values: Tensor, drawn: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor] | None:
         """For batches of one size b, of which as much is computed at once as for one node."""
-        num_samples, size = len(drawn[0]), self._spec.batch_size
+        num_samples = len(drawn[0])
+        sizes = piece_sizes(num_samples, self._spec.batch_size, self._spec.min_batch)
 
         def batches() -> Iterator[tuple[Tensor, ...]]:
-            for start in range(0, num_samples, size):
+            for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
                 indices = np.concatenate([one[start : start + size] for one in drawn])
-                tensors = self._bench.to_device(self._samples.batch(torch.from_numpy(indices)))
+                tensors = self._bench.drawn(self._samples, torch.from_numpy(indices))
                 yield tuple(tensor.unflatten(0, (len(drawn), -1)) for tensor in tensors)
 
         return self._bench.closed_form(values, batches(), num_samples)

@@ -114,4 +114,9 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], key: str, path: 
             shapes = f"{list(value.shape)} in {path} and {list(target.shape)} in the model"
             hint = " (another vocabulary, or tokenizer?)" if value.shape[1:] == target.shape[1:] else ""
             raise DataError(f"{key}: {name} is {shapes}{hint}; task.model must be as it was when that was trained")
+        if value.is_complex() != target.is_complex() or (value.is_floating_point() and not target.is_floating_point()):
+            kinds = [str(one.dtype).removeprefix("torch.") for one in (value, target)]
+            raise DataError(
+                f"{key}: {name} is {kinds[0]} in {path} and {kinds[1]} in the model, which would lose values"
+            )
         target.data.copy_(value)

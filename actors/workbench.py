@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from actors import optimizers, perturbing
+from actors import answers, blame, optimizers, perturbing
 from actors.bound_module import BoundModule, buffer_slots
 from actors.flat_gradient import FlatGradient
-from actors.modules import compile_in_place, give_back_memory, initial_module
+from actors.modules import Settings, compile_in_place, give_back_memory, initial_module
 from actors.tasks import Task
 from actors.together import update_of
 from algorithms.errors import DataError, ProgramError, SettingsError
@@ -82,6 +82,8 @@ class Workbench:
         num_buffer_values = sum(slot.tensor.numel() for slot in self._bound.floating)
         self.layout = Layout(tuple(entries), self.dtype, num_buffer_values)
         self.attached: ModelTensors | None = None
+        self.is_random = False
+        """Whether samples were seen to draw from the generators of the process."""
         self.can_be_probed = False
         """It has been looked at, and nothing speaks against it."""
         self._is_fresh = True
@@ -109,7 +111,7 @@ class Workbench:
         return optimizers.build(self.config, [*self.parameters] if one_by_one else self.trained)
 
     def _build(self) -> nn.Module:
-        return initial_module(self.task, self._seed, self.device).to(device=self.device, dtype=self.dtype)
+        return initial_module(self.task, self._seed, self.device, self.dtype).to(device=self.device)
 
     def initialize(self, parameters: Tensor, buffers: Tensor) -> list[Tensor]:
         """Write the initial values into flat tensors; return the counters."""
@@ -211,19 +213,36 @@ class Workbench:
 
     def to_device(self, batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """Samples as the module takes them."""
-        if self.device.type == "cpu" and self.dtype == torch.float32:
-            return tuple(one.float() if one.dtype == torch.float64 else one for one in batch)
         return tuple(one.to(self.device, self.dtype if one.is_floating_point() else one.dtype) for one in batch)
+
+    def drawn(self, samples: Samples, indices: Tensor) -> tuple[Tensor, ...]:
+        """The samples at ``indices`` as the module takes them.
+
+        Raises:
+            ProgramError: the task's samples give no tensors with a row for each.
+        """
+        return self.to_device(answers.batch(self.task, samples.batch(indices), len(indices)))
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         """The task's mean loss of whoever is attached, to be differentiated."""
-        with self._autocast():
-            return self.task.loss(self.module, batch)
+        return self._loss(self.module, batch)
 
     def loss_of_module(self, module: nn.Module, batch: DataBatch) -> Tensor:
         """The same of a module that a rule has made of this one."""
+        return self._loss(module, batch.tensors)
+
+    def _loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        before = Settings.now()
         with self._autocast():
-            return self.task.loss(module, batch.tensors)
+            try:
+                given = self.task.loss(module, batch)
+            except ValueError as error:
+                hint = blame.too_small(error, len(batch[0]))
+                if hint is None:
+                    raise
+                raise ProgramError(f"task {self.task.name}: {hint}") from error
+        before.restore()
+        return answers.loss(self.task, given, is_differentiated=before.records_gradients)
 
     def differentiate(self, point: Tensor, batches: Iterable[tuple[Tensor, ...]], num_samples: int) -> Tensor:
         """Fill ``gradient`` with the mean gradient over several batches; return the mean loss.
@@ -332,11 +351,11 @@ class Workbench:
 
     def evaluate(self, samples: Samples, batch_size: int, max_batches: int | None) -> dict[str, float]:
         """The task's metrics of whoever is attached, in batches of the size that the task chooses."""
-        size = self.task.evaluation_batch_size(batch_size)
+        size = answers.evaluation_batch_size(self.task, self.task.evaluation_batch_size(batch_size))
         present = getattr(samples, "present", None)
         self.mode(training=False)
         sums: dict[str, float] = {}
-        seen = 0
+        counts: dict[str, int] = {}
         with torch.no_grad(), self._autocast():
             for number, start in enumerate(range(0, len(samples), size)):
                 if max_batches is not None and number >= max_batches:
@@ -345,22 +364,27 @@ class Workbench:
                 indices = indices if present is None else present(indices)
                 if not len(indices):
                     continue
-                for name, value in self._metrics(self.to_device(samples.batch(indices))).items():
-                    sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
-                seen += len(indices)
-        if not seen:
-            raise DataError("there are no held-out samples that can be read")
-        return self.task.summary({name: value / seen for name, value in sums.items()})
+                for name, value in self._metrics(self.drawn(samples, indices)).items():
+                    sums[name] = sums.get(name, 0.0) + value * len(indices)
+                    # Of each on its own: where a batch has no positive sample, there is no recall.
+                    counts[name] = counts.get(name, 0) + len(indices)
+        self.check("metrics")
+        if not counts:
+            raise DataError("there are no held-out samples that can be read, or no metrics of them")
+        means = {name: value / counts[name] for name, value in sums.items()}
+        return answers.metrics(self.task, "summary", self.task.summary(means))
 
-    def _metrics(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _metrics(self, batch: tuple[Tensor, ...]) -> dict[str, float]:
         task = self.task
-        values = task.metrics(self.module, batch)
+        values = answers.metrics(task, "metrics", task.metrics(self.module, batch))
         if task.extra_metrics:
             predicted = task.predictions(self.module, batch)
             if predicted is None:
                 what = f"the task {task.name} gives no predictions to work them out from"
                 raise SettingsError(f"task.extra_metrics: {what}; leave it empty, or override Task.predictions")
-            values = values | {metric.label: metric.of(*predicted) for metric in task.extra_metrics}
+            pair = answers.predictions(task, predicted)
+            more = {metric.label: metric.of(*pair) for metric in task.extra_metrics}
+            values = values | answers.metrics(task, "extra_metrics", more)
         return values
 
     def named_buffers(self, tensors: ModelTensors, buffers: Tensor | None = None) -> dict[str, Tensor]:

@@ -314,6 +314,7 @@ class Config(Section):
             seed=self.seed,
             rounds=self.rounds,
             skip_nan=self.on_nan == "skip",
+            min_batch=self.data.min_batch,
         )
 
     def dump(self) -> dict[str, Any]:

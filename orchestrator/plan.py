@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actors.data.samplers import planned_samples
 from actors.pace import Pace
 from actors.replica import Replica
 from actors.setup import load_data
@@ -72,7 +73,11 @@ def make_plan(config: Config) -> Plan:
         layout = Replica(SERVER, spec, data.train, data.parts[0], torch.device("cpu")).layout
     counts = [len(part) for part in data.parts]
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
-    told = [config.algorithm.steps_per_round(count, samples_per_step) for count in counts]
+    least = config.data.min_batch
+    told = [
+        config.algorithm.steps_per_round(planned_samples(count, samples_per_step, least), samples_per_step)
+        for count in counts
+    ]
     steps = [count for count in told if count is not None]
     pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
     total = _payload(config.algorithm, layout, num_nodes, config.rounds)

@@ -264,7 +264,9 @@ class Crooked(Toy, name="test_crooked"):
 def test_a_closed_form_of_another_shape():
     one = replica(task=Crooked(model="linear"))
     enter([one], 0)
-    message = r"task test_crooked: gradients gives shapes \[1, 20\] and \[1\] instead of \[1, 21\] and \[1\]"
+    message = (
+        r"task tests.test_workbench:Crooked: gradients gives shapes \[1, 20\] and \[1\] instead of \[1, 21\] and \[1\]"
+    )
     with pytest.raises(ProgramError, match=message):
         train(one)
 

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from actors import answers
 from actors.data.indices import Indices, Ranges
+from actors.modules import seeded
+from actors.tasks.base import Task
 from algorithms.errors import DataError
+from algorithms.seeds import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from actors.tasks.base import Samples, Task
+    from actors.tasks.base import Samples
 
 _STRIDE = 2**40
 """Node m's samples are numbered from m · 2⁴⁰: nobody has to know how many the others have."""
@@ -27,13 +31,15 @@ class Federated:
     Args:
         task: gives a node's samples.
         num_nodes: of the run.
+        seed: of the run.
     """
 
     owners = None
 
-    def __init__(self, task: Task, num_nodes: int) -> None:
+    def __init__(self, task: Task, num_nodes: int, seed: int = 0) -> None:
         self._task = task
         self._num_nodes = num_nodes
+        self._seed = seed
         self._opened: dict[int, Samples] = {}
         self.parts = _Parts(self, num_nodes)
 
@@ -84,7 +90,12 @@ class Federated:
             DataError: the task has no data of single nodes, or they are not here.
         """
         if node not in self._opened:
-            samples = self._task.own_samples(node, self._num_nodes)
+            # By default a node's own are some of all, which must be the same for all nodes.
+            is_part = type(self._task).own_samples is Task.own_samples
+            labels = ("train_samples",) if is_part else ("own_samples", node)
+            with seeded(derive_seed(self._seed, *labels), torch.device("cpu")):
+                given = self._task.own_samples(node, self._num_nodes)
+            samples = None if given is None else answers.samples(self._task, "own_samples", given)
             if samples is None:
                 what = f"data.source: the task {self._task.name} has no data that belong to single nodes"
                 raise DataError(f"{what}; set data.source: pooled")
@@ -97,6 +108,11 @@ class Federated:
         """The numbers of a node's samples."""
         runs = self._runs(node)
         return Ranges(runs) if runs else node * _STRIDE + torch.arange(len(self.of(node)))
+
+    def where(self, index: int) -> str | None:
+        """Where a sample is from, if that is known."""
+        where = getattr(self.of(index // _STRIDE), "where", None)
+        return None if where is None else where(index % _STRIDE)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """The samples at ``indices``, of one node or of several."""

@@ -123,6 +123,14 @@ class PlannedDraws(Draws):
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices."""
         pieces: list[NDArray[np.int64]] = []
+        left = sum(one.size for one in self._extras) - self._extra
+        if 0 < left - batch_size < self.min_batch:
+            batch_size = left
+        # Too few by themselves: they are drawn with its own, or not yet.
+        joins_own = 0 < left < self.min_batch
+        if joins_own and self._own is None:
+            return np.empty(0, dtype=np.int64)
+        whole = batch_size
         skipped = self._extra
         for one in self._extras:
             start = one.start + skipped
@@ -131,6 +139,8 @@ class PlannedDraws(Draws):
                 pieces.append(self._order(one.part).read(one.epoch, start, min(batch_size, one.stop - start)))
                 batch_size -= len(pieces[-1])
                 self._extra += len(pieces[-1])
+        if joins_own and self._own is not None:
+            pieces.append(self._own.draw(whole))
         if pieces:
             return np.concatenate(pieces)
         return np.empty(0, dtype=np.int64) if self._own is None else self._own.draw(batch_size)

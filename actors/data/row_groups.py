@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from actors.blame import is_finite
 from actors.data import files
 from actors.data.columns import codes_of, plain, plain_type
 from actors.data.indices import Ranges
@@ -371,6 +372,15 @@ class RowGroupSamples:
             readable = next(tensors for tensors in map(self._tensors, range(len(self._groups))) if tensors is not None)
             return tuple(one[:0] for one in readable)
         return rows
+
+    def where(self, index: int) -> str:
+        """The file, the row group and the row of a sample, and which of its columns are not finite."""
+        group, _, places = next(self._by_group(torch.tensor([index])))
+        row = int(places[0])
+        table = self._groups[group].checked(list(self._decode.columns)).slice(row, 1)
+        bad = [name for name in table.column_names if not is_finite(table.column(name)[0].as_py())]
+        what = f"{self._groups[group].place}, row {row}"
+        return f"{what}: column {', '.join(bad)} is NaN or infinite" if bad else what
 
     def present(self, indices: Tensor) -> Tensor:
         """Those of ``indices`` that are in row groups which can be read; all of them unless bad ones are skipped."""

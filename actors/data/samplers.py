@@ -68,6 +68,8 @@ class Draws(ABC):
         DataError: there are no samples.
     """
 
+    min_batch = 1
+    """Rests of fewer samples join the batch before them."""
     may_be_empty = False
     """Whether a batch without samples is one of its law, whose gradient is zero, and not the lack of a batch."""
 
@@ -105,7 +107,28 @@ class Draws(ABC):
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Batches that one epoch gives, the last and smaller one included."""
-        return -(-len(self._indices) // batch_size)
+        return len(piece_sizes(len(self._indices), batch_size, self.min_batch))
+
+
+def piece_sizes(count: int, size: int, least: int = 1) -> list[int]:
+    """How ``count`` samples come in batches of ``size``: a rest of fewer than ``least`` joins the one before it.
+
+    >>> piece_sizes(9, 4), piece_sizes(9, 4, 2), piece_sizes(10, 4, 2), piece_sizes(1, 4, 2)
+    ([4, 4, 1], [4, 5], [4, 4, 2], [1])
+    """
+    full, rest = divmod(count, size)
+    sizes = [size] * full
+    if full and 0 < rest < least:
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
+def planned_samples(count: int, size: int, least: int) -> int:
+    """As many samples as come in as many batches of ``size``, the last one smaller, as ``piece_sizes`` has pieces."""
+    rest = count % size
+    return count - rest if count > size and rest < least else count
 
 
 class Sampler(Part, family="sampler", catalog="actors.data"):
@@ -185,7 +208,8 @@ class OrderedDraws(Draws):
     def draw(self, batch_size: int) -> NDArray[np.int64]:
         """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
         epoch, start, _ = self._position
-        drawn = self.read(epoch, start, batch_size)
+        rest = len(self._indices) - start - batch_size
+        drawn = self.read(epoch, start, batch_size + rest if 0 < rest < self.min_batch else batch_size)
         stop = start + len(drawn)
         self._position = Position(epoch, stop) if stop < len(self._indices) else Position(epoch + 1)
         return drawn

@@ -25,6 +25,7 @@ class Samples(Protocol):
 
     * ``labels``: their classes, int64, shape (n,), or ``None``;
     * ``columns``, names, and ``column(name)``: what else is known of each sample, an array of n values;
+    * ``where(index)``: where a sample is from, a text or ``None``, for messages;
     * ``blocks`` and ``window``: that they come in blocks which are read as a whole (``Ranges``), and how many of those
       are kept in memory.
     """
@@ -99,6 +100,11 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def where(self, index: int) -> str | None:
+        """Where a sample is from, if that is known."""
+        where = getattr(self._samples, "where", None)
+        return None if where is None else where(int(self._indices[index]))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Those at places ``indices``."""
