@@ -98,12 +98,20 @@ class BoundModule:
         Raises:
             ProgramError: it has another shape or type.
         """
-        for name, parameter, own in zip(self.names, self.parameters, self._views, strict=True):
-            address = parameter.data_ptr()
-            if address != own.data_ptr() or parameter.shape != own.shape:
+        # Addresses are no values: who perturbs parameters as they are used has nothing to do with them.
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - torch's way to say so
+            addresses = [
+                (parameter.data_ptr(), own.data_ptr())
+                for parameter, own in zip(self.parameters, self._views, strict=True)
+            ]
+            known = {own for _, own in addresses}
+        for name, parameter, own, (address, bound) in zip(
+            self.names, self.parameters, self._views, addresses, strict=True
+        ):
+            if address != bound or parameter.shape != own.shape:
                 if parameter.shape != own.shape or parameter.dtype != own.dtype:
                     self._refuse(method, f"parameter {name}", own, parameter)
-                if any(address == other.data_ptr() for other in self._views):
+                if address in known:
                     what = f"parameter {name} shares the memory of another now; tie them in build()"
                     raise ProgramError(f"task {self._task}: after {method} {what}")
                 own.copy_(parameter.detach())
