@@ -14,7 +14,7 @@ from actors import buffers
 from actors.buffers import Cuts, Signature, TensorSpec
 from actors.finite import trouble
 from actors.mixtures import Mixtures, Rows
-from actors.tickets import Contributed, Posted
+from actors.tickets import Contributed, Posted, among
 from algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
 from algorithms.closing import ClosePolicy, Quorum
 from algorithms.codecs import Identity
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from actors.buffers import Buffer
     from actors.host import Program
     from actors.replica import Replica
+    from actors.tickets import Wants
     from algorithms.api import NodeId, Payload
     from algorithms.topologies import Mixing, Topology
 
@@ -131,7 +132,7 @@ class _Neighborhoods:
         self.topology = topology
         self.mixing = mixing
         self._ordered: dict[NodeId, tuple[NodeId, ...]] = {}
-        self._sets: dict[NodeId, frozenset[NodeId]] = {}
+        self._sets: dict[NodeId, Wants] = {}
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -144,10 +145,10 @@ class _Neighborhoods:
             self._ordered[node] = self.mixing.in_neighbors(node)
         return self._ordered[node]
 
-    def of(self, node: NodeId) -> frozenset[NodeId]:
-        """In-neighbours, as a set."""
+    def of(self, node: NodeId) -> Wants:
+        """In-neighbours, as a set, and who takes their places."""
         if node not in self._sets:
-            self._sets[node] = frozenset(self.ordered(node))
+            self._sets[node] = frozenset(self.mixing.substitutes.get(node, self.ordered(node)))
         return self._sets[node]
 
 
@@ -455,7 +456,10 @@ class Exchanges:
             del self._concluded[seq]
         if concluded.weights is None:
             return concluded.result if alone else Shared(concluded.result)
-        received = Received(concluded.result, self._mixings[seq].ordered(node))
+        known = self._mixings[seq]
+        whole = concluded.weights is known.mixing.weights
+        senders = known.ordered(node) if whole else tuple(sorted(among(known.of(node), concluded.result)))
+        received = Received(concluded.result, senders)
         mixed = None if concluded.mixtures is None else concluded.mixtures.of(node, received)
         return Inbox(received, concluded.weights[node], mixed)
 

@@ -9,12 +9,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from actors.buffers import Buffer, Signature, TensorSpec
     from actors.data import Position
     from algorithms.api import Batch, Evaluate, Gradient, Loss, NodeId, Step, Train
     from algorithms.closing import ClosePolicy
+
+Wants: TypeAlias = "frozenset[NodeId | tuple[NodeId, ...]]"
+"""In-neighbours of a node; a row of nodes is the first of them that is in."""
+
+
+def among(wants: Wants, closed: Container[NodeId]) -> set[NodeId]:
+    """Return those of ``closed`` that ``wants`` comes to.
+
+    >>> sorted(among(frozenset({1, 2, (3, 4)}), {1, 4}))
+    [1, 4]
+    """
+    firsts = (one if isinstance(one, int) else next((node for node in one if node in closed), None) for one in wants)
+    return {node for node in firsts if node is not None and node in closed}
+
 
 Compute: TypeAlias = "Train | Batch | Gradient | Step | Loss | Evaluate"
 """Operations that a node carries out by itself."""
@@ -36,7 +50,7 @@ class Posted(NamedTuple):
     """The contribution itself, if it is small."""
     close: ClosePolicy | None
     """``None`` is the usual one, ``Quorum``."""
-    wants: frozenset[NodeId] | None = None
+    wants: Wants | None = None
     """Of a neighbour gather: this round's in-neighbours."""
     waits: bool = True
     """False after a ``Start``: the program runs on at once."""

@@ -25,6 +25,7 @@ from actors.tickets import (
     Sleeping,
     Stale,
     Waiting,
+    among,
 )
 from orchestrator import phases
 from orchestrator.calls import Actor, Handler
@@ -395,7 +396,7 @@ class DataPlane(Processes):
             argument, nbytes = shared, everything
             wants = [posted[node].wants for node in actor.nodes if node in posted]
             if argument is None and any(one is not None for one in wants):
-                mine = frozenset(actor.nodes).union(*(one or () for one in wants))
+                mine = frozenset(actor.nodes).union(*(among(one, members) for one in wants if one is not None))
                 argument = self._inline({node: one for node, one in members.items() if node in mine}, decision.closed)
                 nbytes = argument.data.nbytes
             elif argument is None:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from actors.buffers import Signature
+    from actors.tickets import Wants
     from algorithms.api import NodeId
     from algorithms.closing import ClosePolicy
 
@@ -33,7 +34,7 @@ class Post(NamedTuple):
     waits: bool = True
     """The program is at the operation; false after a ``Start``."""
     close: ClosePolicy | None = None
-    wants: frozenset[NodeId] | None = None
+    wants: Wants | None = None
     """Of a neighbour gather: whose contributions ``node`` is to receive. ``None``: everybody's."""
     skipped: str | None = None
     """Why the node has nothing to contribute, though it takes part: its values are not finite."""
@@ -84,7 +85,7 @@ class Posts(NamedTuple):
     """
 
     first: Post
-    wants: dict[NodeId, frozenset[NodeId] | None]
+    wants: dict[NodeId, Wants | None]
     """Of each of them, in order."""
 
     def each(self) -> Iterator[Post]:

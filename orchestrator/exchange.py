@@ -6,7 +6,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from actors.tickets import among
+
 if TYPE_CHECKING:
+    from actors.tickets import Wants
     from algorithms.api import NodeId
     from orchestrator.events import Post
 
@@ -33,7 +36,7 @@ class Exchange:
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Post] = field(default_factory=dict)
     """While open: of active members only. Members that post alike have one between them."""
-    wants: dict[NodeId, frozenset[NodeId] | None] = field(default_factory=dict)
+    wants: dict[NodeId, Wants | None] = field(default_factory=dict)
     """``Post.wants`` of those that have posted."""
     waiting: set[NodeId] = field(default_factory=set)
     closed: tuple[NodeId, ...] = ()
@@ -62,4 +65,7 @@ class Exchange:
     def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
         """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
         wants = self.wants[by]
-        return self.closed if wants is None else tuple(node for node in self.closed if node in wants or node == by)
+        if wants is None:
+            return self.closed
+        those = among(wants, frozenset(self.closed))
+        return tuple(node for node in self.closed if node in those or node == by)

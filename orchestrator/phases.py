@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from actors.tickets import among
 from orchestrator.network import Cast
 
 if TYPE_CHECKING:
@@ -40,6 +41,6 @@ def inline(closed: Sequence[NodeId], posted: Announced) -> list[Cast]:
     if posted[closed[0]].wants is None:
         return [Cast(sizes, receivers)]
     return [
-        Cast({sender: sizes[sender] for sender in sorted(posted[node].wants or ()) if sender in sizes}, [node])
+        Cast({sender: sizes[sender] for sender in sorted(among(posted[node].wants or frozenset(), sizes))}, [node])
         for node in receivers
     ]

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from actors.tickets import among
 from algorithms.closing import Quorum, Waited
 from orchestrator.events import (
     Abort,
@@ -369,7 +370,8 @@ class Rendezvous:
         sizes = {node: sum(exchange.posts[node].part_nbytes) for node in exchange.closed}
         if not any(exchange.wants[by] is not None for by in self.active):
             return sum(sizes.values()) * (len(self.active) - 1)
-        return sum([sizes.get(node, 0) for by in self.active for node in exchange.wants[by] or () if node != by])
+        wanted = ((by, among(exchange.wants[by] or frozenset(), sizes)) for by in self.active)
+        return sum([sizes[node] for by, those in wanted for node in those if node != by])
 
     def _enough(self, exchange: Exchange, *, past_deadline: bool) -> bool:
         """Whether those that have not posted are to be left behind: the deadline's row, or the policy's word."""
@@ -443,7 +445,11 @@ class Rendezvous:
         self._check_need(exchange)
         if self.over:
             return
-        if not exchange.is_gather:
+        if exchange.is_gather:
+            if any(not got.issuperset(exchange.wanted(by)) for by, got in exchange.secured.items()):
+                self._secure(exchange, ())  # others take the places of those that are missing now
+                return
+        else:
             other = sorted(part for part, got in exchange.secured.items() if got != agreed)
             if other:
                 for part in other:

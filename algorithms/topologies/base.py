@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from algorithms.errors import SettingsError
@@ -108,10 +108,15 @@ class GraphTopology(Topology):
     def weigh(self, members: tuple[int, ...], present: AbstractSet[int], draw: int) -> Rows:
         """The weights among ``members``, of whom those in ``present`` are there."""
 
+    def substitutes(self, members: tuple[int, ...], draw: int) -> Mapping[int, Collection[tuple[int, ...]]]:
+        """Return ``Mixing.substitutes``: none, if who is missing only takes edges away."""
+        del members, draw
+        return {}
+
 
 # Rounds of a time-varying topology come again; the cache is bounded because those of a redrawn one, or with other
 # members missing, do not.
 @functools.lru_cache(maxsize=32)
 def _built(topology: GraphTopology, members: tuple[int, ...], draw: int, present: frozenset[int] | None) -> Mixing:
     there = frozenset(members) if present is None else present
-    return Mixing(topology.weigh(members, there, draw))
+    return Mixing(topology.weigh(members, there, draw), topology.substitutes(members, draw))

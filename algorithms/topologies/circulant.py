@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from algorithms.topologies.base import GraphTopology
 from algorithms.topologies.mixing import Rows, with_own_weight
 
+_REACH = 8
+"""Members that are missing one behind another on a cycle, and whose gap is closed, are fewer."""
+
 
 class CirculantTopology(GraphTopology):
     """W is the mean of the identity and of one permutation per offset, and so doubly stochastic, but not symmetric.
 
-    With members missing a permutation still holds on its unbroken cycles. Whoever is on a broken one keeps its own
-    value instead: if only the two beside the gap did so, some values would count twice and the mean would drift.
+    Who is missing is left out of each of its cycles, and the one before it takes the values of the one behind it: what
+    is left is a permutation of those that are there. A cycle with ``_REACH`` missing in a row is left out for the
+    round: if only those beside the gap were, some values would count twice and the mean would drift.
     """
 
     @abstractmethod
@@ -28,17 +32,38 @@ class CirculantTopology(GraphTopology):
 
     def weigh(self, members: tuple[int, ...], present: AbstractSet[int], draw: int) -> Rows:
         offsets = self.offsets(len(members), draw)
-        missing = [place for place, node in enumerate(members) if node not in present]
-        # The cycles of an offset o are the residue classes of gcd(N, o).
-        strides = {offset: math.gcd(len(members), offset) for offset in offsets}
-        broken = {offset: {place % stride for place in missing} for offset, stride in strides.items()}
         weight = 1 / (1 + len(offsets))
-        rows: Rows = {}
-        for place, node in enumerate(members):
-            intact = [offset for offset in offsets if place % strides[offset] not in broken[offset]]
-            others = dict.fromkeys((members[(place + offset) % len(members)] for offset in intact), weight)
-            rows[node] = with_own_weight(node, others)
-        return rows
+        others: dict[int, dict[int, float]] = {node: {} for node in members}
+        for offset in offsets:
+            # The cycles of an offset o are the residue classes of gcd(N, o).
+            cycles = math.gcd(len(members), offset)
+            sources = {
+                place: next((node for node in chain if node in present), None)
+                for place, chain in enumerate(_chains(members, offset))
+                if members[place] in present
+            }
+            broken = {place % cycles for place, source in sources.items() if source is None}
+            for place, source in sources.items():
+                node = members[place]
+                if source is not None and source != node and place % cycles not in broken:
+                    others[node][source] = others[node].get(source, 0.0) + weight
+        return {node: with_own_weight(node, row) for node, row in others.items()}
+
+    def substitutes(self, members: tuple[int, ...], draw: int) -> Mapping[int, Collection[tuple[int, ...]]]:
+        chains = [_chains(members, offset) for offset in self.offsets(len(members), draw)]
+        rows = zip(members, zip(*chains, strict=True), strict=True) if chains else ()
+        return {node: [tuple(one for one in chain if one != node) for chain in row] for node, row in rows}
+
+
+def _chains(members: tuple[int, ...], offset: int) -> list[tuple[int, ...]]:
+    """Whose values each place takes: the next member on its cycle, or the one after that, …, at last its own.
+
+    >>> _chains((0, 1, 2, 3), 2)
+    [(2, 0), (3, 1), (0, 2), (1, 3)]
+    """
+    length = len(members) // math.gcd(len(members), offset)
+    steps = range(offset, offset * min(length, _REACH) + 1, offset)
+    return [tuple(members[(place + step) % len(members)] for step in steps) for place in range(len(members))]
 
 
 def powers_of_two(num_nodes: int) -> Sequence[int]:

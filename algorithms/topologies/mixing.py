@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -24,6 +24,10 @@ class Mixing:
 
     weights: Mapping[int, Mapping[int, float]]
     """``weights[i][j]`` is w_ij > 0, own weight included; nodes and entries sorted. Each row sums to 1."""
+    substitutes: Mapping[int, Collection[tuple[int, ...]]] = field(
+        default_factory=dict[int, "Collection[tuple[int, ...]]"]
+    )
+    """By node: in-neighbours, each followed by those that come in its place, the first that is there."""
 
     def in_neighbors(self, node: int) -> tuple[int, ...]:
         """Whose values ``node`` needs, sorted, itself left out."""

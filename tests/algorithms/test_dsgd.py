@@ -251,6 +251,40 @@ def test_a_late_node_is_left_out_on_both_sides(order: str):
     assert not x[2].any()
 
 
+def test_the_others_of_a_directed_graph_mix_on_without_a_late_node():
+    """Node 2 is never in time, and on each cycle of the exponential graph of five: its neighbours close the gaps."""
+    task = Quadratic(dimension=4, condition=1, samples_per_node=1)  # A is the identity
+    late = {"network": {"speeds": {2: 0.01}, "step_ms": 10}, "cluster": {"round_deadline_s": 0.1}}
+    gaps_closed = torch.tensor(
+        [[1, 1, 0, 0, 2], [1, 1, 0, 2, 0], [0, 0, 4, 0, 0], [1, 1, 0, 1, 1], [1, 1, 0, 1, 1]], dtype=torch.float64
+    ).div(4)
+    x = torch.zeros(5, 4, dtype=torch.float64)
+    for after in history(3, task=task, topology="exponential", steps=1, **late)[1:]:
+        moved = torch.stack([point - RATE * (point - task.center(node)) for node, point in enumerate(x)])
+        expected = gaps_closed @ moved
+        expected[2] = x[2]
+        torch.testing.assert_close(after, expected, **ATOL)
+        x = expected
+
+
+@pytest.mark.parametrize("phase", ["post", "secure", "deliver"])
+@pytest.mark.parametrize("topology", ["exponential", "one_peer_exponential"])
+def test_a_node_of_a_directed_graph_is_lost(topology: str, phase: str):
+    """Large contributions: whoever was to have those of node 2 fetches another's in their place."""
+    ran = simulate(
+        algorithm={"name": "dsgd", "topology": topology, "steps": 1},
+        task="digits",  # 77 kB in double precision
+        nodes=7,
+        rounds=16,
+        optimizer={"name": "sgd", "lr": 0.1, "precision": "fp64", "schedule": {"name": "linear", "total_steps": 3}},
+        evaluation={"every_rounds": 0},
+        network={"start_s": 1000.0, "latency_ms": 1},
+        faults={"events": [{"kind": "kill", "node": 2, "round": 2, "phase": phase}]},
+    )
+    there = torch.stack([one.parameters for node, one in ran.replicas.items() if node != 2])
+    assert there.std(dim=0).max() < 1e-4
+
+
 def test_a_node_that_skips_a_round_is_left_out_on_both_sides():
     ran = simulate(
         algorithm={"name": "dsgd", "topology": "complete"},
