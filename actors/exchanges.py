@@ -233,7 +233,7 @@ class Exchanges:
         exchange: Exchange,
         seq: int,
         close: ClosePolicy | None,
-        wants: frozenset[NodeId] | None,
+        wants: Wants | None,
         *,
         waits: bool,
     ) -> Posted:

@@ -57,6 +57,10 @@ _REFUSED = {
 }
 
 
+_OTHER_LR = 0.01
+"""By default."""
+
+
 class Schedule(BaseModel):
     """How the learning rate changes: up in a line over ``warmup_steps`` (w), then along a shape to the last step (T).
 
@@ -128,7 +132,7 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", validate_default=True, allow_inf_nan=False)
 
     name: str = "sgd"  # as in torch.optim or pytorch_optimizer; case and underscores do not matter
-    lr: PositiveFloat = 0.01
+    lr: PositiveFloat = 0.1  # where another optimizer than sgd is named, 0.01
     schedule: Schedule = Schedule()
     grad_clip: PositiveFloat | None = None  # greatest norm of the gradient of all parameters together
     accumulate: PositiveInt = 1  # batches per optimizer step
@@ -141,10 +145,12 @@ class OptimizerConfig(BaseModel):
     @classmethod
     def _read(cls, value: object) -> object:
         if isinstance(value, str):
-            return {"name": value}
+            value = {"name": value}
         if not isinstance(value, dict):
             return value
         keys = cast("dict[str, object]", value)
+        if isinstance(name := keys.get("name"), str) and _plain(name) != "sgd":
+            keys = {"lr": _OTHER_LR} | keys  # their steps do not shrink as gradients do
         types = _types_of(keys.get("name", cls.model_fields["name"].default))
         return {
             key: field if key in cls.model_fields else read_option(key, field, types.get(key, inspect.Parameter.empty))

@@ -77,7 +77,7 @@ class Nesterov(OuterOptimizer, name="nesterov"):
 class Adam(OuterOptimizer, name="adam"):
     """Adam with bias correction, as in torch.optim.Adam, on outer gradients."""
 
-    lr: PositiveFloat = 0.001  # η
+    lr: PositiveFloat = 0.01  # η; ours, as an outer step is one of a round, and 0.001 a round gets nowhere
     betas: tuple[_Decay, _Decay] = (0.9, 0.999)  # β₁, β₂
     eps: PositiveFloat = 1e-8  # ε, added to the root
 

@@ -47,6 +47,14 @@ class MLP(DigitsModel, name="mlp"):
         return nn.Sequential(OrderedDict(layers))
 
 
+class Linear(DigitsModel, name="linear"):
+    """Softmax regression: convex, and so small that it can be trained by its losses alone."""
+
+    def build(self) -> nn.Module:
+        """64 → 10."""
+        return nn.Sequential(OrderedDict([("output", nn.Linear(_NUM_PIXELS, _NUM_CLASSES))]))
+
+
 class CNN(DigitsModel, name="cnn"):
     """Two convolutions with batch normalisation, so that there are buffers to take care of."""
 

@@ -53,8 +53,8 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     rule: Literal["delayed_nesterov", "delayed_sgd"] = "delayed_nesterov"  # step with each update, or with N_b
     buffer_size: PositiveInt | None = None  # N_b, updates to a change of momentum; null: as there are workers
     between: Share = 0.0  # c, how much momentum steps in between have; at most 1 / N_b
-    lr: PositiveFloat = 0.7  # ε
-    momentum: Decay = 0.9  # β
+    lr: PositiveFloat | None = None  # ε; null: 0.7, and 0.2 with delayed_sgd, which does not bear more
+    momentum: Decay = 0.5  # β; ours, as 0.9 is far behind it with few workers
     dynamic_steps: bool = True  # slow workers take fewer steps
     speed_timeout_s: PositiveFloat = 600.0  # after which what was measured of a worker is forgotten
     grace_s: NonNegativeFloat = 0.0  # the first of some updates is answered when these are over, or all are in
@@ -117,17 +117,24 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
         full, velocity = count >= size, cast("Tensor", node.local["velocity"])
         if self.rule == "delayed_sgd":
             if full:
-                nesterov = Nesterov(lr=self.lr, momentum=self.momentum)
+                nesterov = Nesterov(lr=self.step_size, momentum=self.momentum)
                 step, state = nesterov.update(buffer.div(size), {"velocity": velocity})
                 node.parameters.add_(step)
                 velocity = cast("Tensor", state["velocity"])
         else:
             velocity = velocity * self.momentum + buffer / size if full else velocity
             share = 1 - self.between * size + self.between if full else self.between
-            node.parameters.sub_((velocity * (share * self.momentum)).add_(update / size), alpha=self.lr)
+            node.parameters.sub_((velocity * (share * self.momentum)).add_(update / size), alpha=self.step_size)
         node.buffers.lerp_(payload["buffers"], 1 / size)
         node.local["velocity"], node.local["count"], node.local["size"] = velocity, 0 if full else count, size
         node.local["buffer"] = torch.zeros_like(buffer) if full else buffer
+
+    @property
+    def step_size(self) -> float:
+        """ε; where each step is late by one, as in ``delayed_sgd``, 0.7 diverges on a quadratic with momentum."""
+        if self.lr is not None:
+            return self.lr
+        return 0.7 if self.rule == "delayed_nesterov" else 0.2
 
     def steps_of(self, node: Node, worker: NodeId) -> int:
         """n_w, as the server knows; H of whom nothing is known."""

@@ -12,7 +12,8 @@ Deviations: a worker asks for work whenever it has none; no server chooses among
 the mean of those of the K. A worker that skips a round (``on_nan``) sends a difference of zero.
 Elasticity: the server alone has state that must not be lost. A worker that is gone takes the update with it that it
 was working on, and nobody waits for it; a new one begins with the server's model, and its first update is as old as
-that: ``max_staleness`` drops what is too old. K stays as it is, also above the number of workers.
+that: ``max_staleness`` drops what is too old. A configured K stays as it is, also above the number of
+workers; by default it is that of the workers who are there when a step begins.
 Cost: 2·K·b·P bytes per round of the server, b = 4 for float32, and what is on its way when the run ends. State: x and
 the sum of the differences on the server, the model it was given on a worker, P values each.
 Reference: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv:2106.06639,
@@ -40,7 +41,7 @@ class FedBuff(Algorithm, name="fedbuff"):
     replicated: ClassVar[bool] = False
     synchronous: ClassVar[bool] = False
 
-    buffer_size: PositiveInt = 10  # K, updates in a step of the server
+    buffer_size: PositiveInt | None = None  # K, updates in a step; null: half of the workers, at most the paper's 10
     steps: PositiveInt = 10  # optimizer steps of a worker between two exchanges with the server
     staleness_exponent: NonNegativeFloat = 0.5  # a; 0: old updates count like fresh ones
     max_staleness: NonNegativeInt | None = None  # in steps of the server; older updates are dropped; null: none
@@ -66,7 +67,7 @@ class FedBuff(Algorithm, name="fedbuff"):
         if node.local["waiting"] is not None:
             await Send(cast("int", node.local["waiting"]), model)
         difference, buffers = torch.zeros_like(node.parameters), torch.zeros_like(node.buffers)
-        num_updates = 0
+        num_updates, size = 0, self.size_among(len(node.view.members))
         while True:
             message = await _message()
             if self.max_staleness is None or message.staleness <= self.max_staleness:
@@ -74,27 +75,37 @@ class FedBuff(Algorithm, name="fedbuff"):
                 difference.add_(update, alpha=self.discount(staleness))
                 buffers.add_(its_buffers)
                 num_updates += 1
-            if num_updates == self.buffer_size:
+            if num_updates == size:
                 break
             await Send(message.sender, model)
-        difference.div_(self.buffer_size)
+        difference.div_(size)
         step, node.local["outer"] = self.outer.update(difference, cast("OuterState", node.local["outer"]))
         node.parameters.add_(step)
-        node.buffers.copy_(buffers.div_(self.buffer_size))
+        node.buffers.copy_(buffers.div_(size))
         node.local["waiting"] = message.sender
+
+    def size_among(self, num_workers: int) -> int:
+        """Return K for so many workers.
+
+        With as many updates in a step as there are workers each would wait in vain for the model that it brought forth.
+
+        >>> [FedBuff().size_among(num_workers) for num_workers in (1, 2, 5, 8, 100)]
+        [1, 1, 3, 4, 10]
+        """
+        return self.buffer_size or min(10, max(1, (num_workers + 1) // 2))
 
     def discount(self, staleness: int) -> float:
         """s(τ), what an update counts that was made from the model of τ steps ago."""
         return (1 + staleness) ** -self.staleness_exponent
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return 2 * self.buffer_size * (layout.nbytes + layout.buffer_nbytes)
+        return 2 * self.size_among(num_nodes) * (layout.nbytes + layout.buffer_nbytes)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return self.steps
 
     def node_rounds(self, num_nodes: int) -> float:
-        return self.buffer_size / num_nodes
+        return self.size_among(num_nodes) / num_nodes
 
 
 async def _message() -> Message:

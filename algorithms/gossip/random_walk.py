@@ -9,8 +9,9 @@ matrix of ``topology``, a walk that comes to all nodes equally often in the long
     K_ij[x] = P_ij x_j^-α / Σ_k P_ik x_k^-α          α = ``repulsion``
 
 With α = 0 the walk is P's own. With a < b, as by default, the variance of θ falls with α like 1/α².
-Deviations: floating-point buffers travel along. The defaults of α, a and b are ours. A node that skips a step
-(``on_nan``) passes θ on as it came.
+Deviations: floating-point buffers travel along. The defaults of α, a, b and ``lr`` are ours: with b near 1 the steps
+of a run of any length add up to little, and θ stays where it began. A node that skips a step (``on_nan``) passes θ on
+as it came.
 Elasticity: there is one token, which the first of those begins with that are there at the start, and it is lost with
 the node that holds it, or with the first one before its first step: the run then ends with an error. Where
 another node is gone the graph is made anew over the others; a new one counts as the least visited.
@@ -46,9 +47,9 @@ class RandomWalk(Algorithm, name="random_walk"):
     topology: Topology = Ring()  # P; symmetric
     graph_seed: int = 0  # of random topologies: the graph is the same for all nodes, whatever the run's seed
     repulsion: NonNegativeFloat = 5.0  # α; 0: visits do not matter
-    visits_exponent: float = Field(default=0.8, gt=0.5, le=1)  # a; 1: all visits count alike, else late ones more
-    step_exponent: float = Field(default=0.9, gt=0.5, le=1)  # b; above a: θ moves slower than x
-    lr: PositiveFloat = 0.5  # of the token's steps; the nodes' own optimizers take none
+    visits_exponent: float = Field(default=0.55, gt=0.5, le=1)  # a; 1: all visits count alike, else late ones more
+    step_exponent: float = Field(default=0.6, gt=0.5, le=1)  # b; above a: θ moves slower than x
+    lr: PositiveFloat = 2.0  # of the token's steps; the nodes' own optimizers take none
 
     @model_validator(mode="after")
     def _comes_equally_often(self) -> Self:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Places in the flat parameters, from start to stop, ascending and disjoint."""
 
-Pattern: TypeAlias = Literal["strided", "sequential", "size"]
+Pattern: TypeAlias = Literal["auto", "strided", "sequential", "size"]
 
 
 @functools.lru_cache(maxsize=16)
@@ -28,10 +28,14 @@ def fragments_of(layout: Layout, count: int, pattern: Pattern) -> tuple[Ranges, 
     ``strided`` and ``sequential`` divide its blocks, which are the modules in numbered lists: of L blocks fragment p
     has p, p + F, p + 2F, …, or the p-th run. What lies outside of blocks, an embedding say, goes tensor by tensor to
     the fragment that is smallest by then. ``size`` cuts the flat parameters into equal parts, whatever they are.
+    ``auto`` is strided where there are as many blocks as fragments, and else size.
 
     Raises:
         SettingsError: there is less to divide than there are fragments.
     """
+    blocks = list(dict.fromkeys(entry.block for entry in layout.entries if _is_numbered(entry)))
+    if pattern == "auto":
+        pattern = "size" if len(blocks) < count else "strided"
     if pattern == "size":
         if layout.num_values < count:
             raise SettingsError(
@@ -39,7 +43,6 @@ def fragments_of(layout: Layout, count: int, pattern: Pattern) -> tuple[Ranges, 
             )
         bounds = [layout.num_values * part // count for part in range(count + 1)]
         return tuple(((start, stop),) for start, stop in itertools.pairwise(bounds))
-    blocks = list(dict.fromkeys(entry.block for entry in layout.entries if _is_numbered(entry)))
     if len(blocks) < count:
         there = f"this model has {len(blocks)}, and algorithm.fragments is {count}"
         cure = "set algorithm.pattern: size" + (", or take fewer fragments" if blocks else "")

@@ -53,7 +53,7 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
 
     inner_steps: PositiveInt = 100  # H, steps between two exchanges of one fragment; paper, table 4
     fragments: PositiveInt = 4  # F; the paper has as many as make three blocks each
-    pattern: Pattern = "strided"  # which blocks make a fragment; size: equal parts of any model
+    pattern: Pattern = "auto"  # which blocks make a fragment; size: equal parts; auto: strided, of few blocks size
     overlap_steps: NonNegativeInt = 1  # τ, steps that go on while a fragment travels; paper, table 1
     merge_alpha: Share = 0.5  # α, what the local values count when the exchanged ones are merged in; paper, figure 10
     staggered: bool = True  # a fragment in each round of H/F steps; false: all of them in each round of H

@@ -19,7 +19,7 @@ Reference: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes
 
 from __future__ import annotations
 
-from pydantic import PositiveFloat
+from typing import ClassVar
 
 from algorithms.zeroth_order.codes import ScalarCode, Single
 from algorithms.zeroth_order.spsa import SPSA
@@ -28,5 +28,6 @@ from algorithms.zeroth_order.spsa import SPSA
 class MeZO(SPSA, name="mezo"):
     """Memory-efficient zeroth-order SGD; see the module's docstring."""
 
-    lr: PositiveFloat = 1e-5  # η; the authors' script
+    least_lr: ClassVar[float] = 1e-5  # the authors' script, for language models
+
     code: ScalarCode = Single()  # of ĝ, where there are several nodes, and in the log

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
     from algorithms.rules import DataBatch
 
 
+_MOST_LR = 0.05
+"""Of a small model: above 2 n / tr H, for n directions and the Hessian H, SPSA diverges; see docs/algorithms.md."""
+
+_LR_TIMES_VALUES = 200.0
+"""tr H grows with the model: between the bounds a learning rate is this by P."""
+
+
 class SPSA(Algorithm):
     """Stochastic gradients from two losses each; a node sends the one number that they give."""
 
-    lr: PositiveFloat = 1e-3  # η
+    least_lr: ClassVar[float] = 1e-3
+    """Of a large model, if ``lr`` is null."""
+
+    lr: PositiveFloat | None = None  # η; null: 200 / P, at most 0.05, and at least ``least_lr``
     eps: PositiveFloat = 1e-3  # ε, how far a probe is from the model, in units of the direction; MeZO's default
     samples: PositiveInt = 1  # K, directions of a node in a round, each with a batch of its own
     distribution: Distribution = "gaussian"  # of the values of a direction; rademacher: −1 or 1
@@ -45,7 +55,8 @@ class SPSA(Algorithm):
     async def round(self, node: Node) -> None:
         estimates = await self._estimates(node)
         codes = self.code.encode(estimates, node.rng("rounding"))
-        step = self._step(node, await AllGather(codes), self.lr)
+        sealed = await AllGather(codes)
+        step = self._step(node, sealed, self.rate(node.layout, len(sealed)))
         if not self.steps_at_commit:
             step.apply(node.parameters)
         dropped = sum(math.isnan(value) for value in estimates)
@@ -95,6 +106,13 @@ class SPSA(Algorithm):
     def steps_at_commit(self) -> bool:
         return self.perturb == "on_use"
 
+    def rate(self, layout: Layout, num_nodes: int) -> float:
+        """Return η of a round with estimates of so many nodes: what is configured, or what such a model bears."""
+        if self.lr is not None:
+            return self.lr
+        rate = min(max(_LR_TIMES_VALUES / layout.num_values, self.least_lr), _MOST_LR)
+        return rate / math.sqrt(num_nodes * self.samples) if self.normalizer == "sqrt" else rate
+
     def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> Step:
         """What the list that all nodes have comes to, in the order of (node, sample); the shared state has it then."""
         spans, size = self._spans(node.layout), self._num_bytes(node.layout)
@@ -121,8 +139,9 @@ class SPSA(Algorithm):
 
     def sealed(self, node: Node) -> bytes:
         codes = cast("Mapping[str, Tensor]", node.shared["codes"])
+        lr = self.rate(node.layout, len(codes))
         digest = cast("str", node.shared.get("parameters", ""))
-        return records.pack(self.lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
+        return records.pack(lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
 
     def replay(self, node: Node, record: bytes) -> None:
         size = self._num_bytes(node.layout)

@@ -42,7 +42,7 @@ def run(*, nodes: int = 4, rounds: int = 8, speeds: Any = None, network: Any = N
 @pytest.mark.parametrize("rule", ["delayed_sgd", "delayed_nesterov"])
 @pytest.mark.parametrize("nodes", [1, 3, 4])
 def test_a1_equal_speeds_and_grace_are_diloco(rule: str, nodes: int):
-    ours = run(nodes=nodes, rounds=5, rule=rule, grace_s=1e6)
+    ours = run(nodes=nodes, rounds=5, rule=rule, grace_s=1e6, lr=0.7, momentum=0.9)
     theirs = simulate(
         algorithm={"name": "diloco", "inner_steps": STEPS, "outer": {"name": "nesterov", "lr": 0.7, "momentum": 0.9}},
         nodes=nodes,
@@ -90,7 +90,7 @@ def random_updates(count: int, seed: int = 0) -> list[Tensor]:
 @settings(max_examples=40)
 def test_a2_a_period_is_one_step_of_nesterovs(size: int, periods: int, seed: int):
     updates = random_updates(size * periods, seed)
-    node = pushed(AsyncDiLoCo(), updates, size)
+    node = pushed(AsyncDiLoCo(momentum=0.9), updates, size)
     outer, expected = Nesterov(lr=0.7, momentum=0.9), torch.zeros(5, dtype=torch.float64)
     state = outer.init(expected)
     for period in range(periods):
@@ -102,7 +102,7 @@ def test_a2_a_period_is_one_step_of_nesterovs(size: int, periods: int, seed: int
 
 def test_a3_of_a_buffer_of_one_it_is_torchs():
     updates = random_updates(6)
-    node = pushed(AsyncDiLoCo(), updates, 1)
+    node = pushed(AsyncDiLoCo(momentum=0.9), updates, 1)
     theirs = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([theirs], lr=0.7, momentum=0.9, nesterov=True)
     for update in updates:
@@ -116,7 +116,12 @@ def test_the_formula_with_momentum_in_between(between: float):
     """B, m and θ written down once more; c = 1/N_b gives every step as much of the momentum."""
     updates, size = random_updates(11), 4
     found: list[Tensor] = []
-    pushed(AsyncDiLoCo(between=between), updates, size, after_each=lambda node: found.append(node.parameters.clone()))
+    pushed(
+        AsyncDiLoCo(between=between, momentum=0.9),
+        updates,
+        size,
+        after_each=lambda node: found.append(node.parameters.clone()),
+    )
     theta, momentum, buffer = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
     for number, update in enumerate(updates):
         buffer = buffer + update
@@ -215,3 +220,15 @@ def test_too_much_momentum_in_between_is_refused():
     with pytest.raises(ConfigError, match=r"algorithm.between: 0.3 is more than 1/4, one for each update"):
         parse({"algorithm": algorithm, "task": "digits", "cluster": {"nodes": {"target": 4}}})
     assert parse({"algorithm": algorithm, "task": "digits", "cluster": {"nodes": {"target": 3}}})
+
+
+@pytest.mark.parametrize("rule", ["delayed_nesterov", "delayed_sgd"])
+def test_its_defaults_converge_on_a_quadratic(rule: str):
+    """With ε = 0.7 and any momentum ``delayed_sgd``, whose steps are late by one, would diverge here."""
+    task = {"name": "quadratic", "dimension": 10, "condition": 5, "samples_per_node": 1}
+    quick = {"task": task, "nodes": 4, "rounds": 64, "evaluation": {"every_rounds": 0}}
+    optimizer = {"name": "sgd", "lr": 0.3, "precision": "fp64"}
+    ran = simulate(algorithm={"name": "async_diloco", "inner_steps": 10, "rule": rule}, optimizer=optimizer, **quick)
+    assert ran.summary is not None
+    gap = ran.summary.metrics["loss"] - ran.summary.baselines["optimum"]
+    assert gap < 0.3

@@ -1,0 +1,37 @@
+"""Every algorithm learns ``examples/noniid.yaml`` with nothing but its name set; docs/algorithms.md has the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from algorithms.api import Algorithm
+from algorithms.registry import table
+from orchestrator import api
+
+EXAMPLE = Path(__file__).parent.parent / "examples/noniid.yaml"
+
+LEAST = {
+    **dict.fromkeys(["fedavg", "fedprox", "scaffold", "local_sgd"], 0.85),
+    **dict.fromkeys(["diloco", "streaming_diloco", "eager_diloco", "edit", "a_edit", "single_merge"], 0.8),
+    **dict.fromkeys(["fedbuff", "random_walk"], 0.85),
+    "async_diloco": 0.8,
+    **dict.fromkeys(["ddp", "dsgd", "gradient_tracking", "gradient_coding"], 0.75),
+    # By losses alone, of which they need many more.
+    **dict.fromkeys(["just_one_byte", "mezo", "cbo", "fzoos"], 0.25),
+}
+"""The least accuracy on the held-out images, well below what was measured; 0.1 is chance."""
+
+
+def test_no_algorithm_is_left_out():
+    built_in = {name for name, kind in table(Algorithm).items() if kind.__module__.startswith("algorithms.")}
+    assert built_in == LEAST.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAST)
+def test_learns(name: str, tmp_path: Path):
+    quiet = ["tracking=none", "evaluation.every_rounds=0"]
+    summary = api.simulate(EXAMPLE, [f"algorithm={name}", *quiet], run_dir=tmp_path / "run")
+    assert summary.metrics["accuracy"] >= LEAST[name]
