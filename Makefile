@@ -76,6 +76,10 @@ test: lint ## lint, then all tests but the slow ones: quick ones first, then tho
 test-slow: install ## the slow tests
 	@$(call pytest-or-none,slow)
 
+.PHONY: soak
+soak: install ## random fault histories in the simulator (N=1000 SEED=7 PROCESSES=2)
+	$(BIN)/python -m tests.soak $(or $(N),1000) $(or $(SEED),0) $(or $(PROCESSES),1)
+
 .PHONY: bench
 bench: install ## measure, and compare with what we promise (ONLY="zeroth_order codecs": some, and keep the other rows)
 	$(BIN)/python benchmarks/run.py $(ONLY)

@@ -15,7 +15,7 @@ from actors.buffers import as_buffer, as_tensor
 from actors.consensus import mean_model
 from actors.host import failure
 from actors.transcript import Transcript, catch_up
-from actors.transfer import StateExport, export_state, load_state, snapshot, with_shared
+from actors.transfer import StateExport, export_state, is_blank, load_state, snapshot, with_shared
 from algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class StateCalls:
         if len(fetched) < len(refs):
             return None
         export = with_shared(fetched[0], fetched[len(refs) - 1])
+        if source != node and is_blank(export):
+            return None
         try:
             load_state(self._host.replicas[node], export, position)
         except StarlingError as error:

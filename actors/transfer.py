@@ -122,6 +122,11 @@ def donor_among(saved: Mapping[NodeId, StateExport]) -> StateExport:
     return max((one for one in saved.values() if one.meta["shared"] is not None), key=lambda one: one.meta["round"])
 
 
+def is_blank(export: StateExport) -> bool:
+    """Whether nothing had been committed: in a donor's place is another already, which has nothing to give."""
+    return export.meta["round"] == NOT_STARTED
+
+
 def load_state(replica: Replica, export: StateExport, position: Position | None = None) -> None:
     """Make a donor's state the committed state of ``replica``; the shared state has the donor's bits.
 

@@ -50,6 +50,9 @@ Step: TypeAlias = (
 """What happens to members between two rounds: one leaves, one comes up, one is given another's state (or its own)."""
 
 
+_NEVER_S = 1e9
+
+
 @dataclass(frozen=True)
 class Done:
     """The attempt at a round that was committed."""
@@ -208,8 +211,9 @@ class ReplayController(Controller):
         run_dir: str,
         may_commit: Callable[[], None],
     ) -> None:
-        # What happened is in the log: nothing else is to happen.
-        calm = config.model_copy(update={"faults": FaultsConfig()})
+        # What happened is in the log: nothing else is to happen. Who was late was so by another clock.
+        cluster = config.cluster.model_copy(update={"round_deadline_s": _NEVER_S})
+        calm = config.model_copy(update={"faults": FaultsConfig(), "cluster": cluster})
         super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
         runtime.initial = tuple(node for node in history.start if node != SERVER)
         runtime.num_parts = history.parts

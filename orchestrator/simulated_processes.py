@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import torch
 
+from actors.learner import NOT_STARTED
 from actors.setup import build_replicas
 from actors.transcript import catch_up
-from actors.transfer import StateExport, donor_among, export_state, load_state, snapshot, with_shared
+from actors.transfer import StateExport, donor_among, export_state, is_blank, load_state, snapshot, with_shared
 from algorithms.api import SERVER
 from orchestrator.network import Cast, Network
 from orchestrator.runtime import (
@@ -204,9 +205,11 @@ class SimulatedProcesses:
             self._hung.add(node)
 
     def preempt(self, node: NodeId) -> None:
+        if node not in self._present:
+            return  # its death is on its way already
         deadline = self._now + self._config.cluster.drain_s
         self._at(self._now, node, Notice(node, deadline, "it was preempted (faults.events)"))
-        self._at(deadline, node, End(node, self._incarnations.get(node, 0)))
+        self._at(deadline, node, End(node, self.host.replicas[node].incarnation))
 
     def probe(self, nodes: Sequence[NodeId]) -> None:
         for node in self._hung.intersection(nodes):
@@ -230,7 +233,8 @@ class SimulatedProcesses:
         self._attempts[node] += 1
 
     def _died(self, node: NodeId, reason: str) -> None:
-        if node == SERVER:
+        # One that has been given nothing yet leaves what is kept of the one before.
+        if node == SERVER and self.host.replicas[node].committed_round != NOT_STARTED:
             self._kept[node] = export_state(self.host.replicas[node], everything=True)
         self._leave(node)
         self._at(self._now, node, Died(node, reason))
@@ -343,7 +347,10 @@ class SimulatedProcesses:
     def _load(
         self, node: NodeId, source: NodeId, holder: NodeId, export: StateExport, position: Position | None
     ) -> None:
-        load_state(self.host.replicas[node], export, position)
         self._loading[node] = source
+        if source != node and is_blank(export):
+            self._at(self._now, node, NotLoaded(node, source))
+            return
+        load_state(self.host.replicas[node], export, position)
         when = self._network.arrivals(self._now, [Cast({holder: export.nbytes}, [node])]).get(node, self._now)
         self._at(when, node, Loaded(node, source, export.nbytes))

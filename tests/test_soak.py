@@ -12,6 +12,7 @@ from algorithms.api import SERVER
 from orchestrator.errors import RunError
 from orchestrator.mailroom import Delivery, Mailroom
 from tests.soak.histories import draw
+from tests.soak.shrink import shrink
 from tests.soak.watch import Wrong, live
 from tests.toys import attempt
 
@@ -175,9 +176,48 @@ def test_a_dead_node_is_not_given_a_result():
     assert live(raw) == "finished"
 
 
-@pytest.mark.parametrize("seed", range(3))
+def test_who_is_late_in_a_replay_is_who_was_late():
+    """A transfer takes longer there, as it holds a model where the run had a few records."""
+    raw = history(
+        {"name": "mezo", "verify_every": 1},
+        ("late_join", 1, 1, "train"),
+        nodes=2,
+        task={"name": UNEQUAL, "width": 3000},
+        network={"start_s": 0, "bandwidth_mbps": 2},
+        cluster={"round_deadline_s": 0.3},
+    )
+    assert live(raw) == "finished"
+
+
+def test_who_is_told_to_leave_twice_is_ended_once():
+    """The second notice is not for who takes its place."""
+    faults = [("preempt", 1, 3, "train"), ("preempt", 1, 3, "secure")]
+    ran = attempt(history({"name": "fedavg", "steps": 2}, *faults, rounds=40, cluster={"drain_s": 0.2}))
+    assert ran.error is None
+    assert ran.summary is not None
+    assert ran.summary.nodes == {"started": 3, "joined": 1, "lost": 0, "drained": 1}
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_some_random_histories(seed: int):
-    lived(f"quick {seed}", 4)
+    lived(f"quick {seed}", 3)
+
+
+def test_a_failing_history_is_made_small():
+    raw = draw(random.Random(3)) | {"faults": {"events": [fault(0, 3), fault(1, 5), fault(1, 6), fault(2, 9)]}}
+    raw["rounds"] = 12
+
+    def fails(one: dict[str, Any]) -> bool:
+        return any((event["node"], event["round"]) == (1, 6 - 12 + one["rounds"]) for event in one["faults"]["events"])
+
+    small = shrink(raw, fails)
+    assert len(small["faults"]["events"]) == 1
+    assert small["rounds"] < 12
+    assert small["network"]["latency_ms"] == 0
+
+
+def fault(node: int, number: int) -> dict[str, Any]:
+    return {"kind": "kill", "node": node, "round": number, "phase": "train"}
 
 
 @pytest.mark.slow

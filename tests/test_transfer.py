@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actors.data import Place, Position, Segment
 from actors.replica import Replica
-from actors.transfer import StateExport, donor_among, export_state, load_state, snapshot, with_shared
+from actors.transfer import StateExport, donor_among, export_state, is_blank, load_state, snapshot, with_shared
 from algorithms.api import Train
 from algorithms.errors import ProgramError
 from tests.toys import Toy, begin, replica
@@ -273,3 +273,12 @@ def test_what_a_node_was_handed_of_others_goes_to_whoever_takes_its_place():
     third = joiner()
     load_state(third, export_state(one))
     assert third.extras == ()
+
+
+def test_a_donor_that_has_committed_nothing_has_nothing_to_give():
+    donor = replica()
+    assert is_blank(export_state(donor))
+    begin(donor)
+    donor.stage()
+    donor.commit()
+    assert not is_blank(export_state(donor))
