@@ -146,7 +146,14 @@ def resume(
 
 
 @app.command(epilog=_EXIT_CODES)
-def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    memory_gb: Annotated[
+        float, typer.Option(min=0.1, max=1e6, metavar="GB", help="What the check itself may take of memory.")
+    ] = 1.0,
+    as_json: AsJson = False,
+) -> None:
     """Check a configuration, load its task on this machine, and print the plan."""
 
     def act(console: Console) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
         from orchestrator.pages import print_plan
         from orchestrator.plan import make_plan
 
-        plan = make_plan(resolved)
+        plan = make_plan(resolved, int(memory_gb * 2**30))
         print_plan(console, plan)
         return {"status": "ok"} | plan.to_json()
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from orchestrator.records import Observer
 
+_MOST_NODES = 100_000
 _MOST_LINES = 10
 """Of errors."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -48,10 +49,10 @@ class NodesConfig(Section):
 
     min: PositiveInt = 1
     """With fewer a round is not finished."""
-    target: PositiveInt | Literal["auto"] = 4
+    target: Annotated[int, Field(gt=0, le=_MOST_NODES)] | Literal["auto"] = 4
     """How many there are to be. A run begins with those for which there is room, if they are ``min``; the others, and
     replacements of lost ones, join when there is room for them. ``auto``: one for each free place, at most ``max``."""
-    max: PositiveInt | None = None
+    max: Annotated[int, Field(gt=0, le=_MOST_NODES)] | None = None
     """Upper bound; default: the target."""
 
     @model_validator(mode="after")
@@ -195,7 +196,7 @@ class Config(Section):
     """Begins the names of run directories."""
     seed: int = 0
     """All randomness of a run derives from it."""
-    rounds: PositiveInt = 10
+    rounds: Annotated[int, Field(gt=0, le=10**12)] = 10
     """How many are committed before the run is over."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a node's loss is NaN or infinite: end the run, or leave out that node's round."""

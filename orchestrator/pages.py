@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.estimates import span
 from orchestrator.units import bytes_text, number_text
 
 if TYPE_CHECKING:
@@ -45,10 +46,17 @@ def print_plan(console: Console, plan: Plan) -> None:
         "bytes": _payload(plan.payload_bytes),
         "evaluations": f"{plan.evaluations:,}",
     }
+    memory, seconds = plan.estimate["node_bytes"], plan.estimate["simulation_s"]
+    rows["memory"] = f"{bytes_text(memory)} per node and what the algorithm keeps; activations not counted"
+    if seconds is not None:
+        step = plan.estimate["step_s"]
+        rows["time"] = f"some {span(seconds)} of training in the simulator here, at {span(step)} for a step"
     if plan.baselines:
         rows["baselines"] = ", ".join(f"{name} {number_text(value)}" for name, value in plan.baselines.items())
     for label, value in rows.items():
         console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
+    for warning in plan.warnings:
+        console.print(f"  [yellow]{'warning':<12}[/] {escape(warning)}", soft_wrap=True, highlight=False)
 
 
 def _steps(plan: Plan) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from actors.data.samplers import planned_samples
 from actors.pace import Pace
-from actors.replica import Replica
 from actors.setup import load_data
-from algorithms.api import SERVER, Algorithm
+from algorithms.api import Algorithm
+from orchestrator.estimates import CHECK_BYTES, bounded_memory, estimate, layout_of
 from orchestrator.simulator import user_code
 
 if TYPE_CHECKING:
     from algorithms.api import Layout
     from orchestrator.config import Config
+
+
+_MOST_ROUNDS = 10_000
+"""Whose bytes are added up; of more, these are taken for all."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Plan:
     baselines: dict[str, float]
     reading: dict[str, str]
     """What is read of the data, and what is left out, as the task says it."""
+    estimate: dict[str, Any]
+    """Memory and time, as ``estimates.Estimate``."""
+    warnings: tuple[str, ...]
+    """What of this is likely to be a surprise."""
     runtimes: list[str]
     """Where it can run; a slow network that is configured is the simulator's, and a cluster is throttled to it."""
 
@@ -60,18 +66,23 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(config: Config) -> Plan:
-    """Load the task, build one replica, and work out the rest.
+def make_plan(config: Config, memory: int = CHECK_BYTES) -> Plan:
+    """Load the task, lay its model out, and work out the rest, with ``memory`` bytes at most.
 
     Raises:
         StarlingError: the run could not begin like this.
     """
     num_nodes, spec = config.num_nodes, config.replica_spec()
-    with user_code(0, 0):
+    hint = f"lower its sizes, or let it take more: starling check --memory-gb {4 * memory // 2**30}"
+    with user_code(0, 0), bounded_memory(memory, hint):
         data = load_data(config.task, config.data, num_nodes, config.seed)
         baselines, reading = config.task.baselines(num_nodes), config.task.reading()
-        layout = Replica(SERVER, spec, data.train, data.parts[0], torch.device("cpu")).layout
-    counts = [len(part) for part in data.parts]
+        layout = layout_of(spec)
+        counts = [len(part) for part in data.parts]
+        pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
+        each = pace.planned_steps or None
+        all_steps = None if each is None else each * num_nodes
+        cost = estimate(spec, layout, data.train, num_nodes, all_steps, memory)
     samples_per_step = config.data.batch_size * config.optimizer.accumulate
     least = config.data.min_batch
     told = [
@@ -79,7 +90,6 @@ def make_plan(config: Config) -> Plan:
         for count in counts
     ]
     steps = [count for count in told if count is not None]
-    pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
     total = _payload(config.algorithm, layout, num_nodes, config.rounds)
     every = config.evaluation.every_rounds
     return Plan(
@@ -107,6 +117,8 @@ def make_plan(config: Config) -> Plan:
         evaluations=-(-config.rounds // every) if every else 1,
         baselines=baselines,
         reading=reading,
+        estimate=asdict(cost),
+        warnings=cost.warnings,
         runtimes=["cluster", "simulator"],
     )
 
@@ -116,9 +128,10 @@ def _payload(algorithm: Algorithm, layout: Layout, num_nodes: int, rounds: int) 
     if type(algorithm).round_bytes is Algorithm.round_bytes:
         each = algorithm.expected_bytes(layout, num_nodes)
         return None if each is None else rounds * each
-    sent = [algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(rounds)]
+    looked_at = min(rounds, _MOST_ROUNDS)
+    sent = [algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(looked_at)]
     known = [count for count in sent if count is not None]
-    return sum(known) if len(known) == rounds else None
+    return sum(known) * rounds // looked_at if len(known) == looked_at else None
 
 
 def _schedule(config: Config, pace: Pace, *, is_known: bool) -> str:

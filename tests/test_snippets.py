@@ -90,7 +90,7 @@ def test_a_script_of_a_page_runs(page: str, line: str, tmp_path: Path, monkeypat
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     names: dict[str, Any] = {}
     if "load_model" in text and "simulate(" not in text:
-        config = BASE | {"rounds": 1, "task": {"name": "text_lm", "width": 16, "layers": 1, "heads": 1}}
+        config = BASE | {"rounds": 1, "task": {"name": "text_lm", "model": {"width": 16, "layers": 1, "heads": 1}}}
         simulate(config, run_dir=tmp_path / "runs" / "mine")
         text = re.sub(r"runs/[\w-]+", "runs/mine", text)
         assert load_model(tmp_path / "runs" / "mine") is not None

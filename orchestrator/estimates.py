@@ -1,0 +1,147 @@
+"""What a run will take on this machine, before it begins: memory, and the time of a simulation.
+
+Both are estimates to be warned by. A model is laid out without being allocated, and one step of one node is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from orchestrator.errors import ConfigError
+from orchestrator.units import bytes_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from actors.replica import ReplicaSpec
+    from actors.tasks import Samples
+    from algorithms.api import Layout
+
+CHECK_BYTES = 2**30
+"""Memory that a look at a configuration may take, unless it is given more."""
+_LONG_S = 3600.0
+"""Longer simulations are worth a warning."""
+_ASKED = re.compile(r"tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \w+)")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one node, and of a simulation in which all nodes share one process."""
+
+    node_bytes: int
+    """Parameters, their committed copy, gradient and optimizer state. The algorithm's own state comes on top."""
+    simulation_bytes: int
+    available_bytes: int
+    """On this machine, now."""
+    step_s: float | None
+    """Of one batch on this machine; ``None``: it was not measured."""
+    simulation_s: float | None
+    """Of all steps of all nodes, one after the other, without evaluation; ``None``: how many is not known."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of this is likely to be a surprise."""
+        found: list[str] = []
+        if self.simulation_bytes > self.available_bytes:
+            wants, has = bytes_text(self.simulation_bytes), bytes_text(self.available_bytes)
+            found.append(f"a simulation needs at least {wants} of memory, and this machine has {has} left")
+        if self.simulation_s is not None and self.simulation_s > _LONG_S:
+            found.append(f"a simulation takes some {span(self.simulation_s)} on this machine")
+        return tuple(found)
+
+
+def span(seconds: float) -> str:
+    """Return ``seconds`` in words."""
+    for unit, length in (("years", 365 * 86400.0), ("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.2g} seconds"
+
+
+@contextlib.contextmanager
+def bounded_memory(limit: int, hint: str) -> Iterator[None]:
+    """Let this process take ``limit`` bytes more than it has, and no more.
+
+    Raises:
+        ConfigError: more was asked for; the error ends with ``hint``.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = psutil.Process().memory_info().vms + limit
+    if before[1] != resource.RLIM_INFINITY:
+        allowed = min(allowed, before[1])
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, before[1]))
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        asked = _ASKED.search(str(error))
+        if not isinstance(error, MemoryError) and asked is None:
+            raise
+        amount = "" if asked is None else f" ({bytes_text(int(asked[1])) if asked[1] else asked[2]} at once)"
+        what = f"task: its data and model need more memory than a check may take, {bytes_text(limit)}{amount}"
+        raise ConfigError(f"{what}; {hint}") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def layout_of(spec: ReplicaSpec) -> Layout:
+    """Return the layout of a run's model, without allocating it if its modules allow that."""
+    try:
+        with torch.device("meta"):
+            return spec.bench(torch.device("meta")).layout
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever a task's build does that a tensor without values cannot
+        return spec.bench(torch.device("cpu")).layout
+
+
+def estimate(
+    spec: ReplicaSpec, layout: Layout, samples: Samples, num_nodes: int, steps: float | None, limit: int
+) -> Estimate:
+    """Return what a run takes; a step is timed if a node fits into ``limit`` bytes.
+
+    Args:
+        spec: of the run's replicas.
+        layout: of its model.
+        samples: to train on.
+        num_nodes: how many share the process of a simulation.
+        steps: optimizer steps of the whole run and of all nodes; ``None``: not known.
+        limit: bytes.
+    """
+    copies = 1 if spec.algorithm.steps_at_commit else 2
+    moments = {"sgd": int(bool(spec.optimizer.options.get("momentum")))}.get(spec.optimizer.name, 2)
+    # The gradient is shared by the nodes of a process.
+    own = layout.nbytes * (copies + moments) + layout.buffer_nbytes * copies
+    step_s = _timed(spec, samples) if own + 2 * layout.nbytes < limit else None
+    return Estimate(
+        node_bytes=own + layout.nbytes,
+        simulation_bytes=own * num_nodes + layout.nbytes,
+        available_bytes=psutil.virtual_memory().available,
+        step_s=step_s,
+        simulation_s=None if step_s is None or steps is None else step_s * steps,
+    )
+
+
+def _timed(spec: ReplicaSpec, samples: Samples) -> float | None:
+    """Return the seconds of one batch, forward and backward, after one to get warm; ``None``: it cannot be done."""
+    size = min(spec.batch_size, len(samples))
+    if not size:
+        return None
+    bench = spec.bench(torch.device("cpu"))
+    batch = tuple(samples.batch(torch.arange(size)))
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        bench.task.loss(bench.module, bench.to_device(batch)).backward()
+        seconds = time.perf_counter() - began
+        if seconds > 1:
+            break
+    return seconds * spec.optimizer.accumulate
