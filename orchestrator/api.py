@@ -90,6 +90,8 @@ def resume(
     overrides: Sequence[str] = (),
     *,
     from_previous: bool = False,
+    trust: bool = False,
+    accept_changes: bool = False,
     observers: Sequence[Observer] = (),
 ) -> Summary:
     """Go on with a run that was interrupted, or failed, from its last checkpoint, where it ran: on Ray, or simulated.
@@ -100,6 +102,8 @@ def resume(
         run_dir: of the run. A finished one is only told of, unless ``overrides`` change it (``rounds=200``).
         overrides: ``a.b=c`` each, applied to the run's configuration.
         from_previous: go on from the checkpoint before the last.
+        trust: what the run's configuration names, code among it, is used although somebody else wrote it.
+        accept_changes: ``config.yaml`` was edited, and that is meant.
         observers: as for ``run``.
 
     Raises:
@@ -115,7 +119,9 @@ def resume(
         return finished
     lease = Lease(path)
     try:
-        revival, store, is_virtual = resumption.revival(path, overrides, from_previous=from_previous)
+        revival, store, is_virtual = resumption.revival(
+            path, overrides, from_previous=from_previous, trust=trust, accept_changes=accept_changes
+        )
         directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
         if is_virtual:
             from orchestrator.simulator import Simulator as Kind
@@ -133,6 +139,7 @@ def replay(
     config: Source | None = None,
     *,
     run_dir: str | Path | None = None,
+    trust: bool = False,
     observers: Sequence[Observer] = (),
 ) -> Summary:
     """Repeat a finished run in this process, as its log says, to the last bit.
@@ -141,6 +148,7 @@ def replay(
         history_dir: the directory of that run.
         config: by default that run's own.
         run_dir: where the replay is written, as for ``run``.
+        trust: as for ``resume``.
         observers: as for ``run``.
 
     Raises:
@@ -153,7 +161,7 @@ def replay(
     from orchestrator.sections import CheckpointConfig
     from orchestrator.simulator import Simulator
 
-    resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config)
+    resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config, trust=trust)
     history = History.read(history_dir)
     resolved = resolved.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
     directory, controller = RunDirectory(resolved, run_dir), functools.partial(ReplayController, history=history)
@@ -163,28 +171,33 @@ def replay(
     return summary
 
 
-def load_model(run_dir: str | Path) -> nn.Module:
+def load_model(run_dir: str | Path, *, trust: bool = False) -> nn.Module:
     """The model that a run ended with, as a module in evaluation mode, in float32 on the CPU.
+
+    Args:
+        run_dir: of the run.
+        trust: as for ``resume``.
 
     Raises:
         StarlingError: it is not a run's directory, or the run did not end with a model.
     """
     from orchestrator import run_directory
 
-    return run_directory.load_model(run_dir)
+    return run_directory.load_model(run_dir, trust=trust)
 
 
-def resolve(config: Source, overrides: Sequence[str] = ()) -> Config:
+def resolve(config: Source, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
     """The validated configuration.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
     """
-    from orchestrator.config import Config, load, parse
+    from orchestrator.config import Config, parse
+    from orchestrator.resumption import given
 
     if isinstance(config, Config):
         return parse(config.dump(), overrides) if overrides else config
-    return parse(config, overrides) if isinstance(config, Mapping) else load(config, overrides)
+    return parse(config, overrides) if isinstance(config, Mapping) else given(config, overrides, trust=trust)
 
 
 def drive(

@@ -116,6 +116,8 @@ class CheckpointStore:
     ) -> None:
         self._storage = storage or open_storage(uri, run_dir / FOLDER, run_id)
         self._run_id = run_id
+        # A folder of the run's own directory has nobody else's; and directories are renamed and copied.
+        self._is_shared = uri is not None or storage is not None
         self._keep = keep
         self._file_bytes = file_bytes
         self._begun_from: int | None = None
@@ -259,6 +261,7 @@ class CheckpointStore:
             raise DamagedError(f"{_MANIFEST}: names no {name}")
         try:
             whole = json.loads(state)
+            _check_sums(name, whole)
             nodes = {int(node): _export(meta, tensors) for node, meta in whole["nodes"].items()}
             return Checkpoint(number, dict(whole["controller"]), nodes, f"{self._storage.shown}/{folder}")
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
@@ -278,8 +281,9 @@ class CheckpointStore:
             raise DamagedError(f"{_MANIFEST}: is damaged") from None
         if manifest.to_bytes() != raw:
             raise DamagedError(f"{_MANIFEST}: is damaged")
-        if manifest.run_id != self._run_id:
-            raise DamagedError(f"{_MANIFEST}: is of run {manifest.run_id}, and not of {self._run_id}")
+        if self._is_shared and manifest.run_id != self._run_id:
+            where = f"{self._storage.shown}/{folder}/{_MANIFEST}"
+            raise CheckpointReadError(f"{where}: is of run {manifest.run_id}, and not of {self._run_id}")
         if manifest.round != number:
             raise DamagedError(f"{_MANIFEST}: is of round {manifest.round}")
         return manifest
@@ -375,7 +379,8 @@ class _Draft:
         """Write what is left, and the manifest."""
         if self._pending:
             self._flush()
-        state = json.dumps({"controller": controller, "nodes": self._nodes}).encode()
+        sums = {node: _sum(meta) for node, meta in self._nodes.items()} | {"controller": _sum(controller)}
+        state = json.dumps({"controller": controller, "nodes": self._nodes, "sums": sums}).encode()
         self._put(self._name("state", "json"), [state], _checksum(state))
         time = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = _Manifest(run_id=self.run_id, round=self.number, time=time, files=self._files).to_bytes()
@@ -448,6 +453,27 @@ def _checksum(data: Piece) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
+def _sum(data: object) -> str:
+    """Of one part of a state: also of a file that was edited and sealed again it says which part that was."""
+    return _checksum(json.dumps(data).encode())
+
+
+def _check_sums(name: str, whole: dict[str, Any]) -> None:
+    """Compare the parts of a state with their own checksums; older checkpoints have none.
+
+    Raises:
+        DamagedError: one is another's; it is named.
+    """
+    sums = whole.get("sums")
+    if sums is None:
+        return
+    parts: dict[str, Any] = {**whole["nodes"], "controller": whole["controller"]}
+    for part in sorted({*sums, *parts}):
+        if part not in parts or sums.get(part) != _sum(parts[part]):
+            what = part if part == "controller" else f"node {part}"
+            raise DamagedError(f"{name}: the state of {what} is not what was saved")
+
+
 def _export(meta: dict[str, Any], tensors: Mapping[str, Bytes]) -> StateExport:
     """A node's state, of the tensors that its ``meta`` names.
 
@@ -473,7 +499,7 @@ def _hint(rounds: list[int], chosen: int, *, asked: bool, previous: bool) -> str
     if not before:
         return "there is no checkpoint before it"
     if previous:
-        return f"remove that folder, and --from-previous uses round {before[-1]}'s"
+        return f"if that folder is moved elsewhere, --from-previous uses round {before[-1]}'s"
     return f"--from-previous uses round {before[-1]}'s"
 
 

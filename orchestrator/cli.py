@@ -30,7 +30,7 @@ from orchestrator.errors import (
 from orchestrator.terminal import ENDING, everything_to_stderr, interruptible, warnings_shown_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from algorithms.registry import Part
     from orchestrator.config import Config
@@ -53,6 +53,10 @@ app = typer.Typer(
 )
 
 _CONFIG_HELP = "The YAML file that says what to train, and how."
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Use what the run's configuration names, code too, although somebody else wrote it."),
+]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=_CONFIG_HELP)]
 Overrides = Annotated[
     list[str] | None,
@@ -107,9 +111,15 @@ def options(
 
 
 @app.command(epilog=_EXIT_CODES)
-def run(config: ConfigPath, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> None:
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
     """Train on Ray: one of our own on this machine, or the cluster at [cyan]cluster.address[/]."""
-    _train("run", config, overrides, run_dir, as_json=as_json)
+    _train("run", config, overrides, run_dir, as_json=as_json, trust=trust)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -121,15 +131,16 @@ def simulate(
         Path | None,
         typer.Option(metavar="RUN_DIR", help="Instead of CONFIG: repeat that run as its log says, to the same digest."),
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Train in one process, with virtual time and a model of the network."""
     if (config is None) == (replay is None):
         raise typer.BadParameter("takes a CONFIG, or --replay RUN_DIR instead")
     if replay is not None:
-        _train("replay", replay, overrides, run_dir, as_json=as_json)
+        _train("replay", replay, overrides, run_dir, as_json=as_json, trust=trust)
     elif config is not None:
-        _train("simulate", config, overrides, run_dir, as_json=as_json)
+        _train("simulate", config, overrides, run_dir, as_json=as_json, trust=trust)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -139,10 +150,15 @@ def resume(
     from_previous: Annotated[
         bool, typer.Option("--from-previous", help="Go on from the checkpoint before the last.")
     ] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Its config.yaml was edited, and that is meant.")
+    ] = False,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run from its last checkpoint, where it ran; of a finished one, print what it came to."""
-    _train("resume", run_dir, overrides, None, as_json=as_json, from_previous=from_previous)
+    more = {"from_previous": from_previous, "accept_changes": accept_changes}
+    _train("resume", run_dir, overrides, None, as_json=as_json, trust=trust, resumed=more)
 
 
 @app.command(epilog=_EXIT_CODES)
@@ -283,16 +299,17 @@ def replay(
         typer.Option(metavar="ROUND", min=0, help="Begin with the last snapshot up to it, not with the first model."),
     ] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the model, as safetensors.")] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Rebuild a run's model from the log of its rounds, without data or forward passes, and check its digests."""
 
     def act(console: Console) -> dict[str, Any]:
-        _add_to_path(Path.cwd())
+        _stand_beside(run_dir, trust=trust)
         from orchestrator.pages import print_rebuilt
         from orchestrator.rebuild import rebuild
 
-        rebuilt = rebuild(run_dir, to, since=since, save=save)
+        rebuilt = rebuild(run_dir, to, since=since, save=save, trust=trust)
         print_rebuilt(console, rebuilt)
         return {"status": "ok"} | rebuilt.to_json()
 
@@ -315,16 +332,17 @@ def export(
     to: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The file, or the folder; by default in RUN_DIR/exported.")
     ] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's model, or that of one of its checkpoints, into a file for others."""
 
     def act(console: Console) -> dict[str, Any]:
-        _add_to_path(Path.cwd())
+        _stand_beside(run_dir, trust=trust)
         from orchestrator.export import export as write
         from orchestrator.pages import print_exported
 
-        exported = write(run_dir, number, form, to)
+        exported = write(run_dir, number, form, to, trust=trust)
         print_exported(console, exported)
         return {"status": "ok"} | exported.to_json()
 
@@ -341,7 +359,8 @@ def _train(
     run_dir: Path | None,
     *,
     as_json: bool,
-    from_previous: bool = False,
+    trust: bool,
+    resumed: Mapping[str, bool] | None = None,
 ) -> None:
     views: list[Display] = []
 
@@ -350,7 +369,10 @@ def _train(
         from orchestrator.display import display, print_summary
 
         folder = resumption.directory(path) if command == "resume" else path
-        config = _load(folder / "config.yaml" if command in ("replay", "resume") else path, overrides)
+        if command in ("replay", "resume"):
+            config = _load_run(folder, overrides, trust=trust)
+        else:
+            config = _load(path, overrides, trust=trust)
         done = None if command != "resume" or overrides else resumption.finished(folder)
         if done is not None:
             print_summary(console, done, config)
@@ -361,9 +383,9 @@ def _train(
             try:
                 view.open(config, _place(command, config))
                 if command == "replay":
-                    summary = api.replay(path, config, run_dir=run_dir, observers=[view])
+                    summary = api.replay(path, config, run_dir=run_dir, trust=trust, observers=[view])
                 elif command == "resume":
-                    summary = api.resume(path, overrides or (), from_previous=from_previous, observers=[view])
+                    summary = api.resume(path, overrides or (), trust=trust, observers=[view], **(resumed or {}))
                 else:
                     train = api.run if command == "run" else api.simulate
                     summary = train(config, run_dir=run_dir, observers=[view])
@@ -473,13 +495,32 @@ def _print_error(message: str, trace: str | None = None) -> None:
         streams.say(f"{label} {line}", err=True)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Config:
-    from orchestrator.config import load
+def _load(path: Path, overrides: list[str] | None, *, trust: bool = False) -> Config:
+    from orchestrator import identity, resumption
 
-    # So that `task: my_module:MyTask` is found beside the file, or where one is.
-    _add_to_path(path.expanduser().absolute().parent)
-    _add_to_path(Path.cwd())
-    return load(path.expanduser(), overrides or [])
+    folder = path.expanduser().absolute().parent
+    if identity.is_run_directory(folder):
+        _stand_beside(folder, trust=trust)
+    else:
+        # So that `task: my_module:MyTask` is found beside the file, or where one is.
+        _add_to_path(folder)
+        _add_to_path(Path.cwd())
+    return resumption.given(path, overrides or [], trust=trust)
+
+
+def _load_run(folder: Path, overrides: list[str] | None = None, *, trust: bool) -> Config:
+    """The configuration of a run, in whose directory no modules are looked for."""
+    from orchestrator import resumption
+
+    path = resumption.directory(folder)
+    _stand_beside(path, trust=trust)
+    return resumption.configuration(path, overrides or [], trust=trust)
+
+
+def _stand_beside(folder: Path, *, trust: bool) -> None:
+    """Look for modules where one is, unless that is inside a run's directory: what is there may be anybody's."""
+    if trust or not Path.cwd().resolve().is_relative_to(folder.resolve()):
+        _add_to_path(Path.cwd())
 
 
 def _add_to_path(folder: Path) -> None:

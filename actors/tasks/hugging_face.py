@@ -89,7 +89,7 @@ def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' own types
         DataError: it cannot be loaded.
     """
     with _loading("task.tokenizer", name) as transformers:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(_place(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_place(name), trust_remote_code=False)
     if tokenizer.pad_token is None:
         words = tokenizer.get_vocab()
         tokenizer.pad_token = tokenizer.eos_token or max(words, key=words.__getitem__)
@@ -104,7 +104,7 @@ def load_config(name: str) -> Any:  # noqa: ANN401 - as above
         DataError: it cannot be loaded.
     """
     with _loading("task.model", name) as transformers:
-        return transformers.AutoConfig.from_pretrained(_place(name))
+        return transformers.AutoConfig.from_pretrained(_place(name), trust_remote_code=False)
 
 
 def vocabulary(model: str) -> int:
@@ -145,8 +145,8 @@ def build(kind: Kind, model: str, *, pretrained: bool, lora: LoRA | None, extra:
             if kind == "SEQ_CLS":
                 auto = transformers.AutoModelForSequenceClassification
             if pretrained:
-                return auto.from_pretrained(_place(model), dtype=torch.float32, **extra)
-            config = transformers.AutoConfig.from_pretrained(_place(model), **extra)
+                return auto.from_pretrained(_place(model), dtype=torch.float32, trust_remote_code=False, **extra)
+            config = transformers.AutoConfig.from_pretrained(_place(model), trust_remote_code=False, **extra)
             return auto.from_config(config, dtype=torch.float32)
 
     module = made(extra)
