@@ -64,6 +64,8 @@ class Ready:
     pid: int
     part_sizes: tuple[int, ...] | None = None
     """Samples of each part, if others may draw it while its node is away."""
+    fingerprint: dict[str, int | str] = field(default_factory=dict[str, "int | str"])
+    """Of its data."""
     machine: str = ""
     """Ray's name for it."""
     import_s: float = 0.0

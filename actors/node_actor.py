@@ -167,6 +167,7 @@ class NodeActor(StateCalls):
             baselines=baselines,
             warnings=warnings,
             part_sizes=self._data.part_sizes,
+            fingerprint=self._data.fingerprint(),
             pid=os.getpid(),
             machine=ray.get_runtime_context().get_node_id(),
             import_s=time.monotonic() - self._began,

@@ -11,6 +11,7 @@ import torch
 from actors import answers
 from actors.data import Epoch, Place, assign, files
 from actors.data.federated import Federated
+from actors.data.fingerprint import fingerprint
 from actors.modules import seeded
 from actors.pace import Pace
 from actors.replica import Replica
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from actors.data import DataConfig, Indices, Sampler
+    from actors.data.fingerprint import Fingerprint
     from actors.replica import ReplicaSpec
     from actors.tasks import Samples, Task
     from actors.workbench import Slab
@@ -38,6 +40,10 @@ class RunData:
     """Indices into ``train`` for each node."""
     sampler: Sampler = field(default_factory=Epoch)
     """In which order a node draws its own."""
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells these data from others."""
+        return fingerprint(None if isinstance(self.train, Federated) else self.train, self.validation)
 
     @property
     def part_sizes(self) -> tuple[int, ...] | None:

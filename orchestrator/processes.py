@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
+from actors.data.fingerprint import difference
 from actors.messages import Ready, Setup
 from actors.node_actor import remote_class
 from actors.tickets import Failed
@@ -27,6 +28,7 @@ from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp,
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from actors.data.fingerprint import Fingerprint
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.ray_session import Machines
@@ -54,6 +56,9 @@ class Processes(Calls):
         self._config = config
         self.num_parts: int | None = None
         self.part_sizes: tuple[int, ...] | None = None
+        self.fingerprint: Fingerprint = {}
+        self._first: Ready | None = None
+        """Of the process with whose data those of all others are compared."""
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
         self._actors: list[Actor] = []
@@ -351,6 +356,7 @@ class Processes(Calls):
             # It was started to stand by, and its place has been given to it meanwhile.
             self._embody(actor)
             return
+        self._compare(actor, result)
         actor.ready = result
         if actor.is_spare:
             self._relieve(actor)
@@ -365,6 +371,26 @@ class Processes(Calls):
             where = f"{result.place}, {result.devices[node]}, {result.num_samples[node]} samples"
             who = "server" if node == SERVER else f"node {node}"
             self._ready.append(Log(node, (f"{who}: {where}", *result.warnings)))
+
+    def _compare(self, actor: Actor, ready: Ready) -> None:
+        """Compare a process's data with those of the first one.
+
+        Raises:
+            DataError: they are others.
+        """
+        if self._first is None:
+            self._first, self.fingerprint = ready, ready.fingerprint
+            return
+        unlike = difference(self._first.fingerprint, ready.fingerprint)
+        if unlike is not None:
+            nodes = ", ".join(map(str, actor.nodes))
+            who = (
+                f"of node {nodes} ({ready.place})" if actor.nodes else f"in the process that stands by ({ready.place})"
+            )
+            raise DataError(
+                f"task {self._config.task.name}: the data {who} are not those of {self._first.place}: {unlike}; "
+                "all processes must read the same files, and divide them alike (at random only with a seed)"
+            )
 
     @staticmethod
     def _facts_of(actor: Actor) -> Ready:

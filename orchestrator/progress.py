@@ -312,6 +312,7 @@ class Progress:
             "residuals": list(self.lost_residuals) if self.has_residuals else None,
             "metrics": self._metrics,
             "samples": self.samples.to_json(),
+            "data": self.runtime.fingerprint,
         }
 
     def stand(self, facts: Mapping[NodeId, NodeFacts], down: Iterable[NodeId]) -> None:

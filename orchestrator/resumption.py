@@ -97,7 +97,7 @@ def revival(
     if checkpoint.number + 1 > config.rounds:
         raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
     is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
-    revival = Revival(checkpoint, config, before)
+    revival = Revival(checkpoint, config, before, accept_changes)
     if from_previous:
         # Before the records are taken back: whenever this ends, no other checkpoint is gone on from.
         store.forget_after(checkpoint.number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from actors.data.fingerprint import difference
 from algorithms.api import SERVER
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.changes import FIXED
@@ -34,6 +35,8 @@ class Revival:
     """As it is now; faults that have happened are left out."""
     before: Config
     """As it was when the checkpoint was written."""
+    accept_changes: bool = False
+    """The data may be others."""
     same_data: bool = field(init=False)
     """The data are divided into the parts into which they were divided."""
     same_processes: bool = field(init=False)
@@ -89,6 +92,7 @@ class Revival:
             raise ConfigError(f"{where}, and {here} as it is configured now")
         if not self.same_data:
             saved["progress"]["samples"]["parts"] = None
+        self._refuse_other_data(runtime)
         progress.revive(saved["progress"], same_processes=self.same_processes)
         if self.same_processes:
             members = saved["members"]
@@ -109,6 +113,23 @@ class Revival:
         if progress.checkpoints is not None:
             progress.checkpoints.go_on()
         self._record(progress)
+
+    def _refuse_other_data(self, runtime: Runtime) -> None:
+        """Refuse data that are not what they were, where the same are asked for.
+
+        Raises:
+            ConfigError: they are others.
+        """
+        unlike = difference(self.checkpoint.controller["progress"].get("data", {}), runtime.fingerprint)
+        if unlike is None or not self.same_data or self.before.num_nodes != self.config.num_nodes:
+            return
+        if not self.accept_changes:
+            paths = [value for key, value in self.config.task if key in ("path", "text") and isinstance(value, str)]
+            task = self.config.task.name + (f" ({paths[0]})" if paths else "")
+            raise ConfigError(
+                f"{self.checkpoint.where}: the data of task {task} are not those of then: {unlike}; "
+                "put them back, begin another run, or give --accept-changes: places in their order then mean others"
+            )
 
     def _as_own(self, export: StateExport) -> StateExport:
         """What a node of the run as it is configured now takes for its own."""

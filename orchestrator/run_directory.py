@@ -83,6 +83,7 @@ class RunDirectory(Observer):
         self._files: dict[str, IO[str]] = {}
         self._sealed: SealedLog | None = None
         self._folder = Folder(self.path)
+        self._is_resumed = resumed is not None
         self._run_id = self.path.name if resumed is None else identity.run_id(self.path)
         self._made = not self.path.exists()
         if resumed is None:
@@ -115,13 +116,16 @@ class RunDirectory(Observer):
             self._rounds = rewind.metrics(self.path / "metrics.jsonl", saved["round"])
             rewind.events(self.path / "events.jsonl", saved["events"], self.path / "undone.jsonl")
             self._sealed = rewind.rounds_log(self.path / sealed_log.NAME, self.run_id, saved["round"])
-            for name in ("summary.json", "model.safetensors"):
-                self._folder.remove(name)
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
+
+    def _go_on(self) -> None:
+        """The run goes on: only now is what it had come to void, and is its configuration this one."""
         self._whole("config.yaml", self._text)
         try:
             identity.write(self.path, self.run_id, self._config.dump(), self._text)
+            for name in ("summary.json", "model.safetensors"):
+                self._folder.remove(name)
         except OSError as error:
             raise self._failure(identity.NAME, error) from None
 
@@ -131,6 +135,8 @@ class RunDirectory(Observer):
         return self._run_id
 
     def on_start(self, started: Started) -> None:
+        if self._is_resumed:
+            self._go_on()
         self._started = started
 
     def on_log(self, node: int, lines: Sequence[str]) -> None:
@@ -184,7 +190,8 @@ class RunDirectory(Observer):
     def on_end(self, summary: Summary) -> None:
         self._close()
         if self._started is None:
-            self._discard()
+            if not self._is_resumed:
+                self._discard()
             return
         self._whole("summary.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
         if self._rounds and self._has_picture:

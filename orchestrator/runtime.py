@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from actors.data import Place, Position
+    from actors.data.fingerprint import Fingerprint
     from actors.host import Returned
     from actors.transcript import Transcript
     from actors.transfer import StateExport
@@ -298,6 +299,8 @@ class Runtime(Protocol):
     """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
     part_sizes: tuple[int, ...] | None
     """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
+    fingerprint: Fingerprint
+    """Of the data; known once ``start`` has returned."""
 
     @property
     def standing(self) -> Standing | None:

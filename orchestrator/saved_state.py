@@ -60,6 +60,7 @@ class _Progress(Stored):
     residuals: list[float] | None
     metrics: dict[str, Value]
     samples: _Samples
+    data: dict[str, int | str] = {}
 
 
 class _Envelope(Stored):

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
     from actors.buffers import Buffer
     from actors.data import Place
+    from actors.data.fingerprint import Fingerprint
     from actors.tickets import Compute
     from algorithms.api import NodeId, View
     from orchestrator.config import Config
@@ -96,6 +97,7 @@ class Simulator(SimulatedProcesses):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.num_parts: int | None = None
+        self.fingerprint: Fingerprint = {}
         self._step_ms = config.network.step_ms
         self._speeds = config.network.speeds
         self._exchanges: dict[int, _Exchange] = {}
@@ -115,6 +117,7 @@ class Simulator(SimulatedProcesses):
             self.num_parts = self.num_parts or num_nodes
             data = load_data(self._spec.task, self._config.data, self.num_parts, self._spec.seed)
             self._data, self._validation, self.part_sizes = data, data.validation, data.part_sizes
+            self.fingerprint = data.fingerprint()
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)

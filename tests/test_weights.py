@@ -110,7 +110,7 @@ def test_a_model_of_another_size_is_refused(finished: Path, tmp_path: Path):
 
 
 def test_load_model_of_what_is_no_run(tmp_path: Path, finished: Path):
-    with pytest.raises(ConfigError, match=r"config.yaml: cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"this is no run directory \(it has no config.yaml\)"):
         load_model(tmp_path)
     (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
     with pytest.raises(DataError, match="run directory: .* has no model.safetensors; name a finished run's directory"):

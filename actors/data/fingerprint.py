@@ -1,0 +1,94 @@
+"""What a run's data are, in a few words: processes compare it when they come up, and a run when it goes on.
+
+Whatever divides and draws samples takes it for granted that all processes have the same ones, in the same order, and
+that they are what they were when a checkpoint was made. A file that was written anew, or a task that divides its data
+at random, would make places in that order mean other samples, without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from actors.tasks import Samples
+
+Fingerprint: TypeAlias = "dict[str, int | str]"
+"""By what it is of, for people."""
+
+_IN_MEMORY = 256
+"""Samples that are looked at of those that are in memory, evenly spaced."""
+_READ = 2
+"""Of others, at each end: they may have to be read from files."""
+
+
+def fingerprint(train: Samples | None, validation: Samples) -> Fingerprint:
+    """Take the fingerprint of data; cheap, and without a trace in random generators.
+
+    Args:
+        train: to be trained on; ``None``: each node has its own, and alone may look at them.
+        validation: held-out.
+    """
+    found: Fingerprint = {}
+    for what, samples in (("training samples", train), ("held-out samples", validation)):
+        if samples is None:
+            continue
+        found[what] = len(samples)
+        labels = vars(samples).get("labels") if hasattr(samples, "__dict__") else None
+        if isinstance(labels, torch.Tensor):
+            found[f"labels of the {what}"] = _digest((labels,))
+        with contextlib.suppress(Exception), _unseen():  # what cannot be read is said when it is trained on
+            found[f"values of the {what}"] = _digest(samples.batch(_places(samples)))
+    return found
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What is not alike, in one line; ``None`` if all that both know is.
+
+    >>> difference({"training samples": 200, "x": 1}, {"training samples": 150})
+    'training samples: 200 and 150'
+    """
+    unlike = [key for key in was if key in now and was[key] != now[key]]
+    counts = [f"{key}: {was[key]} and {now[key]}" for key in unlike if isinstance(was[key], int)]
+    others = [f"{key} differ" for key in unlike if not isinstance(was[key], int)]
+    return "; ".join([*counts, *others]) or None
+
+
+def _places(samples: Samples) -> Tensor:
+    count = len(samples)
+    if hasattr(samples, "tensors"):
+        return torch.arange(0, count, max(1, count // _IN_MEMORY))
+    return torch.tensor(sorted({*range(min(_READ, count)), *range(max(0, count - _READ), count)}))
+
+
+def _digest(tensors: tuple[Tensor, ...]) -> str:
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{whole.dtype}{list(whole.shape)};".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """Let what is drawn at random inside be the same everywhere, and nobody notice it outside."""
+    mine, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may draw from it
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # noqa: TID251 - put back below
+            random.seed(0)  # noqa: TID251 - as above
+            np.random.seed(0)  # noqa: NPY002 - as above
+            yield
+    finally:
+        random.setstate(mine)
+        np.random.set_state(numpys)  # noqa: NPY002 - as above
