@@ -225,7 +225,8 @@ class Exchanges:
         sizes = cuts.part_nbytes
         inline = exchange.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
         weight, results = float(operation.weight), cuts.result_nbytes
-        return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits)
+        least = operation.aggregator.least
+        return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits, None, least)
 
     @staticmethod
     def _receives(
@@ -241,7 +242,8 @@ class Exchanges:
         if isinstance(exchange.operation, AllReduce):
             exchange.signature = Signature(exchange.signature.operation, exchange.signature.parts, None)
         skipped = replica.skipped if replica.skipping else None
-        return Posted(seq, exchange.signature, None, 0.0, (), (), None, close, wants, waits, skipped)
+        least = exchange.operation.aggregator.least if isinstance(exchange.operation, AllReduce) else 1
+        return Posted(seq, exchange.signature, None, 0.0, (), (), None, close, wants, waits, skipped, least)
 
     @staticmethod
     def _check(replica: Replica, operation: Collective, payload: Payload, seq: int) -> None:

@@ -56,6 +56,8 @@ class Posted(NamedTuple):
     """False after a ``Start``: the program runs on at once."""
     skipped: str | None = None
     """Why the node, which trains in this round, has nothing to contribute (``on_nan: skip``)."""
+    least: int = 1
+    """How many contributions the exchange has to have."""
 
     @property
     def nbytes(self) -> int:

@@ -24,9 +24,11 @@ from actors.data import DataConfig
 from actors.optimizers import OptimizerConfig
 from actors.replica import ReplicaSpec
 from actors.tasks import Task
-from algorithms.api import Algorithm, NodeId
+from algorithms.aggregators import Aggregator
+from algorithms.api import Algorithm, NodeId, View
 from algorithms.errors import SettingsError
 from algorithms.registry import Part
+from algorithms.seeds import generator
 from orchestrator import yaml_file
 from orchestrator.errors import ConfigError
 from orchestrator.explain import Place, explain, shown
@@ -240,6 +242,12 @@ class Config(Section):
             self.algorithm.validate_for(self.num_nodes)
         except SettingsError as error:
             raise ValueError(f"algorithm: {error}") from None
+        for key, part in self.algorithm:
+            if isinstance(part, Aggregator) and part.least > 1 and self.nodes_for(part.least) is None:
+                raise ValueError(
+                    f"algorithm.{key}: {part.name} needs {part.least} contributions, and of {self.num_nodes} nodes "
+                    "fewer contribute to a round; let it leave out fewer, or more nodes take part"
+                )
         named = [("network.links", node) for link in self.network.links for node in link.between]
         named += [("faults.events", event.node) for event in self.faults.events if isinstance(event.node, int)]
         for event in self.faults.events:
@@ -293,6 +301,15 @@ class Config(Section):
         """Those that a run begins with, if there is room for them."""
         late = self.faults.late
         return tuple(node for node in range(self.num_nodes) if node not in late)
+
+    def nodes_for(self, least: int) -> int | None:
+        """How many nodes there have to be for ``least`` to contribute to a round; ``None``: so many never do."""
+
+        def contributing(num_nodes: int) -> int:
+            view = View(0, tuple(range(num_nodes)))
+            return len(self.algorithm.participants(view, generator(self.seed, 0, "participants")))
+
+        return next((number for number in range(1, self.num_nodes + 1) if contributing(number) >= least), None)
 
     @property
     def need(self) -> int:

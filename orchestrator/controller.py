@@ -94,6 +94,9 @@ class Controller:
         gc.set_threshold(100_000, *threshold[1:])
         try:
             loop.run()
+        except Exception:
+            runtime.check()
+            raise
         finally:
             gc.set_threshold(*threshold)
             gc.unfreeze()

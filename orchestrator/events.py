@@ -38,6 +38,8 @@ class Post(NamedTuple):
     """Of a neighbour gather: whose contributions ``node`` is to receive. ``None``: everybody's."""
     skipped: str | None = None
     """Why the node has nothing to contribute, though it takes part: its values are not finite."""
+    least: int = 1
+    """How many contributions there have to be."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class Abort:
     """This attempt cannot be finished; the round is to begin again with whoever is there."""
 
     reason: str
+    least: int = 1
+    """So many have to contribute."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,8 @@ class Members:
         self._gone(node)
         self.recoveries.lost(node)
         self._say(node, f"{message}; {advice}")
+        if node == SERVER and not again:
+            raise RunError(f"{message}; {advice}, and nobody else has the model")
         self._succeed(node)
 
     def _forfeit(self, number: int, node: NodeId) -> None:
@@ -284,6 +286,10 @@ class Members:
         last = self._progress.committed if self._progress.config.algorithm.synchronous else None
         others = self._kept.keys() - {node, SERVER}
         return any(last in (None, self._kept[other]) for other in others)
+
+    def keeps(self, number: int | None) -> bool:
+        """Whether anything is kept of nodes that have left: what they committed in round ``number``, if it is given."""
+        return any(number in (None, kept) for node, kept in self._kept.items() if node != SERVER)
 
     @property
     def is_retiring(self) -> bool:

@@ -23,6 +23,7 @@ from algorithms.registry import carried
 from orchestrator import ray_session
 from orchestrator.calls import POLL_S, Actor, Calls
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
+from orchestrator.ray_vitals import Vitals, state_of
 from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up, Used
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ _FETCH_TIMEOUT_S = 60.0
 """A contribution that cannot be fetched in this time is missing."""
 
 _STOP_TIMEOUT_S = 10.0
+
+_STANDSTILL_S = 20.0
+"""Besides ``cluster.cancel_grace_s``: how long Ray's own processes may stand still before they are ended."""
 
 _MAX_STARTS = 3
 """Of a node, before the run begins."""
@@ -61,6 +65,9 @@ class Processes(Calls):
         """Of the process with whose data those of all others are compared."""
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
+        self._vitals: Vitals | None = None
+        self._vital: dict[str, int] = {}
+        """Processes of a Ray of our own that a run cannot do without."""
         self._actors: list[Actor] = []
         self._home: dict[NodeId, Actor] = {}
         """The process in which each node is, or was last."""
@@ -109,8 +116,26 @@ class Processes(Calls):
         first = self._facts_of(up[0])
         self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
+        self._vital = self._session.vital
+        if self._vital:
+            patience_s = _STANDSTILL_S + cluster.cancel_grace_s
+            self._vitals = Vitals(self._vital, patience_s, lambda name: self._queue.put(lambda: self._end(name)))
         self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
+
+    def check(self) -> None:
+        ended = [name for name, pid in self._vital.items() if state_of(pid) in (None, "Z", "X")]
+        if ended and self._session is not None:
+            self._end(ended[0])
+
+    def _end(self, name: str) -> None:
+        """One of Ray's own processes is gone: nothing comes back.
+
+        Raises:
+            RunError: always.
+        """
+        assert self._session is not None
+        raise self._session.ended(name)
 
     def _measure(self) -> None:
         """Ask all processes what they use; one that has not answered yet is not asked again."""
@@ -243,6 +268,8 @@ class Processes(Calls):
             with contextlib.suppress(Exception):
                 self._session.close()
             self._session = None
+        if self._vitals is not None:
+            self._vitals.stop()  # last: what is stopped keeps Ray from ending, too
 
     # --- nodes that come ---------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 
 from orchestrator import ray_failure, ray_watcher
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, RunError
 from orchestrator.lease import started_at
 from orchestrator.terminal import ENDING
 
@@ -118,6 +118,20 @@ class Session:
             told = ray_failure.said_last(self._folder / _LOGS, dead)
             reason = f" ({told})" if told else ""
             raise ClusterError(f"cluster.address local: Ray is gone: its {' and '.join(dead)} ended{reason}")
+
+    @property
+    def vital(self) -> dict[str, int]:
+        """The processes of our own Ray that a run cannot do without: their ids by name."""
+        node: Any = vars(worker)["_global_node"]
+        if self._folder is None or node is None:
+            return {}
+        return {name: process.pid for name, process in node.live_processes() if name in _VITAL}
+
+    def ended(self, name: str) -> RunError:
+        """What to say when one of them has ended."""
+        told = None if self._folder is None else ray_failure.said_last(self._folder / _LOGS, [name])
+        reason = f" ({told})" if told else ""
+        return RunError(f"the run's own Ray is gone: its {name} ended{reason}; starling resume goes on")
 
     def close(self) -> None:
         """Disconnect; stop what was started."""

@@ -339,6 +339,11 @@ class Rendezvous:
         if not exchange.closed:
             self._abort(_nobody(exchange))
             return
+        least = max(post.least for post in exchange.posts.values())
+        if len(exchange.closed) < least:
+            count = len(exchange.closed)
+            self._abort(f"exchange {exchange.seq} has {count} contributions, and its aggregator needs {least}", least)
+            return
         receivers = {node for node in self.active if not exchange.posts[node].contributes}
         if len(receivers.union(exchange.closed)) < self.need:
             self._abort(f"exchange {exchange.seq} has fewer than the {self.need} members that are needed")
@@ -509,10 +514,10 @@ class Rendezvous:
             self.active.intersection_update(majority)
         return healed
 
-    def _abort(self, reason: str) -> None:
+    def _abort(self, reason: str, least: int = 1) -> None:
         if not self.over:
             self.over = True
-            self._out.append(Abort(reason))
+            self._out.append(Abort(reason, least))
 
     def _fail_programs(self, seq: int, first: NodeId, second: NodeId, message: str) -> None:
         self.over = True

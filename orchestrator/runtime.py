@@ -495,6 +495,14 @@ class Runtime(Protocol):
         """Fetch the mean model of ``nodes``; no program runs any more. Raises as ``evaluate``."""
         ...
 
+    def check(self) -> None:
+        """Look whether a failure is but a consequence.
+
+        Raises:
+            RunError: it is; this says of what.
+        """
+        ...
+
     def close(self) -> None:
         """Leave nothing behind: no process, no actor, no temporary file. Idempotent; never raises."""
         ...

@@ -97,6 +97,8 @@ class Synchronous:
         """Cancelled, and not standing still yet."""
         self._faults = Faults(self._config.faults)
         self._number = 0
+        self._wanted = 0
+        """Nodes without which the round, begun once, could not be finished: its aggregator needs as many."""
         self._is_revived = False
         self._stands = False
         """It goes on from a checkpoint, with the processes of then."""
@@ -108,7 +110,7 @@ class Synchronous:
         if self._is_revived:
             self._end_round(self._progress.committed)  # which a checkpoint is made before
         for number in range(self._progress.committed + 1, self._config.rounds):
-            tries, was_silent = 1, False
+            tries, was_silent, self._wanted = 1, False, 0
             while (attempt := self._attempt(number)).aborted is not None:
                 if tries == _MAX_ATTEMPTS:
                     raise RunError(f"round {number} cannot be finished, tried {tries} times: {attempt.aborted}")
@@ -421,9 +423,10 @@ class Synchronous:
                     attempt.late.add(node)
                     attempt.disturbed = True
                     self._halting.add(node)
-                case Abort(reason):
+                case Abort(reason, least):
                     record("abort", round=number, epoch=self._epoch, reason=reason)
                     attempt.aborted = reason
+                    self._wanted = max(self._wanted, self._config.nodes_for(least) or 0)
                 case Diverged(groups, healed):
                     record("diverged", round=number, groups=groups, healed=healed)
                     self._progress.num_healed += healed
@@ -480,7 +483,9 @@ class Synchronous:
         if leaving:
             self._settle()
             members.retire(leaving)
-        if members.is_retiring or len(progress.nodes) < self._config.cluster.nodes.min:
+        if not members.is_retiring and not members.transfers.pending:
+            self._check_hope(number)
+        if members.is_retiring or len(progress.nodes) < max(self._config.cluster.nodes.min, self._wanted):
             return False
         members.transfers.donors = self.result
         members.transfers.retry()
@@ -491,6 +496,18 @@ class Synchronous:
                 members.give_state(number, node)
         return not members.transfers.pending
 
+    def _check_hope(self, number: int) -> None:
+        """Say so at once when whoever comes would find nobody who has what was committed.
+
+        Raises:
+            RunError: it is so.
+        """
+        progress, members = self._progress, self._members
+        if progress.committed < 0 or self._lacking() != set(progress.nodes):
+            return
+        if not members.keeps(None if not self._config.algorithm.replicated else progress.committed):
+            raise RunError(f"round {number}: no node is left that has the model of round {progress.committed}")
+
     def _settle(self) -> None:
         """Let the last commit be applied by all that have it."""
         sound = [node for node in self._progress.members if self._is_sound(node)]
@@ -500,6 +517,8 @@ class Synchronous:
         cluster, there = self._config.cluster, len(self._progress.nodes)
         if there < cluster.nodes.min:
             what = f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}"
+        elif there < self._wanted:
+            what = f"{there} nodes are there, and the round's aggregator needs {self._wanted}"
         else:
             slow = self._halting | set(self._members.transfers.pending) | self._members.leaving.keys()
             what = f"nodes {', '.join(map(str, sorted(slow)))} do not become ready"

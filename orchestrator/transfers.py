@@ -86,8 +86,9 @@ class Transfers:
             return
         if not donors:
             del self._joiners[node]
-            message = f"round {joiner.number}: no node is left that has the model of round {self._progress.committed}"
-            raise RunError(message)
+            committed = self._progress.committed
+            which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
+            raise RunError(f"round {joiner.number}: no node is left that has {which}")
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
         position = None if joiner.restored else joiner.position

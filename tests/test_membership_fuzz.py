@@ -336,3 +336,38 @@ def test_a_server_that_is_killed_as_it_is_to_leave_is_lost_once():
     assert ran.error is None
     check_books(ran)
     check_asynchronous(ran)
+
+
+def test_a_run_without_hope_ends_at_once():
+    """All who have the model are gone, and too few come back to find that out."""
+    ran = attempt(
+        FEDAVG | {"network": {"start_s": 50, "step_ms": 10}},
+        nodes=3,
+        rounds=6,
+        faults={"events": [fault(node, 2) for node in range(3)] + [fault(node, 2, "commit") for node in range(3)]},
+        cluster={"nodes": {"min": 3, "target": 3}, "min_nodes_timeout_s": 500},
+    )
+    assert str(ran.error) == "round 2: no node is left that has the model of round 1"
+    assert ran.virtual_seconds < 50
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.8])
+def test_a_round_with_too_few_for_its_aggregator_begins_again_when_they_are_there(fraction: float):
+    algorithm = {"name": "fedavg", "steps": 2, "fraction": fraction, "aggregator": {"name": "trimmed_mean", "trim": 1}}
+    ran = attempt(
+        {"algorithm": algorithm, "task": TASK, "network": {"start_s": 5, "step_ms": 10}},
+        nodes=4,
+        rounds=5,
+        faults={"events": [fault(1, 2), fault(2, 2), fault(3, 4, "commit")]},
+        cluster={"nodes": {"min": 1, "target": 4}, "quorum_fraction": 0.1},
+    )
+    assert ran.error is None
+    assert ran.sought("abort")[0]["reason"].endswith("and its aggregator needs 3")
+    assert all(record.contributing >= 3 for record in ran.rounds)
+    assert [one["round"] for one in ran.sought("commit")] == [*range(5)]
+
+
+def test_an_aggregator_that_never_has_enough_is_refused():
+    algorithm = {"name": "fedavg", "fraction": 0.5, "aggregator": {"name": "trimmed_mean", "trim": 1}}
+    with pytest.raises(ConfigError, match="algorithm.aggregator: trimmed_mean needs 3 contributions, and of 4 nodes"):
+        parse({"algorithm": algorithm, "task": TASK, "cluster": {"nodes": {"target": 4}}})

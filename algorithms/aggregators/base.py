@@ -28,6 +28,11 @@ class Aggregator(Part, family="aggregator", catalog="algorithms.aggregators"):
     bears_nan: ClassVar[bool] = False
     """Whether contributions that are not finite do no more harm than large ones; else no node may give such."""
 
+    @property
+    def least(self) -> int:
+        """How many contributions there have to be."""
+        return 1
+
     @abstractmethod
     def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
         """Combine ``contributions``, each of shape (n,), in the order given, into ``out``, shape (n,).

@@ -87,6 +87,10 @@ class TrimmedMean(Aggregator, name="trimmed_mean"):
 
     trim: NonNegativeInt | Annotated[float, Field(ge=0, lt=0.5)] = 1  # f; below 1 the fraction f/n, f rounded down
 
+    @property
+    def least(self) -> int:
+        return 1 if isinstance(self.trim, float) else 2 * self.trim + 1
+
     def num_trimmed(self, num_contributions: int) -> int:
         """f, how many values are left out at each end.
 
