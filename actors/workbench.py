@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actors import answers, blame, optimizers, perturbing
-from actors.bound_module import BoundModule, buffer_slots
+from actors.bound_module import BoundModule, buffer_slots, consecutive
 from actors.flat_gradient import FlatGradient
 from actors.modules import Settings, compile_in_place, give_back_memory, initial_module
 from actors.tasks import Task
@@ -75,12 +75,7 @@ class Workbench:
         self._bound = BoundModule(self.module, task.name)
         self.parameters = self._bound.parameters
         self._places = self._bound.places
-        entries = (
-            LayoutEntry(name, place.start, place.start + math.prod(place.shape), place.shape, _block_of(name))
-            for name, place in zip(self._bound.names, self._places, strict=True)
-        )
-        num_buffer_values = sum(slot.tensor.numel() for slot in self._bound.floating)
-        self.layout = Layout(tuple(entries), self.dtype, num_buffer_values)
+        self.layout = layout_of(self.module, self.dtype)
         self.attached: ModelTensors | None = None
         self.is_random = False
         """Whether samples were seen to draw from the generators of the process."""
@@ -489,6 +484,17 @@ def _rows(num_rows: int, width: int, bench: Workbench) -> Tensor:
     """Memory for rows, each of which begins where torch would have a tensor begin; see ``aligned``."""
     unit = _ALIGNMENT // bench.dtype.itemsize
     return torch.empty(num_rows, -(-width // unit) * unit, dtype=bench.dtype, device=bench.device)
+
+
+def layout_of(module: nn.Module, dtype: torch.dtype) -> Layout:
+    """Return the layout of the parameters of ``module`` that are trained; their values are not looked at."""
+    trained = {name: one for name, one in module.named_parameters() if one.requires_grad}
+    entries = (
+        LayoutEntry(name, place.start, place.start + math.prod(place.shape), place.shape, _block_of(name))
+        for name, place in zip(trained, consecutive(trained.values()), strict=True)
+    )
+    floating, _ = buffer_slots(module)
+    return Layout(tuple(entries), dtype, sum(slot.tensor.numel() for slot in floating))
 
 
 def _block_of(name: str) -> str:

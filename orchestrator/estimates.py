@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from actors import workbench
+from actors.modules import seeded
+from actors.workbench import DTYPES
 from orchestrator.errors import ConfigError
 from orchestrator.units import bytes_text
 
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 CHECK_BYTES = 2**30
 """Memory that a look at a configuration may take, unless it is given more."""
+_ROOM = 8
+"""A model is allocated, and a step timed, if so many copies of it fit: gradient, activations, what its build holds."""
 _LONG_S = 3600.0
 """Longer simulations are worth a warning."""
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \w+)")
@@ -92,15 +97,20 @@ def bounded_memory(limit: int, hint: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def layout_of(spec: ReplicaSpec) -> Layout:
-    """Return the layout of a run's model, without allocating it if its modules allow that."""
+def layout_of(spec: ReplicaSpec, limit: int) -> Layout:
+    """Return the layout of a run's model; one that takes a good part of ``limit`` bytes is not allocated.
+
+    That takes a task which builds its model out of modules alone: their tensors can be made without values.
+    """
+    cpu = torch.device("cpu")
     try:
-        with torch.device("meta"):
-            return spec.bench(torch.device("meta")).layout
+        with seeded(spec.seed, cpu), torch.device("meta"):
+            found = workbench.layout_of(spec.task.build(), DTYPES[spec.optimizer.precision])
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - whatever a task's build does that a tensor without values cannot
-        return spec.bench(torch.device("cpu")).layout
+    except Exception:  # noqa: BLE001 - whatever else a build does that tensors without values cannot
+        return spec.bench(cpu).layout
+    return found if _ROOM * found.nbytes > limit else spec.bench(cpu).layout
 
 
 def estimate(
@@ -120,7 +130,7 @@ def estimate(
     moments = {"sgd": int(bool(spec.optimizer.options.get("momentum")))}.get(spec.optimizer.name, 2)
     # The gradient is shared by the nodes of a process.
     own = layout.nbytes * (copies + moments) + layout.buffer_nbytes * copies
-    step_s = _timed(spec, samples) if own + 2 * layout.nbytes < limit else None
+    step_s = _timed(spec, samples) if _ROOM * layout.nbytes <= limit else None
     return Estimate(
         node_bytes=own + layout.nbytes,
         simulation_bytes=own * num_nodes + layout.nbytes,
@@ -136,11 +146,12 @@ def _timed(spec: ReplicaSpec, samples: Samples) -> float | None:
     if not size:
         return None
     bench = spec.bench(torch.device("cpu"))
-    batch = tuple(samples.batch(torch.arange(size)))
+    bench.mode(training=True)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        bench.task.loss(bench.module, bench.to_device(batch)).backward()
+        with seeded(spec.seed, bench.device):
+            bench.loss(bench.drawn(samples, torch.arange(size))).backward()
         seconds = time.perf_counter() - began
         if seconds > 1:
             break

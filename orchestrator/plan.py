@@ -77,7 +77,7 @@ def make_plan(config: Config, memory: int = CHECK_BYTES) -> Plan:
     with user_code(0, 0), bounded_memory(memory, hint):
         data = load_data(config.task, config.data, num_nodes, config.seed)
         baselines, reading = config.task.baselines(num_nodes), config.task.reading()
-        layout = layout_of(spec)
+        layout = layout_of(spec, memory)
         counts = [len(part) for part in data.parts]
         pace = data.pace(spec) or Pace.of(spec, counts, num_nodes)
         each = pace.planned_steps or None
