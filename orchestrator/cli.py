@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import signal
 import sys
 import traceback
@@ -27,6 +28,7 @@ from orchestrator.errors import (
     StarlingError,
     exit_code,
 )
+from orchestrator.given_path import given, shown_path
 from orchestrator.terminal import ENDING, everything_to_stderr, interruptible, warnings_shown_by
 
 if TYPE_CHECKING:
@@ -475,6 +477,9 @@ def _answer(
         except KeyboardInterrupt:
             code, problem = EXIT_INTERRUPTED, "interrupted"
             _print_error(problem)
+        except (OSError, MemoryError) as error:  # of the machine: a file that vanished, a disk that is full
+            code, problem = EXIT_FAILED, _of_the_machine(error)
+            _print_error(problem)
         except Exception as error:  # noqa: BLE001 - a mistake of ours; still one JSON object and the right code
             code, problem = EXIT_FAILED, f"{type(error).__name__}: {error} (this is a bug in Starling)"
             _print_error(problem, traceback.format_exc())
@@ -484,6 +489,13 @@ def _answer(
         streams.say(json.dumps(answer | {"error": problem}))
     if code:
         raise typer.Exit(code)
+
+
+def _of_the_machine(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"this machine has not enough memory for it ({error or 'MemoryError'})"
+    about = f"{shown_path(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{about}{error.strerror or error or type(error).__name__}"
 
 
 def _print_error(message: str, trace: str | None = None) -> None:
@@ -498,7 +510,7 @@ def _print_error(message: str, trace: str | None = None) -> None:
 def _load(path: Path, overrides: list[str] | None, *, trust: bool = False) -> Config:
     from orchestrator import identity, resumption
 
-    folder = path.expanduser().absolute().parent
+    folder = given(path, "configuration").parent
     if identity.is_run_directory(folder):
         _stand_beside(folder, trust=trust)
     else:

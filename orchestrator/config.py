@@ -32,6 +32,7 @@ from algorithms.seeds import generator
 from orchestrator import yaml_file
 from orchestrator.errors import ConfigError
 from orchestrator.explain import Place, explain, shown
+from orchestrator.given_path import given
 from orchestrator.sections import SERVER_NAME, CheckpointConfig, FaultsConfig, NetworkConfig, Section, without_password
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ class MLflowTracking(Tracking, name="mlflow"):
         """Refuse at once what MLflow would refuse only when the nodes are up."""
         if uri is None or uri == "databricks":
             return uri
+        if not uri.isprintable():
+            raise ValueError("has characters that no address has")
         scheme, colon, rest = uri.partition(":")
         if not colon or scheme.partition("+")[0] not in _TRACKING_SCHEMES or not rest.startswith("//"):
             known = ", ".join(f"{one}://" for one in _TRACKING_SCHEMES)
@@ -365,7 +368,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one line for each thing that is wrong: where (file and key), what, and what would be right.
     """
-    path = Path(path)
+    given(path, "configuration")
+    path = Path(path).expanduser()
     return parse(yaml_file.read(path), overrides, source=str(path))
 
 
@@ -373,10 +377,10 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
     """Validate plain data; see ``load``."""
     yaml_file.check_bounds(raw, source)
     data = dict(raw)
-    given: dict[Place, str] = {}
+    settings: dict[Place, str] = {}
     for text in overrides:
         place, value = yaml_file.split(text)
-        given[place] = text
+        settings[place] = text
         data = yaml_file.assigned(data, place, value, Config)
     try:
         config = Config.model_validate(data)
@@ -386,7 +390,7 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
         found = list(_booleans(data, config.model_dump()))
         if not found:
             return config
-    lines = [f"{yaml_file.cut(_source(place, given, source))}: {yaml_file.cut(line, 600)}" for place, line in found]
+    lines = [f"{yaml_file.cut(_source(place, settings, source))}: {yaml_file.cut(line, 600)}" for place, line in found]
     if len(lines) > _MOST_LINES:
         lines = [*lines[: _MOST_LINES - 1], f"{source}: … and {len(lines) - _MOST_LINES + 1} more of these"]
     raise ConfigError("\n".join(lines))

@@ -13,6 +13,7 @@ from actors.data.row_groups import UNREADABLE
 from actors.setup import load_data
 from actors.tasks.base import Samples
 from orchestrator.errors import ConfigError
+from orchestrator.given_path import given
 from orchestrator.simulator import user_code
 from orchestrator.units import number_text
 
@@ -212,6 +213,7 @@ def draw(report: DataReport, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    given(path, "--plot")
     form = path.suffix.removeprefix(".").lower()
     if form not in _FORMATS:
         raise ConfigError(f"--plot {path}: must end in {', '.join(f'.{one}' for one in _FORMATS)}")

@@ -24,6 +24,7 @@ from orchestrator.checkpointing import MAIL
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import parse
 from orchestrator.errors import CheckpointReadError, ConfigError
+from orchestrator.given_path import given
 from orchestrator.resumption import configuration, directory
 from orchestrator.safe_files import Folder
 
@@ -100,7 +101,7 @@ def export(
         config = parse(checkpoint.controller["config"], source=checkpoint.where)
         tensors, nodes = model_of(checkpoint, config)
     name = "model" if number is None else f"model-round-{number:06}"
-    target = (to.expanduser() if to else path / FOLDER / f"{name}{_SUFFIX[form]}").absolute()
+    target = given(to, "--to") if to else path / FOLDER / f"{name}{_SUFFIX[form]}"
     if to is None:
         _refuse_links(Folder(path), f"{FOLDER}/{target.name}")
     if to and form != "hf" and target.is_dir():

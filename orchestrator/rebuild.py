@@ -17,6 +17,7 @@ from algorithms.api import Algorithm
 from algorithms.errors import ProgramError
 from orchestrator import identity, sealed_log
 from orchestrator.errors import ConfigError, DivergedError
+from orchestrator.given_path import given
 from orchestrator.resumption import configuration, directory
 from orchestrator.run_files import memory_bytes
 from orchestrator.safe_files import Folder
@@ -71,6 +72,9 @@ def rebuild(
     """
     began = time.monotonic()
     path = directory(run_dir)
+    target = None if save is None else given(save, "--save")
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
+        raise ConfigError(f"--save {target}: cannot be written: it must be a file in a folder that is there")
     config = configuration(path, trust=trust)
     if type(config.algorithm).replay is Algorithm.replay:
         raise ConfigError(f"{path}: rounds of {config.algorithm.name} cannot be replayed: they are more than their log")
@@ -97,11 +101,21 @@ def rebuild(
         place = _snapshot(path, entries, since, replica)
         checked, replayed = _apply(path, entries, place, replica)
         digest = replica.model_digest()
-        if save is not None:
-            save_file(replica.model_tensors(), save)
+        if target is not None:
+            _save(replica, target)
     finally:
         torch.set_num_threads(threads)
     return Rebuilt(run_id, last, replayed, place, digest, checked, round(time.monotonic() - began, 3))
+
+
+def _save(replica: Replica, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        save_file(replica.model_tensors(), partial)
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"--save {target}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _after(log: Path, run_id: str, last: int) -> list[Entry]:

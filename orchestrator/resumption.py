@@ -9,6 +9,7 @@ from orchestrator import changes, identity, run_files, saved_state, yaml_file
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import load, parse
 from orchestrator.errors import ConfigError
+from orchestrator.given_path import given
 from orchestrator.revival import Revival
 from orchestrator.safe_files import Folder
 
@@ -25,7 +26,7 @@ def directory(run_dir: str | Path) -> Path:
     Raises:
         ConfigError: that is no run's directory.
     """
-    path = Path(run_dir).expanduser().resolve()
+    path = given(run_dir, "run directory")
     try:
         Folder(path).size("config.yaml")
     except (FileNotFoundError, NotADirectoryError):

@@ -38,6 +38,7 @@ from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from orchestrator import identity, resumption, rewind, sealed_log
 from orchestrator.errors import RunDirectoryError, RunError
+from orchestrator.given_path import given
 from orchestrator.records import Observer, finite
 from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, SealedLog, Snapshot
@@ -75,7 +76,7 @@ class RunDirectory(Observer):
     ) -> None:
         """A new one, or, if it is ``resumed``, one that goes on: with what it had itself put into a checkpoint."""
         self._has_picture = picture
-        self.path = (_default(config.name) if path is None else Path(path).expanduser()).resolve()
+        self.path = given(_default(config.name) if path is None else path, "run directory", RunDirectoryError)
         self._config = config
         self._text = dump(config.dump()).encode()
         self._started: Started | None = None
@@ -96,19 +97,34 @@ class RunDirectory(Observer):
         try:
             path.mkdir(parents=True, exist_ok=True)
             taken = any(path.iterdir())
-            # Created exclusively: of two runs that found the directory empty, one goes on.
             if not taken:
-                with (path / "config.yaml").open("xb") as file:
-                    file.write(self._text)
-                identity.write(path, self.run_id, config.dump(), self._text)
+                self._create("config.yaml", self._text)
+                try:
+                    identity.write(path, self.run_id, config.dump(), self._text)
+                except OSError:
+                    (path / "config.yaml").unlink(missing_ok=True)
+                    raise
         except FileExistsError:
             taken = True
         except OSError as error:
+            if self._made:
+                with suppress(OSError):
+                    path.rmdir()
             raise RunDirectoryError(f"run directory {path} cannot be made: {error.strerror}") from None
         if taken:
             what = "is in use: it is not empty" if path.is_dir() else "is not a directory"
             hint = f"name another one, or leave it out for {_DEFAULT_ROOT}/{config.name}-<time>"
             raise RunDirectoryError(f"run directory {path} {what}; {hint}")
+
+    def _create(self, name: str, data: bytes) -> None:
+        """Create a file exclusively (of two runs that found the directory empty, one goes on); whole, or not at all."""
+        file = (self.path / name).open("xb")
+        try:
+            with file:
+                file.write(data)
+        except OSError:
+            (self.path / name).unlink(missing_ok=True)  # a full disk: what there is of it would look like a run
+            raise
 
     def _reopen(self, saved: Mapping[str, Any]) -> None:
         """Go back to where the checkpoint was written; what was written since moves to ``undone.jsonl``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
@@ -21,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from algorithms.api import SERVER, NodeId
 from orchestrator.explain import shown
+from orchestrator.given_path import checked, shown_path
 
 _STORAGE_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "hdfs")
 
@@ -149,8 +149,12 @@ class CheckpointConfig(Section):
         if colon and scheme not in _STORAGE_SCHEMES:
             known = ", ".join(f"{one}://" for one in _STORAGE_SCHEMES)
             raise ValueError(f"must be a folder or an address ({known}), got {shown(without_password(uri or ''))}")
-        # Whoever resumes the run may stand in another folder.
-        return uri if uri is None or colon else str(Path(uri).expanduser().absolute())
+        if uri is None or colon:
+            return uri
+        found, reason = checked(uri)
+        if reason is not None:
+            raise ValueError(f"must be a folder or an address, got {shown_path(uri)}: {reason}")
+        return str(found)  # whoever resumes the run may stand in another folder
 
     @property
     def is_on(self) -> bool:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import typer
 
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ClusterError, ConfigError, RunError
+from orchestrator.given_path import given
 from orchestrator.streams import say
 from orchestrator.terminal import interruptible
 
@@ -88,11 +89,11 @@ def plan(config: Config, path: Path, overrides: list[str], working_dir: Path) ->
     """
     environment = dict(config.cluster.runtime_env)
     # The whole job gets it: Ray refuses a driver that asks for other files than its job has.
-    folder = Path(environment.pop("working_dir", working_dir)).expanduser().resolve()
+    folder = given(environment.pop("working_dir", working_dir), "the working directory")
     if not folder.is_dir():
         raise ConfigError(f"the working directory {folder} does not exist; --working-dir names the one that is sent")
     try:
-        file = path.expanduser().resolve().relative_to(folder)
+        file = given(path, "configuration").relative_to(folder)
     except ValueError:
         raise ConfigError(
             f"{path} is outside of the working directory {folder}, which is what the cluster gets; "

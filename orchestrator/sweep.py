@@ -38,6 +38,7 @@ from orchestrator import identity, ray_session, run_files, yaml_file
 from orchestrator.api import resolve
 from orchestrator.config import MLflowTracking, parse
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
+from orchestrator.given_path import given
 from orchestrator.lease import Lease
 from orchestrator.run_files import SweepFile
 from orchestrator.safe_files import Folder
@@ -157,7 +158,7 @@ def resume_sweep(
     Raises:
         StarlingError: it is no sweep's directory, or as ``sweep``.
     """
-    folder = Path(sweep_dir).expanduser().resolve()
+    folder = given(sweep_dir, "--resume")
     facts = run_files.read(Folder(folder), _FILE, TypeAdapter(SweepFile))
     if facts is None:
         raise ConfigError(f"--resume {folder}: is not the directory of a sweep (it has no {_FILE})")
@@ -205,7 +206,7 @@ def _made(config: Config, options: Options, path: str | Path | None) -> Path:
     if path is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{config.name}-sweep-{stamp}-{secrets.token_hex(2)}"
-    folder = Path(path).expanduser().resolve()
+    folder = given(path, "sweep directory", RunDirectoryError)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

@@ -146,7 +146,9 @@ def track(
     """Send what a tracker that was away has missed of a run, or of a sweep and its trials."""
 
     def act(console: Console) -> dict[str, Any]:
-        folder = run_dir.expanduser().resolve()
+        from orchestrator.resumption import directory
+
+        folder = directory(run_dir)
         config = cli._load_run(folder, trust=trust)
         from orchestrator.errors import RunError
         from orchestrator.tracking import send_left

@@ -20,6 +20,7 @@ from orchestrator import yaml_file
 from orchestrator.describe import summary_of
 from orchestrator.errors import ConfigError
 from orchestrator.explain import explain
+from orchestrator.given_path import given
 from orchestrator.units import bytes_text, number_text
 
 if TYPE_CHECKING:
@@ -290,6 +291,7 @@ def draw(report: TopologyReport, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    given(path, "--plot")
     form = path.suffix.removeprefix(".").lower()
     if form not in _FORMATS:
         raise ConfigError(f"--plot {path}: must end in {', '.join(f'.{one}' for one in _FORMATS)}")

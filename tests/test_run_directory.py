@@ -74,7 +74,7 @@ def test_a_used_directory_is_refused(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match="is not a directory"):
         RunDirectory(configuration(), tmp_path / "file")
-    with pytest.raises(RunDirectoryError, match="cannot be made: Not a directory"):
+    with pytest.raises(RunDirectoryError, match="file/run: Not a directory"):
         RunDirectory(configuration(), tmp_path / "file" / "run")
 
 
