@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from abc import abstractmethod
 from pathlib import Path
@@ -160,31 +161,49 @@ class NoTracking(Tracking, name="none"):
 class MLflowTracking(Tracking, name="mlflow"):
     """In MLflow."""
 
-    uri: str | None = None
-    """Default: ``mlflow.db`` (sqlite) beside the run directories."""
-    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "starling"
-    """Under which runs are listed; made if it is not there."""
+    uri: str | None = Field(default_factory=lambda: _usable(os.environ.get(TRACKING_URI)))
+    """Default: what ``MLFLOW_TRACKING_URI`` of the environment names; null, and without it: ``mlflow.db`` (sqlite)
+    beside the run directories."""
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME", "")[:500] or "starling"
+    )
+    """Under which runs are listed; made if it is not there. Default: ``MLFLOW_EXPERIMENT_NAME``, or ``starling``."""
 
     @field_validator("uri")
     @classmethod
     def _check_uri(cls, uri: str | None) -> str | None:
         """Refuse at once what MLflow would refuse only when the nodes are up."""
-        if uri is None or uri == "databricks":
-            return uri
-        if not uri.isprintable():
-            raise ValueError("has characters that no address has")
-        scheme, colon, rest = uri.partition(":")
-        if not colon or scheme.partition("+")[0] not in _TRACKING_SCHEMES or not rest.startswith("//"):
-            known = ", ".join(f"{one}://" for one in _TRACKING_SCHEMES)
-            raise ValueError(f"must be sqlite:///path/mlflow.db or a server's address ({known}), got {shown(uri)}")
-        if scheme.startswith("http"):
-            try:
-                host, _ = urlsplit(uri).hostname, urlsplit(uri).port
-            except ValueError:
-                host = None
-            if not host:
-                raise ValueError(f"must have a host, as in http://localhost:5000, got {shown(uri)}")
+        return uri if uri is None else _checked(uri)
+
+
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+
+
+def _usable(uri: str | None) -> str | None:
+    """What the environment names, if it is something that we write to; a tracker says so if it is not."""
+    try:
+        return _checked(uri) if uri else None
+    except ValueError:
+        return None
+
+
+def _checked(uri: str) -> str:
+    if uri == "databricks":
         return uri
+    if not uri.isprintable():
+        raise ValueError("has characters that no address has")
+    scheme, colon, rest = uri.partition(":")
+    if not colon or scheme.partition("+")[0] not in _TRACKING_SCHEMES or not rest.startswith("//"):
+        known = ", ".join(f"{one}://" for one in _TRACKING_SCHEMES)
+        raise ValueError(f"must be sqlite:///path/mlflow.db or a server's address ({known}), got {shown(uri)}")
+    if scheme.startswith("http"):
+        try:
+            host, _ = urlsplit(uri).hostname, urlsplit(uri).port
+        except ValueError:
+            host = None
+        if not host:
+            raise ValueError(f"must have a host, as in http://localhost:5000, got {shown(uri)}")
+    return uri
 
     def observer(self, run_dir: Path) -> Observer:
         from orchestrator.tracking import MLflowTracker
@@ -219,7 +238,7 @@ class Config(Section):
     network: NetworkConfig = NetworkConfig()
     faults: FaultsConfig = FaultsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: Tracking = MLflowTracking()
+    tracking: Tracking = Field(default_factory=MLflowTracking)
 
     @field_validator("name")
     @classmethod

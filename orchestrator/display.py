@@ -19,7 +19,7 @@ from orchestrator.narration import told
 from orchestrator.records import Observer
 from orchestrator.sections import without_password
 from orchestrator.terminal import View, unfailing
-from orchestrator.tracking import store_of, ui_command
+from orchestrator.tracking import is_recorded, link_of, store_of, ui_command
 from orchestrator.units import bytes_text, number_text, seconds_text
 
 if TYPE_CHECKING:
@@ -272,14 +272,28 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
         if (path / "curves.png").exists():
             rows.append(("curves", escape(str(path / "curves.png"))))
         if isinstance(config.tracking, MLflowTracking):
-            store = store_of(config.tracking, path)
-            rows.append(("tracked in", escape(without_password(store))))
-            command = ui_command(store)
-            if command:
-                rows.append(("look at it with", escape(command)))
+            rows += _tracked(config.tracking, path)
     for label, value in rows:
         # Paths and commands are there to be copied: never cut, never folded.
         console.print(f"[dim]{escape(label):<17}[/]{value}", soft_wrap=True, highlight=False)
+
+
+def _tracked(tracking: MLflowTracking, path: Path) -> list[tuple[str, str]]:
+    """Where the run is recorded besides, as far as it is."""
+    store = store_of(tracking, path)
+    state = is_recorded(path)
+    later = escape(f"starling track {shlex.quote(str(path))}")
+    if state is None:
+        return [("not tracked yet", f"{escape(without_password(store))} has nothing of it: {later}")]
+    rows = [("tracked in", escape(without_password(store)))]
+    if not state:
+        rows.append(("but not all", later))
+    command, link = ui_command(store), link_of(tracking, path)
+    if command:
+        rows.append(("look at it with", escape(command)))
+    if link:
+        rows.append(("and at" if command else "look at it at", escape(link)))
+    return rows
 
 
 def _checkpoints(counts: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from orchestrator import changes, identity, run_files, saved_state, yaml_file
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.config import load, parse
 from orchestrator.errors import ConfigError
-from orchestrator.given_path import given
+from orchestrator.given_path import given as made_absolute
 from orchestrator.revival import Revival
 from orchestrator.safe_files import Folder
 
@@ -26,7 +26,7 @@ def directory(run_dir: str | Path) -> Path:
     Raises:
         ConfigError: that is no run's directory.
     """
-    path = given(run_dir, "run directory")
+    path = made_absolute(run_dir, "run directory")
     try:
         Folder(path).size("config.yaml")
     except (FileNotFoundError, NotADirectoryError):
@@ -58,6 +58,7 @@ def configuration(
 
 def given(file: str | Path, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
     """The configuration in a file, which may be that of a run's directory; as ``configuration`` then."""
+    made_absolute(file, "configuration")
     path = Path(file).expanduser()
     folder = path.absolute().parent
     if identity.is_run_directory(folder):

@@ -123,6 +123,8 @@ class SentFile(Stored):
     tried: bool = False
     """The tracker was asked to make the run, and may have done so."""
     ended: bool = False
+    experiment_id: str | None = None
+    """The tracker's name for the experiment that the run is in."""
 
 
 class SweepFile(Stored):

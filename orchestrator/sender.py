@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import MLflowTracking
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, StarlingError
 from orchestrator.safe_files import Folder
 from orchestrator.sections import without_password
 from orchestrator.spool import SPOOL, TRIALS_OF, Outbox
@@ -32,13 +32,19 @@ _IDLE_S = 0.5
 """Between two looks for what others append."""
 _RETRY_S, _LONGEST_RETRY_S = 0.5, 10.0
 AWAY_S = 5.0
-"""How long the end waits for a tracker that does not answer."""
+"""How long the end waits for a tracker that does not answer, or for one answer of it."""
+ANSWERS_S = 10.0
+"""How long the end waits for a server's answers, all together."""
+_UPLOAD_BYTES_PER_S = 20e6
+"""Files are given more time."""
 _BATCH_WAIT_S = 0.5
 """How long metrics wait for company."""
 
 # MLflow's own limits; what is over them fails the whole batch.
 _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
 _KEY_CHARACTERS, _VALUE_CHARACTERS = 250, 6000
+
+_REASON_CHARACTERS = 300
 
 _KEY_TAG = "starling.key"
 """Names a run before MLflow has a name for it: if nobody knows whether it was made, it is looked for."""
@@ -58,6 +64,7 @@ class Sender:
         store: its address.
         artifacts: where a new experiment keeps its files; ``None``: the tracker decides.
         folders: those there are now; asked again and again.
+        after_run: the runs are over.
     """
 
     def __init__(
@@ -66,8 +73,11 @@ class Sender:
         store: str,
         artifacts: str | None,
         folders: Callable[[], Sequence[Path]],
+        *,
+        after_run: bool = False,
     ) -> None:
         self.uri = store
+        self._goes_on = "" if after_run else "the run goes on, and "
         self.failed = False
         self.problem: str | None = None
         """What it was given up for."""
@@ -78,8 +88,17 @@ class Sender:
         self._away = False
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
+        self._is_server = store.startswith(("http", "databricks"))
+        self._asked_at: float | None = None
+        """Since when an answer is waited for."""
+        self._answers_s = 0.0
+        """How long answers took, since the end is waited for."""
+        self._granted_s = 0.0
+        """More time, for files."""
         self._wake = threading.Event()
         self._closing = threading.Event()
+        self._left_to_others = threading.Event()
+        """Nobody waits any more, and somebody else may be sending what is left."""
         # A daemon: a tracker that does not answer must not keep the process from its end.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -89,15 +108,39 @@ class Sender:
         self._wake.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Send what is left; say whether all was, within that time."""
+        """Send what is left; say whether all was, within that time.
+
+        A server is waited for no longer than a few seconds, unless its answers come: what is left can be sent later.
+        What this machine does itself (a database in a file, the model's other form) takes what it takes.
+        """
         self._closing.set()
         self._wake.set()
         began = time.monotonic()
         while self._thread.is_alive() and (left_s := began + timeout_s - time.monotonic()) > 0:
             self._thread.join(min(left_s, 0.2))
-            if self._away and time.monotonic() - began > AWAY_S:
-                break  # it may be away for days, and what is left can be sent then
+            if (self._away and time.monotonic() - began > AWAY_S) or self._is_slow(began):
+                break
+        self._left_to_others.set()
         return not self._left()
+
+    def _is_slow(self, began: float) -> bool:
+        asked_at, now = self._asked_at, time.monotonic()
+        this_s = 0.0 if asked_at is None else now - max(asked_at, began)
+        return self._is_server and (
+            this_s > AWAY_S + self._granted_s or self._answers_s + this_s > ANSWERS_S + self._granted_s
+        )
+
+    @contextmanager
+    def _asking(self, nbytes: int = 0) -> Iterator[None]:
+        """The tracker is asked for something meanwhile, and may be given files of ``nbytes``."""
+        self._granted_s += nbytes / _UPLOAD_BYTES_PER_S
+        self._asked_at = began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._asked_at = None
+            if self._closing.is_set():
+                self._answers_s += time.monotonic() - began
 
     def _left(self) -> list[Path]:
         return [
@@ -119,6 +162,8 @@ class Sender:
             try:
                 self._send_all()
             except Exception as error:  # noqa: BLE001 - whatever a tracker does, the run goes on
+                if self._left_to_others.is_set():
+                    return
                 if not _is_transient(error):
                     self.failed = True
                     self._say_failed(error)
@@ -126,13 +171,16 @@ class Sender:
                 if not self._away:
                     self._away = True
                     _LOG.warning(
-                        "tracking: %s does not answer (%s); the run goes on, and what is to be recorded waits",
+                        "tracking: %s does not answer (%s); %swhat is to be recorded waits",
                         without_password(self.uri),
-                        _first_line(error),
+                        reason_of(error),
+                        self._goes_on,
                     )
                 self._closing.wait(retry_s) if not closing else time.sleep(min(retry_s, 1.0))
                 retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
                 continue
+            if self._left_to_others.is_set():
+                return
             if self._away:
                 self._away = False
                 _LOG.warning("tracking: %s answers again; nothing was lost", without_password(self.uri))
@@ -146,14 +194,16 @@ class Sender:
                 self._closing.wait(_BATCH_WAIT_S)
 
     def _say_failed(self, error: Exception) -> None:
-        self.problem = _first_line(error)
+        self.problem = reason_of(error)
         folders = self._folders()
+        where = folders[0] if folders else "its directory"
         _LOG.warning(
-            "tracking: %s failed, the run goes on without it (%s keeps everything): %s: %s",
+            "tracking: %s failed, %s%s keeps everything, and starling track sends it: %s: %s",
             without_password(self.uri),
-            folders[0] if folders else "its directory",
+            self._goes_on,
+            where,
             type(error).__name__,
-            _first_line(error),
+            self.problem,
         )
 
     def _send_all(self) -> None:
@@ -161,7 +211,7 @@ class Sender:
             outbox = self._outbox(folder)
             if outbox.problem is not None:
                 raise ConfigError(outbox.problem)
-            while not outbox.is_empty:
+            while not outbox.is_empty and not self._left_to_others.is_set():
                 operations, offsets = outbox.read()
                 if not operations:
                     break
@@ -170,14 +220,14 @@ class Sender:
     def _send(self, outbox: Outbox, operations: list[dict[str, Any]], offsets: list[int]) -> None:
         """Send operations in order; metrics that follow one another in one batch."""
         place = 0
-        while place < len(operations):
+        while place < len(operations) and not self._left_to_others.is_set():
             operation = operations[place]
             if operation["op"] == "metrics":
                 values: list[tuple[str, float, int, int]] = []
                 while place < len(operations) and operations[place]["op"] == "metrics":
                     one = operations[place]
                     more = [
-                        (name, value, one["at"], one["step"])
+                        (name, float(value), one["at"], one["step"])  # a text: nan, inf
                         for name, value in one["values"].items()
                         if value is not None
                     ]
@@ -196,7 +246,7 @@ class Sender:
         if self._client is None:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             # We ask again ourselves, and need not wait for minutes inside of one call.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
             from mlflow import MlflowClient
 
@@ -215,10 +265,25 @@ class Sender:
 
         metrics = [Metric(_key(name), value, at, step) for name, value, at, step in values]
         for first in range(0, len(metrics), _METRICS_PER_BATCH):
-            client.log_batch(self._run_id(outbox), metrics=metrics[first : first + _METRICS_PER_BATCH])
+            with self._asking():
+                client.log_batch(self._run_id(outbox), metrics=metrics[first : first + _METRICS_PER_BATCH])
 
     def _carry_out(self, outbox: Outbox, operation: dict[str, Any]) -> None:
         client = self._mlflow
+        if operation["op"] == "model":
+            path = _own_file(outbox.folder, "model.safetensors")
+            if path is not None:
+                self._log_model(outbox, path.parent)
+        elif operation["op"] == "file":
+            path = _own_file(outbox.folder, Path(operation["path"]).name)
+            if path is not None:
+                with self._asking(path.stat().st_size):
+                    client.log_artifact(self._run_id(outbox), str(path))
+        else:
+            with self._asking():
+                self._ask(client, outbox, operation)
+
+    def _ask(self, client: MlflowClient, outbox: Outbox, operation: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
         match operation["op"]:
@@ -233,14 +298,6 @@ class Sender:
                 client.log_batch(self._run_id(outbox), tags=tags)
             case "text":
                 client.log_text(self._run_id(outbox), operation["text"], operation["name"])
-            case "file":
-                path = _own_file(outbox.folder, Path(operation["path"]).name)
-                if path is not None:
-                    client.log_artifact(self._run_id(outbox), str(path))
-            case "model":
-                path = _own_file(outbox.folder, "model.safetensors")
-                if path is not None:
-                    self._log_model(outbox, path.parent)
             case "end":
                 client.set_terminated(self._run_id(outbox), operation["status"], operation["at"])
                 outbox.note(ended=True)
@@ -270,7 +327,7 @@ class Sender:
             run = found or client.create_run(
                 experiment, start_time=operation["at"], run_name=operation["name"], tags=tags
             )
-        outbox.note(run_id=run.info.run_id)
+        outbox.note(run_id=run.info.run_id, experiment_id=experiment)
 
     def _experiment(self, client: MlflowClient) -> str:
         """The experiment's id; made if it is not there."""
@@ -289,6 +346,11 @@ class Sender:
                 experiment = client.get_experiment_by_name(name)
                 if experiment is None:
                     raise
+        if experiment.lifecycle_stage == "deleted":
+            raise ConfigError(
+                f"its experiment {name} was deleted; bring it back (mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}), or name another one: tracking.experiment"
+            )
         self._experiment_id = experiment.experiment_id
         return self._experiment_id
 
@@ -307,10 +369,11 @@ class Sender:
                     "tracking: the model of %s is recorded as model.safetensors alone; it cannot be exported: %s: %s",
                     run_dir.name,
                     type(error).__name__,
-                    _first_line(error),
+                    reason_of(error),
                 )
                 return
-            self._mlflow.log_artifacts(self._run_id(outbox), str(path), "model")
+            with self._asking(sum(one.stat().st_size for one in path.rglob("*") if one.is_file())):
+                self._mlflow.log_artifacts(self._run_id(outbox), str(path), "model")
 
 
 def _own_file(folder: Path, name: str) -> Path | None:
@@ -326,6 +389,8 @@ def _own_file(folder: Path, name: str) -> Path | None:
 
 def _is_transient(error: BaseException) -> bool:
     """Whether it is worth asking again: nobody answers, or somebody else writes."""
+    if isinstance(error, StarlingError):
+        return False
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, ConnectionError | TimeoutError) or type(found).__module__.startswith(
@@ -353,13 +418,23 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a tracker did not take something, in a line that is not cut where it says so."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"\[Errno -?\d+\] ([^'\"()\\]+)", text):  # at the end of what urllib3 tells at length
+        return found[1].strip()
+    if re.search(r"timed out|timeout", text, re.IGNORECASE):
+        return "no answer in time"
+    if found := re.search(r"too many (\d\d\d) error responses|error code (\d\d\d)", text):
+        return f"it answers with error {found[1] or found[2]}"
+    if len(text) <= _REASON_CHARACTERS:
+        return text or type(error).__name__
+    return f"{text[:_REASON_CHARACTERS].rpartition(' ')[0]} …"
+
+
 def _key(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:_KEY_CHARACTERS]
 
 
 def _cut(value: str) -> str:
     return value if len(value) <= _VALUE_CHARACTERS else f"{value[: _VALUE_CHARACTERS - 1]}…"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]

@@ -156,7 +156,9 @@ def track(
         num_runs, done = send_left(folder, config, timeout_s)
         if not done:
             raise RunError(f"{folder}: not all could be sent within {timeout_s:g} s; what is left waits there")
-        console.print(f"{num_runs} runs had something left; all is sent", highlight=False)
+        runs = f"{num_runs} run{'s' if num_runs != 1 else ''}"
+        said = f"what was left of {runs} is sent" if num_runs else "nothing was left to be sent"
+        console.print(said, highlight=False, soft_wrap=True)
         return {"status": "ok", "runs": num_runs}
 
     cli._answer(act, as_json=as_json)

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.config import MLflowTracking
 from orchestrator.sender import Sender
 from orchestrator.spool import Spool
-from orchestrator.tracking import artifacts_of, begin, close, folders_of, spool_of, store_of, tags_of
+from orchestrator.tracking import (
+    artifacts_of,
+    begin,
+    close,
+    folders_of,
+    say_unused,
+    spool_of,
+    store_of,
+    tags_of,
+    written,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +39,7 @@ class SweepTracking:
 
     def __init__(self, tracking: MLflowTracking, folder: Path, config: Config, options: Options, space: Space) -> None:
         self._folder = folder
+        say_unused(tracking, folder)
         self._spool = Spool(folder)
         begin(
             self._spool,
@@ -49,7 +60,7 @@ class SweepTracking:
         best = result.best
         if best is not None:
             values = {f"best/{name}": value for name, value in best.means.items()}
-            self._put("metrics", values=values, step=0, at=now)
+            self._put("metrics", values=written(values), step=0, at=now)
             self._put("tags", values={"best_trial": best.first.number})
             with contextlib.suppress(OSError):
                 trial = Spool(spool_of(self._folder, best.first.name))

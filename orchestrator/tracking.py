@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import platform
 import re
 import shlex
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from algorithms.api import SERVER
-from orchestrator.config import MLflowTracking
+from orchestrator.config import TRACKING_URI, MLflowTracking
 from orchestrator.errors import ConfigError, RunError
 from orchestrator.records import Observer
 from orchestrator.sections import without_password
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("starling")
 
-CLOSE_TIMEOUT_S = 30.0
-"""How long the end of a run waits for what is not written yet; large models are given more."""
+CLOSE_TIMEOUT_S = 60.0
+"""How long the end of a run waits for what is not written yet: for what this machine does itself, as a server is waited
+for no longer than ``sender.ANSWERS_S``. Large models are given more."""
 _CLOSE_BYTES_PER_S = 20e6
 _IDLE_CLOSE_S = 1.0
 """Where there is nothing to send."""
@@ -97,6 +100,8 @@ class MLflowTracker(Observer):
         self._virtual_s = 0.0
         self._measured: Counter[int] = Counter()
         self._broken = False
+        if sweep_dir is None:
+            say_unused(tracking, run_dir)
         self._sender = (
             Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: [run_dir])
             if sweep_dir is None
@@ -134,7 +139,7 @@ class MLflowTracker(Observer):
         values = metrics_of(record) | {"bytes/payload_total": float(self._sent)}
         if record.transport_bytes is None:
             values["seconds/virtual_total"] = self._virtual_s
-        self._put("metrics", values=values, step=record.round, at=_now())
+        self._put("metrics", values=written(values), step=record.round, at=_now())
 
     def on_usage(self, node: int, values: Mapping[str, float]) -> None:
         if self._started:
@@ -142,7 +147,7 @@ class MLflowTracker(Observer):
             step = self._measured[node]
             self._measured[node] += 1
             named = {f"system/{who}/{name}": value for name, value in values.items()}
-            self._put("metrics", values=named, step=step, at=_now())
+            self._put("metrics", values=written(named), step=step, at=_now())
 
     def on_model(self, model: FinalModel) -> None:
         self._model_nbytes = len(model.safetensors)
@@ -171,14 +176,52 @@ class MLflowTracker(Observer):
             _LOG.warning("tracking: %s cannot be written (%s); the run goes on without it", SPOOL, error.strerror)
 
 
+def say_unused(tracking: MLflowTracking, run_dir: Path) -> None:
+    """Say that the environment names a tracker, if that is not the one that is written to."""
+    named = os.environ.get(TRACKING_URI)
+    if named and tracking.uri is None:
+        _LOG.warning(
+            "tracking: %s is %s, which is not used: this is recorded in %s; tracking.uri names another place",
+            TRACKING_URI,
+            without_password(named),
+            store_of(tracking, run_dir),
+        )
+
+
+def written(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Metrics as a spool has them: JSON knows no NaN and no infinity, and trackers do."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+def link_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
+    """The page with the runs of the experiment, in MLflow's user interface; ``None`` if nothing is there.
+
+    Without the type of workflow that page shows something else than runs.
+    """
+    experiment = Outbox(run_dir).state.experiment_id
+    store = store_of(tracking, run_dir)
+    if experiment is None or store.startswith("databricks"):
+        return None
+    base = without_password(store).rstrip("/") if store.startswith("http") else "http://127.0.0.1:5000"
+    return f"{base}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
+def is_recorded(run_dir: Path) -> bool | None:
+    """Whether a tracker has all of a run that is over; ``None``: it has nothing."""
+    outbox = Outbox(run_dir)
+    if outbox.state.run_id is None:
+        return None
+    return outbox.state.ended and outbox.is_empty
+
+
 def close(sender: Sender, limit_s: float, folder: Path) -> None:
     """Let a sender come to its end; say what it could not do in that time."""
     if not sender.close(limit_s) and not sender.failed:
         sender.failed = True
         _LOG.warning(
-            "tracking: %s did not take everything within %.0f s; what is missing there waits: starling track %s",
+            "tracking: %s did not take everything in the time for which an end waits; what is missing there waits: "
+            "starling track %s",
             without_password(sender.uri),
-            limit_s,
             folder,
         )
 
@@ -229,7 +272,9 @@ def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, boo
             raise ConfigError(problem)
     left = [outbox for outbox in outboxes if not outbox.is_empty]
     tracking = config.tracking
-    sender = Sender(tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: folders)
+    sender = Sender(
+        tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: folders, after_run=True
+    )
     done = sender.close(timeout_s)
     if sender.problem is not None:
         raise RunError(f"{run_dir}: {without_password(sender.uri)} did not take it: {sender.problem}")

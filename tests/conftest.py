@@ -13,3 +13,7 @@ settings.load_profile("starling")
 
 # The key with which run directories are marked: not that of whoever runs the tests.
 os.environ.setdefault("STARLING_STATE_DIR", tempfile.mkdtemp(prefix="starling-state-"))
+
+# Where tests record runs is their own business.
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    os.environ.pop(name, None)

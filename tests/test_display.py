@@ -11,6 +11,7 @@ from rich.console import Console
 
 from orchestrator.display import Display, LiveDisplay, PlainDisplay, display, print_summary
 from orchestrator.runtime import NodeFacts
+from orchestrator.spool import Outbox
 from tests.observed import configuration, record, started, summary, tell
 
 
@@ -136,6 +137,7 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     path.mkdir()
     (path / "curves.png").touch()
     end = summary(run_dir=str(path), nodes={"started": 4, "joined": 0, "lost": 1, "drained": 0})
+    Outbox(path).note(run_id="r", experiment_id="7", ended=True)
     print_summary(output, end, configuration(tracking="mlflow"))
     rows = {line[:17].strip(): line[17:] for line in file.getvalue().splitlines()}
     assert rows["status"] == "finished after 4 rounds"
@@ -153,6 +155,7 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     assert rows["run directory"] == str(path)
     assert rows["curves"] == str(path / "curves.png")
     assert rows["look at it with"].endswith(f"/mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db")
+    assert rows["and at"] == "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning"
 
 
 def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
@@ -162,7 +165,14 @@ def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
     assert "interrupted after 4 rounds" in file.getvalue()
     tracking = {"name": "mlflow", "uri": "https://me:secret@example.com"}
     print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
+    assert "tracked in " not in file.getvalue()
+    assert f"https://me:***@example.com has nothing of it: starling track {tmp_path}\n" in file.getvalue()
+    Outbox(tmp_path).note(run_id="r", experiment_id="7")
+    print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
     assert "tracked in       https://me:***@example.com" in file.getvalue()
+    assert f"but not all      starling track {tmp_path}\n" in file.getvalue()
+    page = "https://me:***@example.com/#/experiments/7/runs?workflowType=machine_learning"
+    assert f"look at it at    {page}\n" in file.getvalue()
     assert "mlflow ui" not in file.getvalue()
 
 

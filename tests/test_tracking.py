@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
+import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from orchestrator import simulate, tracking
-from orchestrator.config import MLflowTracking
-from orchestrator.sender import Sender
-from orchestrator.tracking import MLflowTracker, artifacts_of, metrics_of, store_of, ui_command
+from orchestrator.config import MLflowTracking, parse
+from orchestrator.sender import Sender, reason_of
+from orchestrator.tracking import (
+    MLflowTracker,
+    artifacts_of,
+    is_recorded,
+    link_of,
+    metrics_of,
+    say_unused,
+    send_left,
+    store_of,
+    ui_command,
+)
 from tests.observed import configuration, record, started, summary, tell
 
 
@@ -93,7 +106,7 @@ def test_a_broken_tracker_costs_a_line(tmp_path: Path, caplog):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     (message,) = caplog.messages
     assert message.startswith(
-        f"tracking: sqlite:///{tmp_path}/mlflow.db failed, the run goes on without it ({tmp_path}/run"
+        f"tracking: sqlite:///{tmp_path}/mlflow.db failed, the run goes on, and {tmp_path}/run keeps everything"
     )
     assert "\n" not in message
 
@@ -106,7 +119,7 @@ def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch, caplog):
     tell(tracker, started(), summary())
     (message,) = caplog.messages
     assert message.startswith(
-        "tracking: https://me:***@example.com did not take everything within 0 s; what is missing there waits: starling"
+        "tracking: https://me:***@example.com did not take everything in the time for which an end waits; what is "
     )
     assert message.endswith(f"starling track {tmp_path / 'run'}")
     gate.set()
@@ -165,6 +178,117 @@ def test_metrics_have_names_that_stay():
 )
 def test_artifacts_lie_beside_the_database(uri, artifacts):
     assert artifacts_of(MLflowTracking(uri=uri, experiment="my runs"), Path("/data/runs/one")) == artifacts
+
+
+@pytest.mark.parametrize(
+    ("named", "used"), [("sqlite:////theirs/my.db", True), ("http://u:pw@x:5000", True), ("./mlruns", False)]
+)
+def test_the_environment_names_a_tracker(tmp_path: Path, monkeypatch, caplog, named, used):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
+    config = configuration(tracking="mlflow")
+    assert config.tracking == MLflowTracking(uri=named if used else None, experiment="theirs")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    # A run stays where it is, whatever the environment of those who go on with it.
+    assert parse(config.dump()).tracking == config.tracking
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    here = configuration(tracking={"name": "mlflow", "uri": None, "experiment": "mine"})
+    assert here.tracking == MLflowTracking(uri=None, experiment="mine")
+    say_unused(here.tracking, tmp_path / "run")
+    (message,) = caplog.messages
+    assert "MLFLOW_TRACKING_URI is" in message
+    assert f"recorded in sqlite:///{tmp_path}/mlflow.db" in message
+    assert "pw" not in message
+    say_unused(config.tracking, tmp_path / "run")
+    assert len(caplog.messages) == (1 if used else 2)
+
+
+REFUSED = (
+    "API request to http://127.0.0.1:9/api/2.0/mlflow/x failed with exception "
+    "HTTPConnectionPool(host='127.0.0.1', port=9): "
+    "Max retries exceeded with url: /api/2.0/mlflow/x (Caused by NewConnectionError('<urllib3.HTTPConnection object "
+    "at 0x7f>: Failed to establish a new connection: [Errno 111] Connection refused'))"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (REFUSED, "Connection refused"),
+        ("HTTPConnectionPool(host='x', port=9): Read timed out. (read timeout=20)", "no answer in time"),
+        ("x (Caused by ResponseError('too many 503 error responses'))", "it answers with error 503"),
+        ("short\nand more", "short and more"),
+        ("", "ConnectionError"),
+    ],
+)
+def test_why_a_tracker_did_not_take_something(said, reason):
+    assert reason_of(ConnectionError(said)) == reason
+    assert len(reason_of(ConnectionError("word " * 1000))) <= 302
+
+
+def test_nan_and_infinity_are_recorded(runs: Path):
+    from mlflow import MlflowClient
+
+    tracker = MLflowTracker(MLflowTracking(uri=None, experiment="odd"), runs / "odd")
+    tracker.on_start(started(run_dir=str(runs / "odd")))
+    tracker.on_round(record(0, loss=math.nan, metrics={"loss": math.inf, "a": -math.inf, "b": 0.5}))
+    tracker.on_end(summary(rounds=1))
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("odd").experiment_id])
+    found = run.data.metrics
+    assert math.isnan(found["train/loss"])
+    assert found["eval/loss"] > 1e308
+    assert found["eval/a"] < -1e308
+    assert found["eval/b"] == 0.5
+
+
+def test_an_experiment_that_was_deleted_is_not_tracked_in(runs: Path, caplog):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    run_dir = runs / "into-gone"
+    config = configuration(tracking={"name": "mlflow", "uri": None, "experiment": "gone"})
+    tell(MLflowTracker(config.tracking, run_dir), started(config, run_dir=str(run_dir)), summary())
+    (message,) = caplog.messages
+    assert message.endswith(
+        f"its experiment gone was deleted; bring it back (mlflow experiments restore --experiment-id {number}), or "
+        "name another one: tracking.experiment"
+    )
+    assert (is_recorded(run_dir), link_of(config.tracking, run_dir)) == (None, None)
+    client.restore_experiment(number)
+    assert send_left(run_dir, config, 60) == (1, True)
+    assert is_recorded(run_dir) is True
+    page = f"http://127.0.0.1:5000/#/experiments/{number}/runs?workflowType=machine_learning"
+    assert link_of(config.tracking, run_dir) == page
+
+
+class Silent:
+    """A server that takes connections and says nothing."""
+
+    def __enter__(self) -> str:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+def test_a_server_that_says_nothing_is_left_before_the_limit(tmp_path: Path, monkeypatch, caplog):
+    monkeypatch.setattr("orchestrator.sender.AWAY_S", 0.1)
+    with Silent() as uri:
+        config = configuration(tracking={"name": "mlflow", "uri": uri})
+        tracker = MLflowTracker(config.tracking, tmp_path / "run")
+        tracker.on_start(started(config, run_dir=str(tmp_path / "run")))
+        while tracker._sender._asked_at is None:
+            time.sleep(0.01)
+        tracker.on_end(summary())
+        assert tracker._sender._thread.is_alive()  # it still waits, for up to twenty seconds; the end did not
+    tracker._sender._thread.join(60)
+    assert not tracker._sender._thread.is_alive()
+    assert "did not take everything in the time for which an end waits" in caplog.text
+    assert is_recorded(tmp_path / "run") is None
 
 
 def test_the_command_to_look():
