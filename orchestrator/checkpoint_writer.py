@@ -39,7 +39,7 @@ class CheckpointWriter:
 
     Args:
         store: where to; used by nobody else for writing.
-        say: told at once of ``checkpoint_retry`` (with ``error``, ``pause_s``), ``checkpoint_failed`` and
+        say: told at once of ``checkpoint_retry`` (with ``error``, ``pause_s``, ``is_first``), ``checkpoint_failed`` and
             ``checkpoint_written`` (with what ``take`` gives); called in the thread.
         pauses_s: before each repetition.
     """
@@ -59,6 +59,9 @@ class CheckpointWriter:
         self._waiting: deque[_Job] = deque()
         self._is_writing = False
         self._is_closing = False
+        self._is_hasty = False
+        self._num_given_up = 0
+        """Since the last that was written: a storage that is known to take nothing is asked once each time."""
         self._outcomes: list[Mapping[str, Any]] = []
         self._thread: threading.Thread | None = None
         self.num_written = 0
@@ -100,6 +103,12 @@ class CheckpointWriter:
         with self._changed:
             return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
 
+    def hasten(self) -> None:
+        """Repeat nothing from now on: somebody waits."""
+        with self._changed:
+            self._is_hasty = True
+            self._changed.notify_all()
+
     def close(self, timeout_s: float) -> bool:
         """Write what was submitted, once, and repeat nothing; give up what is being written after ``timeout_s``.
 
@@ -128,7 +137,8 @@ class CheckpointWriter:
 
         Of each: ``round``, ``nbytes``, ``seconds`` and ``cpu_seconds`` of this thread (all attempts, without the pauses
         between them), ``error`` (``None``: it is written), ``is_gone`` (a node died that was to give its state: the
-        next commit can be saved), ``retries``, and ``untidy``: why old ones could not be removed.
+        next commit can be saved), ``retries``, ``untidy``: why old ones could not be removed, and ``given_up``: how
+        many the storage did not take, one after the other, up to this one or just before it.
         """
         with self._changed:
             outcomes, self._outcomes = self._outcomes, []
@@ -169,7 +179,8 @@ class CheckpointWriter:
             try:
                 nbytes = self._store.write(job.number, job.controller, job.nodes)
             except CheckpointError as problem:
-                error, again = str(problem), retries < len(self._pauses_s)
+                error = str(problem)
+                again = retries < len(self._pauses_s) and not self._num_given_up and not self._is_hasty
             except _SourceError as problem:
                 error = f"checkpoint of round {job.number}: its data are not there: {problem}"
                 is_gone = problem.is_gone
@@ -180,6 +191,8 @@ class CheckpointWriter:
             if not again or not self._pause(job.number, error, retries):
                 break
             retries += 1
+        before = self._num_given_up
+        self._num_given_up = before + 1 if error and not is_gone else 0 if error is None else before
         return {
             "round": job.number,
             "nbytes": nbytes,
@@ -189,16 +202,17 @@ class CheckpointWriter:
             "is_gone": is_gone,
             "retries": retries,
             "untidy": None if error else self._store.untidy,
+            "given_up": self._num_given_up if error else before,
         }
 
     def _pause(self, number: int, error: str | None, retries: int) -> bool:
         """Wait before the next attempt; say whether there is to be one."""
-        if self._is_closing:
+        if self._is_closing or self._is_hasty:
             return False
         pause_s = self._pauses_s[retries]
-        self._tell("checkpoint_retry", {"round": number, "error": error, "pause_s": pause_s})
+        self._tell("checkpoint_retry", {"round": number, "error": error, "pause_s": pause_s, "is_first": not retries})
         with self._changed:
-            if self._changed.wait_for(lambda: self._is_closing, pause_s):
+            if self._changed.wait_for(lambda: self._is_closing or self._is_hasty, pause_s):
                 return False
             self.num_retries += 1
             return True

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from algorithms.api import SERVER
-from orchestrator.checkpoint_writer import CheckpointWriter
+from orchestrator.checkpoint_writer import PAUSES_S, CheckpointWriter
 from orchestrator.checkpoints import CheckpointStore
 from orchestrator.errors import NodeGoneError
 
@@ -35,6 +35,9 @@ _OF_ALL = 4.0
 
 _END_TIMEOUT_S = 60.0
 """How long a run's end waits for its last checkpoint."""
+
+_VIRTUAL_PAUSES_S = (0.5,)
+"""Before a simulation asks its storage again: it stands still meanwhile."""
 
 MAIL: NodeId = -2
 """Stands for the messages that nobody has received yet, among the nodes of a checkpoint."""
@@ -96,7 +99,8 @@ class Checkpointing:
     def __init__(self, config: CheckpointConfig, store: CheckpointStore, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cadence = Cadence(config, 0.0)
-        self._writer = CheckpointWriter(store, _warn)
+        pauses_s = _VIRTUAL_PAUSES_S if runtime.virtual else PAUSES_S
+        self._writer = CheckpointWriter(store, _warn, pauses_s=pauses_s)
         self.outcomes: list[Mapping[str, Any]] = []
         """Of those that are written or given up, for the run's record."""
         self.last = -1
@@ -137,6 +141,10 @@ class Checkpointing:
         done = self._writer.join(_END_TIMEOUT_S)
         self._take()
         return done
+
+    def hasten(self) -> None:
+        """Ask a storage that fails only once from now on: somebody waits for the end."""
+        self._writer.hasten()
 
     def close(self) -> None:
         """Write what is still to be written, in bounded time. Idempotent; never raises."""
@@ -183,8 +191,8 @@ def complete(
 
 
 def _warn(what: str, facts: Mapping[str, Any]) -> None:
-    """Say at once what the storage refuses; called in the writer's thread."""
-    if what == "checkpoint_retry":
-        _LOG.warning("%s; tried again in %g s", facts["error"], facts["pause_s"])
+    """Say at once what the storage refuses, the first time; called in the writer's thread."""
+    if what == "checkpoint_retry" and facts["is_first"]:
+        _LOG.warning("%s; tried again, and the run goes on", facts["error"])
     elif what == "checkpoint_written" and facts["untidy"]:
         _LOG.warning("%s", facts["untidy"])

@@ -122,6 +122,7 @@ class Controller:
         if checkpoints is None or loop is None or progress.committed < 0:
             return False
         try:
+            checkpoints.hasten()
             checkpoints.join()
             if not checkpoints.is_saved(progress.committed):
                 loop.stand_still()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from actors.consensus import mean_model
@@ -27,6 +28,7 @@ from orchestrator.errors import CheckpointReadError, ConfigError
 from orchestrator.given_path import given
 from orchestrator.resumption import configuration, directory
 from orchestrator.safe_files import Folder
+from orchestrator.storage import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,8 +110,9 @@ def export(
         target /= f"{name}{_SUFFIX[form]}"
     try:
         _write(tensors, config, form, target)
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ConfigError(f"{target}: cannot be written: {reason}") from None
     return Exported(run_id, number, form, str(target), nodes, digest_tensors(tensors))
 
 
@@ -215,7 +218,11 @@ def _write(tensors: dict[str, Tensor], config: Config, form: Format, target: Pat
     partial.unlink(missing_ok=True)  # it may be a link
     try:
         if form == "torch":
-            torch.save(dict(_module(tensors, config).state_dict()), partial)
+            state = dict(_module(tensors, config).state_dict())
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # so it calls what the disk refuses
+                raise OSError(one_line(error)) from None
         else:
             save_file(tensors, partial)
         partial.replace(target)

@@ -46,8 +46,8 @@ def told(event: Mapping[str, Any]) -> str | None:
         case "diverged" if event["healed"]:
             others = ", ".join(str(node) for group in event["groups"][1:] for node in group)
             return f"{when}the shared state of nodes {others} differs from that of most, which they will be given"
-        case "checkpoint" if event["error"] is not None:
-            return f"the checkpoint of round {event['round'] + 1} was given up: {event['error']}"
+        case "checkpoint":
+            return _checkpoint(event)
         case "recovered":
             phases = ((phase, event["seconds"][phase]) for phase in _PHASES)
             parts = (f"{phase.replace('_', ' ')} {value:.2f} s" for phase, value in phases if value is not None)
@@ -55,3 +55,13 @@ def told(event: Mapping[str, Any]) -> str | None:
             return f"{when}{who} has committed, {total} after its loss or start ({', '.join(parts)})"
         case _:
             return None
+
+
+def _checkpoint(event: Mapping[str, Any]) -> str | None:
+    """What storage refuses is said once, however often it does; events.jsonl has each time."""
+    given_up = event.get("given_up", 0)
+    if event["error"] is None:
+        return f"checkpoints are written again; {given_up} could not be" if given_up else None
+    if given_up > 1:
+        return None
+    return f"the checkpoint of round {event['round'] + 1} was given up: {event['error']}; more is counted, and not told"

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +37,7 @@ from actors.tasks import Task
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from orchestrator import identity, resumption, rewind, sealed_log
+from orchestrator.appender import Appender
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.given_path import given
 from orchestrator.records import Observer, finite
@@ -81,7 +82,9 @@ class RunDirectory(Observer):
         self._text = dump(config.dump()).encode()
         self._started: Started | None = None
         self._rounds: list[RoundRecord] = []
-        self._files: dict[str, IO[str]] = {}
+        self._files: dict[str, Appender] = {}
+        self._is_full = False
+        """What is observed cannot be written, which has been said."""
         self._sealed: SealedLog | None = None
         self._folder = Folder(self.path)
         self._is_resumed = resumed is not None
@@ -162,7 +165,7 @@ class RunDirectory(Observer):
             with self._folder.append_text(f"logs/{path.name}") as file:
                 file.writelines(f"{line}\n" for line in lines)
         except OSError as error:
-            raise self._failure(f"logs/{path.name}", error) from None
+            self._say_full(f"logs/{path.name}", error)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         self._line("events.jsonl", event)
@@ -174,21 +177,21 @@ class RunDirectory(Observer):
     def on_sealed(self, entry: Entry) -> None:
         if self._sealed is None:
             self._sealed = SealedLog(self.run_id)
-        try:
-            with self._folder.append(sealed_log.NAME) as file:
-                file.write(self._sealed.append(entry))
-        except OSError as error:
-            raise self._failure(sealed_log.NAME, error) from None
+        self._append(sealed_log.NAME, self._sealed.append(entry))
 
     def on_saving(self) -> Mapping[str, Any]:
-        events = self.path / "events.jsonl"
-        here = {"round": self._rounds[-1].round if self._rounds else -1, "events": events.stat().st_size}
+        events = self._appender("events.jsonl").size
+        here = {"round": self._rounds[-1].round if self._rounds else -1, "events": events}
         config = self._config.dump()
         config["cluster"]["runtime_env"] = {}  # it may have secrets, and checkpoints go to places of others
         return {"directory": here, "config": config}
 
-    def on_snapshot(self, number: int, model: FinalModel) -> Path:
-        self._whole(sealed_log.snapshot_name(number), model.safetensors)
+    def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
+        try:
+            self._folder.write(sealed_log.snapshot_name(number), model.safetensors)
+        except OSError as error:
+            self._say_full(sealed_log.snapshot_name(number), error)
+            return None  # it is replayed from the one before
         self.on_sealed(Snapshot(number, model.digest))
         return self.path / sealed_log.snapshot_name(number)
 
@@ -222,19 +225,37 @@ class RunDirectory(Observer):
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _line(self, name: str, data: Mapping[str, Any]) -> None:
-        try:
-            if name not in self._files:
-                self._files[name] = self._folder.append_text(name)
-            self._files[name].write(json.dumps(finite(data)) + "\n")
-            self._files[name].flush()
-        except OSError as error:
-            self._close()
-            raise self._failure(name, error) from None
+        self._append(name, (json.dumps(finite(data)) + "\n").encode())
+
+    def _appender(self, name: str) -> Appender:
+        if name not in self._files:
+            self._files[name] = Appender(self._folder, name)
+        return self._files[name]
+
+    def _append(self, name: str, piece: bytes) -> None:
+        problem = self._appender(name).append(piece)
+        if problem is not None:
+            self._say_full(name, problem)
+        elif self._is_full and not any(file.num_pending for file in self._files.values()):
+            self._is_full = False
+            _LOG.warning("%s can be written again", self.path)
+
+    def _say_full(self, name: str, error: OSError) -> None:
+        if not self._is_full:
+            self._is_full = True
+            _LOG.warning(
+                "%s cannot be written: %s; the run goes on, and what belongs there waits, or is lost at its end",
+                self.path / name,
+                error.strerror,
+            )
 
     def _close(self) -> None:
         while self._files:
-            with suppress(OSError):  # what could not be written has been said
-                self._files.popitem()[1].close()
+            name, file = self._files.popitem()
+            problem = file.close()
+            if problem is not None or file.num_lost:
+                reason = "too much of it waited" if problem is None else problem.strerror
+                _LOG.warning("the end of %s is lost: %s", self.path / name, reason)
 
     def _whole(self, name: str, data: bytes | memoryview) -> None:
         """Write a file that is there whole or not at all."""

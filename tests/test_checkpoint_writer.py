@@ -120,6 +120,41 @@ def test_what_the_storage_refuses_is_tried_again(
     assert facts["error"].startswith("checkpoint mock://bucket/runs/r1/round-000001 cannot be written: When ")
 
 
+def test_a_storage_that_takes_nothing_is_asked_once_for_each_checkpoint(
+    writer: CheckpointWriter, objects: ObjectStore, heard: Heard
+):
+    objects.dead_from = 0
+    for number in (1, 2, 3):
+        writer.submit(number, {}, states(1))
+        assert writer.join(LONG_S)
+    assert [(one["retries"], one["given_up"]) for one in writer.take()] == [(3, 1), (0, 2), (0, 3)]
+    assert heard.names == ["retry", "retry", "retry", "failed", "failed", "failed"]
+    assert [facts["is_first"] for _, facts in heard.events[:3]] == [True, False, False]
+    objects.heal()
+    for number in (4, 5):
+        writer.submit(number, {}, states(1))
+        assert writer.join(LONG_S)
+    assert [(one["error"], one["given_up"]) for one in writer.take()] == [(None, 3), (None, 0)]
+    objects.failures = {objects.operations + 3: "refused"}
+    writer.submit(6, {}, states(1))
+    assert writer.join(LONG_S)
+    assert (writer.take()[0]["error"], writer.num_retries) == (None, 4)  # it is patient again
+
+
+def test_who_waits_for_the_end_waits_for_no_pause(store: CheckpointStore, objects: ObjectStore, heard: Heard):
+    objects.dead_from = 0
+    writer = CheckpointWriter(store, heard, pauses_s=(10 * LONG_S,))
+    writer.submit(1, {}, states(1))
+    while "retry" not in heard.names:
+        pass
+    writer.hasten()
+    assert writer.join(LONG_S)
+    writer.submit(2, {}, states(1))
+    assert writer.join(LONG_S)
+    assert [one["retries"] for one in writer.take()] == [0, 0]
+    assert writer.close(LONG_S)
+
+
 def test_what_cannot_be_written_is_given_up_and_the_next_one_is_not(
     writer: CheckpointWriter, store: CheckpointStore, objects: ObjectStore, heard: Heard
 ):

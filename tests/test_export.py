@@ -177,7 +177,8 @@ def test_bad_input_is_refused_in_one_line(finished: Path, tmp_path: Path):
     )
     (tmp_path / "file").write_text("x")
     assert refused(finished, "--to", tmp_path / "file/model.safetensors").endswith(": Not a directory")
-    assert "cannot be written: " in refused(finished, "--to", "/proc/model.safetensors")
+    for form in ("safetensors", "torch"):
+        assert "cannot be written: " in refused(finished, "--format", form, "--to", f"/proc/model.{form}")
     state = finished / "checkpoints/round-000002/state.json"
     good = state.read_bytes()
     state.write_bytes(good[:-1])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from orchestrator import simulate
+from orchestrator.appender import Appender
 from orchestrator.config import load
 from orchestrator.errors import RunDirectoryError, RunError
 from orchestrator.records import Observer, Observers, Summary
@@ -95,12 +99,71 @@ def test_a_run_that_fails_later_keeps_what_it_has(tmp_path: Path):
     assert sorted(path.name for path in directory.path.iterdir()) == ["config.yaml", "run.json", "summary.json"]
 
 
-def test_a_full_disk_fails_the_run_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class Disk:
+    """In the place of the system's ``write``: takes so many bytes, and then no more until it is given room."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._write = os.write
+
+    def __call__(self, descriptor: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self._write(descriptor, bytes(data[: self.room]))
+        self.room -= written
+        return written
+
+
+def test_what_a_full_disk_does_not_take_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    disk = Disk(500)  # not a whole round
+    monkeypatch.setattr("orchestrator.appender.write", disk)
     directory = RunDirectory(configuration(), tmp_path / "run")
     directory.on_start(started())
-    monkeypatch.setattr(Folder, "append_text", lambda *_: Path("/dev/full").open("a"))  # noqa: SIM115 - it is closed by what is tested
-    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left on device"):
-        directory.on_round(record(0))
+    for number in range(3):
+        directory.on_event({"event": "commit", "round": number})
+        directory.on_round(record(number))
+        directory.on_log(0, ["a line"])
+    assert disk.room == 0
+    path = directory.path
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}/metrics.jsonl cannot be written: No space left on device; the run goes on, ")
+    events = directory.on_saving()["directory"]["events"]
+    disk.room = 10**9
+    directory.on_event({"event": "commit", "round": 3})
+    directory.on_round(record(3))
+    assert caplog.messages[1:] == [f"{path} can be written again"]
+    assert [json.loads(line)["round"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+    lines = (path / "events.jsonl").read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
+    assert sum(map(len, lines[:3])) == events  # where a run that is resumed goes on
+    directory.on_end(summary())
+    assert len(caplog.messages) == 2
+
+
+def test_a_disk_that_stays_full_ends_no_run_and_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr("orchestrator.appender.write", Disk(0))
+    end = simulate(configuration(rounds=2), run_dir=tmp_path / "run")
+    assert (end.status, end.rounds) == ("finished", 2)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    said = [message for message in caplog.messages if "No space left" in message]
+    assert len(said) == 3
+    assert "cannot be written" in said[0]
+    lost = f"the end of {tmp_path}/run/{{}}.jsonl is lost: No space left on device"
+    assert sorted(said[1:]) == [lost.format("events"), lost.format("metrics")]
+
+
+def test_what_waits_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    disk = Disk(0)
+    monkeypatch.setattr("orchestrator.appender.write", disk)
+    monkeypatch.setattr("orchestrator.appender.MOST_PENDING", 10)
+    file = Appender(Folder(tmp_path), "log")
+    assert isinstance(file.append(b"12345\n"), OSError)
+    file.append(b"67890\n")
+    assert (file.num_lost, file.num_pending, file.size) == (1, 6, 6)
+    disk.room = 100
+    assert file.append(b"abc\n") is None
+    assert file.close() is None
+    assert (tmp_path / "log").read_bytes() == b"12345\nabc\n"
 
 
 @pytest.mark.parametrize("rounds", [1, 200])
