@@ -175,6 +175,11 @@ class MLflowTracking(Tracking, name="mlflow"):
         """Refuse at once what MLflow would refuse only when the nodes are up."""
         return uri if uri is None else _checked(uri)
 
+    def observer(self, run_dir: Path) -> Observer:
+        from orchestrator.tracking import MLflowTracker
+
+        return MLflowTracker(self, run_dir)
+
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 
@@ -204,11 +209,6 @@ def _checked(uri: str) -> str:
         if not host:
             raise ValueError(f"must have a host, as in http://localhost:5000, got {shown(uri)}")
     return uri
-
-    def observer(self, run_dir: Path) -> Observer:
-        from orchestrator.tracking import MLflowTracker
-
-        return MLflowTracker(self, run_dir)
 
 
 class Config(Section):
