@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from algorithms.api import SERVER
-from orchestrator.errors import RunError
 from orchestrator.mailroom import Delivery, Mailroom
+from orchestrator.simulated_processes import End
+from orchestrator.simulator import Simulator
 from tests.soak.histories import draw
 from tests.soak.shrink import shrink
 from tests.soak.watch import Wrong, live
 from tests.toys import attempt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 UNEQUAL = "tests.soak.programs:Unequal"
 
@@ -88,10 +92,21 @@ def test_a_worker_that_is_always_late_does_not_end_a_run_that_goes_on():
     assert len(ran.sought("late")) > 10
 
 
-def test_a_server_that_is_given_up_ends_the_run():
-    faults = [("kill", "server", number, "train") for number in [3] * 8]
-    ran = attempt(history({"name": "fedbuff", "buffer_size": 2, "steps": 1}, *faults))
-    assert isinstance(ran.error, RunError | None)
+def test_a_server_that_is_given_up_ends_the_run(monkeypatch: pytest.MonkeyPatch):
+    """Each that is started in its place dies as it comes."""
+
+    def launch(runtime: Simulator, nodes: Sequence[int]) -> None:
+        real(runtime, nodes)
+        if SERVER in nodes:
+            runtime._at(
+                runtime.now + runtime._config.network.start_s, SERVER, End(SERVER, runtime._incarnations[SERVER])
+            )
+
+    real = Simulator.launch
+    monkeypatch.setattr(Simulator, "launch", launch)
+    ran = attempt(history({"name": "fedbuff", "buffer_size": 2, "steps": 1}, ("kill", "server", 3, "train")))
+    assert str(ran.error) == "the server has died too often to be started again, and has the only model"
+    assert len([event for event in ran.sought("lost") if event["node"] == SERVER]) == 6
 
 
 @pytest.mark.parametrize("algorithm", [{"name": "fedbuff", "buffer_size": 3}, {"name": "async_diloco"}], ids=str)
