@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from actors.data.samplers import planned_samples
 from algorithms.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class Pace:
     @staticmethod
     def of(spec: ReplicaSpec, num_samples: Sequence[int], num_nodes: int) -> Pace:
         """Return the pace of a run among ``num_nodes`` nodes that own ``num_samples`` each."""
-        count = spec.algorithm.steps_per_round
-        most = max((count(one, spec.samples_per_step) or 0 for one in set(num_samples)), default=0)
+        size = spec.samples_per_step
+        drawn = {planned_samples(count, size, spec.min_batch) for count in num_samples}
+        most = max((spec.algorithm.steps_per_round(count, size) or 0 for count in drawn), default=0)
         return Pace(spec.rounds, most * spec.algorithm.node_rounds(num_nodes), most)
 
     @property

@@ -14,7 +14,9 @@ EXAMPLE = Path(__file__).parent.parent / "examples/noniid.yaml"
 
 LEAST = {
     **dict.fromkeys(["fedavg", "fedprox", "scaffold", "local_sgd"], 0.85),
-    **dict.fromkeys(["diloco", "streaming_diloco", "eager_diloco", "edit", "a_edit", "single_merge"], 0.8),
+    **dict.fromkeys(["diloco", "streaming_diloco", "eager_diloco", "edit"], 0.8),
+    "a_edit": 0.75,
+    "single_merge": 0.55,
     **dict.fromkeys(["fedbuff", "random_walk"], 0.85),
     "async_diloco": 0.8,
     **dict.fromkeys(["ddp", "dsgd", "gradient_tracking", "gradient_coding"], 0.75),
@@ -23,6 +25,9 @@ LEAST = {
 }
 """The least accuracy on the held-out images, well below what was measured; 0.1 is chance."""
 
+ENOUGH = {"diloco": 3, "edit": 6, "single_merge": 6, "eager_diloco": 12, "a_edit": 2, "fzoos": 4}
+"""Rounds, of those whose rounds are long; all others do those of the example."""
+
 
 def test_no_algorithm_is_left_out():
     built_in = {name for name, kind in table(Algorithm).items() if kind.__module__.startswith("algorithms.")}
@@ -30,8 +35,9 @@ def test_no_algorithm_is_left_out():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", LEAST)
 def test_learns(name: str, tmp_path: Path):
-    quiet = ["tracking=none", "evaluation.every_rounds=0"]
-    summary = api.simulate(EXAMPLE, [f"algorithm={name}", *quiet], run_dir=tmp_path / "run")
+    others = ["tracking=none", "evaluation.every_rounds=0", *([f"rounds={ENOUGH[name]}"] if name in ENOUGH else [])]
+    summary = api.simulate(EXAMPLE, [f"algorithm={name}", *others], run_dir=tmp_path / "run")
     assert summary.metrics["accuracy"] >= LEAST[name]

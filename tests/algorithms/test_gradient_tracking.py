@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from actors.tasks.quadratic import Quadratic
-from algorithms.gossip import GradientTracking
-from algorithms.topologies import Ring
 from orchestrator.errors import ConfigError
 from tests.membership import models, scripted
 from tests.toys import simulate
@@ -177,5 +175,22 @@ def test_it_refuses_weights_that_do_not_keep_the_mean(tmp_path: Any):
     assert "\n" not in str(caught.value)
 
 
-def test_defaults():
-    assert GradientTracking() == GradientTracking(topology=Ring(), steps=1)
+def test_by_default_it_is_diging_on_a_ring():
+    """The paper's method of one step, in closed form: x ← W (x − η (g + d)), d ← W (g + d) − g."""
+    nodes, rounds, rate = 5, 4, 0.1
+    task = Quadratic(dimension=3, condition=1, samples_per_node=1)
+    ran = simulate(
+        algorithm="gradient_tracking",
+        task={"name": "quadratic", "dimension": 3, "condition": 1, "samples_per_node": 1},
+        nodes=nodes,
+        rounds=rounds,
+        optimizer={"name": "sgd", "lr": rate, "precision": "fp64"},
+    )
+    ring = torch.tensor([[abs(i - j) in (0, 1, nodes - 1) for j in range(nodes)] for i in range(nodes)]).double().div(3)
+    centers = torch.stack([task.center(node) for node in range(nodes)])
+    x = d = torch.zeros(nodes, 3, dtype=torch.float64)
+    for _ in range(rounds):
+        g = x - centers
+        x, d = ring @ (x - rate * (g + d)), ring @ (g + d) - g
+    found = torch.stack([ran.replicas[node].parameters for node in range(nodes)])
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
