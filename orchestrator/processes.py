@@ -119,16 +119,16 @@ class Processes(Calls):
         self._vital = self._session.vital
         if self._vital:
             patience_s = _STANDSTILL_S + cluster.cancel_grace_s
-            self._vitals = Vitals(self._vital, patience_s, lambda name: self._queue.put(lambda: self._end(name)))
+            self._vitals = Vitals(self._vital, patience_s, lambda name: self._queue.put(lambda: self._say_ended(name)))
         self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
     def check(self) -> None:
         ended = [name for name, pid in self._vital.items() if state_of(pid) in (None, "Z", "X")]
         if ended and self._session is not None:
-            self._end(ended[0])
+            self._say_ended(ended[0])
 
-    def _end(self, name: str) -> None:
+    def _say_ended(self, name: str) -> None:
         """One of Ray's own processes is gone: nothing comes back.
 
         Raises:
