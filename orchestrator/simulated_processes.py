@@ -286,7 +286,9 @@ class SimulatedProcesses:
         replicas = self.host.replicas
         taken: list[tuple[NodeId, StateExport]] = []
         for node in nodes:
-            if node in self._present and node not in kept:
+            # Who hangs is ended, and followed by what was kept.
+            is_kept = node in kept or (node in self._hung and node in self._kept)
+            if node in self._present and not is_kept:
                 taken.append((node, snapshot(replicas[node], shared=shared in (None, node))))
             elif node in self._kept:
                 taken.append((node, self._kept[node]))
