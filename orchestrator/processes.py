@@ -52,6 +52,10 @@ _FIRST_WAVE = 8
 """Processes that are started before any others."""
 
 
+def _asking(count: int, what: str) -> str:
+    return f"{count} nodes ask for {what} each" if count > 1 else f"1 node asks for {what}"
+
+
 class Processes(Calls):
     """The actors of a run; see ``runtime.Runtime`` for what their nodes are asked."""
 
@@ -204,7 +208,7 @@ class Processes(Calls):
             if each * max(cluster.nodes.min, 1) > available.get(resource, 0.0) + 1e-6:
                 break
         message = (
-            f"cluster: {max(cluster.nodes.min, 1)} nodes ask for {each:g} {resource} each, "
+            f"cluster: {_asking(max(cluster.nodes.min, 1), f'{each:g} {resource}')}, "
             f"the cluster has {available.get(resource, 0.0):g} (ray status); "
             f"lower cluster.nodes.min or cluster.num_{resource.lower()}s, or add machines"
         )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from orchestrator.errors import ConfigError
+from orchestrator.sweep_board import TRIALS
+from orchestrator.trial_run import reports_of
 from orchestrator.units import number_text
 
 if TYPE_CHECKING:
@@ -57,7 +61,9 @@ def _is_best(result: SweepResult, trial: Trial) -> bool:
 def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
     values: list[float] = []
     for trial in sorted(result.trials, key=lambda one: _is_best(result, one)):
-        points = [(report["round"], report[objective.metric]) for report in trial.reports if _has(report, objective)]
+        points = [
+            (report["round"], report[objective.metric]) for report in _reports(result, trial) if _has(report, objective)
+        ]
         if not points or trial.stage != "search":
             continue
         best = _is_best(result, trial)
@@ -78,6 +84,14 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
     for label, color in (("best", _BEST), ("finished", _OTHER), ("stopped", _STOPPED)):
         axes.plot([], [], color=color, label=label)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _reports(result: SweepResult, trial: Trial) -> list[dict[str, Any]]:
+    """After each evaluated round: the board has only what was asked for in time."""
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ConfigError):
+        found = reports_of(result.sweep_dir / TRIALS / trial.name)
+    return max(found, trial.reports, key=len)
 
 
 def _over(axes: Axes, result: SweepResult, objective: Objective, name: str) -> None:

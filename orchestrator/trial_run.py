@@ -107,9 +107,10 @@ class _Reporter(Observer):
     def on_start(self, started: Started) -> None:
         if started.resumed_after is not None:
             for record in recorded(Path(started.run_dir)):
-                self._take(record)
+                self.take(record)
 
-    def _take(self, record: RoundRecord) -> None:
+    def take(self, record: RoundRecord) -> None:
+        """Count a round in."""
         self._bytes += record.payload_bytes
         self._seconds += record.seconds
         self._metrics = record.metrics or self._metrics
@@ -123,7 +124,7 @@ class _Reporter(Observer):
         self.last["reported"] = list(self.last)
 
     def on_round(self, record: RoundRecord) -> None:
-        self._take(record)
+        self.take(record)
         if record.metrics is None or record.round + 1 == self._last_round:
             return
         now = time.monotonic()
@@ -161,3 +162,19 @@ class _Reporter(Observer):
 def recorded(run_dir: Path) -> Iterator[RoundRecord]:
     """The rounds of a run, as its directory has them."""
     return run_files.rounds(run_dir)
+
+
+def reports_of(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run would have reported after each evaluated round, had each report been taken.
+
+    Raises:
+        OSError: its records cannot be read.
+        ConfigError: they are damaged.
+    """
+    reporter = _Reporter(0, stepwise=False)
+    found: list[dict[str, Any]] = []
+    for record in recorded(run_dir):
+        reporter.take(record)
+        if record.metrics is not None:
+            found.append(reporter.last)
+    return found

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import simulate
 from orchestrator.errors import DataError
-from orchestrator.trial_run import TrialRun
+from orchestrator.trial_run import TrialRun, reports_of
 from tests.observed import configuration
 
 
@@ -37,6 +37,17 @@ def test_reports_come_one_by_one_and_the_run_waits_between(tmp_path: Path):
     assert last["loss"] == last["summary"]["metrics"]["loss"]
     assert last["bytes"] == last["summary"]["bytes"]["payload"]
     assert set(last["reported"]) == {"round", "loss", "accuracy", "train_loss", "bytes", "seconds"}
+    run.stop()
+
+
+def test_what_nobody_asked_for_in_time_is_there_afterwards(tmp_path: Path):
+    run = begin(tmp_path, stepwise=False)
+    last = run.next()
+    while not last.get("done"):
+        last = run.next()
+    reports = reports_of(tmp_path / "run")
+    assert [report["round"] for report in reports] == [2, 4, 6]
+    assert all(reports[-1][name] == last[name] for name in last["reported"])
     run.stop()
 
 
