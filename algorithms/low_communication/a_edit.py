@@ -40,7 +40,7 @@ class AEDiT(EDiT, name="a_edit"):
 
     interval_s: PositiveFloat = 600.0  # τ_time, seconds between synchronizations; atorch
     min_total_steps: NonNegativeInt = 100  # of all nodes, for a synchronization; atorch
-    max_steps: PositiveInt = 1000  # of a node between synchronizations; learning-rate schedules plan with it
+    max_steps: PositiveInt = 128  # of a node between synchronizations, as in edit; learning-rate schedules plan with it
     step_share: Share = 0.0  # ρ, how much of a weight is for steps; atorch: off, 0.5 if on
 
     async def steps_alone(self, node: Node) -> Mapping[NodeId, float]:

@@ -364,7 +364,7 @@ def test_who_does_more_counts_more():
         for (low, high), moved in zip(ranges, _cut(step, ranges), strict=True):
             expected[low:high] -= moved
     torch.testing.assert_close(ran.parameters, expected, rtol=1e-5, atol=1e-6)
-    assert AEDiT().steps_per_round(1, 1) == 1000
+    assert AEDiT().steps_per_round(1, 1) == 128
 
 
 # --- E10: the warm-up -----------------------------------------------------------------------------------------------
