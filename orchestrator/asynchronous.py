@@ -263,7 +263,8 @@ class Asynchronous:
                 self._halting.discard(node)
                 self._progress.record("again", node=node, round=self._rounds[node])
                 # What it has received in this round is not in its committed state, and nobody sends it again.
-                self._mail.room.rewind(node)
+                if node in self._entered:  # else it is told to leave before it has been given a model
+                    self._mail.room.rewind(node)
                 if self._saving_since is not None:
                     self._idle.add(node)
                 else:

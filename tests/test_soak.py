@@ -213,6 +213,20 @@ def test_who_is_told_to_leave_twice_is_ended_once():
     assert ran.summary.nodes == {"started": 3, "joined": 1, "lost": 0, "drained": 1}
 
 
+def test_a_worker_that_is_to_leave_while_it_is_being_given_a_model():
+    raw = history(
+        {"name": "fedbuff", "buffer_size": 4},
+        ("preempt", 0, 1, "transfer"),
+        ("hang", 0, 1, "train"),
+        nodes=2,
+        rounds=2,
+        task={"name": UNEQUAL, "width": 3000},
+        network={"start_s": 0, "bandwidth_mbps": 2},
+        cluster={"drain_s": 0.2, "round_deadline_s": 2, "cancel_grace_s": 0.5},
+    )
+    assert live(raw) == "finished"
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_some_random_histories(seed: int):
     lived(f"quick {seed}", 3)
