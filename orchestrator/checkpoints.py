@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstra
 from actors.transfer import StateExport
 from orchestrator import tensor_files
 from orchestrator.errors import CheckpointError, CheckpointReadError
+from orchestrator.run_files import memory_bytes
 from orchestrator.storage import one_line, open_storage, remove_files
 from orchestrator.tensor_files import DamagedError
 
@@ -284,6 +285,9 @@ class CheckpointStore:
         if self._is_shared and manifest.run_id != self._run_id:
             where = f"{self._storage.shown}/{folder}/{_MANIFEST}"
             raise CheckpointReadError(f"{where}: is of run {manifest.run_id}, and not of {self._run_id}")
+        whole = sum(one.bytes for one in manifest.files.values())
+        if whole > memory_bytes():
+            raise DamagedError(f"{_MANIFEST}: names {whole} bytes, more than the memory of this machine")
         if manifest.round != number:
             raise DamagedError(f"{_MANIFEST}: is of round {manifest.round}")
         return manifest

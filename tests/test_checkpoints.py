@@ -379,7 +379,10 @@ def resealed(manifest: bytes, **changes: Any) -> bytes:
         ({"files": {}}, "manifest.json: names no state.json"),
         ({"files": {"../../x": {"bytes": 1, "checksum": ""}}}, "manifest.json: is damaged"),
         ({"files": {"state.json": {"bytes": -1, "checksum": ""}}}, "manifest.json: is damaged"),
-        ({"files": {"state.json": {"bytes": 10**15, "checksum": ""}}}, "state.json: has "),
+        (
+            {"files": {"state.json": {"bytes": 10**15, "checksum": ""}}},
+            "manifest.json: names 1000000000000000 bytes, more than",
+        ),
         ({"files": []}, "manifest.json: is damaged"),
         ({"extra": 1}, "manifest.json: is damaged"),
     ],
