@@ -80,6 +80,10 @@ test-slow: install ## the slow tests
 soak: install ## random fault histories in the simulator (N=1000 SEED=7 PROCESSES=2)
 	$(BIN)/python -m tests.soak $(or $(N),1000) $(or $(SEED),0) $(or $(PROCESSES),1)
 
+.PHONY: mutants
+mutants: install ## which plausible mistakes do the tests notice? (ONLY="outer closing": some); not part of CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run --survivors mutants.txt $(if $(ONLY),--only $(ONLY))
+
 .PHONY: bench
 bench: install ## measure, and compare with what we promise (ONLY="zeroth_order codecs": some, and keep the other rows)
 	$(BIN)/python benchmarks/run.py $(ONLY)
