@@ -18,7 +18,7 @@ def test_every_mutant_applies() -> None:
             mutant.apply(texts[mutant.file])
         except ValueError as error:
             problems.append(f"{mutant}: {error}")
-        if mutant.old.strip() == mutant.new.strip():
+        if mutant.old == mutant.new:
             problems.append(f"{mutant}: changes nothing")
         problems += [f"{mutant}: there is no {name}" for name in mutant.tests if not (ROOT / name).is_file()]
     assert not problems, "\n".join([*problems, "the code has changed: put what stands there now into tests/mutants"])
