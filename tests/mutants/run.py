@@ -161,8 +161,8 @@ def _child(tree: Path, mutant: Mutant) -> int:
         "-q",
     ]
     options += ["-m", "not slow and not cluster", *chosen]
-    # The file itself for the examples in its docstrings, as in `make test`.
-    code = int(pytest.main([*options, "--doctest-modules", mutant.file, *mutant.tests]))
+    # The file itself for the examples in its docstrings; behind its tests, or it would be imported twice.
+    code = int(pytest.main([*options, "--doctest-modules", *mutant.tests, mutant.file]))
     sys.stdout.flush()
     return code
 
