@@ -288,3 +288,10 @@ def test_nodes_without_a_row_decide_nothing():
 def test_what_cannot_work_is_refused(name: str, fields: dict[str, object], message: str):
     with pytest.raises(ValidationError, match=message):
         table(ClosePolicy)[name].model_validate(fields)
+
+
+@pytest.mark.parametrize("stranger", [-1, 2])
+def test_a_node_without_a_row_decides_nothing(stranger: int):
+    rows = ((1.0, 0.0), (0.0, 1.0))
+    assert decoding(rows, frozenset({0, stranger})) is None
+    assert decoding(rows, frozenset({0, 1, stranger})) == pytest.approx({0: 1.0, 1: 1.0})
