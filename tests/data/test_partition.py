@@ -112,6 +112,21 @@ def test_nodes_that_have_enough_and_give_nothing_keep_their_samples():
             assert len(after) == 4
 
 
+def test_parts_that_have_just_the_least_stay_as_they_are():
+    bare, least = (assign(pooled(40), Iid(min_samples=count), 4, 3) for count in (0, 10))
+    assert [concrete(part).tolist() for part in bare] == [concrete(part).tolist() for part in least]
+
+
+def test_what_is_given_is_random():
+    """A part that is in order gives any of its samples, not the last ones."""
+    users = [0] + [1] * 50
+    given = [assign(labelled(users), Column(column="user", min_samples=10), 2, seed)[0].tolist() for seed in (0, 1)]
+    found = [{one for one in part if one > 0} for part in given]
+    assert [len(one) for one in found] == [9, 9]
+    assert found[0] != found[1]
+    assert set(range(42, 51)) not in found
+
+
 def test_a_least_that_cannot_be_is_refused():
     with pytest.raises(
         DataError, match=r"min_samples: 4 nodes with 20 samples each need 80, and there are 60; lower it"
@@ -340,6 +355,18 @@ def test_a_column_keeps_its_values_together():
     assert set.union(*found) == set(range(7))
     assert sum(map(len, found)) == 7
     assert sorted(map(len, found)) == [2, 2, 3]
+
+
+def test_values_are_dealt_in_random_order_to_who_has_fewest_samples():
+    """Who is dealt the large value first of all has nothing else; counted by values it would have half of them."""
+    users = [3] * 100 + [0, 1, 2, 4, 5]
+    hands = [
+        [frozenset(users[index] for index in concrete(part).tolist()) for part in parts]
+        for parts in (assign(labelled(users), Column(column="user"), 2, seed) for seed in range(30))
+    ]
+    assert any(frozenset({3}) in hand for hand in hands)
+    assert len({frozenset(hand) for hand in hands}) > 3
+    assert all(len(next(one for one in hand if 3 in one)) <= 4 for hand in hands)
 
 
 def test_a_column_may_have_gaps_and_must_have_an_order():
