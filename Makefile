@@ -73,12 +73,13 @@ test: lint ## lint, then all tests but the slow ones: quick ones first, then tho
 	@$(BIN)/coverage report
 
 .PHONY: test-slow
-test-slow: install ## the slow tests
-	@$(call pytest-or-none,slow)
+test-slow: install ## the slow tests, but those of make soak
+	@$(call pytest-or-none,slow and not soak)
 
 .PHONY: soak
-soak: install ## random fault histories in the simulator (N=1000 SEED=7 PROCESSES=2)
+soak: install ## much at random: fault histories (N=1000 SEED=7 PROCESSES=2), damage, configurations, resume at each commit
 	$(BIN)/python -m tests.soak $(or $(N),1000) $(or $(SEED),0) $(or $(PROCESSES),1)
+	$(PYTEST) -n auto -m soak
 
 .PHONY: mutants
 mutants: install ## which plausible mistakes do the tests notice? (ONLY="outer closing": some); not part of CI

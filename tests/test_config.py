@@ -96,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "algorithm.outer.lr should be a number, got true",
     ),
     ({"cluster": {"nodes": 4}}, "cluster.nodes must be a section of keys (min, target, max), not 4"),
-    ({"data": None}, "data must be a section of keys (source, partition, sampler, batch_size), not nothing"),
+    ({"data": None}, "data must be a section of keys (source, partition, sampler, batch_size, min_batch), not nothing"),
     (
         {"algorithm": ["fedavg"]},
         "algorithm must be a name, or a section with a name (there are: a_edit, async_diloco, ",

@@ -30,7 +30,13 @@ def check(path: Path, text: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "count", [300, pytest.param(int(os.environ.get("N", "5000")), marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    "count",
+    [
+        300,
+        pytest.param(
+            int(os.environ.get("N", "5000")), marks=[pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1800)]
+        ),
+    ],
 )
 def test_a_mutated_configuration_is_read_or_refused(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(EXAMPLES)

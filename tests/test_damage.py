@@ -31,6 +31,7 @@ def test_some_damage(made: list[damage.Original], tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_much_damage(made: list[damage.Original], tmp_path: Path):
     check(made, range(1000, 1300), tmp_path)

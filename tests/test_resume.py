@@ -277,9 +277,9 @@ def test_a_checkpoint_is_given_up_when_those_are_gone_that_it_needs(
     snapshot = Simulator.snapshot
     asked: list[int] = []
 
-    def taken(self: Simulator, nodes: Any, shared: Any) -> Any:
+    def taken(self: Simulator, nodes: Any, shared: Any, kept: Any = ()) -> Any:
         asked.append(len(asked))
-        there = snapshot(self, nodes, shared)
+        there = snapshot(self, nodes, shared, kept)
         return ((node, export) for node, export in there if len(asked) != 2 or node not in gone)
 
     monkeypatch.setattr(Simulator, "snapshot", taken)

@@ -63,6 +63,8 @@ def test_what_happens_to_nodes_happens_after_a_resume(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("optimizer", [{"name": "sgd", "lr": 0.05, "momentum": 0.9}, {"name": "adamw", "lr": 0.01}])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_algorithm_from_every_commit(case: Any, optimizer: dict[str, Any], tmp_path: Path):

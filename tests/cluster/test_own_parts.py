@@ -75,7 +75,7 @@ def train(script: str, folder: Path) -> list[str]:
     ran = subprocess.run(
         [sys.executable, "train.py"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=800,
@@ -94,7 +94,10 @@ def test_each_class_of_the_pages_is_trained_as_it_is_simulated(tmp_path: Path):
     for one in OWN.values():
         one.write(tmp_path)
     head, _, _ = SCRIPT.partition("    builtin = ")
-    assert train(head + ALL, tmp_path) == [one.module for one in OWN.values()]
+    # One Ray for all of them; its processes look for modules where it was started.
+    session = "    import ray\n\n    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)\n"
+    session += "    BASE['cluster'] |= {'address': 'auto'}\n"
+    assert train(head + session + ALL, tmp_path) == [one.module for one in OWN.values()]
 
 
 def test_a_class_of_a_function_is_sent_to_the_nodes(config: Callable[..., Config], tmp_path: Path):
