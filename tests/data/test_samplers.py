@@ -225,6 +225,10 @@ def test_poisson_has_its_law():
     assert int(sizes_.min()) == 0  # an empty batch is one
 
 
+def test_a_rate_is_a_probability():
+    assert Poisson.rate(3, 5) == 1.0
+
+
 def test_poisson_epochs_have_as_many_batches_as_others():
     draws = poisson(50)
     assert draws.steps_per_epoch(8) == 7

@@ -1,9 +1,9 @@
 # ruff: noqa: T201 - it is a program
 """Run the tests on mutants of the code: which plausible mistakes do they notice?
 
-``python -m tests.mutants.run [--only WORD …] [--survivors FILE]`` copies the tree, and forks a process for each mutant,
-one at a time: the imports of torch and its like are paid for once, and our own packages are imported by the fork, with
-the mistake in them. Each target is run first without a mutant: where that fails, its mutants say nothing.
+``python -m tests.mutants.run [--only WORD …] [--every N] [--survivors FILE]`` copies the tree, and forks a process for
+each mutant, one at a time: the imports of torch and its like are paid for once, and our own packages are imported by the
+fork, with the mistake in them. Each target is run first without a mutant: where that fails, its mutants say nothing.
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="run the tests on mutants of the code")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="mutants whose area or file has a word")
     parser.add_argument("--survivors", type=Path, help="a file for the list of those that no test noticed")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of those each N-th, for a quick estimate")
     options = parser.parse_args(arguments)
     words: list[str] = options.only
     chosen = [one for one in load_mutants() if not words or any(word in f"{one.area} {one}" for word in words)]
+    chosen = chosen[:: max(1, options.every)]
     if not chosen:
         parser.error(f"no mutant's area, file or description has one of: {' '.join(words)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the copy of the tree is removed
     _preload()
     os.environ.update(PYTHONHASHSEED="0")
     with tempfile.TemporaryDirectory(prefix="starling-mutants-") as name:
@@ -124,13 +127,14 @@ class Trials:
                 sys.stderr.flush()
                 os._exit(code)
         until = time.monotonic() + limit_s
-        while time.monotonic() < until:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                _end_group(pid)
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        _end_group(pid)
+        try:
+            while time.monotonic() < until:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    return os.waitstatus_to_exitcode(status)
+                time.sleep(0.05)
+        finally:
+            _end_group(pid)  # also what a test left behind, and when this run is interrupted
         os.waitpid(pid, 0)
         return TIMED_OUT
 
@@ -150,16 +154,7 @@ def _child(tree: Path, mutant: Mutant) -> int:
     pytest = importlib.import_module("pytest")
     chosen = ["-k", mutant.keyword] if mutant.keyword else []
     # Imported before pytest could rewrite their asserts, of which we want nothing.
-    options = [
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-x",
-        "-q",
-    ]
+    options = ["-W", "ignore::pytest.PytestAssertRewriteWarning", *"-x -q -p no:xdist -p no:cacheprovider".split()]
     options += ["-m", "not slow and not cluster", *chosen]
     # The file itself for the examples in its docstrings; behind its tests, or it would be imported twice.
     code = int(pytest.main([*options, "--doctest-modules", *mutant.tests, mutant.file]))
@@ -168,7 +163,7 @@ def _child(tree: Path, mutant: Mutant) -> int:
 
 
 def _end_group(pid: int) -> None:
-    """What a test left behind goes with it."""
+    """Kill a fork and all that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
 
