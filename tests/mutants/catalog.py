@@ -26,11 +26,6 @@ class Mutant:
     keyword: str
     """As pytest's ``-k``; empty: all tests of the files."""
 
-    @property
-    def target(self) -> tuple[str, tuple[str, ...], str]:
-        """What is run; mutants of one target share the run without a mutant."""
-        return self.file, self.tests, self.keyword
-
     def apply(self, text: str) -> str:
         """Return the file's ``text`` with the mistake in it.
 

@@ -2,8 +2,8 @@
 """Run the tests on mutants of the code: which plausible mistakes do they notice?
 
 ``python -m tests.mutants.run [--only WORD …] [--every N] [--survivors FILE]`` copies the tree, and forks a process for
-each mutant, one at a time: the imports of torch and its like are paid for once, and our own packages are imported by the
-fork, with the mistake in them. Each target is run first without a mutant: where that fails, its mutants say nothing.
+each mutant, one at a time: the imports of torch and its like are paid for once, and our own packages are imported by
+the fork, with the mistake in them. Tests are run first without a mutant: where they fail, their mutants say nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Trials:
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self._limits: dict[tuple[str, tuple[str, ...], str], float | None] = {}
+        self._limits: dict[tuple[tuple[str, ...], str], float] = {}
 
     def run(self, mutants: Sequence[Mutant]) -> list[tuple[Mutant, str]]:
         """Try each mutant; return it with ``killed``, ``survived`` or what kept it from being tried."""
@@ -88,20 +88,16 @@ class Trials:
             compile(changed, mutant.file, "exec")
         except (ValueError, SyntaxError) as error:
             return f"error: {error}"
-        if mutant.target not in self._limits:
-            began = time.monotonic()
-            code = self._tested(mutant, BASELINE_LIMIT_S, keeps_compiled=True)
-            limit = max(LEAST_LIMIT_S, LIMIT_FACTOR * (time.monotonic() - began))
-            self._limits[mutant.target] = limit if code == PASSED else None
-            if code != PASSED:
-                print("\n".join((self.tree / "log.txt").read_text(errors="replace").splitlines()[-_SHOWN_LINES:]))
-        limit = self._limits[mutant.target]
-        if limit is None:
+        # The file itself for the examples in its docstrings; behind its tests, or it would be imported twice.
+        examples = (mutant.file,) if ">>>" in original and not mutant.keyword else ()
+        runs = [(mutant.tests, mutant.keyword), *([(examples, "")] if examples else [])]
+        limits = [self._limit_s(what, keyword) for what, keyword in runs]
+        if not all(limits):
             return f"error: its tests do not pass without it: {' '.join(mutant.tests)} {mutant.keyword}".rstrip()
         written = path.stat()
         path.write_text(changed, encoding="utf-8")
         try:
-            code = self._tested(mutant, limit)
+            code = self._tested((*mutant.tests, *examples), mutant.keyword, sum(limits))
         finally:
             path.write_text(original, encoding="utf-8")
             os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))  # what was compiled of it is right again
@@ -109,7 +105,18 @@ class Trials:
             return "survived"
         return "killed" if code != TIMED_OUT else "killed (too slow)"
 
-    def _tested(self, mutant: Mutant, limit_s: float, *, keeps_compiled: bool = False) -> int:
+    def _limit_s(self, what: tuple[str, ...], keyword: str) -> float:
+        """How long ``what`` may take with a mutant; 0 if it does not pass without."""
+        if (what, keyword) not in self._limits:
+            began = time.monotonic()
+            code = self._tested(what, keyword, BASELINE_LIMIT_S, keeps_compiled=True)
+            limit = max(LEAST_LIMIT_S, LIMIT_FACTOR * (time.monotonic() - began))
+            self._limits[what, keyword] = limit if code == PASSED else 0.0
+            if code != PASSED:
+                print("\n".join((self.tree / "log.txt").read_text(errors="replace").splitlines()[-_SHOWN_LINES:]))
+        return self._limits[what, keyword]
+
+    def _tested(self, what: Sequence[str], keyword: str, limit_s: float, *, keeps_compiled: bool = False) -> int:
         """pytest's exit code, or ``TIMED_OUT``; -signal, as of a subprocess, if it crashed."""
         sys.stdout.flush()
         pid = os.fork()
@@ -119,7 +126,7 @@ class Trials:
                 # Of a mutant nothing is kept: compiled files are told by time and size, and it may have another's.
                 sys.dont_write_bytecode = not keeps_compiled
                 os.environ.update({} if keeps_compiled else {"PYTHONDONTWRITEBYTECODE": "1"})
-                code = _child(self.tree, mutant)
+                code = _child(self.tree, what, keyword)
             except BaseException:  # noqa: BLE001 - of a fork nothing may get out
                 traceback.print_exc()
             finally:
@@ -139,7 +146,7 @@ class Trials:
         return TIMED_OUT
 
 
-def _child(tree: Path, mutant: Mutant) -> int:
+def _child(tree: Path, what: Sequence[str], keyword: str) -> int:
     """Run pytest in this process, a fork, on the tree."""
     os.setsid()
     log = os.open(tree / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -152,12 +159,11 @@ def _child(tree: Path, mutant: Mutant) -> int:
     importlib.invalidate_caches()
     os.environ["PYTHONPATH"] = str(tree)
     pytest = importlib.import_module("pytest")
-    chosen = ["-k", mutant.keyword] if mutant.keyword else []
+    chosen = ["-k", keyword] if keyword else []
     # Imported before pytest could rewrite their asserts, of which we want nothing.
-    options = ["-W", "ignore::pytest.PytestAssertRewriteWarning", *"-x -q -p no:xdist -p no:cacheprovider".split()]
-    options += ["-m", "not slow and not cluster", *chosen]
-    # The file itself for the examples in its docstrings; behind its tests, or it would be imported twice.
-    code = int(pytest.main([*options, "--doctest-modules", *mutant.tests, mutant.file]))
+    options = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    options += ["-x", "-q", "-m", "not slow and not cluster", "--doctest-modules", *chosen]
+    code = int(pytest.main([*options, *what]))
     sys.stdout.flush()
     return code
 
