@@ -179,3 +179,43 @@ def test_every_message_is_handed_over_exactly_once_and_only_to_who_waits(actions
             handed += got
     delivered = [one.outcome.envelope for one in handed if isinstance(one.outcome, Delivery)]
     assert sorted(one.key for one in delivered) == sorted(one.key for one in everything)
+
+
+def test_messages_of_an_attempt_that_was_given_up_do_not_arrive():
+    room = Mailroom([0, 1], lockstep=True)
+    for node in (0, 1):
+        room.begin(node, 2)
+    old = sent(room, 0, 1)
+    room.forget(2)
+    for node in (0, 1):
+        room.begin(node, 2)
+    new = sent(room, 0, 1)
+    assert room.receive(1, None, 0.0) == []
+    assert room.arrived(old) == []
+    assert room.arrived(new) == [Handover(1, Delivery(new, 0))]
+    assert room.num_in_flight == 0
+
+
+def test_a_round_that_is_done_again_is_handed_its_own_messages_alone():
+    room = Mailroom([-1, 0])
+    first, second = sent(room, 0, -1), sent(room, 0, -1)
+    room.arrived(first)
+    room.receive(-1, None, 0.0)
+    room.end(-1)
+    room.begin(-1, 1)
+    room.arrived(second)
+    room.receive(-1, None, 0.0)
+    room.stop(-1)
+    room.rewind(-1)
+    assert [handover.outcome for handover in room.receive(-1, None, 0.0)] == [Delivery(second, 1)]
+    assert room.receive(-1, None, 0.0) == []
+
+
+def test_a_checkpoint_has_heard_what_was_committed():
+    room = Mailroom([0, 1])
+    room.begin(0, 3)
+    room.arrived(sent(room, 0, 1))
+    room.receive(1, None, 0.0)
+    assert room.to_json()["boxes"]["1"]["heard"] == {}
+    room.end(1)
+    assert room.to_json()["boxes"]["1"]["heard"] == {"0": 3}

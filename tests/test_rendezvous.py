@@ -876,3 +876,27 @@ def test_returns_told_at_once_while_another_waits_name_both():
     (diverge,) = meeting.tell(Returns(Return(0, 0), (0, 1)))
     assert isinstance(diverge, ProgramsDiverge)
     assert (diverge.first, diverge.second) == (0, 2)
+
+
+def test_members_are_sorted():
+    assert Rendezvous((2, 0, 1), 2).view == (0, 1, 2)
+
+
+def test_all_parts_that_are_missing_are_made_again():
+    meeting = Meeting(3)
+    (deliver,) = meeting.secure(meeting.tell(*(large(node, sizes=(400, 400, 400)) for node in range(3))))
+    meeting.tell(Lost(2))
+    assert isinstance(deliver, Deliver)
+    again = meeting.tell(Delivered(0, 0, deliver.generation, frozenset({1, 2})))
+    assert len(again) == 2
+    assert meeting.secure(again[:1]) == []  # the other part is not there yet
+    (second,) = meeting.secure(again[1:])
+    assert isinstance(second, Deliver)
+
+
+def test_a_majority_heals_the_rest_if_it_is_enough_for_the_round():
+    for need, healed in ((3, True), (4, False)):
+        machine = Rendezvous(range(5), need, heal=True)
+        decisions = [one for node in range(5) for one in machine.handle(Return(node, 0, "ab"[node > 2]))]
+        assert decisions[0] == Diverged(((0, 1, 2), (3, 4)), healed)
+        assert (Commit((0, 1, 2)) in decisions) is healed
