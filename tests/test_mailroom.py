@@ -219,3 +219,97 @@ def test_a_checkpoint_has_heard_what_was_committed():
     assert room.to_json()["boxes"]["1"]["heard"] == {}
     room.end(1)
     assert room.to_json()["boxes"]["1"]["heard"] == {"0": 3}
+
+
+def test_what_vanished_is_sent_again_and_nothing_else():
+    room = Mailroom([0, 1])
+    room.begin(0, 0)
+    lost, arrived = sent(room, 0, 1), sent(room, 0, 1)
+    room.vanished(lost)
+    room.arrived(arrived)
+    room.begin(0, 0)
+    assert sent(room, 0, 1).key == lost.key
+    assert room.send(0, 1, 8, 0) is None
+
+
+def test_a_round_that_begins_again_has_heard_of_nothing_since_the_last_commit():
+    room = Mailroom([0, 1])
+    room.begin(0, 3)
+    room.begin(1, 0)
+    room.arrived(sent(room, 0, 1))
+    room.receive(1, None, 0.0)
+    room.begin(1, 0)
+    assert sent(room, 1, 0).heard == 0
+
+
+def handed(room: Mailroom, node: int) -> list[int]:
+    """The letters of what a node is handed until nothing is left."""
+    letters: list[int] = []
+    while handovers := room.receive(node, None, 0.0):
+        (handover,) = handovers
+        assert isinstance(handover.outcome, Delivery)
+        letters.append(handover.outcome.envelope.letter)
+    room.stop(node)
+    return letters
+
+
+def test_what_is_handed_again_comes_in_its_order():
+    room = Mailroom([-1, 0])
+    for letter in (1, 2, 3):
+        room.arrived(sent(room, 0, -1, letter))
+    assert handed(room, -1) == [1, 2, 3]
+    room.rewind(-1)
+    assert handed(room, -1) == [1, 2, 3]
+    room.again(-1)
+    assert handed(room, -1) == [1, 2, 3]
+
+
+def test_what_a_kept_round_was_handed_is_needed_no_more():
+    room = Mailroom([-1, 0])
+    room.arrived(sent(room, 0, -1, 1))
+    assert handed(room, -1) == [1]
+    room.begin(-1, 1)
+    room.arrived(sent(room, 0, -1, 2))
+    assert handed(room, -1) == [2]
+    assert [envelope.letter for envelope in room.kept(-1, 0)] == [1]
+    room.again(-1)
+    assert handed(room, -1) == [2]
+
+
+def test_only_the_server_is_handed_again_what_it_was_unless_all_are():
+    room = Mailroom([-1, 0])
+    for remembers, again in ((False, []), (True, [5])):
+        room.remembers = remembers
+        room.arrived(sent(room, -1, 0, 5))
+        assert handed(room, 0) == [5]
+        room.rewind(0)
+        assert handed(room, 0) == again
+
+
+def test_messages_of_a_round_that_begins_again_were_never_sent():
+    room = Mailroom([0, 1], lockstep=True)
+    room.begin(0, 1)
+    room.arrived(sent(room, 0, 1, 1))
+    room.begin(0, 2)
+    room.arrived(sent(room, 0, 1, 2))
+    room.forget(2)
+    room.begin(1, 2)
+    assert handed(room, 1) == [1]
+
+
+def test_a_checkpoint_has_what_is_in_boxes_and_what_is_on_its_way():
+    room = Mailroom([0, 1])
+    room.arrived(sent(room, 0, 1, 1))
+    sent(room, 0, 1, 2)
+    assert [envelope.letter for envelope in room.waiting()] == [1, 2]
+    revived = Mailroom([0, 1])
+    assert [envelope.letter for envelope in revived.revive(room.to_json())] == [-1, -2]
+    assert handed(revived, 1) == [-1, -2]
+
+
+def test_who_is_there_keeps_its_box():
+    room = Mailroom([0, 1])
+    room.arrived(sent(room, 0, 1, 4))
+    room.join(1, {0: 7})
+    assert handed(room, 1) == [4]
+    assert room.known(1) == {0: 7}

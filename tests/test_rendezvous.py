@@ -31,7 +31,7 @@ from orchestrator.events import (
     Secured,
     Waits,
 )
-from orchestrator.exchange import Phase
+from orchestrator.exchange import Exchange, Phase
 from orchestrator.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -895,8 +895,17 @@ def test_all_parts_that_are_missing_are_made_again():
 
 
 def test_a_majority_heals_the_rest_if_it_is_enough_for_the_round():
+    halves = Rendezvous(range(4), 2, heal=True)
+    decisions = [one for node in range(4) for one in halves.handle(Return(node, 0, "ab"[node > 1]))]
+    assert decisions == [Diverged(((0, 1), (2, 3)))]
     for need, healed in ((3, True), (4, False)):
         machine = Rendezvous(range(5), need, heal=True)
         decisions = [one for node in range(5) for one in machine.handle(Return(node, 0, "ab"[node > 2]))]
         assert decisions[0] == Diverged(((0, 1, 2), (3, 4)), healed)
         assert (Commit((0, 1, 2)) in decisions) is healed
+
+
+def test_what_a_member_is_to_have_includes_its_own():
+    exchange = Exchange(0, closed=(0, 1, 2), wants={0: None, 1: frozenset({0})})
+    assert exchange.wanted(1) == (0, 1)
+    assert exchange.wanted(0) == (0, 1, 2)
