@@ -668,3 +668,9 @@ def test_symmetric_weights_lose_only_the_edges_of_who_is_missing():
     assert kept == {
         node: {other: 0.2 for other in row if 5 not in (node, other)} if node != 5 else {} for node, row in arcs.items()
     }
+
+
+def test_pairs_of_a_matching_are_others_in_each_round_and_each_run():
+    of_rounds = {str(RandomMatching().mixing(range(8), number, 0).weights) for number in range(5)}
+    of_runs = {str(RandomMatching().mixing(range(8), 0, seed).weights) for seed in range(5)}
+    assert min(len(of_rounds), len(of_runs)) > 1
