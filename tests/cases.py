@@ -46,12 +46,16 @@ CASES = (
         bytes_within=0.1,  # by what is on its way when a run ends
     ),
     Case(
-        DIGITS | {"algorithm": {"name": "async_diloco", "inner_steps": 10, "lr": 0.2}, "rounds": 64},
+        DIGITS | {"algorithm": {"name": "async_diloco", "inner_steps": 10, "lr": 0.2, "momentum": 0.9}, "rounds": 64},
         reaches=0.25,
         bytes_within=0.1,  # by what is on its way when a run ends
     ),
     Case(
-        DIGITS | {"algorithm": {"name": "random_walk", "lr": 2.0, "step_exponent": 0.6}, "rounds": 100},
+        DIGITS
+        | {
+            "algorithm": {"name": "random_walk", "lr": 2.0, "visits_exponent": 0.8, "step_exponent": 0.6},
+            "rounds": 100,
+        },
         reaches=0.3,
         bytes_within=0.15,  # by how often the token stays where it is
     ),

@@ -179,7 +179,7 @@ def test_bad_configurations(command, overrides, line, folder: Path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("algorithm: [fedavg\n", "run.yaml, line 2: is not a configuration: expected ',' or ']'"),
+        ("algorithm: [fedavg\n", "run.yaml, line 2, column 1: is not a configuration: expected ',' or ']'"),
         ("", "run.yaml: must be a mapping of keys (algorithm, task, …); it is empty"),
     ],
 )

@@ -105,7 +105,8 @@ def test_a_server_that_is_given_up_ends_the_run(monkeypatch: pytest.MonkeyPatch)
     real = Simulator.launch
     monkeypatch.setattr(Simulator, "launch", launch)
     ran = attempt(history({"name": "fedbuff", "buffer_size": 2, "steps": 1}, ("kill", "server", 3, "train")))
-    assert str(ran.error) == "the server has died too often to be started again, and has the only model"
+    assert str(ran.error).startswith("the server (simulated) was lost in round 3: ")
+    assert str(ran.error).endswith("it has died too often to be started again, and nobody else has the model")
     assert len([event for event in ran.sought("lost") if event["node"] == SERVER]) == 6
 
 

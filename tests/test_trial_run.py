@@ -68,8 +68,8 @@ def test_a_run_that_waits_is_stopped_and_closed(tmp_path: Path):
 
 def test_a_run_that_computes_is_stopped_by_the_file(tmp_path: Path):
     run = begin(tmp_path, stepwise=False, rounds=100_000)
-    (tmp_path / ".stop").touch()
     report = run.next()
+    (tmp_path / ".stop").touch()
     while not report.get("done"):
         report = run.next()
     assert report["end"] == "interrupted"

@@ -90,7 +90,7 @@ def test_a_space_of_ones_own(tmp_path: Path, monkeypatch):
     for name, line in [
         ("my_own_spaces:yours", "my_own_spaces has no 'yours'"),
         ("my_own_spaces:none", "optimizer.lr must be a domain of ray.tune"),
-        ("no_such_module_here:mine", "cannot import 'no_such_module_here'"),
+        ("no_such_module_here:mine", "cannot import 'no_such_module_here:mine'"),
         (f"{tmp_path}/nowhere.py:mine", "there is no file"),
         ("dilocoo", "no space is called 'dilocoo' (did you mean diloco or eager_diloco?)"),
     ]:

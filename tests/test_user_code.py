@@ -352,7 +352,7 @@ def reshape_buffer(module: Any) -> None:
     module[3].running_mean = torch.zeros(2)
 
 
-class Meddling(Toy, name="test_meddling"):
+class Meddling(Toy):
     how: str
 
     def build(self) -> nn.Module:
@@ -387,5 +387,7 @@ MEDDLE: dict[str, Callable[[nn.Module], None]] = {
 def test_what_cannot_be_made_good_is_refused(how: str, message: str):
     one = replica(task=Meddling(how=how))
     begin(one)
-    with pytest.raises(ProgramError, match=f"task test_meddling: after loss .*{message}".replace("()", r"\(\)")):
+    with pytest.raises(
+        ProgramError, match=f"task tests.test_user_code:Meddling: after loss .*{message}".replace("()", r"\(\)")
+    ):
         train(one, 2)

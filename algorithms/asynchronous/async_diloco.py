@@ -12,16 +12,15 @@ With c = 0 the N_b steps together are one of Nesterov's with the mean of their g
 and takes that one. With ``dynamic_steps`` a slow worker takes fewer steps, so that none is late by much:
 n_w = ⌊H v_w / max v⌋, v being steps per second as last measured, H = ``inner_steps``.
 
-Deviations: which samples a worker draws is its own affair; learning rates follow its own steps. Floating-point buffers
-move by 1/N_b towards those of the worker. Formulas of public code (halos), to the same values; the paper is unread.
+Deviations: a worker draws its own samples. Floating-point buffers move by 1/N_b towards those of the worker. The
+formulas are those of public code (halos), to the same values; the paper is unread.
 Elasticity: a worker is the model that it was given and nothing else: with one that is gone its update is lost, and its
 speed is forgotten after ``speed_timeout_s``; a new one begins with the server's model. N_b by the number of workers
 is that of when B was 0: whoever comes or goes counts from the next B on. The server has θ, m and B, and must not be
 lost.
 Cost: 2·(b·P + 8) bytes for an update and its answer, b = 4 for float32; a round of the server is one update, or all
 that come within ``grace_s``. State: 3·P values on the server, P on a worker.
-Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024, arXiv:2401.09135,
-Algorithms 1 to 3.
+Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024, arXiv:2401.09135, Alg. 1 to 3.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     def init(self, node: Node) -> None:
         node.local["steps"] = self.inner_steps
         if node.id == SERVER:
-            node.local.update({"waiting": [], "speeds": {}, "count": 0, "size": 0})
-            for name in ("buffer", "velocity"):
-                node.local[name] = torch.zeros_like(node.parameters)
+            zeros = torch.zeros_like(node.parameters)
+            node.local.update({"waiting": [], "speeds": {}, "count": 0, "size": 0, "buffer": zeros, "velocity": zeros})
 
     async def round(self, node: Node) -> None:
         given = node.parameters.clone()
@@ -86,9 +84,9 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
 
     async def server(self, node: Node) -> None:
         # Whoever waits is answered only now: in the old round it would pass for one that has heard of the old model.
+        model = {"parameters": node.parameters, "buffers": node.buffers}
         for worker in cast("list[int]", node.local["waiting"]):
-            model = {"parameters": node.parameters, "buffers": node.buffers, "steps": self.steps_of(node, worker)}
-            await Send(worker, model)
+            await Send(worker, {**model, "steps": self.steps_of(node, worker)})
         waiting: list[NodeId] = []
         there, until = set(node.view.members), None
         while until is None or (self.grace_s and there.difference(waiting)):
@@ -132,16 +130,13 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     @property
     def step_size(self) -> float:
         """ε; where each step is late by one, as in ``delayed_sgd``, 0.7 diverges on a quadratic with momentum."""
-        if self.lr is not None:
-            return self.lr
-        return 0.7 if self.rule == "delayed_nesterov" else 0.2
+        return self.lr or (0.7 if self.rule == "delayed_nesterov" else 0.2)
 
     def steps_of(self, node: Node, worker: NodeId) -> int:
         """n_w, as the server knows; H of whom nothing is known."""
         known = cast("dict[str, list[float]]", node.local["speeds"])
         speeds = {name: speed for name, (speed, at) in known.items() if node.now - at <= self.speed_timeout_s}
-        own = speeds.get(str(worker))
-        if own is None or not self.dynamic_steps:
+        if (own := speeds.get(str(worker))) is None or not self.dynamic_steps:
             return self.inner_steps
         return max(1, int(self.inner_steps * own / max(speeds.values()) + 1e-9))
 
@@ -152,5 +147,4 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
         return self.inner_steps
 
     def node_rounds(self, num_nodes: int) -> float:
-        # With ``grace_s`` the server waits for others: for all, if it is long enough.
-        return 1.0 if self.grace_s else 1 / num_nodes
+        return 1.0 if self.grace_s else 1 / num_nodes  # with ``grace_s`` the server waits for all, if it is long enough

@@ -185,7 +185,8 @@ def test_bytes():
 def drive(answers: list[Any], **keys: Any) -> tuple[Any, list[Any]]:
     """One round of the server with a model of two values, and what it awaited."""
     algorithm = FedBuff(**keys)
-    node: Any = SimpleNamespace(id=SERVER, parameters=torch.zeros(2), buffers=torch.zeros(0), local={})
+    view = SimpleNamespace(members=(0, 1, 2))
+    node: Any = SimpleNamespace(id=SERVER, parameters=torch.zeros(2), buffers=torch.zeros(0), local={}, view=view)
     algorithm.init(node)
     program = algorithm.server(node)
     awaited = [program.send(None)]

@@ -127,7 +127,7 @@ def test_definition(topology: Topology):
 
 def test_time_and_bytes_are_those_of_one_token():
     """A step and a hop after another; a token that stays costs neither time nor bytes on the way."""
-    ran = run(nodes=6, rounds=30, repulsion=1.0, network={"latency_ms": 100, "step_ms": 10})
+    ran = run(nodes=6, rounds=30, repulsion=1.0, visits_exponent=0.8, network={"latency_ms": 100, "step_ms": 10})
     holders = path(ran)
     hops = sum(one != other for one, other in itertools.pairwise(holders))
     assert 0 < hops < len(holders) - 1
@@ -156,7 +156,7 @@ def test_who_is_gone_is_not_visited():
         buffers=torch.zeros(0),
         rng=generator,
     )
-    program = RandomWalk(repulsion=50.0, lr=1.0).round(node)
+    program = RandomWalk(repulsion=50.0, lr=1.0, visits_exponent=0.8, step_exponent=0.9).round(node)
     token = {
         "parameters": torch.ones(2),
         "buffers": torch.zeros(0),

@@ -34,7 +34,7 @@ def test_the_task_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len([line for line in text[text.index("class Iris") :].splitlines() if line]) == 10
     raw = yaml.safe_load(shown('algorithm: fedavg\ntask: {name: "iris'))
     raw |= {"rounds": 30, "optimizer": {"name": "adamw", "lr": 0.03}}
-    assert simulated(tmp_path, raw)["metrics"]["loss"] < 0.3  # type: ignore[index] - a mapping
+    assert simulated(tmp_path, raw)["metrics"]["loss"] < 0.4  # type: ignore[index] - a mapping
 
 
 def test_the_metric_of_the_page_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
