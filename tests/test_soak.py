@@ -251,6 +251,8 @@ def fault(node: int, number: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_more_random_histories():
     ends = lived("slow", 100)
     assert ends["finished"] > 40

@@ -90,6 +90,7 @@ def test_a_class_with_a_builtins_name_and_one_of_a_script_are_trained_themselves
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_each_class_of_the_pages_is_trained_as_it_is_simulated(tmp_path: Path):
     for one in OWN.values():
         one.write(tmp_path)
