@@ -1,4 +1,4 @@
-"""What a task answers, looked at where it arrives: the task, the method, what is wanted, and what came instead."""
+"""Checks what a task's methods return; an error names task, method, the wanted type and the given one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAMPLES = (
 
 
 def samples(task: Task, method: str, given: Any) -> Samples:  # noqa: ANN401 - whatever a user's method returns
-    """What ``train_samples``, ``validation_samples`` or ``own_samples`` gives; a torch Dataset is wrapped.
+    """Check and return the samples that ``method`` gave; a torch ``Dataset`` is wrapped.
 
     Raises:
         DataError: it is something else.
@@ -51,7 +51,7 @@ def samples(task: Task, method: str, given: Any) -> Samples:  # noqa: ANN401 - w
 
 
 def module(task: Task, given: Any) -> nn.Module:  # noqa: ANN401 - as above
-    """What ``build`` gives.
+    """Check and return the module that ``build`` gave.
 
     Raises:
         SettingsError: it is no module, or one that cannot be trained here.
@@ -108,7 +108,7 @@ def _is_exact(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def batch(task: Task, given: Any, size: int | None = None) -> tuple[Tensor, ...]:  # noqa: ANN401 - as above
-    """What ``Samples.batch`` gives for ``size`` samples.
+    """Check and return the batch that ``Samples.batch`` gave, of ``size`` rows.
 
     Raises:
         ProgramError: it is no tuple of tensors with a row for each.
@@ -127,7 +127,7 @@ def batch(task: Task, given: Any, size: int | None = None) -> tuple[Tensor, ...]
 
 
 def loss(task: Task, given: Any, *, is_differentiated: bool) -> Tensor:  # noqa: ANN401 - as above
-    """What ``loss`` gives, of shape ().
+    """Check and return the loss that ``loss`` gave, of shape ().
 
     Raises:
         ProgramError: it is no scalar that can be differentiated.
@@ -150,7 +150,7 @@ def _hint(given: object) -> str:
 
 
 def metrics(task: Task, method: str, given: Any) -> dict[str, float]:  # noqa: ANN401 - as above
-    """What ``metrics`` or ``summary`` gives, as numbers.
+    """Check the metrics that ``method`` gave; return them as numbers by name.
 
     Raises:
         ProgramError: a name is no text, or a value no number.
@@ -171,7 +171,7 @@ def metrics(task: Task, method: str, given: Any) -> dict[str, float]:  # noqa: A
 
 
 def predictions(task: Task, given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - as above
-    """What ``predictions`` gives, if it gives any.
+    """Check and return the outputs and targets that ``predictions`` gave.
 
     Raises:
         ProgramError: it is no pair of tensors with as many rows.
@@ -186,7 +186,7 @@ def predictions(task: Task, given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN40
 
 
 def evaluation_batch_size(task: Task, given: Any) -> int:  # noqa: ANN401 - as above
-    """What the method of this name gives.
+    """Check and return the batch size that ``evaluation_batch_size`` gave.
 
     Raises:
         ProgramError: it is no positive number.
@@ -209,7 +209,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _kind(given: object) -> str:
-    """What something is, in a few words."""
+    """Return the type of ``given`` for an error: dtype and shape of a tensor, else its class."""
     if isinstance(given, Tensor):
         return f"a tensor of {_dtype(given)} and shape {list(given.shape)}"
     if given is None:

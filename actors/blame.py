@@ -39,7 +39,7 @@ def non_finite_of(tensors: Sequence[Tensor]) -> str | None:
 
 
 def too_small(error: ValueError, size: int) -> str | None:
-    """What to do about a layer's complaint of too small a batch; ``None``: it complains of something else."""
+    """Return the remedy for a layer that refuses a batch of one sample; ``None`` for any other error."""
     text = str(error)
     if size > 1 or not any(one in text for one in _TOO_SMALL):
         return None
