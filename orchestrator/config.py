@@ -141,6 +141,8 @@ class ReplayConfig(Section):
 
     snapshot_every: NonNegativeInt = 256
     """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
+    keep: PositiveInt = 3
+    """How many snapshots are kept. ``rounds.log`` is whole all the same: from the first model any round is rebuilt."""
 
 
 class Tracking(Part, family="tracking", catalog="orchestrator.config"):

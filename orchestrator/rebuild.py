@@ -62,7 +62,8 @@ def rebuild(
     Args:
         run_dir: of the run.
         to: counted from 0.
-        since: begin with the last snapshot up to this round; default: with the initial model, and check all snapshots.
+        since: begin with the last snapshot up to this round that is kept, if one is; default: with the initial model,
+            and check the digests of all snapshots.
         save: a safetensors file for the model.
         trust: its configuration may name code although somebody else wrote it.
 
@@ -136,18 +137,19 @@ def _after(log: Path, run_id: str, last: int) -> list[Entry]:
 
 
 def _snapshot(path: Path, entries: list[Entry], since: int | None, replica: Replica) -> int | None:
-    """Load the last snapshot up to round ``since``; return its round."""
+    """Load the last snapshot up to round ``since`` that is kept; return its round."""
     known = [entry for entry in entries if isinstance(entry, Snapshot) and since is not None and entry.round <= since]
-    if not known:
-        return None
-    chosen = known[-1]
-    file = path / sealed_log.snapshot_name(chosen.round)
-    try:
-        load_model(replica, Folder(path).read(sealed_log.snapshot_name(chosen.round), memory_bytes()))
-    except (OSError, SafetensorError, ProgramError) as error:
-        raise ConfigError(f"{file}: cannot be read as a snapshot of this run ({error})") from None
-    _check(replica, chosen.digest, f"{file}")
-    return chosen.round
+    for chosen in reversed(known):
+        name = sealed_log.snapshot_name(chosen.round)
+        try:
+            load_model(replica, Folder(path).read(name, memory_bytes()))
+        except FileNotFoundError:
+            continue  # only the last few are kept
+        except (OSError, SafetensorError, ProgramError) as error:
+            raise ConfigError(f"{path / name}: cannot be read as a snapshot of this run ({error})") from None
+        _check(replica, chosen.digest, f"{path / name}")
+        return chosen.round
+    return None
 
 
 def _apply(path: Path, entries: list[Entry], place: int | None, replica: Replica) -> tuple[int, int]:

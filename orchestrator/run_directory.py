@@ -193,7 +193,19 @@ class RunDirectory(Observer):
             self._say_full(sealed_log.snapshot_name(number), error)
             return None  # it is replayed from the one before
         self.on_sealed(Snapshot(number, model.digest))
+        self._prune(number)
         return self.path / sealed_log.snapshot_name(number)
+
+    def _prune(self, last: int) -> None:
+        """Remove all snapshots but the newest: a joiner needs the last one, and a replay needs none."""
+        names = self._folder.folders().get(sealed_log.SNAPSHOTS, set())
+        rounds = sorted(number for name in names if (number := sealed_log.snapshot_round(name)) is not None)
+        # Later ones are of rounds that a resumed run does again; until it gets there they are those of no run.
+        kept = [number for number in rounds if number <= last][-self._config.replay.keep :]
+        for number in rounds:
+            if number not in kept:
+                with suppress(OSError):
+                    self._folder.remove(sealed_log.snapshot_name(number))
 
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)

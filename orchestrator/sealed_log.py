@@ -18,6 +18,7 @@ are little-endian.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ _TITLE = b"starling rounds 1\n"
 _HEAD = struct.Struct("<cI")
 _NUMBER = struct.Struct("<I")
 _MAX_HEADER = 10_000
+_SNAPSHOT = re.compile(r"round-([0-9]{6,18})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ Entry: TypeAlias = Members | Sealed | Snapshot | End
 def snapshot_name(number: int) -> str:
     """The file of the snapshot after a round, in the run directory."""
     return f"{SNAPSHOTS}/round-{number:06}.safetensors"
+
+
+def snapshot_round(name: str) -> int | None:
+    """The round of a file in ``snapshots/``; ``None``: it is no snapshot."""
+    found = _SNAPSHOT.fullmatch(name)
+    return int(found[1]) if found and snapshot_name(int(found[1])).endswith(f"/{name}") else None
 
 
 class SealedLog:

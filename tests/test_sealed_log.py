@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -16,8 +18,12 @@ from safetensors.torch import load_file
 
 from algorithms.errors import ProgramError
 from orchestrator import sealed_log, simulate
+from orchestrator.config import parse
 from orchestrator.errors import ConfigError, DivergedError
 from orchestrator.rebuild import rebuild
+from orchestrator.run_directory import RunDirectory
+from orchestrator.runtime import FinalModel
+from orchestrator.safe_files import Folder
 from orchestrator.sealed_log import End, Entry, Members, Sealed, SealedLog, Snapshot, read
 from tests import toys
 
@@ -170,6 +176,48 @@ def test_all_options_are_replayed(algorithm: dict[str, Any], tmp_path: Path):
 def test_a_record_is_a_few_bytes(run_dir: Path):
     records = [entry.record for entry in read(run_dir / sealed_log.NAME) if isinstance(entry, Sealed)]
     assert [len(record) for record in records] == [18 + 3 * (4 + 2) + 32 * (number % 3 == 2) for number in range(10)]
+
+
+def test_the_last_snapshots_are_kept_and_any_round_is_rebuilt(tmp_path: Path):
+    keys = CONFIG | {"replay": {"snapshot_every": 2, "keep": 2}}
+    ran = simulate(keys, run_dir=tmp_path / "run")
+    names = sorted(file.name for file in (tmp_path / "run/snapshots").iterdir())
+    assert names == ["round-000007.safetensors", "round-000009.safetensors"]
+    whole = rebuild(tmp_path / "run")
+    assert (whole.digest, whole.checked) == (ran.digest, 6), "the log has all digests, and the run's end"
+    for since, begun, rounds in ((9, 9, 0), (8, 7, 2), (6, None, 10)):
+        later = rebuild(tmp_path / "run", since=since)
+        assert (later.since, later.replayed, later.digest) == (begun, rounds, ran.digest)
+
+
+def test_of_snapshots_nothing_is_removed_but_what_this_run_wrote(tmp_path: Path):
+    run = RunDirectory(parse(CONFIG | {"replay": {"keep": 2}}), tmp_path / "run")
+    others = ["notes.txt", "round-1.safetensors", "round-0000001.safetensors", "round-00000x.safetensors"]
+    (tmp_path / "run/snapshots").mkdir()
+    # Of rounds that a resumed run does again: until it gets there, these are another attempt's.
+    for name in (*others, "round-000003.safetensors", "round-000008.safetensors", "round-1000000.safetensors"):
+        (tmp_path / "run/snapshots" / name).touch()
+    for number in (4, 5):
+        run.on_snapshot(number, FinalModel(DIGEST, b"model"))
+    run._close()
+    names = {file.name for file in (tmp_path / "run/snapshots").iterdir()}
+    assert names == {*others, "round-000004.safetensors", "round-000005.safetensors"}
+
+
+def test_a_disk_that_is_full_takes_no_snapshot_and_removes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    run = RunDirectory(parse(CONFIG | {"replay": {"keep": 1}}), tmp_path / "run")
+    assert run.on_snapshot(3, FinalModel(DIGEST, b"model")) is not None
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Folder, "write", full)
+    assert run.on_snapshot(7, FinalModel(DIGEST, b"model")) is None
+    assert [file.name for file in (tmp_path / "run/snapshots").iterdir()] == ["round-000003.safetensors"]
+    run._close()
+    assert "round-000007.safetensors cannot be written: No space left on device; the run goes on" in caplog.text
 
 
 def copied(run_dir: Path, tmp_path: Path) -> Path:
