@@ -16,9 +16,11 @@ from torch import Tensor
 
 from actors.buffers import (
     Cuts,
+    Pool,
     TensorSpec,
     as_buffer,
     as_tensor,
+    copies,
     num_parts,
     pack,
     payload_nbytes,
@@ -180,6 +182,44 @@ def test_narrow_tensor_before_a_wide_one():
     payload = {"a": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16), "b": torch.arange(1000, dtype=torch.float64)}
     value = exchange([payload, payload], [1.0, 3.0], 1)
     assert same_bits(value["b"], payload["b"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_value_that_is_not_finite_is_found_in_any_tensor(name: str, parts: int, bad: float):
+    payload = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(3)}
+    cuts = Cuts(specs_of(payload), Identity(), Identity(), parts)
+    assert cuts.are_finite(cuts.encode(payload))
+    payload[name][-1] = bad
+    assert not cuts.are_finite(cuts.encode(payload))
+
+
+# --- copies, and memory that is used again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("others", [{}, {"n": 1.0}, {"y": torch.zeros(2)}], ids=["rows", "number", "another form"])
+def test_copies_share_no_memory_with_what_was_copied(others: dict[str, Any]):
+    """Whatever the forms: nodes of one process train on in place while another's contribution is still to be read."""
+    payloads = {0: {"x": torch.ones(2)}, 1: {"x": torch.full((2,), 2.0)} | others}
+    copied: Any = copies(payloads)[0]
+    bare: Any = copies({0: payloads[0]["x"], 1: torch.zeros(3)})[0]
+    for payload in payloads.values():
+        payload["x"].fill_(9.0)
+    assert [copied[node]["x"].tolist() for node in (0, 1)] == [[1.0, 1.0], [2.0, 2.0]]
+    assert bare[0].tolist() == [1.0, 1.0]
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    pool = Pool(min_bytes=8, max_blocks=1)
+    first = pool.empty(4, torch.float32)
+    place, part = first.data_ptr(), first[2:]
+    del first
+    meanwhile = pool.empty(4, torch.float32)
+    assert meanwhile.data_ptr() != place, "a part of it is still referred to"
+    del part
+    gc.collect()
+    assert pool.empty(2, torch.float64).data_ptr() == place
 
 
 # --- pack and unpack ------------------------------------------------------------------------------------------------

@@ -215,6 +215,34 @@ def test_buffers_follow_the_workers():
     assert ran.replicas[SERVER].buffers.any()
 
 
+def test_buffers_go_a_part_of_the_way_to_the_workers():
+    """b ← b + (b_w − b) / N_b: of 0 and workers at 3 and 9, with N_b = 3, first 1 and then 1 + 8/3."""
+    local: dict[str, Any] = {}
+    node: Any = SimpleNamespace(id=SERVER, parameters=torch.zeros(1), buffers=torch.zeros(1), local=local, now=0.0)
+    algorithm, found = AsyncDiLoCo(), []
+    algorithm.init(node)
+    for worker, value in enumerate((3.0, 9.0)):
+        payload = {"update": torch.zeros(1), "buffers": torch.full((1,), value), "speed": 0.0}
+        algorithm._apply(node, Message(worker, payload, 0), 3)
+        found.append(float(node.buffers))
+    assert found == pytest.approx([1.0, 11 / 3])
+
+
+@pytest.mark.parametrize("rule", ["delayed_nesterov", "delayed_sgd"])
+def test_a_worker_that_joins_counts_from_the_next_buffer_on(rule: Any):
+    """Two updates of 2 fill the buffer that two began, and three the one after, with a third worker from the second."""
+    local: dict[str, Any] = {}
+    node: Any = SimpleNamespace(id=SERVER, parameters=torch.zeros(1), buffers=torch.zeros(0), local=local, now=0.0)
+    algorithm = AsyncDiLoCo(rule=rule, lr=1.0, momentum=0.0)
+    algorithm.init(node)
+    found: list[float] = []
+    for number, num_workers in enumerate((2, 3, 3, 3, 3)):
+        payload = {"update": torch.full((1,), 6.0), "buffers": torch.zeros(0), "speed": 0.0}
+        algorithm._apply(node, Message(number % 2, payload, 0), num_workers)
+        found.append(float(node.parameters))
+    assert found == ([-3, -6, -8, -10, -12] if rule == "delayed_nesterov" else [0, -6, -6, -6, -12])
+
+
 def test_too_much_momentum_in_between_is_refused():
     algorithm = {"name": "async_diloco", "between": 0.3}
     with pytest.raises(ConfigError, match=r"algorithm.between: 0.3 is more than 1/4, one for each update"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,29 @@ def test_server_step_size():
     full, half = (run(Toy(), nodes=2, rounds=1, outer={"name": "sgd", "lr": lr}) for lr in (1.0, 0.5))
     start = replica(task=Toy()).parameters
     torch.testing.assert_close(half.parameters - start, (full.parameters - start) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_server_momentum_is_kept_from_round_to_round():
+    """On ½ ‖y − c_i‖² one step of rate η brings back Δ = η (x − mean c); torch's Nesterov goes along it."""
+    task = Quadratic(dimension=3, condition=1, heterogeneity=2.0, samples_per_node=1)
+    outer = {"name": "nesterov", "lr": 0.7, "momentum": 0.9}
+    ran = run(task, nodes=3, rounds=4, steps=1, outer=outer, optimizer={"lr": 0.5, "precision": "fp64"})
+    center = torch.stack([task.center(node) for node in range(3)]).mean(0)
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    server = torch.optim.SGD([x], lr=0.7, momentum=0.9, nesterov=True)
+    for _ in range(4):
+        x.grad = 0.5 * (x.detach() - center)
+        server.step()
+    torch.testing.assert_close(ran.parameters, x.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_last_batch_of_an_epoch_is_a_step_however_small():
+    """48 samples on five nodes are 10, 10, 10, 9 and 9: three batches of 4, twice in a round."""
+    ran = run(Toy(), nodes=5, rounds=3, epochs=2, batch=4)
+    algorithm: Any = ran.config.algorithm
+    assert {one._step for one in ran.replicas.values()} == {3 * 2 * 3}
+    assert [algorithm.steps_per_round(count, 4) for count in (10, 9, 8)] == [6, 6, 4]
+    assert FedAvg(steps=7).steps_per_round(10, 4) == 7
 
 
 # --- many steps -----------------------------------------------------------------------------------------------------
@@ -236,6 +260,20 @@ def test_codecs(codec: str, result_codec: str):
     assert len({one.model_digest() for one in ran.replicas.values()}) == 1
     plain = run(task, nodes=nodes, rounds=3, steps=2, weighting="uniform")
     assert (ran.digest == plain.digest) == (codec == result_codec == "identity")
+
+
+@pytest.mark.parametrize("field", ["codec", "result_codec"])
+def test_codecs_draw_anew_in_each_round(field: str):
+    """Equal values rounded alike in all rounds would be wrong by as much in each, and never right on average."""
+    algorithm, values = FedAvg.model_validate({field: "qsgd"}), torch.linspace(-1, 1, 512)
+    drawn: list[bytes] = []
+    for number in (0, 1, 2, 0):
+        shared = {"model": torch.zeros(3)}
+        node: Any = SimpleNamespace(round=number, participates=False, shared=shared)
+        reduction: Any = algorithm.round(node).send(None)
+        drawn.append(bytes(getattr(reduction, field).encode(values).numpy()))
+    assert len(set(drawn)) == 3
+    assert drawn[0] == drawn[3]
 
 
 def test_another_aggregator():

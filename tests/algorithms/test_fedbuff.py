@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors.tasks.quadratic import Quadratic
 from algorithms.api import SERVER, Left, Message, Receive, Send, Train
 from algorithms.asynchronous import FedBuff
 from tests.toys import Ran, Toy, begin, replica, simulate
@@ -160,6 +161,27 @@ def test_nobody_waits_for_the_slowest():
     slow, even = (run(nodes=3, rounds=20, buffer_size=2, speeds=speeds) for speeds in ({0: 0.001}, {}))
     assert {worker for worker, _ in ages(slow)} == {1, 2}
     assert slow.virtual_seconds <= 1.5 * even.virtual_seconds + 1e-9
+
+
+def test_server_momentum_is_kept_from_step_to_step():
+    """One worker on ½ ‖y − c‖², and a step of rate η: torch's Nesterov goes along η (x − c)."""
+    task = Quadratic(dimension=3, condition=1, samples_per_node=1)
+    ran = simulate(
+        algorithm={"name": "fedbuff", "steps": 1, "buffer_size": 1, "outer": {"name": "nesterov"}},
+        task={"name": "quadratic", **task.model_dump(exclude={"name"})},
+        nodes=1,
+        rounds=4,
+        optimizer={"name": "sgd", "lr": 0.5, "precision": "fp64"},
+        evaluation={"every_rounds": 0},
+    )
+    outer: Any = ran.config.algorithm.outer  # type: ignore[attr-defined]
+    assert outer.momentum > 0
+    x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    server = torch.optim.SGD([x], lr=outer.lr, momentum=outer.momentum, nesterov=True)
+    for _ in range(4):
+        x.grad = 0.5 * (x.detach() - task.center(0))
+        server.step()
+    torch.testing.assert_close(model(ran), x.detach(), rtol=0, atol=1e-12)
 
 
 def test_discount():

@@ -15,7 +15,7 @@ from algorithms.api import Gradient, GradientReport, Left, Message, Receive, Sen
 from algorithms.gossip import RandomWalk
 from algorithms.gossip.random_walk import covering, kernel, visited
 from algorithms.seeds import generator
-from algorithms.topologies import ErdosRenyi, Ring, Topology
+from algorithms.topologies import ErdosRenyi, RandomMatching, Ring, Topology
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
 from tests.toys import Ran, simulate
@@ -170,8 +170,34 @@ def test_who_is_gone_is_not_visited():
     sent = program.send(GradientReport(torch.full((2,), 10**0.9), 0.0, 1))
     assert isinstance(sent, Send)
     assert sent.to == 0, "node 2 has fewer visits, and is not there"
-    assert sent.payload["step"] == 9
+    payload: Any = sent.payload
+    assert payload["step"] == 9
     assert node.parameters.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_the_graph_is_that_of_the_walks_step(step: int):
+    """In a graph of pairs that are drawn anew, a token that has seen its holder too often goes to the pair's other."""
+    topology, members = RandomMatching(), tuple(range(6))
+    node: Any = SimpleNamespace(
+        id=2,
+        round=1,
+        incarnation=0,
+        view=SimpleNamespace(members=members),
+        parameters=torch.zeros(2),
+        buffers=torch.zeros(0),
+        rng=generator,
+    )
+    program = RandomWalk(topology=topology, graph_seed=7, repulsion=100.0).round(node)
+    visits = torch.tensor([0.02, 0.02, 0.9, 0.02, 0.02, 0.02], dtype=torch.float64)
+    token = {"parameters": torch.ones(2), "buffers": torch.zeros(0), "visits": visits, "step": step - 1}
+    assert isinstance(program.send(None), Receive)
+    assert isinstance(program.send(Message(0, token, 0)), Gradient)
+    sent: Any = program.send(GradientReport(torch.zeros(2), 0.0, 1))
+    (partner,) = set(topology.mixing(members, step, 7).weights[2]) - {2}
+    assert sent.to == partner
+    at_first = set(topology.mixing(members, 0, 7).weights[2])
+    assert partner not in at_first, "a graph that never changed would show"
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

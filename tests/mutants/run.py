@@ -4,6 +4,7 @@
 ``python -m tests.mutants.run [--only WORD …] [--every N] [--survivors FILE]`` copies the tree, and forks a process for
 each mutant, one at a time: the imports of torch and its like are paid for once, and our own packages are imported by
 the fork, with the mistake in them. Tests are run first without a mutant: where they fail, their mutants say nothing.
+On mutants the shortest tests are run first, as one that fails ends the trial.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.mutants.catalog import ROOT, Mutant, load_mutants
 
@@ -109,14 +111,14 @@ class Trials:
         """How long ``what`` may take with a mutant; 0 if it does not pass without."""
         if (what, keyword) not in self._limits:
             began = time.monotonic()
-            code = self._tested(what, keyword, BASELINE_LIMIT_S, keeps_compiled=True)
+            code = self._tested(what, keyword, BASELINE_LIMIT_S, unchanged=True)
             limit = max(LEAST_LIMIT_S, LIMIT_FACTOR * (time.monotonic() - began))
             self._limits[what, keyword] = limit if code == PASSED else 0.0
             if code != PASSED:
                 print("\n".join((self.tree / "log.txt").read_text(errors="replace").splitlines()[-_SHOWN_LINES:]))
         return self._limits[what, keyword]
 
-    def _tested(self, what: Sequence[str], keyword: str, limit_s: float, *, keeps_compiled: bool = False) -> int:
+    def _tested(self, what: Sequence[str], keyword: str, limit_s: float, *, unchanged: bool = False) -> int:
         """pytest's exit code, or ``TIMED_OUT``; -signal, as of a subprocess, if it crashed."""
         sys.stdout.flush()
         pid = os.fork()
@@ -124,9 +126,9 @@ class Trials:
             code = FAILED
             try:
                 # Of a mutant nothing is kept: compiled files are told by time and size, and it may have another's.
-                sys.dont_write_bytecode = not keeps_compiled
-                os.environ.update({} if keeps_compiled else {"PYTHONDONTWRITEBYTECODE": "1"})
-                code = _child(self.tree, what, keyword)
+                sys.dont_write_bytecode = not unchanged
+                os.environ.update({} if unchanged else {"PYTHONDONTWRITEBYTECODE": "1"})
+                code = _child(self.tree, what, keyword, measures=unchanged)
             except BaseException:  # noqa: BLE001 - of a fork nothing may get out
                 traceback.print_exc()
             finally:
@@ -146,7 +148,29 @@ class Trials:
         return TIMED_OUT
 
 
-def _child(tree: Path, what: Sequence[str], keyword: str) -> int:
+class ShortestFirst:
+    """A plugin of pytest: measures how long tests take, or runs them in the order of what was measured."""
+
+    def __init__(self, path: Path, *, measures: bool) -> None:
+        self._path, self._measures = path, measures
+        self._seconds: Counter[str] = Counter(json.loads(path.read_text()) if path.exists() else {})
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Sort the tests; those that were not measured come first."""
+        if not self._measures:
+            items.sort(key=lambda item: self._seconds[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Add what a test, its setup or its teardown took."""
+        self._seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        """Write down what was measured."""
+        if self._measures:
+            self._path.write_text(json.dumps(self._seconds))
+
+
+def _child(tree: Path, what: Sequence[str], keyword: str, *, measures: bool) -> int:
     """Run pytest in this process, a fork, on the tree."""
     os.setsid()
     log = os.open(tree / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -163,7 +187,7 @@ def _child(tree: Path, what: Sequence[str], keyword: str) -> int:
     # Imported before pytest could rewrite their asserts, of which we want nothing.
     options = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:xdist", "-p", "no:cacheprovider"]
     options += ["-x", "-q", "-m", "not slow and not cluster", "--doctest-modules", *chosen]
-    code = int(pytest.main([*options, *what]))
+    code = int(pytest.main([*options, *what], plugins=[ShortestFirst(tree / "seconds.json", measures=measures)]))
     sys.stdout.flush()
     return code
 
