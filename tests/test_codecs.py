@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,20 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from algorithms.codecs import FP4, QSGD, BFloat16, Codec, Float16, Identity, Int8, RandomK, Sign, TopK, exchange_codecs
+from algorithms.codecs import (
+    FP4,
+    QSGD,
+    BFloat16,
+    Codec,
+    Float16,
+    Identity,
+    Int8,
+    RandomK,
+    Sign,
+    TopK,
+    exchange_codecs,
+    refuse_lossy,
+)
 from algorithms.codecs.base import AT_ONCE
 from algorithms.codecs.int8 import _LIMIT
 from algorithms.errors import ProgramError
@@ -432,3 +447,24 @@ def test_through_is_what_arrives():
     values = draw(1000)
     for codec in ALL:
         assert torch.equal(codec.through(values), there_and_back(codec, values))
+
+
+@pytest.mark.parametrize(
+    ("codec", "result_codec", "feedback", "message"),
+    [
+        ("identity", "int8", None, ""),
+        ("int8", "fp4", True, ""),
+        ("qsgd", "qsgd", False, ""),
+        ("top_k", "identity", True, ""),
+        ("top_k", "identity", None, r"codec: what top_k leaves out would never be sent; take fp4"),
+        ("sign", "identity", False, r"codec: what sign leaves out would never be sent; set error_feedback: true, or "),
+        ("qsgd", "identity", True, r"error_feedback: the errors of qsgd cancel, and would grow if fed back; set it to"),
+        ("identity", "top_k", None, r"result_codec: top_k needs error feedback, and nobody keeps what it leaves out"),
+        ("top_k", "top_k", True, r"result_codec: top_k needs error feedback"),
+        ("identity", "sign", False, r"result_codec: sign needs error feedback"),
+    ],
+)
+def test_what_would_never_arrive_or_grow_is_refused(codec: str, result_codec: str, feedback: Any, message: str):
+    one, other = (Codec.model_validate(name) for name in (codec, result_codec))
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        refuse_lossy(one, other, feedback=feedback)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from actors.data import DataConfig, assign, blocks_of
 from actors.data.indices import concrete
 from actors.data.partition import Dirichlet, Iid
-from actors.data.row_groups import RowGroup, RowGroupSamples
+from actors.data.row_groups import RowGroup, RowGroupSamples, held_out
 from actors.setup import load_data
 from actors.tasks import Task
 from actors.tasks.parquet import Parquet
@@ -89,6 +89,18 @@ def test_few_row_groups_hold_out_the_last_tenth_of_each(tmp_path: Path):
     assert everything(train)[0][:, 0].tolist() == [number for number in range(ROWS) if number not in held_out]
 
 
+@pytest.mark.parametrize("count", [9, 10])
+def test_from_ten_row_groups_on_whole_ones_are_held_out(count: int):
+    fragment: Any = None
+    train, out = held_out([RowGroup(fragment, number, 5, 25) for number in range(count)])
+    if count == 9:
+        assert [(one.number, one.start, one.stop) for one in train] == [(number, 5, 23) for number in range(9)]
+        assert [(one.number, one.start, one.stop) for one in out] == [(number, 23, 25) for number in range(9)]
+    else:
+        assert [(one.number, one.start, one.stop) for one in train] == [(number, 5, 25) for number in range(9)]
+        assert [(one.number, one.start, one.stop) for one in out] == [(9, 5, 25)]
+
+
 def test_a_file_of_its_own_is_held_out(file: Path, tmp_path: Path):
     other = write(tmp_path / "other.parquet", group=7)
     one = task(file, validation=str(other))
@@ -155,7 +167,7 @@ def test_a_label_of_floats_is_a_number_to_predict(file: Path):
 @pytest.mark.parametrize("statistics", [True, False])
 def test_classes_are_counted(tmp_path: Path, statistics: bool):
     path = tmp_path / "table.parquet"
-    pq.write_table(pa.table(rows() | {"y": [4] * ROWS}), path, write_statistics=statistics)
+    pq.write_table(pa.table(rows() | {"y": np.arange(ROWS) % 5}), path, write_statistics=statistics)
     assert task(path).build()(torch.zeros(1, 2)).shape == (1, 5)
     assert task(path, classes=9).build()(torch.zeros(1, 2)).shape == (1, 9)
 
@@ -189,6 +201,15 @@ def test_memory_is_bounded_whatever_the_size(tmp_path: Path):
     assert most == 2
     # A batch that reaches into the next window may find that one of the last window's is gone.
     assert 18 <= train.num_reads <= 18 + 9
+
+
+def test_what_was_used_last_is_kept(file: Path):
+    """Two row groups are, in no more memory than that: the one that nobody has asked for the longest goes."""
+    train = task(file, memory_mb=1, mix_row_groups=2).train_samples(1)
+    train._memory = 1
+    for row, reads in ((0, 1), (10, 2), (20, 3), (21, 3), (11, 3), (31, 4), (12, 4), (22, 5)):
+        assert train.batch(torch.tensor([row]))[0][0, 0] == float(row)
+        assert train.num_reads == reads, f"row {row}"
 
 
 def test_label_skew_divides_rows(file: Path):

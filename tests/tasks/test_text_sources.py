@@ -261,3 +261,23 @@ def test_files_of_windows():
     windows = Windows(Text(np.arange(20, dtype=np.uint8), np.array([8, 9, 20])), 4)
     assert windows.column("file").tolist() == [0, 0, 1, 2, 2]
     assert windows.column("label") is None
+
+
+def test_ends_of_files_are_counted_from_the_begin_of_each_part(tmp_path: Path):
+    """Files of 45 and 50 bytes: 86 are trained on, and what is held out begins in the second."""
+    (tmp_path / "a.txt").write_bytes(b"a" * 45)
+    (tmp_path / "b.txt").write_bytes(b"b" * 50)
+    train, held_out = load_corpus(str(tmp_path), None, 10**6, Bytes())[:2]
+    assert [part.ends.tolist() for part in (train, held_out)] == [[45, 86], [0, 9]]
+    assert Windows(train, 20).column("file").tolist() == [0, 0, 0, 1]
+    assert Windows(held_out, 3).column("file").tolist() == [1, 1, 1]
+
+
+def test_the_standard_library_is_in_the_order_of_its_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not of sizes or of the file system: the same text on every machine."""
+    for name, size in {"b.py": 1, "a.py": 3, "pack/c.py": 2, "pack/a.py": 4, "a/z.py": 0, "tests/t.py": 9}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"#" * size)
+    monkeypatch.setattr(texts.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    found = [path.relative_to(tmp_path).as_posix() for path in texts._standard_library()]
+    assert found == ["a.py", "a/z.py", "b.py", "pack/a.py", "pack/c.py"]
