@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from algorithms.api import NodeId
 
 _FIRST_DELAY_S = 0.5
-_MAX_DELAY_S = 60.0
 _MAX_CRASHES = 5
 
 
@@ -44,7 +43,7 @@ class _Crashes:
     def again(self, now: float) -> bool:
         """Count one, and say whether it is to be started again: at once the first time, then after growing pauses."""
         self.count += 1
-        delay = 0.0 if self.count == 1 else min(_FIRST_DELAY_S * 2 ** (self.count - 2), _MAX_DELAY_S)
+        delay = 0.0 if self.count == 1 else _FIRST_DELAY_S * 2 ** (self.count - 2)
         given_up = self.count > _MAX_CRASHES
         self.due = None if given_up else now + delay
         return not given_up

@@ -301,3 +301,61 @@ def test_a_position_that_cannot_be_is_refused(position: Position):
     ledger.committed({0: Position(0, 3)})
     with pytest.raises(ValueError, match="node 0 cannot be at"):
         ledger.committed({0: position})
+
+
+def test_an_epoch_is_due_when_the_fastest_has_finished_it():
+    """Node 0 has but four samples, and is through; nobody waits for node 2 with what node 1 has left."""
+    world = World([4, 10, 10], {0, 1, 2})
+    world.round(4)
+    world.go(1)
+    told = world.ledger.begin((0, 2), (0, 2))
+    assert told[0].extras == (Segment(1, 0, 4, 7),)
+    assert told[2].extras == (Segment(1, 0, 7, 10),)
+
+
+def test_shares_of_an_odd_number_differ_by_one():
+    world = World([4, 11, 4], {0, 2})
+    world.ledger.committed({0: Position(1, 0), 2: Position(1, 0)})
+    told = world.ledger.begin((0, 2), (0, 2))
+    assert {node: place.extras for node, place in told.items()} == {
+        0: (Segment(1, 0, 0, 6),),
+        2: (Segment(1, 0, 6, 11),),
+    }
+
+
+def test_who_has_something_left_is_given_less():
+    """Node 0 still has six of another part: of eight more it takes one, and node 3 seven."""
+    world = World([4, 6, 8, 4], {0, 2, 3})
+    world.ledger.committed({0: Position(1, 0), 2: Position(0, 0), 3: Position(1, 0)})
+    world.ledger.impose({0: Place((Segment(1, 0, 0, 6),), Position(1, 0))})
+    world.ledger._positions[1] = Position(1, 0)
+    world.go(2)
+    told = world.ledger.begin((0, 3), (0, 3))
+    assert told[0].extras == (Segment(1, 0, 0, 6), Segment(2, 0, 0, 1))
+    assert told[3].extras == (Segment(2, 0, 1, 8),)
+
+
+def test_what_is_to_be_handed_out_is_in_the_order_of_parts_and_epochs():
+    """Whoever left first: two controllers that are told of the same losses in another order decide alike."""
+    told = []
+    for order in ((1, 2), (2, 1)):
+        world = World([2, 4, 4], {0, 1, 2})
+        world.ledger.committed({0: Position(1, 0)})
+        for node in order:
+            world.go(node)
+            there = {0, 1, 2}.difference(order[: order.index(node) + 1])
+            world.ledger._collect(frozenset(there))
+        told.append(world.ledger.begin((0,), (0,)))
+    assert told[0] == told[1] == {0: Place((Segment(1, 0, 0, 4), Segment(2, 0, 0, 4)), Position(1, 0))}
+
+
+def test_what_was_handed_of_the_epoch_that_others_are_in_stays_with_its_node():
+    """Node 3 holds a range of epoch 0 and one of epoch 1, and is away; only the former is due."""
+    world = World([4, 4], {0, 1, 3})
+    ours = (Segment(0, 0, 2, 4), Segment(1, 1, 2, 4))
+    world.ledger.committed({0: Position(1, 0), 1: Position(1, 0)})
+    world.ledger.impose({3: Place(ours, Position())})
+    world.go(3)
+    told = world.ledger.begin((0, 1), (0, 1))
+    assert [one for place in told.values() for one in place.extras] == [Segment(0, 0, 2, 3), Segment(0, 0, 3, 4)]
+    assert world.ledger.rest(3) == [Segment(1, 1, 2, 4)]

@@ -119,6 +119,32 @@ def test_auto_fills_processes():
     assert decided(pool, 0.0) == [(2, 3, 4, 5)]
 
 
+def test_nodes_that_are_being_started_take_whole_processes():
+    """Three nodes take two of four processes, with two nodes in each."""
+    pool = Pool((0, 1, 2), most=20, auto=True, per_process=2)
+    pool.starting((0, 1, 2))
+    pool.room(4)
+    assert decided(pool, 0.0) == [(3, 4, 5, 6)]
+
+
+def test_room_counts_once():
+    pool = Pool((0,), most=9, auto=True)
+    pool.room(2)
+    assert decided(pool, 0.0) == [(1, 2)]
+    pool.up(1)
+    pool.up(2)
+    assert decided(pool, 1.0) == [], "those two have taken it"
+
+
+def test_the_first_that_is_due_is_waited_for():
+    pool = Pool((0,), most=4)
+    for node, due in ((2, 7.0), (3, 5.0), (1, 9.0)):
+        pool.want(node, due)
+    assert pool.next_due() == 5.0
+    assert decided(pool, 5.0) == [(3,)]
+    assert pool.next_due() == 7.0
+
+
 def test_a_fixed_target_ignores_room():
     pool = Pool((0, 1), most=8)
     pool.room(3)
