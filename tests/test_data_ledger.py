@@ -359,3 +359,25 @@ def test_what_was_handed_of_the_epoch_that_others_are_in_stays_with_its_node():
     told = world.ledger.begin((0, 1), (0, 1))
     assert [one for place in told.values() for one in place.extras] == [Segment(0, 0, 2, 3), Segment(0, 0, 3, 4)]
     assert world.ledger.rest(3) == [Segment(1, 1, 2, 4)]
+
+
+@pytest.mark.parametrize("same_processes", [True, False])
+def test_a_checkpoint_has_what_is_still_to_be_handed_out(same_processes: bool):
+    """Node 2 is in the middle of a round when its share is set aside."""
+    world = World([4, 9, 4], {0, 2})
+    world.ledger.committed({0: Position(1, 0), 2: Position(1, 0)})
+    assert world.ledger.begin((0,), (0, 2))[0].extras == (Segment(1, 0, 0, 5),)
+    written = json.loads(json.dumps(world.ledger.to_json()))
+    again = DataLedger.from_json(written, same_processes=same_processes)
+    assert again.begin((2,), (0, 2))[2].extras == (Segment(1, 0, 5, 9),)
+
+
+def test_after_a_resume_everybody_is_told_once_where_it_is():
+    """New processes know nothing, also those of nodes that were never handed anything."""
+    world = World([10, 10], {0, 1})
+    world.round(4)
+    written = json.loads(json.dumps(world.ledger.to_json()))
+    again = DataLedger.from_json(written)
+    assert again.begin((0, 1), (0, 1)) == {node: Place((), Position(0, 4)) for node in (0, 1)}
+    assert again.begin((0, 1), (0, 1)) == {}
+    assert DataLedger.from_json(written, same_processes=True).begin((0, 1), (0, 1)) == {}

@@ -196,6 +196,20 @@ def test_the_spread_changes_as_computed(anisotropic: bool, factor: float):
     assert float(ratio) == pytest.approx(factor, rel=0.02)
 
 
+def test_noise_is_drawn_anew_in_each_round():
+    """From x⁺ = x − (x − x_α) λΔt + |x − x_α| z σ √Δt: the z of two rounds are normal, and have nothing in common."""
+    keys: dict[str, Any] = {"particles": 200, "drift": 1.0, "diffusion": 0.5, "dt": 0.25}
+    seen, drawn = [first_particles(200)], []
+    for rounds in (1, 2):
+        ran = run(rounds=rounds, **keys)
+        seen.append(ran.replicas[0].shared["particles"])
+        apart = seen[-2] - ran.parameters
+        drawn.append((seen[-1] - seen[-2] + 0.25 * apart) / (0.25 * apart.abs()))
+    first, second = (one.flatten() for one in drawn)
+    assert [float(one.square().mean()) for one in drawn] == pytest.approx([1.0, 1.0], abs=0.2)
+    assert abs(float((first * second).mean())) < 0.15, "of 800 products; equal ones have 1"
+
+
 def test_particles_without_a_number_have_no_weight():
     ran = run(2, rounds=2, task=f"{__name__}:Holes", alpha=0.0)
     assert bool(ran.parameters.isfinite().all())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -15,10 +17,12 @@ from actors.tasks.quadratic import Quadratic
 from actors.together import NodeOptimizer
 from actors.workbench import Workbench
 from algorithms.api import Node
+from algorithms.errors import ProgramError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
-from algorithms.zeroth_order import JustOneByte, MeZO
+from algorithms.zeroth_order import JustOneByte, MeZO, records, steps
+from algorithms.zeroth_order.steps import Moved, Step
 from orchestrator import simulate as run_simulation
 from orchestrator.errors import ConfigError
 from orchestrator.rebuild import rebuild
@@ -140,6 +144,97 @@ def test_layers_have_estimates_of_their_own():
     whole = spsa(task={"name": "test_toy", "model": "linear"}, rounds=2)
     layered = spsa(task={"name": "test_toy", "model": "linear"}, rounds=2, layerwise=True)
     assert torch.equal(whole.parameters, layered.parameters), "one layer is all there is"
+
+
+class TwoBowls(Task):
+    """½‖θ‖² of two layers, 3 and 4 values, which begin at 1 and 2."""
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        return TensorSamples(torch.zeros(4 * num_nodes, 1))
+
+    validation_samples = train_samples
+
+    def build(self) -> nn.Module:
+        module = nn.Sequential(nn.Linear(3, 1, bias=False), nn.Linear(4, 1, bias=False))
+        for number, one in enumerate(module.parameters(), start=1):
+            nn.init.constant_(one, number)
+        return module
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return sum((one.square().sum() / 2 for one in module.parameters()), torch.zeros(()))
+
+
+@pytest.mark.parametrize("perturb", ["copy", "on_use"])
+def test_an_estimate_of_a_layer_moves_that_layer_alone(perturb: str):
+    """Along its own values of the whole direction: θ_l ← θ_l − η (z_lᵀθ_l) z_l."""
+    task = {"name": f"{__name__}:TwoBowls"}
+    ran = spsa(task=task, rounds=2, layerwise=True, code="fp32", perturb=perturb, optimizer=FP64)
+    theta = torch.tensor([1.0] * 3 + [2.0] * 4, dtype=torch.float64)
+    for number in range(2):
+        z = direction(number, 0, 7)
+        for layer in (slice(0, 3), slice(3, 7)):
+            theta[layer] -= 0.05 * (z[layer] @ theta[layer]) * z[layer]
+    torch.testing.assert_close(ran.parameters, theta, rtol=0, atol=1e-6)
+
+
+def test_a_digest_is_that_of_the_step_taken_whole():
+    """It is made piece by piece, and each piece must have its own part of a direction."""
+    size, rng = steps._AT_ONCE + 40, torch.Generator().manual_seed(0)
+    parameters = torch.randn(size, generator=rng)
+    moved = [Moved(0, 100, [(3, 0.5)]), Moved(100, size, [(4, -0.25)])]
+    step = Step(moved, [(steps._AT_ONCE - 10, size)], 0.5, "rademacher")
+    digest = step.digest(parameters)
+    step.apply(parameters)
+    assert digest == hashlib.sha256(parameters.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("size", "rate"), [(10, 0.05), (4000, 0.05), (10_000, 0.02), (50_000, 0.004)])
+def test_a_rate_that_is_not_given_fits_the_model(size: int, rate: float):
+    """η = 200 / P, at most 0.05; where c is a root, by the root of all directions less."""
+    layout = Layout((LayoutEntry("weight", 0, size, (size,), ""),), torch.float32)
+    assert JustOneByte().rate(layout, 9) == pytest.approx(rate)
+    assert JustOneByte(normalizer="sqrt", samples=4).rate(layout, 9) == pytest.approx(rate / 6)
+    assert JustOneByte(lr=0.3, normalizer="sqrt").rate(layout, 9) == 0.3
+    for kind in (JustOneByte, MeZO):
+        huge = Layout((LayoutEntry("weight", 0, 10**9, (10**9,), ""),), torch.float32)
+        assert kind().rate(huge, 9) == kind.least_lr < 1e-2
+
+
+def test_a_run_is_rebuilt_with_the_rates_that_it_had(tmp_path: Path):
+    """With c the root of how many there are, a rate depends on who was there: the log has it."""
+    algorithm = {"name": "just_one_byte", "normalizer": "sqrt", "verify_every": 2}
+    raw = {"algorithm": algorithm, "task": SAME, "rounds": 4, "tracking": "none"}
+    ran = run_simulation(raw | {"cluster": {"nodes": {"target": 3}}}, run_dir=tmp_path / "run")
+    assert rebuild(tmp_path / "run").digest == ran.digest
+
+
+def test_a_record_is_rate_distance_count_codes_and_a_digest():
+    codes = {0: torch.tensor([7, 8], dtype=torch.uint8), 3: torch.tensor([9, 255], dtype=torch.uint8)}
+    record = records.pack(0.25, 0.5, codes, "ab" * 32)
+    by_hand = struct.pack("<ddHi2Bi2B", 0.25, 0.5, 2, 0, 7, 8, 3, 9, 255) + b"\xab" * 32
+    assert record == by_hand
+    found = records.unpack(record, 2, with_digest=True)
+    assert found is not None
+    assert (found.lr, found.eps, found.digest) == (0.25, 0.5, "ab" * 32)
+    assert {member: one.tolist() for member, one in found.codes.items()} == {0: [7, 8], 3: [9, 255]}
+    for wrong in (b"", record[:-1], record + b"\0", record[:-32]):
+        assert records.unpack(wrong, 2, with_digest=True) is None
+    assert records.unpack(record, 2, with_digest=False) is None
+    assert records.unpack(record, 3, with_digest=True) is None
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [
+        (torch.zeros(3, dtype=torch.uint8), "node 4 has 3 bytes of codes; it must have 2 bytes"),
+        (torch.zeros(2), "node 4 has 2 values of torch.float32 of codes; it must have 2 bytes"),
+    ],
+)
+def test_codes_of_another_form_are_refused(codes: Tensor, words: str):
+    with pytest.raises(ProgramError, match=words):
+        records.checked(4, codes, 2)
+    kept = torch.zeros(2, dtype=torch.uint8)
+    assert records.checked(4, kept, 2) is kept
 
 
 # --- replicas -------------------------------------------------------------------------------------------------------

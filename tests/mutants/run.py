@@ -4,7 +4,7 @@
 ``python -m tests.mutants.run [--only WORD …] [--every N] [--survivors FILE]`` copies the tree, and forks a process for
 each mutant, one at a time: the imports of torch and its like are paid for once, and our own packages are imported by
 the fork, with the mistake in them. Tests are run first without a mutant: where they fail, their mutants say nothing.
-On mutants the shortest tests are run first, as one that fails ends the trial.
+On mutants the shortest tests are run first, as one that fails ends the trial; Hypothesis looks for no shorter example.
 """
 
 from __future__ import annotations
@@ -154,6 +154,13 @@ class ShortestFirst:
     def __init__(self, path: Path, *, measures: bool) -> None:
         self._path, self._measures = path, measures
         self._seconds: Counter[str] = Counter(json.loads(path.read_text()) if path.exists() else {})
+
+    def pytest_collection(self) -> None:
+        """Before the tests' modules are imported, and behind conftest.py: have Hypothesis stop at what fails."""
+        from hypothesis import Phase, settings
+
+        settings.register_profile("mutants", settings.default, phases=(Phase.explicit, Phase.generate))
+        settings.load_profile("mutants")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Sort the tests; those that were not measured come first."""
