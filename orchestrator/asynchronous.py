@@ -12,7 +12,7 @@ from orchestrator.errors import RunError
 from orchestrator.faults import Faults
 from orchestrator.mail import Mail
 from orchestrator.mailroom import Delivery
-from orchestrator.members import Members
+from orchestrator.members import NOBODY_COMES, Members
 from orchestrator.runtime import Died, Finished, Halted, Kept, Receives, Retired, Seen, Sleeps, Unreadable
 
 if TYPE_CHECKING:
@@ -235,21 +235,36 @@ class Asynchronous:
         """When the run has been waiting for ``nodes.min`` nodes long enough.
 
         Raises:
-            RunError: it has.
+            RunError: it has, or it waits in vain: too few can come, or whoever comes finds nobody who has a model.
         """
+        self._check_model()
         cluster, there = self._config.cluster, len(self._progress.nodes)
         if there >= cluster.nodes.min:
             self._too_few_since = None
             return None
         now = self._runtime.now
         self._too_few_since = now if self._too_few_since is None else self._too_few_since
+        message = f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}"
+        most = self._members.most_possible()
+        joins_later = self._present and self._faults.brings_nodes  # in a round to which the others may get
+        if most is not None and most < cluster.nodes.min and not joins_later:
+            raise RunError(f"{message}; {NOBODY_COMES}")
         if self._too_few_since + cluster.min_nodes_timeout_s <= now:
-            message = (
-                f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}; waited for "
-                f"{cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
-            )
-            raise RunError(message)
+            waited = f"{cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
+            raise RunError(f"{message}; waited for {waited}")
         return self._too_few_since + cluster.min_nodes_timeout_s
+
+    def _check_model(self) -> None:
+        """Say so at once when all who had a trained model are gone, and nothing of theirs is kept.
+
+        Raises:
+            RunError: it is so.
+        """
+        members = self._members
+        if self._config.algorithm.has_server or self._present or not any(self._rounds.values()):
+            return
+        if not (members.keeps(None) or members.loaded or members.transfers.pending or members.is_retiring):
+            raise RunError(f"round {self._progress.committed + 1}: no node is left that has a model that was trained")
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,11 @@ class Faults:
         """Whether any are to come."""
         return bool(self._pending)
 
+    @property
+    def brings_nodes(self) -> bool:
+        """Whether a node is to join in a later round."""
+        return any(event.kind == "late_join" for event in self._pending)
+
     def due(self, number: int, phase: FaultPhase, node: NodeId | None = None) -> list[FaultEvent]:
         """The events of this moment: of ``node`` alone, if the moment is one node's."""
         if not self._pending:

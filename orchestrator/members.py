@@ -30,6 +30,10 @@ _WITHDRAW_FRACTION = 0.2
 """Of the time that a node is given to leave: kept for handing over what it holds."""
 
 
+NOBODY_COMES = "the others have failed too often to be started again"
+"""Why a run does not wait for nodes, as the end of a sentence."""
+
+
 class Members:
     """Who is there."""
 
@@ -214,6 +218,13 @@ class Members:
     def are_coming(self) -> bool:
         """Whether anybody is."""
         return self._pool.are_coming
+
+    def most_possible(self) -> int | None:
+        """Count the nodes that are there or are being started; ``None``: more may come, as machines do."""
+        config, there = self._progress.config, self._progress.nodes
+        if config.cluster.nodes.target == "auto":
+            return None
+        return len(there) + sum(self.comes(node) for node in range(config.num_nodes) if node not in there)
 
     def next_due(self) -> float | None:
         """When ``act`` is to be called again, if nothing happens before."""

@@ -32,7 +32,7 @@ from orchestrator.events import (
 from orchestrator.faults import Faults
 from orchestrator.mail import Mail
 from orchestrator.mailroom import Delivery, Mailroom
-from orchestrator.members import Members
+from orchestrator.members import NOBODY_COMES, Members
 from orchestrator.rendezvous import Rendezvous
 from orchestrator.runtime import AllFinished, Died, Finished, Halted, Retired
 
@@ -497,12 +497,17 @@ class Synchronous:
         return not members.transfers.pending
 
     def _check_hope(self, number: int) -> None:
-        """Say so at once when whoever comes would find nobody who has what was committed.
+        """End a run that waits in vain: too few nodes can come, or whoever comes finds nobody who has the last commit.
+
+        Nodes that the configuration lets join later do not count: they join in rounds that never begin.
 
         Raises:
             RunError: it is so.
         """
         progress, members = self._progress, self._members
+        most = members.most_possible()
+        if most is not None and most < max(self._config.cluster.nodes.min, self._wanted):
+            raise RunError(f"round {number}: {self._too_few()}; {NOBODY_COMES}")
         if progress.committed < 0 or self._lacking() != set(progress.nodes):
             return
         if not members.keeps(None if not self._config.algorithm.replicated else progress.committed):
@@ -515,14 +520,18 @@ class Synchronous:
 
     def _still_waiting(self, number: int) -> str:
         cluster, there = self._config.cluster, len(self._progress.nodes)
-        if there < cluster.nodes.min:
-            what = f"{there} nodes are there, and cluster.nodes.min is {cluster.nodes.min}"
-        elif there < self._wanted:
-            what = f"{there} nodes are there, and the round's aggregator needs {self._wanted}"
+        if there < max(cluster.nodes.min, self._wanted):
+            what = self._too_few()
         else:
             slow = self._halting | set(self._members.transfers.pending) | self._members.leaving.keys()
             what = f"nodes {', '.join(map(str, sorted(slow)))} do not become ready"
         return f"round {number}: {what}; waited for {cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
+
+    def _too_few(self) -> str:
+        least, there = self._config.cluster.nodes.min, len(self._progress.nodes)
+        if there < least:
+            return f"{there} nodes are there, and cluster.nodes.min is {least}"
+        return f"{there} nodes are there, and the round's aggregator needs {self._wanted}"
 
 
 def _divergence(number: int, groups: Sequence[Sequence[NodeId]], mode: str) -> str:

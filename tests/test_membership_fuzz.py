@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.api import AllGather, AllReduce, Node, Train
+from orchestrator import membership
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError, RunError
 from tests.toys import Program, Ran, attempt
@@ -348,6 +349,51 @@ def test_a_run_without_hope_ends_at_once():
         cluster={"nodes": {"min": 3, "target": 3}, "min_nodes_timeout_s": 500},
     )
     assert str(ran.error) == "round 2: no node is left that has the model of round 1"
+    assert ran.virtual_seconds < 50
+
+
+WALK = {"algorithm": {"name": "random_walk"}, "task": TASK}
+FEDBUFF = {"algorithm": {"name": "fedbuff", "buffer_size": 1, "steps": 1}, "task": TASK}
+
+
+@pytest.mark.parametrize("raw", [FEDAVG, WALK, FEDBUFF], ids=["barrier", "no server", "server"])
+def test_a_run_ends_at_once_when_too_few_can_come_any_more(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(membership, "_MAX_CRASHES", 0)
+    ran = attempt(
+        raw | {"network": {"start_s": 50, "step_ms": 10}},
+        nodes=3,
+        rounds=60,
+        faults={"events": [fault(1, 2)]},
+        cluster={"nodes": {"min": 3, "target": 3}, "min_nodes_timeout_s": 500},
+    )
+    said = "2 nodes are there, and cluster.nodes.min is 3; the others have failed too often to be started again"
+    assert str(ran.error).removeprefix("round 2: ") == said
+    assert ran.virtual_seconds < 50
+
+
+def test_a_node_that_joins_later_is_waited_for_without_a_barrier(monkeypatch: pytest.MonkeyPatch):
+    """Rounds go on meanwhile, and the one in which it joins comes; with a barrier it would not."""
+    monkeypatch.setattr(membership, "_MAX_CRASHES", 0)
+    keys: dict[str, Any] = {
+        "nodes": 4,
+        "rounds": 30,
+        "faults": {"events": [fault(1, 2), {"kind": "late_join", "node": 3, "round": 20}]},
+        "cluster": {"nodes": {"min": 3, "target": 4}, "min_nodes_timeout_s": 500},
+    }
+    assert attempt(FEDBUFF | {"network": {"start_s": 0, "step_ms": 10}}, **keys).error is None
+    ran = attempt(FEDAVG | {"network": {"start_s": 0, "step_ms": 10}}, **keys)
+    assert "failed too often" in str(ran.error)
+
+
+def test_without_a_server_a_run_ends_at_once_when_all_who_had_the_model_are_gone():
+    ran = attempt(
+        WALK | {"network": {"start_s": 50, "step_ms": 10}},
+        nodes=2,
+        rounds=60,
+        faults={"events": [fault(0, 2), fault(1, 2)]},
+        cluster={"nodes": {"min": 2, "target": 2}, "min_nodes_timeout_s": 500},
+    )
+    assert "no node is left that has a model that was trained" in str(ran.error)
     assert ran.virtual_seconds < 50
 
 
