@@ -67,6 +67,8 @@ class Processes(Calls):
         self.fingerprint: Fingerprint = {}
         self._first: Ready | None = None
         """Of the process with whose data those of all others are compared."""
+        self._avoided: set[str] = set()
+        """Machines on which a process read other data than the first one."""
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
         self._vitals: Vitals | None = None
@@ -159,8 +161,8 @@ class Processes(Calls):
         return ray_session.connect(cluster.address, num_cpus=num_cpus, runtime_env=cluster.runtime_env or None)
 
     def _strategy(self) -> Any:  # noqa: ANN401 - a name, or an object of Ray's
-        """Where Ray places processes."""
-        return "SPREAD"
+        """Where Ray places processes: on machines that have the right data, if there is room."""
+        return ray_session.elsewhere(self._avoided) if self._avoided else "SPREAD"
 
     def _count_places(self, num_nodes: int, *, free: bool = False) -> int:
         """How many processes of so many nodes there is room for, or (``free``) room left for."""
@@ -387,7 +389,15 @@ class Processes(Calls):
             # It was started to stand by, and its place has been given to it meanwhile.
             self._embody(actor)
             return
-        self._compare(actor, result)
+        try:
+            self._compare(actor, result)
+        except DataError as error:
+            if not self._begun:
+                raise
+            # The others are at one, and go on; a replacement that draws other samples is not to join them.
+            self._avoided.add(result.machine)
+            self._lost(actor, RuntimeError(str(error)))
+            return
         actor.ready = result
         if actor.is_spare:
             self._relieve(actor)
@@ -407,7 +417,7 @@ class Processes(Calls):
         """Compare a process's data with those of the first one.
 
         Raises:
-            DataError: they are others.
+            DataError: they are others; names the process, and what is not alike.
         """
         if self._first is None:
             self._first, self.fingerprint = ready, ready.fingerprint

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ray import _raylet
 from ray._private import ray_constants, state, worker
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from orchestrator import ray_failure, ray_watcher
 from orchestrator.errors import ClusterError, RunError
@@ -242,6 +243,11 @@ def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
         if name not in leaving:
             total += min(fits, default=_UNLIMITED)
     return total
+
+
+def elsewhere(machines: Collection[str]) -> NodeLabelSchedulingStrategy:
+    """Place processes on other machines than these, by Ray's names, while others have room."""
+    return NodeLabelSchedulingStrategy({}, soft={"ray.io/node-id": NotIn(*sorted(machines))})
 
 
 def brings_machines() -> bool:

@@ -129,3 +129,16 @@ class Faulty(Task):
         if module.training and batch[0][0, 0] == 1:
             raise ZeroDivisionError("the user's mistake")
         return module(batch[0]).square().mean()
+
+
+class Drifting(Faulty):
+    """A task whose data are read a little differently while a file is there, as by another version of a decoder."""
+
+    marker: str
+
+    def train_samples(self, num_nodes: int) -> Samples:
+        off = 1e-3 if Path(self.marker).exists() else 0.0
+        return TensorSamples(torch.arange(64.0).unsqueeze(1) / 64 + off)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return module(batch[0]).square().mean()

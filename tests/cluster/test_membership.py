@@ -10,14 +10,16 @@ import pytest
 
 from orchestrator import progress, run
 from orchestrator.api import replay
+from orchestrator.records import Observer
 from orchestrator.samples import Samples
 from tests.draws import expected, num_complete
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from orchestrator.config import Config
+    from orchestrator.records import RoundRecord
 
     Make = Callable[..., Config]
 
@@ -121,3 +123,39 @@ def test_each_sample_is_committed_exactly_once_per_epoch(config: Make, tmp_path:
     assert summary.nodes["lost"] >= 2
     assert summary.samples["committed"] == count.total()
     assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == summary.digest
+
+
+class _Drift(Observer):
+    """Lets data be read differently from a round on, and as before when a process was refused for it so often."""
+
+    def __init__(self, marker: Path, times: int) -> None:
+        self._marker, self._times = marker, times
+        self.said: list[str] = []
+
+    def on_round(self, record: RoundRecord) -> None:
+        if record.round == 0:
+            self._marker.touch()
+
+    def on_log(self, node: int, lines: Sequence[str]) -> None:
+        found = [line for line in lines if "are not those of" in line]
+        self.said += found
+        if len(self.said) == self._times:
+            self._marker.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10**9, marks=pytest.mark.slow)])
+def test_a_replacement_with_other_data_is_refused_and_the_others_go_on(times: int, config: Make, tmp_path: Path):
+    """It is tried again, elsewhere if there is another machine; that fails for good here in the second case."""
+    drift = _Drift(tmp_path / "marker", times)
+    kill = {"kind": "kill", "node": 2, "round": 1, "phase": "train"}
+    task = {"name": "tests.cluster.programs:Drifting", "marker": str(tmp_path / "marker")}
+    rounds = 3 if times > 1 else 200
+    settings = config(FEDAVG, f"rounds={rounds}", "cluster.nodes.min=3", APART, faults(kill), task=task)
+    summary = run(settings, run_dir=tmp_path / "run", observers=[drift])
+    assert summary.status == "finished"
+    assert summary.nodes["joined"] == (0 if times > 1 else 1)
+    assert all(
+        "the data of node 2 (pid " in line and "values of the training samples differ" in line for line in drift.said
+    )
+    assert drift.said[0].endswith("it is started again")
+    assert len(drift.said) >= 1

@@ -112,3 +112,27 @@ def test_processes_with_other_data_are_refused_by_name():
         DataError, match=r"task mine: the data of node 2, 3 \(pid 2 on b\) .* pid 1 on a: training samples: 100 and 90"
     ):
         Processes._compare(processes, SimpleNamespace(nodes=(2, 3)), other)
+
+
+def test_a_replacement_with_other_data_is_refused_alone_and_its_machine_avoided():
+    """Before the run has begun it is the run that cannot begin; afterwards the others are at one, and go on."""
+    calls: list[tuple[Any, str]] = []
+    actor = SimpleNamespace(nodes=(2,), ready=None)
+    ready = SimpleNamespace(fingerprint={"x": "b"}, place="pid 2 on b", machine="b", devices={2: "cpu"})
+    processes: Any = SimpleNamespace(
+        _first=SimpleNamespace(fingerprint={"x": "a"}, place="pid 1 on a"),
+        _config=SimpleNamespace(task=SimpleNamespace(name="mine")),
+        _begun=False,
+        _avoided=set(),
+        _lost=lambda actor, error: calls.append((actor, str(error))),
+    )
+    processes._compare = lambda *both: Processes._compare(processes, *both)
+    with pytest.raises(DataError, match="x differ"):
+        Processes._on_setup(processes, actor, ready)  # pyright: ignore[reportArgumentType]
+    assert Processes._strategy(processes) == "SPREAD"
+    processes._begun = True
+    Processes._on_setup(processes, actor, ready)  # pyright: ignore[reportArgumentType]
+    assert actor.ready is None
+    assert [(one.nodes, "node 2 (pid 2 on b)" in said) for one, said in calls] == [((2,), True)]
+    soft: Any = Processes._strategy(processes).soft
+    assert [(one.key, one.operator.values) for one in soft] == [("ray.io/node-id", ["b"])]
