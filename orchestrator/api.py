@@ -49,6 +49,7 @@ def run(
     overrides: Sequence[str] = (),
     *,
     run_dir: str | Path | None = None,
+    trust: bool = False,
     observers: Sequence[Observer] = (),
 ) -> Summary:
     """Train on a Ray cluster: one of our own on this machine, or the one at ``cluster.address``.
@@ -57,13 +58,14 @@ def run(
         config: a file, its content, or a ``Config``.
         overrides: ``a.b=c`` each, applied to ``config`` in order.
         run_dir: where everything about the run is written; by default ``runs/<name>-<time>-<4 hex>``.
+        trust: ``config`` lies in a run's directory, and what it names is used although somebody else wrote it.
         observers: told what happens, after the run directory and the tracker.
 
     Raises:
         StarlingError: the run could not begin, or failed; observers have had ``on_end`` by then.
         KeyboardInterrupt: it was interrupted (SIGINT, or SIGTERM while Ray runs), and closed cleanly.
     """
-    resolved = resolve(config, overrides)
+    resolved = resolve(config, overrides, trust=trust)
     from orchestrator.cluster import Cluster
     from orchestrator.run_directory import RunDirectory
 
@@ -75,10 +77,11 @@ def simulate(
     overrides: Sequence[str] = (),
     *,
     run_dir: str | Path | None = None,
+    trust: bool = False,
     observers: Sequence[Observer] = (),
 ) -> Summary:
     """Train in this process, under a virtual clock and a model of the network. Arguments and errors as for ``run``."""
-    resolved = resolve(config, overrides)
+    resolved = resolve(config, overrides, trust=trust)
     from orchestrator.run_directory import RunDirectory
     from orchestrator.simulator import Simulator
 

@@ -170,12 +170,13 @@ def check(
     memory_gb: Annotated[
         float, typer.Option(min=0.1, max=1e6, metavar="GB", help="What the check itself may take of memory.")
     ] = 1.0,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a configuration, load its task on this machine, and print the plan."""
 
     def act(console: Console) -> dict[str, Any]:
-        resolved = _load(config, overrides)
+        resolved = _load(config, overrides, trust=trust)
         from orchestrator.pages import print_plan
         from orchestrator.plan import make_plan
 
@@ -191,12 +192,13 @@ def data(
     config: ConfigPath,
     overrides: Overrides = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the table into a png, svg or pdf.")] = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Load a task's data here, divide them as a run would, and print how many samples of each label a node has."""
 
     def act(console: Console) -> dict[str, Any]:
-        resolved = _load(config, overrides)
+        resolved = _load(config, overrides, trust=trust)
         from orchestrator import data_page as page
 
         report = page.measure(resolved)
@@ -252,7 +254,7 @@ def topologies(
         from algorithms.topologies import Topology
         from orchestrator import topologies_page as page
 
-        _add_to_path(Path.cwd())
+        _stand_here()
         if name is None or nodes is None:
             page.refuse_without_nodes(name, {"--nodes": nodes, "--set": overrides, "--rounds": rounds, "--plot": plot})
             return page.print_topologies(console) if name is None else _catalog(console, Topology, name)
@@ -271,6 +273,7 @@ def bandwidth(
         typer.Option(metavar="1b|10b|100b", help="Instead of CONFIG: a model of the published table; by default 1b."),
     ] = None,
     overrides: Overrides = None,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the bandwidth that methods need for 50, 80, 90, 95 and 99 % compute utilization."""
@@ -284,7 +287,7 @@ def bandwidth(
 
         if config is None:
             return page.print_preset(console, (model or "1b").lower())
-        return page.print_workload(console, _load(config, overrides))
+        return page.print_workload(console, _load(config, overrides, trust=trust))
 
     _answer(act, as_json=as_json)
 
@@ -444,7 +447,7 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
         names = {known: summary_of(part) for known, part in table(family).items()}
         print_names(console, family.family, names)
         return {f"{family.family}s": names}
-    _add_to_path(Path.cwd())
+    _stand_here()
     try:
         description = describe(find(family, name))
     except PydanticCustomError as error:
@@ -516,7 +519,7 @@ def _load(path: Path, overrides: list[str] | None, *, trust: bool = False) -> Co
     else:
         # So that `task: my_module:MyTask` is found beside the file, or where one is.
         _add_to_path(folder)
-        _add_to_path(Path.cwd())
+        _stand_here(trust=trust)
     return resumption.given(path, overrides or [], trust=trust)
 
 
@@ -530,8 +533,16 @@ def _load_run(folder: Path, overrides: list[str] | None = None, *, trust: bool) 
 
 
 def _stand_beside(folder: Path, *, trust: bool) -> None:
-    """Look for modules where one is, unless that is inside a run's directory: what is there may be anybody's."""
+    """Look for modules where one is, unless that is inside of ``folder``, a run's: what is there may be anybody's."""
     if trust or not Path.cwd().resolve().is_relative_to(folder.resolve()):
+        _stand_here(trust=trust)
+
+
+def _stand_here(*, trust: bool = False) -> None:
+    """Look for modules where one is, unless that is a run's directory."""
+    from orchestrator import identity
+
+    if trust or not identity.is_run_directory(Path.cwd()):
         _add_to_path(Path.cwd())
 
 

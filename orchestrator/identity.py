@@ -151,7 +151,7 @@ def require_trust(path: Path, config: Mapping[str, Any], *, trust: bool, what: s
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ConfigError(
             f"{path}: its {what} names {shown(strange[0])}{more}, and you did not write that on this machine; it may "
-            "run code or reach out: with --trust it is used (resume, export, replay, simulate, run and track take it)"
+            "run code or reach out: with --trust (in Python, trust=True) it is used"
         )
     folders = known.folders if known is not None and (is_ours or trust) else []
     for folder in [*folders, *([str(path)] if trust else [])]:

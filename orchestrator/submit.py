@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from orchestrator import identity
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ClusterError, ConfigError, RunError
 from orchestrator.given_path import given
 from orchestrator.streams import say
@@ -99,9 +100,14 @@ def plan(config: Config, path: Path, overrides: list[str], working_dir: Path) ->
             f"{path} is outside of the working directory {folder}, which is what the cluster gets; "
             "go to a folder that has it, or set --working-dir"
         ) from None
+    kept = file.parts[0] if f"/{file.parts[0]}/" in EXCLUDES else None
+    if kept is not None:
+        raise ConfigError(f"{path} is in {kept}/, which is not sent; copy it to another folder of {folder}")
     name = f"{config.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     settings = [*overrides, "cluster.address=auto", "cluster.runtime_env={}"]
     words = ["python", "-m", "orchestrator", "run", str(file), "--run-dir", f"{_RUNS}/{name}"]
+    if identity.is_run_directory(folder / file.parent):
+        words.append("--trust")  # decided here: the head has another key, to which every directory is somebody else's
     for setting in settings:
         words += ["--set", setting]
     environment["working_dir"] = str(folder)
@@ -347,6 +353,12 @@ def command(
     on_interrupt: Annotated[
         Choice, typer.Option(help="What Ctrl-C does to the job; without a terminal [cyan]ask[/] leaves it running.")
     ] = Choice.ASK,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust", help="Use what the run's configuration names, code too, although somebody else wrote it."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to stderr.")
     ] = False,
@@ -359,7 +371,7 @@ def command(
 
     def act(_: object) -> dict[str, Any]:
         nonlocal code
-        resolved = _load(config, overrides)
+        resolved = _load(config, overrides, trust=trust)
         planned = plan(resolved, config, overrides or [], working_dir)
         client = connect(address)
 

@@ -122,6 +122,7 @@ def sweep(
     overrides: Sequence[str] = (),
     *,
     sweep_dir: str | Path | None = None,
+    trust: bool = False,
     watcher: Callable[[Board, Options, Path], Watcher] | None = None,
     on_result: Callable[[SweepResult], None] = lambda _: None,
 ) -> SweepResult:
@@ -132,6 +133,7 @@ def sweep(
         options: what is asked for.
         overrides: as for ``run``.
         sweep_dir: new or empty; by default ``runs/<name>-sweep-<time>-<4 hex>``.
+        trust: as for ``run``.
         watcher: makes what is told of trials as they run.
         on_result: told what it came to, also if it was interrupted or failed.
 
@@ -139,7 +141,7 @@ def sweep(
         StarlingError: it could not begin, or no trial came to a result.
         KeyboardInterrupt: it was interrupted; ``resume_sweep`` goes on with it.
     """
-    resolved = resolve(config, overrides)
+    resolved = resolve(config, overrides, trust=trust)
     _refuse(resolved, options)
     folder = _made(resolved, options, sweep_dir)
     board = Board(options.objectives, folder)

@@ -6,15 +6,19 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
-from orchestrator import api, identity
+from orchestrator import api, cli, identity
 from orchestrator.errors import ConfigError, exit_code
 from orchestrator.export import export
 from orchestrator.resumption import configuration
+from orchestrator.submit import plan
+from orchestrator.sweep import Options, sweep
 from tests.conformance import StoppedError, Stopper
 
 BASE: dict[str, Any] = {
@@ -159,6 +163,8 @@ def test_code_that_a_foreign_directory_names_is_not_run(tmp_path: Path, module: 
         lambda: export(done),
         lambda: export(done, 1),
         lambda: configuration(done),
+        lambda: api.run(done / "config.yaml", run_dir=tmp_path / "again"),
+        lambda: sweep(done / "config.yaml", Options(space="fedavg", samples=1), sweep_dir=tmp_path / "again"),
     ):
         with pytest.raises(ConfigError, match=rf"names '{module}:Mine', and you did not write that.*--trust") as error:
             act()
@@ -168,6 +174,76 @@ def test_code_that_a_foreign_directory_names_is_not_run(tmp_path: Path, module: 
     assert (tmp_path / "ran").exists()
     forget(module, monkeypatch, tmp_path)
     assert export(path).digest is not None  # it was written by this one now
+
+
+COMMANDS = {
+    "check": [],
+    "data": [],
+    "bandwidth": [],
+    "submit": ["--address", "http://127.0.0.1:9", "--no-wait"],
+    "run": [],
+    "simulate": ["--run-dir", "again"],
+    "sweep": ["--space", "fedavg", "--samples", "1", "--simulate", "--sweep-dir", "again"],
+    "resume": [],
+    "export": [],
+    "replay": [],
+    "track": [],
+}
+
+
+def test_every_command_that_takes_a_configuration_or_a_run_can_be_told_to_trust():
+    taking = {
+        name
+        for name, command in cast("Any", typer.main.get_command(cli.app)).commands.items()
+        if any(one.param_type_name == "argument" and one.name in ("config", "run_dir") for one in command.params)
+    }
+    assert taking == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_code_that_a_foreign_directory_names(
+    command: str, tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Not even when one stands in that directory, and the module is there too."""
+    path = stopped(tmp_path / "run", BASE | {"task": f"{module}:Mine"})
+    (path / f"{module}.py").write_text((tmp_path / "code" / f"{module}.py").read_text())
+    monkeypatch.setenv(identity.STATE_DIR, str(tmp_path / "somebody else's"))
+    forget(module, monkeypatch, tmp_path)
+    monkeypatch.chdir(path)
+    given = (
+        path / "config.yaml"
+        if command in ("check", "data", "bandwidth", "submit", "run", "simulate", "sweep")
+        else path
+    )
+    result = CliRunner().invoke(cli.app, [command, str(given), *COMMANDS[command]])
+    assert result.exit_code == 2
+    assert f"names '{module}:Mine', and you did not write that on this machine" in result.output
+    assert "--trust" in result.output
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", ["check", "data", "bandwidth", "simulate"])
+def test_code_of_a_foreign_directory_is_run_when_it_is_trusted(
+    command: str, tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+):
+    path = stopped(tmp_path / "run", BASE | {"task": f"{module}:Mine"})
+    forget(module, monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    extra = COMMANDS[command]
+    with monkeypatch.context() as foreign:
+        foreign.setenv(identity.STATE_DIR, str(tmp_path / "somebody else's"))
+        result = CliRunner().invoke(cli.app, [command, str(path / "config.yaml"), "--trust", *extra])
+    assert (result.exit_code, (tmp_path / "ran").exists()) == (0, True), result.output
+
+
+def test_a_job_takes_what_was_decided_here(tmp_path: Path):
+    """The head has another key, to which this directory is somebody else's."""
+    path = stopped(tmp_path / "work/run")
+    for file, is_trusted in ((path / "config.yaml", True), (tmp_path / "work/mine.yaml", False)):
+        _, command, _ = plan(api.resolve(BASE), file, [], tmp_path / "work")
+        assert ("--trust" in command) == is_trusted
+    with pytest.raises(ConfigError, match="is in runs/, which is not sent"):
+        plan(api.resolve(BASE), tmp_path / "work/runs/one/config.yaml", [], tmp_path / "work")
 
 
 def test_a_module_inside_of_the_directory_is_not_found(tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch):
