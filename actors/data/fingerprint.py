@@ -3,6 +3,9 @@
 Whatever divides and draws samples takes it for granted that all processes have the same ones, in the same order, and
 that they are what they were when a checkpoint was made. A file that was written anew, or a task that divides its data
 at random, would make places in that order mean other samples, without a word.
+
+It has the number of samples, their labels, the values of some of them as the task decodes them, and ``contents`` of
+what they are made from: tensors in memory, and files of those samples that have a method ``content``.
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ import numpy as np
 import torch
 import xxhash
 
+from actors.data import contents
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from actors.tasks import Samples
@@ -48,6 +54,10 @@ def fingerprint(train: Samples | None, validation: Samples) -> Fingerprint:
             found[f"labels of the {what}"] = _digest((labels,))
         with contextlib.suppress(Exception), _unseen():  # what cannot be read is said when it is trained on
             found[f"values of the {what}"] = _digest(samples.batch(_places(samples)))
+        with contextlib.suppress(Exception):  # as above
+            pieces = _content(samples)
+            if pieces is not None:
+                found[f"content of the {what}"] = _digest_of(pieces)
     return found
 
 
@@ -63,6 +73,17 @@ def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return "; ".join([*counts, *others]) or None
 
 
+def _content(samples: Samples) -> Iterator[Any] | None:
+    """Pieces of what ``samples`` are made from; ``None``: that is not known."""
+    told = getattr(samples, "content", None)
+    if told is not None:
+        return told()
+    tensors = getattr(samples, "tensors", None)
+    if tensors is None:
+        return None
+    return (piece for tensor in tensors for piece in contents.of_memory(_bytes_of(tensor)))
+
+
 def _places(samples: Samples) -> Tensor:
     count = len(samples)
     if hasattr(samples, "tensors"):
@@ -73,10 +94,20 @@ def _places(samples: Samples) -> Tensor:
 def _digest(tensors: tuple[Tensor, ...]) -> str:
     digest = xxhash.xxh3_128()
     for tensor in tensors:
-        whole = tensor.detach().cpu().contiguous()
-        digest.update(f"{whole.dtype}{list(whole.shape)};".encode())
-        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{tensor.dtype}{list(tensor.shape)};".encode())
+        digest.update(_bytes_of(tensor).data)
     return digest.hexdigest()
+
+
+def _digest_of(pieces: Iterator[Any]) -> str:
+    digest = xxhash.xxh3_128()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @contextlib.contextmanager

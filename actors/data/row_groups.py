@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from actors.blame import is_finite
-from actors.data import files
+from actors.data import contents, files
 from actors.data.columns import codes_of, plain, plain_type
 from actors.data.indices import Ranges
 from algorithms.errors import DataError
@@ -316,6 +316,16 @@ class RowGroupSamples:
             if not self._skip_bad:
                 raise DataError(f"{error}; {self._advice}") from None
             return torch.full((len(group),), UNREADABLE)
+
+    def content(self) -> Iterator[bytes]:
+        """Pieces of the files, for a fingerprint; and of all row groups what the footers say of their size."""
+        infos = [(group.fragment.row_groups[0], group) for group in self._groups]
+        yield json.dumps(
+            [(one.num_rows, one.total_byte_size, group.start, group.stop) for one, group in infos]
+        ).encode()
+        paths = {group.fragment.path: group.fragment.filesystem for group in self._groups}
+        if paths:
+            yield from contents.of_files(next(iter(paths.values())), list(paths))
 
     @property
     def columns(self) -> list[str]:

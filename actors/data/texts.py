@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.data import files
+from actors.data import contents, files
 from actors.data.columns import is_text, plain
 from actors.data.row_groups import open_row_groups, require_column
 from algorithms.errors import DataError
@@ -128,6 +128,10 @@ class Windows:
         """Of ``file``: the number of the file in which each window begins, in the order of their paths."""
         starts = np.arange(len(self)) * self._windows.shape[1]
         return np.searchsorted(self._text.ends, starts, side="right") if name == "file" else None
+
+    def content(self) -> Iterator[NDArray[np.uint8]]:
+        """Pieces of the tokens, for a fingerprint."""
+        return contents.of_memory(np.ascontiguousarray(self._windows).reshape(-1).view(np.uint8))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """The windows at ``indices``, one tensor of int64, shape (b, length)."""

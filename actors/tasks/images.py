@@ -22,7 +22,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import files, row_groups
+from actors.data import contents, files, row_groups
 from actors.data.classes import Classes, ClassesField, find_classes
 from actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
 from actors.models import CNN, Model
@@ -31,6 +31,8 @@ from actors.tasks.base import Samples, Task
 from algorithms.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pyarrow as pa
     from numpy.typing import NDArray
     from PIL import Image
@@ -196,6 +198,10 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def content(self) -> Iterator[bytes]:
+        """Pieces of the files, for a fingerprint."""
+        return contents.of_files(self._listing.filesystem, self._paths)
 
     def column(self, name: str) -> NDArray[Any] | None:
         """Of ``folder``: the path of the folder that each image lies in."""

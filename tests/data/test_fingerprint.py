@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import shutil
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow.fs import LocalFileSystem
 
+from actors.data import contents
+from actors.data.files import forget
 from actors.data.fingerprint import difference, fingerprint
 from actors.tasks import TensorSamples
+from actors.tasks.parquet import Parquet
 from orchestrator import api
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.processes import Processes
 from tests.conformance import StoppedError, Stopper
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from actors.data.fingerprint import Fingerprint
 
 X = torch.arange(600.0).reshape(200, 3)
 Y = torch.arange(200) % 4
@@ -73,6 +88,91 @@ def test_what_cannot_be_read_is_left_to_who_trains_on_it():
     broken.batch = lambda _: 1 / 0
     assert fingerprint(broken, broken) == {"training samples": 5, "held-out samples": 5}
     assert fingerprint(None, samples()).keys().isdisjoint({"training samples"})
+
+
+# --- contents --------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_anywhere_in_memory_counts():
+    other = X.clone()
+    other[101, 1] += 1e-3  # of 200 samples, one that is not at an end
+    assert difference(fingerprint(samples(), samples()), fingerprint(samples(other), samples())) is not None
+
+
+def table(folder: Path, rows: int, files: int = 1) -> Parquet:
+    """Files without sums or compression: nothing but their bytes tells them apart."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(files):
+        columns = {"x": rng.random(rows, dtype=np.float32), "y": rng.integers(0, 2, rows)}
+        pq.write_table(
+            pa.table(columns),
+            folder / f"{number}.parquet",
+            row_group_size=rows // 4,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+    forget()
+    return Parquet(path=str(folder), label="y", classes=2)
+
+
+def of(task: Parquet) -> Fingerprint:
+    forget()
+    return fingerprint(task.train_samples(1), task.validation_samples(1))
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
+def test_an_edit_of_equal_length_inside_of_a_file_is_noticed(tmp_path: Path, place: float):
+    task = table(tmp_path / "here", 4000, files=2)
+    was = of(task)
+    shutil.copytree(tmp_path / "here", tmp_path / "elsewhere")
+    assert of(Parquet(path=str(tmp_path / "elsewhere"), label="y", classes=2)) == was
+    file = tmp_path / "here/1.parquet"
+    flip(file, int(place * file.stat().st_size))
+    assert "content of the training samples differ" in str(difference(was, of(task)))
+
+
+def test_of_large_files_blocks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(contents, "MOST_BYTES", 16_000)
+    monkeypatch.setattr(contents, "BLOCK_BYTES", 2000)
+    task, read = table(tmp_path / "here", 40_000), 0
+    file = tmp_path / "here/0.parquet"
+    size = file.stat().st_size
+    looked = contents.places(size, 16_000)
+    was = of(task)
+    read = sum(map(len, contents.of_files(LocalFileSystem(), [str(file)])))
+    assert 16_000 <= read <= 18_000 < size
+    (start, length), inside = looked[3], (looked[3][0] + looked[4][0]) // 2
+    assert start + length < inside
+    flip(file, inside)  # that nobody has looked at
+    assert difference(was, of(task)) is None
+    flip(file, start + 7)
+    assert "content" in str(difference(was, of(task)))
+
+
+@given(size=st.integers(0, 10**12), most=st.integers(1, 10**9), reads=st.integers(1, 3000))
+def test_what_is_looked_at_is_bounded_and_reaches_both_ends(size: int, most: int, reads: int):
+    block, found = contents.BLOCK_BYTES, contents.places(size, most, reads)
+    assert sum(length for _, length in found) <= max(most, block)
+    assert len(found) <= reads
+    assert all(start + length <= after for (start, length), (after, _) in itertools.pairwise(found))
+    assert sum(found[-1]) == size
+    assert found[0][0] == 0 or len(found) == 1
+
+
+def test_of_many_files_some_are_looked_at(tmp_path: Path):
+    paths = [tmp_path / f"{number:04}" for number in range(contents._LOCAL_READS + 100)]
+    for path in paths:
+        path.write_bytes(b"x")
+    pieces = list(contents.of_files(LocalFileSystem(), [str(path) for path in paths]))
+    assert len(pieces) == 2 * contents._LOCAL_READS
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
