@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
 
 from actors.transfer import StateExport
-from orchestrator import tensor_files
+from orchestrator import identity, tensor_files
 from orchestrator.errors import CheckpointError, CheckpointReadError
 from orchestrator.run_files import memory_bytes
 from orchestrator.storage import one_line, open_storage, remove_files
@@ -43,6 +43,7 @@ SCHEMA_VERSION = 1
 FOLDER = "checkpoints"
 
 _MANIFEST = "manifest.json"
+_SEALED = "checkpoint"
 _NAME = re.compile(r"round-(\d{6,})")
 _FILE = r"^(state(\.\d+)?\.json|tensors-\d{3,}(\.\d+)?\.safetensors)$"
 _FILE_BYTES = 64 * 1024 * 1024
@@ -63,6 +64,8 @@ class Checkpoint:
     """In the order in which they were given. Arrays are read-only, and those with equal content are the same one."""
     where: str
     """It lies, for people."""
+    is_ours: bool = False
+    """This user wrote it, and nobody has edited it since."""
 
 
 class _File(BaseModel):
@@ -82,11 +85,26 @@ class _Manifest(BaseModel):
     files: dict[
         Annotated[str, StringConstraints(pattern=r"^(state|tensors-\d{3,})(\.\d+)?\.(json|safetensors)$")], _File
     ]
+    mark: Annotated[str, Field(exclude=True)] = ""
+    """This user's, of all of the above; empty: there was no place for a key."""
     checksum: Annotated[str, Field(exclude=True)] = ""
-    """Of all of the above."""
+    """Of all of the above: damage is noticed without a key, too."""
+
+    def sealed(self) -> _Manifest:
+        """With this user's mark."""
+        return self.model_copy(update={"mark": identity.seal(_SEALED, self._content)})
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the mark is this user's."""
+        return identity.is_sealed(_SEALED, self._content, self.mark)
+
+    @property
+    def _content(self) -> bytes:
+        return json.dumps(self.model_dump()).encode()
 
     def to_bytes(self) -> bytes:
-        data = self.model_dump()
+        data = self.model_dump() | ({"mark": self.mark} if self.mark else {})
         return json.dumps(data | {"checksum": _checksum(json.dumps(data).encode())}, indent=2).encode() + b"\n"
 
 
@@ -230,6 +248,11 @@ class CheckpointStore:
         self._begun_from = chosen
         return checkpoint
 
+    def adopt(self, number: int) -> None:
+        """Put this user's mark on the checkpoint of a round, which was read and is gone on from."""
+        with suppress(OSError, DamagedError):  # then it is asked about once more
+            self._storage.put_whole(f"{_folder(number)}/{_MANIFEST}", self._manifest(number).sealed().to_bytes())
+
     def forget_after(self, number: int) -> None:
         """Remove the checkpoints of later rounds than ``number``: the run goes on from there, and they are of no run.
 
@@ -264,7 +287,8 @@ class CheckpointStore:
             whole = json.loads(state)
             _check_sums(name, whole)
             nodes = {int(node): _export(meta, tensors) for node, meta in whole["nodes"].items()}
-            return Checkpoint(number, dict(whole["controller"]), nodes, f"{self._storage.shown}/{folder}")
+            where = f"{self._storage.shown}/{folder}"
+            return Checkpoint(number, dict(whole["controller"]), nodes, where, manifest.is_ours)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise DamagedError(f"{name}: does not fit the other files") from None
 
@@ -387,7 +411,8 @@ class _Draft:
         state = json.dumps({"controller": controller, "nodes": self._nodes, "sums": sums}).encode()
         self._put(self._name("state", "json"), [state], _checksum(state))
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = _Manifest(run_id=self.run_id, round=self.number, time=time, files=self._files).to_bytes()
+        facts = _Manifest(run_id=self.run_id, round=self.number, time=time, files=self._files)
+        manifest = facts.sealed().to_bytes()
         self._may_be_there = True
         try:
             self.storage.put_whole(f"{self.folder}/{_MANIFEST}", manifest)

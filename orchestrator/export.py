@@ -99,6 +99,7 @@ def export(
         tensors = read_weights("run directory", str(path))
     else:
         checkpoint = saved_state.check(store.read(number=number))
+        identity.require_own_checkpoint(path, checkpoint.where, has_mark=checkpoint.is_ours, trust=trust)
         identity.require_trust(path, checkpoint.controller["config"], trust=trust, what="checkpoint")
         config = parse(checkpoint.controller["config"], source=checkpoint.where)
         tensors, nodes = model_of(checkpoint, config)

@@ -119,6 +119,39 @@ def is_ours(path: Path) -> bool:
     return known is not None and _is_ours(known)
 
 
+def require_own_checkpoint(path: Path, where: str, *, has_mark: bool, trust: bool) -> None:
+    """Refuse a checkpoint in this user's own run directory that this user did not write, or that was edited.
+
+    In the directory of somebody else all are.
+
+    Args:
+        path: of the run directory.
+        where: the checkpoint lies, for people.
+        has_mark: it has this user's mark.
+        trust: whoever asks answers for it.
+
+    Raises:
+        ConfigError: it is not used.
+    """
+    if not has_mark and not trust and is_ours(path):
+        raise ConfigError(
+            f"{where}: was edited since it was written, or is of somebody else, and the run is yours; with --trust "
+            "(in Python, trust=True) it is used"
+        )
+
+
+def seal(kind: str, data: bytes) -> str:
+    """Make this user's mark of some data; empty if there is no place for a key."""
+    key = _key()
+    return "" if key is None else hmac.new(key, kind.encode() + b"\0" + data, hashlib.sha256).hexdigest()
+
+
+def is_sealed(kind: str, data: bytes, mark: str) -> bool:
+    """Whether a mark is this user's, of exactly this data."""
+    made = seal(kind, data)
+    return bool(made) and hmac.compare_digest(made.encode(), mark.encode())
+
+
 def digest(text: bytes) -> str:
     """Of a configuration as it is written."""
     return hashlib.sha256(text).hexdigest()

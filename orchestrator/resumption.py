@@ -92,6 +92,7 @@ def revival(
     config = configuration(path, overrides, trust=trust)
     store = CheckpointStore(config.checkpoint.uri, path, identity.run_id(path), keep=config.checkpoint.keep)
     checkpoint = saved_state.check(store.read(from_previous=from_previous))
+    identity.require_own_checkpoint(path, checkpoint.where, has_mark=checkpoint.is_ours, trust=trust)
     identity.require_trust(path, checkpoint.controller["config"], trust=trust, what="checkpoint")
     before = parse(checkpoint.controller["config"], source=checkpoint.where)
     if not accept_changes:
@@ -103,4 +104,6 @@ def revival(
     if from_previous:
         # Before the records are taken back: whenever this ends, no other checkpoint is gone on from.
         store.forget_after(checkpoint.number)
+    if not checkpoint.is_ours:
+        store.adopt(checkpoint.number)  # the directory is this user's from now on, and should this be interrupted
     return revival, store, is_virtual

@@ -261,7 +261,7 @@ def reseal(file: Path) -> None:
             if file.suffix == ".json":
                 known["files"][file.name]["checksum"] = _checksum(data)
         known.pop("checksum", None)
-        manifest.write_bytes(_Manifest.model_validate(known).to_bytes())
+        manifest.write_bytes(_Manifest.model_validate(known).sealed().to_bytes())
 
 
 def _odd_damage(rng: random.Random, run: Path, outside: Path) -> str:

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from orchestrator import api, cli, identity
+from orchestrator.checkpoints import _checksum, _Manifest, _sum
 from orchestrator.errors import ConfigError, exit_code
 from orchestrator.export import export
 from orchestrator.resumption import configuration
@@ -255,6 +256,62 @@ def test_a_module_inside_of_the_directory_is_not_found(tmp_path: Path, module: s
         with pytest.raises(ConfigError, match="--trust"):
             act()
     assert not (tmp_path / "ran").exists()
+
+
+def forge(path: Path, *, keep_mark: bool) -> None:
+    """Make another state of a checkpoint's, with all checksums right, as somebody without the key can."""
+    folder = max((path / "checkpoints").iterdir())
+    state = json.loads((folder / "state.json").read_text())
+    state["controller"]["progress"]["samples"]["drawn"] += 1
+    state["sums"]["controller"] = _sum(state["controller"])
+    data = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(data), "checksum": _checksum(data)}
+    del manifest["checksum"]
+    if not keep_mark:
+        del manifest["mark"]
+    (folder / "manifest.json").write_bytes(_Manifest.model_validate(manifest).to_bytes())
+
+
+@pytest.mark.parametrize("keep_mark", [True, False])
+def test_a_checkpoint_that_was_edited_is_not_gone_on_from_unasked(tmp_path: Path, keep_mark: bool):
+    path = stopped(tmp_path / "run")
+    whole = shutil.copytree(path, tmp_path / "whole")
+    forge(path, keep_mark=keep_mark)
+    number = int(max(one.name for one in (path / "checkpoints").iterdir()).removeprefix("round-"))
+    for act in (lambda: api.resume(path), lambda: export(path, number)):
+        with pytest.raises(ConfigError, match=r"round-\d+: was edited since it was written, .* --trust") as error:
+            act()
+        assert "\n" not in str(error.value)
+    assert export(path, number, trust=True).run_id == "run"
+    assert api.resume(path, trust=True).status == "finished"
+    assert api.resume(whole).status == "finished"
+
+
+def test_a_checkpoint_of_somebody_else_is_taken_over_with_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Interrupted before the first checkpoint of its own, the run is not asked about again; edited then, it is."""
+    path = stopped(tmp_path / "run")
+    monkeypatch.setenv(identity.STATE_DIR, str(tmp_path / "somebody else's"))
+    assert not identity.is_ours(path)
+    with pytest.raises(StoppedError):
+        api.resume(path, ["checkpoint.every_rounds=100"], observers=[Stopper(2)])
+    assert identity.is_ours(path)
+    edited = shutil.copytree(path, tmp_path / "edited")
+    forge(edited, keep_mark=True)
+    with pytest.raises(ConfigError, match="was edited since it was written"):
+        api.resume(edited)
+    assert api.resume(path).status == "finished"
+
+
+def test_without_a_place_for_a_key_there_are_no_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(identity.STATE_DIR, str(tmp_path / "file/below"))
+    path = stopped(tmp_path / "run")
+    assert "mark" not in json.loads((max((path / "checkpoints").iterdir()) / "manifest.json").read_text())
+    assert api.resume(path).status == "finished"
 
 
 @pytest.mark.parametrize(
