@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from actors.data import Place, Segment
+from actors.learner import Learner
 from actors.replica import Replica
 from actors.setup import RunData, build_replicas
-from actors.tasks import TensorSamples
+from actors.tasks import Task, TensorSamples
 from actors.tickets import mean_loss
 from algorithms.api import AllReduce, Train, TrainReport
 from algorithms.federated import FedAvg
 from orchestrator.config import parse
+from tests.toys import attempt
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def weight_of(algorithm: FedAvg, num_samples: int, trained: int) -> float:
@@ -86,3 +94,77 @@ def test_losses_count_by_samples():
     assert mean_loss([]) is None
     assert mean_loss([(1.0, 30), (5.0, 10)]) == 2.0
     assert mean_loss([(1.0, 0), (5.0, 0)]) == 3.0  # nothing is known
+
+
+class Points(Task):
+    """The mean of the points is the optimum: every step can be done by hand."""
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        generator = torch.Generator().manual_seed(7)
+        return TensorSamples(torch.randn(POINTS, 3, generator=generator))
+
+    def validation_samples(self, num_nodes: int) -> TensorSamples:
+        return TensorSamples(torch.zeros(1, 3))
+
+    def build(self) -> nn.Module:
+        module = nn.Linear(3, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        return module
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        (weight,) = module.parameters()
+        return 0.5 * (weight - batch[0]).square().sum(1).mean()
+
+
+POINTS = 61
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [{"kind": "late_join", "node": 2, "round": 5}],
+        [{"kind": "kill", "node": 2, "round": number, "phase": "train"} for number in range(1, 9)],
+    ],
+    ids=["who comes late", "who dies again and again"],
+)
+def test_the_model_of_a_run_in_which_samples_change_hands(events: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """Each round's mean is by what each node has trained on, which differs from what it owns while others are away."""
+    drawn: dict[int, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    draw = Learner.draw
+
+    def noted(self: Learner) -> NDArray[np.int64]:
+        indices = draw(self)
+        drawn[self.round][self.id].append(torch.from_numpy(indices.copy()))
+        return indices
+
+    monkeypatch.setattr(Learner, "draw", noted)
+    ran = attempt(
+        {"algorithm": {"name": "fedavg", "epochs": 1}, "task": f"{__name__}:Points"},
+        nodes=3,
+        rounds=9,
+        optimizer={"name": "sgd", "lr": 0.3},
+        data={"batch_size": 4},
+        evaluation={"every_rounds": 0},
+        network={"start_s": 0.01, "latency_ms": 300},
+        faults={"events": events},
+        cluster={"nodes": {"min": 1, "target": 3}},
+    )
+    assert ran.error is None
+    commits = {one["round"]: one["committed"] for one in ran.sought("commit")}
+    assert any(len(who) == 2 for who in commits.values())
+
+    points = Points().train_samples(3).tensors[0].double()
+    x = torch.zeros(3, dtype=torch.float64)
+    unlike_own = 0
+    for number in range(9):
+        models, weights = [], []
+        for node in commits[number]:
+            y = x.clone()
+            for batch in drawn[number][node]:
+                y -= 0.3 * (y - points[batch].mean(0))
+            models.append(y)
+            weights.append(sum(map(len, drawn[number][node])))
+        x = sum(w * y for w, y in zip(weights, models, strict=True)) / sum(weights)
+        unlike_own += weights != [ran.replicas[node].num_samples for node in commits[number]]
+    assert unlike_own >= 2
+    torch.testing.assert_close(ran.replicas[0].parameters.double(), x, rtol=0, atol=1e-5)
