@@ -38,12 +38,14 @@ from orchestrator import identity, ray_session, run_files, yaml_file
 from orchestrator.api import resolve
 from orchestrator.config import MLflowTracking, parse
 from orchestrator.errors import ClusterError, ConfigError, RunDirectoryError, RunError
+from orchestrator.explain import shown
 from orchestrator.given_path import given
 from orchestrator.lease import Lease
 from orchestrator.run_files import SweepFile
 from orchestrator.safe_files import Folder
 from orchestrator.searchers import Given, OptunaSource, RandomSource, Samples
-from orchestrator.sweep_board import Board, Objective, Trial
+from orchestrator.spool import TRIALS_OF
+from orchestrator.sweep_board import TRIALS, Board, Objective, Trial
 from orchestrator.sweep_result import SweepResult, write
 from orchestrator.sweep_space import check
 from orchestrator.tracking import probe
@@ -60,6 +62,10 @@ if TYPE_CHECKING:
 _FILE = "sweep.json"
 _MOST = 1000
 """Trials at a time."""
+
+
+_MOST_TRIALS = 1_000_000
+"""Of a sweep: more is a typing error, or damage."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +94,15 @@ class Options:
             ConfigError: one line for each thing that is wrong.
         """
         problems = [
-            f"--{name.replace('_', '-')} {value}: must be at least {least}"
+            f"--{name.replace('_', '-')} {shown(value)}: must be at "
+            + (f"least {least}" if value < least else f"most {_MOST_TRIALS}")
             for name, value, least in (
                 ("samples", self.samples, 1),
                 ("seeds", self.seeds, 1),
                 ("max_concurrent", self.max_concurrent, 1),
                 ("confirm", self.confirm, 0),
             )
-            if value is not None and value < least
+            if value is not None and not least <= value <= _MOST_TRIALS
         ]
         if self.confirm and not self.simulate:
             problems.append("--confirm goes with --simulate: what is swept on the cluster needs no confirmation")
@@ -160,22 +167,50 @@ def resume_sweep(
     Raises:
         StarlingError: it is no sweep's directory, or as ``sweep``.
     """
+    folder, config, options, board = reopen(sweep_dir, trust=trust)
+    return _carry_out(folder, config, options, board, watcher, on_result)
+
+
+def reopen(sweep_dir: str | Path, *, trust: bool = False) -> tuple[Path, Config, Options, Board]:
+    """Read what a sweep left in its directory: where it is, its configuration, what was asked for, and its trials.
+
+    Raises:
+        ConfigError: it is no sweep's directory, is damaged, or not to be trusted.
+    """
     folder = given(sweep_dir, "--resume")
     facts = run_files.read(Folder(folder), _FILE, TypeAdapter(SweepFile))
     if facts is None:
         raise ConfigError(f"--resume {folder}: is not the directory of a sweep (it has no {_FILE})")
     try:
-        options = TypeAdapter(Options).validate_python(facts.options)
+        options = TypeAdapter(Options).validate_json(json.dumps(facts.options), strict=True)
     except ValidationError as error:
         raise ConfigError(f"{folder / _FILE}: options.{run_files.problem(error)}") from None
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{folder / _FILE}: {line}" for line in str(error).splitlines())) from None
     raw = yaml_file.read(folder / "config.yaml")
     identity.require_trust(folder, _marked(raw, options), trust=trust)
     for entry in facts.sys_path if trust or identity.is_ours(folder) else ():
         if entry not in sys.path:
             sys.path.append(entry)
     resolved = parse(raw, source=str(folder / "config.yaml"))
-    board = Board.load(options.objectives, folder)
-    return _carry_out(folder, resolved, options, board, watcher, on_result)
+    _refuse_links(folder)
+    return folder, resolved, options, Board.load(options.objectives, folder)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse a sweep whose trials lie elsewhere: what cannot be gone on with is removed there, and made anew.
+
+    Raises:
+        ConfigError: a trial's folder is a link, or the folder of them.
+    """
+    files = Folder(folder)
+    for top in (TRIALS, TRIALS_OF):
+        try:
+            files.refuse_link(top)
+            for one in sorted((folder / top).iterdir()) if (folder / top).is_dir() else ():
+                files.refuse_link(f"{top}/{one.name}")
+        except OSError as error:
+            raise ConfigError(f"{folder / top}/{error.filename or ''}: {run_files.reason(error)}") from None
 
 
 def _marked(config: Mapping[str, Any], options: Options) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from algorithms.api import SERVER
+from orchestrator import run_files
 from orchestrator.config import TRACKING_URI, MLflowTracking
 from orchestrator.errors import ConfigError, RunError
 from orchestrator.records import Observer
+from orchestrator.safe_files import Folder
 from orchestrator.sections import without_password
 from orchestrator.sender import Sender
 from orchestrator.spool import SPOOL, TRIALS_OF, Outbox, Spool
@@ -282,8 +284,16 @@ def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, boo
 
 
 def folders_of(folder: Path) -> list[Path]:
-    """Where the spools of a run or a sweep are: its directory, and one for each trial."""
-    return [folder, *sorted(path.parent for path in folder.glob(f"{TRIALS_OF}/*/{SPOOL}"))]
+    """Where the spools of a run or a sweep are: its directory, and one for each trial; links are none.
+
+    Raises:
+        ConfigError: the folder of the trials' spools cannot be read, or is a link.
+    """
+    try:
+        there = Folder(folder, TRIALS_OF).folders() if (folder / TRIALS_OF).is_dir() else {}
+    except OSError as error:
+        raise ConfigError(f"{folder / TRIALS_OF}: {run_files.reason(error)}") from None
+    return [folder, *(folder / TRIALS_OF / name for name in sorted(there) if SPOOL in there[name])]
 
 
 def spool_of(sweep_dir: Path, trial: str) -> Path:

@@ -18,12 +18,18 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from algorithms.errors import StarlingError
-from orchestrator import api
+from orchestrator import api, sweep, trial_state
 from orchestrator.checkpoints import _checksum, _Manifest, _sum
+from orchestrator.config import parse
+from orchestrator.errors import ConfigError
 from orchestrator.export import export
 from orchestrator.rebuild import rebuild
+from orchestrator.spool import SPOOL, STATE, TRIALS_OF, Outbox
+from orchestrator.sweep_board import TRIALS, Board, Trial
+from orchestrator.tracking import folders_of
 from tests.conformance import StoppedError, Stopper
 
 if TYPE_CHECKING:
@@ -61,6 +67,7 @@ class Original:
     name: str
     stopped: Path
     finished: Path
+    sweep: Path
     digest: str
 
 
@@ -94,8 +101,33 @@ def originals(folder: Path) -> list[Original]:
             facts = {"token": 3, "host": "elsewhere", "pid": 7, "started": 1.0, "renewed": 1.0, "owner": "x"}
             (path / "lease.json").write_text(json.dumps(facts))
         assert digest is not None
-        made.append(Original(name, stopped, finished, digest))
+        made.append(Original(name, stopped, finished, _sweep(raw, stopped, folder / name / "sweep/run"), digest))
     return made
+
+
+def _sweep(raw: dict[str, Any], trial: Path, path: Path) -> Path:
+    """A sweep that was interrupted in its second trial, with what a tracker has not been sent."""
+    options = sweep.Options(space="fedavg", samples=3, metrics=("loss", "bytes:min"), simulate=True)
+    sweep._made(parse(raw), options, path)
+    board = Board(options.objectives, path)
+    for number in range(2):
+        board.add(Trial(number, number, 0, {"optimizer.lr": 0.1 + number}))
+        board.report(number, {"round": 2, "loss": 0.5, "bytes": 10})
+    board.close(0, "finished", {"status": "finished"})
+    board.change(1, {"optimizer.lr": 0.2})
+    board.reopen(1, keep=1)
+    board.release()
+    shutil.copytree(trial, path / TRIALS / "trial-0001")
+    (path / TRIALS / "trial-0001/origin.json").write_text('{"run_id": "trial-0000"}')
+    for folder in (path, path / TRIALS_OF / "trial-0000", path / TRIALS_OF / "trial-0001"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [
+            {"op": "begin", "name": "x", "tags": {"a": "b"}},
+            {"op": "metrics", "step": 1, "values": {"loss": 0.5}},
+        ]
+        (folder / SPOOL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / STATE).write_text(json.dumps({"offset": 0, "run_id": "r", "tried": True}))
+    return path
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -138,6 +170,31 @@ def _load_model(path: Path) -> str | None:
     return None
 
 
+def _resume_sweep(path: Path) -> str | None:
+    """All that ``sweep --resume`` does before it trains: reads the sweep, and what each of its trials goes on from."""
+    folder, config, _, board = sweep.reopen(path)
+    with patch.object(trial_state, "_WAIT_S", 0.0):
+        for trial in board.trials.values():
+            if trial.end is None:
+                _, lease, _, _ = trial_state.opened(config, folder / TRIALS / trial.name, picture=False)
+                if lease is not None:
+                    lease.release()
+    return None
+
+
+def _track(path: Path) -> str | None:
+    """All that ``track`` does but send: each operation that is left is read, and noted as sent."""
+    outboxes = [Outbox(folder) for folder in folders_of(path)]
+    for outbox in outboxes:
+        if outbox.problem is not None:
+            raise ConfigError(outbox.problem)
+        while (read := outbox.read())[0]:
+            outbox.note(offset=read[1][-1])
+        outbox.note(ended=True)
+        outbox.forget()
+    return None
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Path], str | None]]] = {
     "resume": ("stopped", _resume),
     "resume --from-previous": ("stopped", _resume_previous),
@@ -149,6 +206,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Path], str | None]]] = {
     "simulate --replay": ("finished", _replay),
     "simulate RUN/config.yaml": ("finished", _simulate),
     "load_model": ("finished", _load_model),
+    "sweep --resume": ("sweep", _resume_sweep),
+    "track": ("sweep", _track),
 }
 
 
@@ -360,7 +419,7 @@ def attempt(made: list[Original], seed: int, folder: Path) -> Tried:
     (outside / "round-000009").mkdir()
     (outside / "round-000009/precious").write_text("kept too")
     run = work / "run"
-    shutil.copytree(original.finished if kind == "finished" else original.stopped, run)
+    shutil.copytree({"finished": original.finished, "stopped": original.stopped, "sweep": original.sweep}[kind], run)
     what = f"{original.name}, {command}: " + damage(rng, run, outside)
     before = _contents(outside)
     signal.signal(signal.SIGALRM, _waits)

@@ -157,14 +157,15 @@ def test_the_model_of_a_run_in_which_samples_change_hands(events: list[Any], mon
     x = torch.zeros(3, dtype=torch.float64)
     unlike_own = 0
     for number in range(9):
-        models, weights = [], []
+        models: list[Tensor] = []
+        weights: list[int] = []
         for node in commits[number]:
             y = x.clone()
             for batch in drawn[number][node]:
                 y -= 0.3 * (y - points[batch].mean(0))
             models.append(y)
             weights.append(sum(map(len, drawn[number][node])))
-        x = sum(w * y for w, y in zip(weights, models, strict=True)) / sum(weights)
+        x = (torch.tensor(weights)[:, None] * torch.stack(models)).sum(0) / sum(weights)
         unlike_own += weights != [ran.replicas[node].num_samples for node in commits[number]]
     assert unlike_own >= 2
     torch.testing.assert_close(ran.replicas[0].parameters.double(), x, rtol=0, atol=1e-5)
