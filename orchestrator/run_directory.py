@@ -227,10 +227,8 @@ class RunDirectory(Observer):
         self._whole("summary.json", (json.dumps(summary.to_json(), indent=2) + "\n").encode())
         if self._rounds and self._has_picture:
             try:
-                from orchestrator.report import draw
-
                 self._folder.remove(_PICTURE)  # it may be a link
-                draw(self.path / _PICTURE, self._started, self._rounds)
+                _draw(self.path / _PICTURE, self._started, self._rounds)
             except Exception as error:  # noqa: BLE001 - a picture is not worth a run
                 _LOG.warning("curves.png could not be drawn: %s: %s", type(error).__name__, error)
 
@@ -305,6 +303,13 @@ def load_model(run_dir: str | Path, *, trust: bool = False) -> nn.Module:
     module = initial_module(task, config.seed, torch.device("cpu"))
     load_into(module, read_weights("run directory", str(path)), "run directory", str(path))
     return module.eval()
+
+
+def _draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
+    """Draw a run's curves."""
+    from orchestrator.report import draw  # matplotlib takes a second to import
+
+    draw(path, started, rounds)
 
 
 def _default(name: str) -> Path:

@@ -88,6 +88,7 @@ def test_wrong_usage(arguments):
 # --- simulate -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pictures
 def test_a_run_for_people(folder: Path):
     result = starling("simulate", "run.yaml", "--run-dir", "here")
     assert result.exit_code == 0, result.output
@@ -400,7 +401,7 @@ def test_nothing_but_json_reaches_stdout(folder: Path):
     noise = "    def build(self):\n        import os\n        os.system('echo noise')\n        return super().build()\n"
     path = task(folder, "noisy", noise)
     child = process("simulate", "run.yaml", "--json", "--set", f"task={path}")
-    stdout, stderr = child.communicate(timeout=60)
+    stdout, stderr = child.communicate(timeout=100)
     assert child.returncode == 0, stderr
     assert json.loads(stdout)["status"] == "finished"
     assert "noise" in stderr
@@ -414,7 +415,7 @@ def test_an_interrupted_run_ends_cleanly(folder: Path, number):
         assert child.poll() is None, child.communicate()[1]
         time.sleep(0.02)
     child.send_signal(number)
-    stdout, stderr = child.communicate(timeout=60)
+    stdout, stderr = child.communicate(timeout=100)
     assert child.returncode == 130, stderr
     answer = json.loads(stdout)
     assert (answer["status"], answer["error"]) == ("interrupted", "interrupted")
@@ -423,6 +424,7 @@ def test_an_interrupted_run_ends_cleanly(folder: Path, number):
     assert json.loads((folder / "here" / "summary.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.pictures
 def test_a_run_goes_on(folder: Path):
     first = json.loads(starling("simulate", "run.yaml", "--json", "--run-dir", "one", "--set", "rounds=2").stdout)
     told = starling("resume", "one", "--json")

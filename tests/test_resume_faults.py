@@ -36,11 +36,6 @@ def event(node: int | str, number: int, kind: str = "kill", phase: str = "train"
     return {"kind": kind, "node": node, "round": number, "phase": phase}
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("orchestrator.report.draw", lambda *_: None)
-
-
 @pytest.mark.parametrize(
     ("algorithm", "events", "rounds"),
     [

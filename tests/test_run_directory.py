@@ -24,6 +24,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.pictures
 def test_a_whole_run(tmp_path: Path):
     config = configuration()
     directory = RunDirectory(config, tmp_path / "run")
@@ -175,6 +176,7 @@ def test_a_picture_of_whatever_there_is(tmp_path: Path, rounds: int, changes: di
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+@pytest.mark.pictures
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_run(tmp_path: Path, monkeypatch, caplog):
     def broken(*arguments: object) -> None:
         raise RuntimeError("no fonts")

@@ -198,7 +198,7 @@ def churn(rng: random.Random, phases: tuple[str, ...]) -> dict[str, Any]:
 
 
 @given(st.integers(0, 10**6), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_synchronous_history(seed: int, large: bool):
     rng = random.Random(seed)
     keys = churn(rng, PHASES)
@@ -207,7 +207,7 @@ def test_any_synchronous_history(seed: int, large: bool):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_any_asynchronous_history(seed: int):
     rng = random.Random(seed)
     keys = churn(rng, ("train", "commit", "transfer"))

@@ -34,6 +34,7 @@ def runs(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tracking") / "runs"
 
 
+@pytest.mark.pictures
 def test_a_run_is_there_whole(runs: Path, monkeypatch):
     from mlflow import MlflowClient
 

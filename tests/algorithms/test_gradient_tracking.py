@@ -79,12 +79,11 @@ def test_the_mean_of_what_is_tracked_is_the_mean_gradient(steps: int):
 @pytest.mark.parametrize(
     ("keys", "rounds"),
     [
-        ({}, 200),
         ({"steps": 3, "rate": 0.07}, 200),
         ({"topology": "exponential"}, 200),
         ({"topology": "one_peer_exponential", "rate": 0.1}, 400),
     ],
-    ids=["ring", "three steps", "directed", "time-varying"],
+    ids=["three steps", "directed", "time-varying"],
 )
 def test_it_converges_to_the_optimum(keys: Any, rounds: int):
     x, _ = track([ALL] * rounds, **keys)[-1]
@@ -94,6 +93,7 @@ def test_it_converges_to_the_optimum(keys: Any, rounds: int):
 def test_it_converges_linearly_where_dsgd_stops():
     errors = [float((x - optimum(ALL)).norm(dim=1).max()) for x, _ in track([ALL] * 200)]
     assert errors[199] < 1e-2 * errors[149] < 1e-4 * errors[99]
+    assert errors[199] < 1e-8
     task = {"name": "quadratic", "samples_per_node": 1} | PROBLEM
     optimizer = {"name": "sgd", "lr": RATE, "precision": "fp64"}
     dsgd = simulate(algorithm="dsgd", task=task, nodes=5, rounds=200, optimizer=optimizer)

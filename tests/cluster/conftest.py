@@ -125,7 +125,7 @@ class Processes:
                 continue
         return found
 
-    def wait_until_gone(self, limit_s: float = 30) -> list[str]:
+    def wait_until_gone(self, limit_s: float = 60) -> list[str]:
         """What is still there after a bounded wait; nothing, if all is well."""
         deadline = time.monotonic() + limit_s
         while (found := self.alive()) and time.monotonic() < deadline:

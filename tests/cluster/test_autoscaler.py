@@ -16,7 +16,7 @@ from tests.cluster.sandbox import ROOT, Sandbox
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
 
 HEAD = "10.77.0.1"
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"

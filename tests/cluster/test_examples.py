@@ -20,7 +20,7 @@ def finish(processes: Processes, folder: Path, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedavg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("diloco", "dsgd"))]
+    "name", ["fedavg", *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("diloco", "dsgd"))]
 )
 def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processes, name: str):
     path = str(ROOT / f"examples/{name}.yaml")
@@ -38,6 +38,7 @@ def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processe
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_asynchronous_example_is_replayed_to_its_digest(tmp_path, processes: Processes):
     path = str(ROOT / "examples/fedbuff.yaml")
     real = finish(processes, tmp_path, "run", path, "--run-dir", "runs/real")

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
     Go = Callable[..., Summary]
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)]
+# A process is connected to one Ray at a time: machines of one worker serve them all.
+pytestmark = [
+    *(pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(240)),
+    pytest.mark.xdist_group("machines"),
+]
 
 PACED = "tests.cluster.programs:Paced"
 FEDAVG: dict[str, Any] = {"name": "fedavg", "steps": 1}
@@ -133,6 +137,7 @@ def test_the_nodes_of_a_machine_that_dies_while_they_train_go_on_elsewhere(
 
 @pytest.mark.parametrize("phase", ["post", "secure", "deliver"])
 @pytest.mark.usefixtures("with_its_machine")
+@pytest.mark.long
 def test_a_machine_that_dies_during_an_exchange_stops_nobody(
     phase: str, machines: Machines, story: Story, until: Path, go: Go
 ):
@@ -147,6 +152,7 @@ def test_a_machine_that_dies_during_an_exchange_stops_nobody(
     assert summary.replicas == "identical"
 
 
+@pytest.mark.long
 def test_the_nodes_of_a_machine_that_is_removed_go_on_elsewhere(machines: Machines, story: Story, until: Path, go: Go):
     machines.provide(1, 1, 1, 1)
     hurry_when(story, until, "recovered", {2})
@@ -188,6 +194,7 @@ def test_a_drained_machine_loses_nothing(machines: Machines, story: Story, until
     assert summary.replicas == "identical"
 
 
+@pytest.mark.long
 def test_sigterm_is_a_notice(machines: Machines, story: Story, until: Path, go: Go):
     machines.provide(1, 1, 1, 1)
     hurry_when(story, until, "recovered", {1})
@@ -227,6 +234,7 @@ def test_a_machine_that_is_added_is_used_at_a_later_round(
         assert {one["node"] for one in story.of("plan") if one["extras"]} >= late
 
 
+@pytest.mark.long
 def test_a_fresh_node_never_goes_on_alone(machines: Machines, story: Story, go: Go):
     first, second = machines.provide(1, 1)
 
@@ -250,6 +258,7 @@ def test_a_fresh_node_never_goes_on_alone(machines: Machines, story: Story, go: 
 
 @pytest.mark.parametrize("victim", [0, 2], ids=["donor", "joiner"])
 @pytest.mark.usefixtures("with_its_machine")
+@pytest.mark.long
 def test_a_machine_that_dies_during_a_transfer_is_made_up_for(victim: int, machines: Machines, story: Story, go: Go):
     machines.provide(1, 1, 1, 1, 1)
     # All three are needed: round 1 waits for the newcomer, and its transfer belongs to it.
@@ -266,6 +275,7 @@ def test_a_machine_that_dies_during_a_transfer_is_made_up_for(victim: int, machi
 
 
 @pytest.mark.usefixtures("with_its_machine")
+@pytest.mark.long
 def test_a_server_that_dies_with_its_machine_goes_on_elsewhere(machines: Machines, story: Story, go: Go):
     machines.provide(1, 1, 1, 1)
     kill = {"kind": "kill", "node": "server", "round": 4, "phase": "receive"}
@@ -280,6 +290,7 @@ def test_a_server_that_dies_with_its_machine_goes_on_elsewhere(machines: Machine
 
 
 @pytest.mark.parametrize("comes_up", ["before", "after"])
+@pytest.mark.long
 def test_a_spare_takes_the_place_of_a_node_whose_machine_died(
     comes_up: str, machines: Machines, story: Story, until: Path, go: Go
 ):
@@ -293,6 +304,7 @@ def test_a_spare_takes_the_place_of_a_node_whose_machine_died(
     assert summary.replicas == "identical"
 
 
+@pytest.mark.long
 def test_a_machine_that_has_just_died_keeps_no_run_from_beginning(machines: Machines, story: Story, go: Go):
     *_, dead = machines.provide(1, 1, 1)
     machines.kill(dead)
@@ -301,6 +313,7 @@ def test_a_machine_that_has_just_died_keeps_no_run_from_beginning(machines: Mach
     assert summary.replicas == "identical"
 
 
+@pytest.mark.long
 def test_a_process_with_another_version_is_refused(machines: Machines):
     machines.provide(1)
     config = resolve({"algorithm": "fedavg", "task": "digits", "tracking": "none"})

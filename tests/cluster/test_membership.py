@@ -41,7 +41,11 @@ def faults(*which: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "phase", ["secure", *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("train", "post", "deliver"))]
+    "phase",
+    [
+        "secure",
+        *(pytest.param(phase, marks=[pytest.mark.slow, pytest.mark.long]) for phase in ("train", "post", "deliver")),
+    ],
 )
 def test_a_killed_node_is_replaced_and_all_end_alike(phase: str, config: Make, tmp_path: Path):
     # With all four needed the run waits for the new one, and its last rounds show that it has the others' state.

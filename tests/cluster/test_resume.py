@@ -69,6 +69,7 @@ def test_an_asynchronous_run_goes_on_and_is_replayed(config: Callable[..., Confi
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_with_more_nodes_and_after_a_loss(config: Callable[..., Config], tmp_path: Path):
     kill = json.dumps([{"kind": "kill", "node": 1, "round": 1, "phase": "train"}])
     keys = [f"faults.events={kill}", "cluster.nodes_per_actor=1", "cluster.nodes.target=3"]
@@ -79,6 +80,7 @@ def test_with_more_nodes_and_after_a_loss(config: Callable[..., Config], tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path, processes: Processes):
     from mlflow import MlflowClient
 

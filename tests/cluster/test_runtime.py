@@ -83,7 +83,8 @@ def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_p
 LAST = {type(case.algorithm).__module__.split(".")[1]: case for case in CASES}
 """One of each family: what others of it do on Ray differs little from that. They are in the slow tests."""
 
-SOME = [pytest.param(case, id=case.name, marks=[] if case in LAST.values() else pytest.mark.slow) for case in CASES]
+FULL = [pytest.mark.slow, pytest.mark.long]
+SOME = [pytest.param(case, id=case.name, marks=[] if case in LAST.values() else FULL) for case in CASES]
 
 
 @pytest.mark.parametrize("case", SOME)

@@ -24,7 +24,8 @@ from tests.cluster.conftest import ROOT, Processes, Rays
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+# One Ray with a job server serves them all, and is the only one that its jobs may find.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("submit")]
 
 HEAD = """
 import sys, ray
@@ -159,12 +160,14 @@ def test_a_job_trains_to_the_simulators_digest(
     assert summary["digest"] == simulated.digest
 
 
+@pytest.mark.long
 def test_the_exit_code_is_the_jobs(submit: Callable[..., subprocess.Popen[str]]):
     out, _ = (job := submit("--set", "optimizer.lr=1.0e+30")).communicate(timeout=120)
     assert job.returncode == 3, out
     assert "error: node" in out
 
 
+@pytest.mark.long
 def test_ctrl_c_asks_and_stops_the_job(head: Head, submit: Callable[..., subprocess.Popen[str]]):
     ours, theirs = pty.openpty()
     job = submit("--set", "rounds=100000", stdin=theirs, stderr=theirs)
@@ -197,6 +200,7 @@ def test_ctrl_c_asks_and_stops_the_job(head: Head, submit: Callable[..., subproc
     assert (run / "config.yaml").exists()
 
 
+@pytest.mark.long
 def test_without_a_terminal_an_interrupted_submitter_leaves_the_job_running(
     head: Head, submit: Callable[..., subprocess.Popen[str]]
 ):

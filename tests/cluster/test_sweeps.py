@@ -116,6 +116,7 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, shared_ray: str):
     assert wait_until_nothing_is_left() == []
 
 
+@pytest.mark.long
 def test_a_population_clones_through_checkpoints(tmp_path: Path, shared_ray: str):
     del shared_ray
     (tmp_path / "met").mkdir()
@@ -138,6 +139,7 @@ def test_a_population_clones_through_checkpoints(tmp_path: Path, shared_ray: str
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
 
 
+@pytest.mark.long
 def test_a_trial_whose_controller_dies_goes_on(tmp_path: Path, shared_ray: str):
     from ray._private.state import actors
 
@@ -186,7 +188,7 @@ def start(processes: Processes, folder: Path, *arguments: str, **environment: st
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_one_that_is_ended_leaves_nothing_and_goes_on(tmp_path: Path, processes: Processes, number: int):
     from mlflow import MlflowClient
 
@@ -276,6 +278,7 @@ def server(tmp_path: Path):
     one.kill()
 
 
+@pytest.mark.long
 def test_a_tracker_that_goes_away_and_comes_back_has_all(tmp_path: Path, server: Server, monkeypatch):
     """A simulated sweep whose tracker is killed in the middle, and comes back before the end."""
     import mlflow.pytorch
@@ -327,6 +330,7 @@ def test_a_tracker_that_goes_away_and_comes_back_has_all(tmp_path: Path, server:
     assert torch.allclose(module(inputs), ours(inputs), atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_simulated_sweep_is_confirmed_on_the_cluster(tmp_path: Path, processes: Processes):
     path = write(tmp_path)
     # Relative to where the sweep is started, for the first trial of an actor and for those after it.
