@@ -47,7 +47,7 @@ class Budgets:
             self._kinds[report.nodeid] = kind
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        cache = self._config.cache
+        cache = getattr(self._config, "cache", None)  # there is none with -p no:cacheprovider
         if cache is None or not self._kinds:
             return
         runs: dict[str, list[float]] = dict(cache.get(_CACHE_KEY, {}))

@@ -68,3 +68,15 @@ def test_what_fails_is_not_kept():
     budgets.pytest_runtest_logreport(report("call", 5.0, "failed"))
     budgets.pytest_terminal_summary(Terminal())  # type: ignore[arg-type]
     assert config.cache == {}
+
+
+def test_without_a_cache_nothing_is_said():
+    class Bare:
+        """Of ``-p no:cacheprovider``."""
+
+    bare: Any = Bare()
+    budgets = Budgets(bare)
+    budgets.pytest_runtest_logreport(report("call", 5.0))
+    terminal = Terminal()
+    budgets.pytest_terminal_summary(terminal)  # type: ignore[arg-type]
+    assert terminal.lines == []
