@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from torch import Tensor
 
 from actors.tasks.quadratic import Quadratic
+from algorithms.api import AllReduce, Loss
 from algorithms.errors import ProgramError
 from algorithms.zeroth_order import FZooS
-from algorithms.zeroth_order.queries import nearest, rebased
+from algorithms.zeroth_order.queries import around, nearest, rebased, scaled
 from algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
 from tests.membership import scripted
 from tests.toys import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TASK: dict[str, Any] = {"name": "quadratic", "dimension": 6}
 
@@ -65,6 +71,22 @@ def test_only_a_surrogate_that_differs_corrects():
         assert torch.equal(ran.parameters, more.parameters) is same
 
 
+@pytest.mark.parametrize(("seed", "scale"), [(0, 1.0), (1, 0.02), (2, 4.0)])
+def test_no_length_nearby_is_likelier(seed: int, scale: float):
+    """By the density of a normal distribution with that covariance, as scipy has it."""
+    points = normal(25, 3, seed=seed) * scale
+    values = (points / scale).sin().sum(dim=1)
+
+    def likelihood(length: float) -> float:
+        rho = math.sqrt(5) * torch.cdist(points, points) / length
+        covariance = (1 + rho + rho.square() / 3) * (-rho).exp() + 1e-6 * torch.eye(25)
+        return float(multivariate_normal(cov=covariance.numpy()).logpdf(values.numpy()))
+
+    length = GaussianProcess(points, values, length=None).length
+    assert 0.3 * scale < length < 30 * scale
+    assert likelihood(length) > max(likelihood(length * factor) for factor in (0.5, 0.8, 0.96, 1.04, 1.25, 2.0))
+
+
 @pytest.mark.slow
 def test_the_length_is_the_likeliest():
     """Against scikit-learn's Gaussian process, of the authors' settings."""
@@ -87,6 +109,29 @@ def test_what_is_queried_is_what_is_least_certain():
     candidates = torch.cat([normal(20, 3, seed=2) * 0.05, normal(5, 3, seed=3) * 0.05 + 2])
     chosen = algorithm._least_certain(known, x, candidates, 5, length=1.0)
     assert sorted(chosen[:, 0].tolist()) == sorted(candidates[20:, 0].tolist())
+
+
+def test_candidates_are_all_around():
+    places = around(torch.tensor([5.0, -5.0], dtype=torch.float64), 0.5, 2000, torch.Generator().manual_seed(0))
+    assert places.shape == (2000, 2)
+    torch.testing.assert_close(places.amin(0), torch.tensor([4.5, -5.5], dtype=torch.float64), rtol=0, atol=0.01)
+    torch.testing.assert_close(places.amax(0), torch.tensor([5.5, -4.5], dtype=torch.float64), rtol=0, atol=0.01)
+    torch.testing.assert_close(places.mean(0), torch.tensor([5.0, -5.0], dtype=torch.float64), rtol=0, atol=0.03)
+
+
+def test_values_are_between_0_and_1():
+    unit, extent = scaled(torch.tensor([7.0, 3.0, 11.0]))
+    assert (unit.tolist(), extent) == ([0.5, 0.0, 1.0], 8.0)
+    unit, extent = scaled(torch.tensor([7.0, 7.0]))
+    assert (unit.tolist(), extent) == ([0.0, 0.0], 1.0), "values that are all alike have no range"
+
+
+def test_features_are_fitted_with_a_ridge():
+    """ν = (ΦᵀΦ + σ²I)⁻¹ Φᵀy, which more points than features determine too."""
+    features, points, values = FourierFeatures(8, 3, seed=0), normal(20, 3), normal(20, seed=1)
+    phi = features(points)
+    expected = torch.linalg.solve(phi.T @ phi + 0.5 * torch.eye(8, dtype=torch.float64), phi.T @ values)
+    torch.testing.assert_close(features.fit(points, values, noise=0.5), expected, rtol=0, atol=1e-12)
 
 
 def test_what_is_near_counts():
@@ -163,6 +208,13 @@ def test_the_gradient_is_most_certain_where_most_is_known():
     torch.testing.assert_close(variances[0], exact, rtol=1e-6, atol=1e-7)
 
 
+def test_far_from_all_the_gradients_variance_is_the_priors():
+    """d · 5 / (3ℓ²), of a longer kernel less."""
+    process = GaussianProcess(normal(12, 3), normal(12, seed=1), length=2.0)
+    far = torch.full((1, 3), 1000.0, dtype=torch.float64)
+    assert float(process.gradient_variance(far)) == pytest.approx(3 * 5 / (3 * 4))
+
+
 def kernel(points: Tensor, at: Tensor, step: Tensor) -> Tensor:
     rho = (points - at - step).norm(dim=1) * math.sqrt(5)
     return (1 + rho + rho.square() / 3) * (-rho).exp()
@@ -195,6 +247,92 @@ def test_the_common_surrogate_has_the_mean_gradient():
     own = [features.gradient(one.local["surrogate"], at) for one in ran.replicas.values()]  # pyright: ignore[reportArgumentType]
     common: Any = ran.replicas[0].shared["surrogate"]
     torch.testing.assert_close(features.gradient(common, at), torch.stack(own).mean(0), rtol=0, atol=1e-10)
+
+
+class Round:
+    """A round of one node that has queried before, driven by hand: what it asks for is answered and written down."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], moved: Tensor, difference: Tensor, **fields: Any) -> None:
+        size = len(moved)
+        self.algorithm = FZooS(
+            features=30, queries=2, candidates=10, surrogate_queries=3, surrogate_candidates=5, **fields
+        )
+        self.start = normal(size, seed=4)
+        # The last query of a round is at the x that the next one begins with.
+        self.earlier = torch.cat([normal(12, size, seed=5) * 0.3 + self.start, self.start.unsqueeze(0)])
+        surrogate = normal(30, seed=6)
+        known = {"points": self.earlier, "values": torch.stack([function(one) for one in self.earlier])}
+        self.node: Any = SimpleNamespace(
+            id=1,
+            parameters=self.start.clone(),
+            layout=SimpleNamespace(num_values=size),
+            seed=3,
+            num_samples=7,
+            local=known | {"surrogate": surrogate},
+            shared={"surrogate": surrogate + difference},
+            rng=lambda purpose: torch.Generator().manual_seed(len(purpose)),
+        )
+        self.asked: list[Tensor] = []
+        self.reduced: list[AllReduce[Any]] = []
+        program: Any = self.algorithm.round(self.node)
+        answer: Any = None
+        try:
+            while True:
+                awaited = program.send(answer)
+                match awaited:
+                    case Loss(at=at):
+                        self.asked.append(at.clone())  # type: ignore[union-attr]
+                        answer = float(function(at))  # type: ignore[arg-type]
+                    case AllReduce():
+                        self.reduced.append(awaited)
+                        answer = SimpleNamespace(value=awaited.tensors if len(self.reduced) > 1 else moved)
+                    case _:
+                        answer = None
+        except StopIteration:
+            pass
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """x_1 to x_T: x itself comes first, and two queries after each step but the last."""
+        return self.asked[1 : 1 + 3 * self.algorithm.steps : 3]
+
+
+def test_steps_are_adams_along_the_corrected_gradient():
+    """With a correction beside which μ_i's gradient is nothing: g_t = (γ_1 / t) ∇(ν − ν_i)ᵀφ(x_t)."""
+    correction = normal(30, seed=7)
+    ran = Round(lambda x: x.square().sum(), torch.zeros(4).double(), correction, steps=4, lr=0.05, correction=1e9)
+    features = FourierFeatures(30, 4, seed=3)
+    x = ran.start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.05)
+    for number, found in enumerate(ran.steps, start=1):
+        x.grad = features.gradient(correction, x.detach()) * 1e9 / number
+        optimizer.step()
+        torch.testing.assert_close(found, x.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ran.reduced[0].tensors, ran.start - x.detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "sign"), [(-0.3, -1), (-3.0, 1)])
+def test_the_gradient_and_its_correction_are_in_the_units_of_the_loss(share: float, sign: int):
+    """The loss has slope 1000 there; the correction, a share of that, turns the step round where it is larger."""
+    unit = normal(30, seed=7)
+    start = normal(1, seed=4)
+    slope = float(FourierFeatures(30, 1, seed=3).gradient(unit, start))
+    difference = unit * (1000 * share / slope)
+    ran = Round(lambda x: 1000 * (x - start).sin().sum(), torch.zeros(1).double(), difference, steps=1, lr=0.05)
+    assert float(ran.steps[0] - start) == pytest.approx(sign * 0.05, rel=1e-3)
+
+
+def test_the_common_step_and_what_is_kept_of_queries():
+    moved = normal(4, seed=8)
+    ran = Round(lambda x: x.square().sum(), moved, torch.zeros(30).double(), steps=2, server_lr=0.5, history=15)
+    common = ran.start - 0.5 * moved
+    torch.testing.assert_close(ran.node.parameters, common, rtol=0, atol=1e-15)
+    assert [one.weight for one in ran.reduced] == [7, 7], "by samples, of x and of ν"
+    assert len(ran.asked) == 1 + 2 + 2 + 1 + 3, "x, two steps, two queries between them, the common x, three around it"
+    torch.testing.assert_close(ran.asked[5], common, rtol=0, atol=1e-15)
+    kept = torch.cat([ran.earlier[:-1], torch.stack(ran.asked)])[-15:]  # x is known once
+    assert torch.equal(ran.node.local["points"], kept)
+    assert torch.equal(ran.node.local["values"], kept.square().sum(dim=1))
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from actors.tasks.quadratic import Quadratic
 from actors.together import NodeOptimizer
 from actors.workbench import Workbench
 from algorithms.api import Node
-from algorithms.errors import ProgramError
 from algorithms.layout import Layout, LayoutEntry
 from algorithms.noise import fill
 from algorithms.seeds import derive_seed
@@ -221,20 +220,6 @@ def test_a_record_is_rate_distance_count_codes_and_a_digest():
         assert records.unpack(wrong, 2, with_digest=True) is None
     assert records.unpack(record, 2, with_digest=False) is None
     assert records.unpack(record, 3, with_digest=True) is None
-
-
-@pytest.mark.parametrize(
-    ("codes", "words"),
-    [
-        (torch.zeros(3, dtype=torch.uint8), "node 4 has 3 bytes of codes; it must have 2 bytes"),
-        (torch.zeros(2), "node 4 has 2 values of torch.float32 of codes; it must have 2 bytes"),
-    ],
-)
-def test_codes_of_another_form_are_refused(codes: Tensor, words: str):
-    with pytest.raises(ProgramError, match=words):
-        records.checked(4, codes, 2)
-    kept = torch.zeros(2, dtype=torch.uint8)
-    assert records.checked(4, kept, 2) is kept
 
 
 # --- replicas -------------------------------------------------------------------------------------------------------
