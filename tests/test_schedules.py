@@ -129,6 +129,14 @@ def test_workers_of_a_server_go_by_its_rounds(rates: Rates, size: int, nodes: in
     assert min(last) < 0.2 * LR  # it anneals, whatever K and N are
 
 
+def test_a_cosine_without_a_barrier_takes_half_of_the_way_of_a_constant(rates: Rates):
+    """Which is why it ends less far along: as with half of the learning rate, whatever order the updates arrive in."""
+    algorithm = {"name": "fedbuff", "buffer_size": 5, "steps": 10}
+    run(algorithm, cosine(), nodes=10, rounds=24, network={"speeds": {0: 0.5, 1: 2.0}, "latency_ms": 1})
+    taken = [rate / LR for found in rates.values() for _, rate in found]
+    assert sum(taken) / len(taken) == pytest.approx(0.5, abs=0.05)
+
+
 def _counted(found: list[tuple[int, float]], given: list[int]) -> list[tuple[int, int]]:
     """The server's round that each step of a worker belongs to, and how many it has taken in that before."""
     taken: defaultdict[int, int] = defaultdict(int)
