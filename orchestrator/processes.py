@@ -103,6 +103,10 @@ class Processes(Calls):
         # Our own Ray has room for spares, and for one more process, in which a node goes on whose own is to end.
         extra = (cluster.warm_spares + 1) * per_process + config.algorithm.has_server
         self._session = self._connect(cluster.num_cpus * (config.num_nodes + extra))
+        self._vital = self._session.vital
+        if self._vital:
+            patience_s = _STANDSTILL_S + cluster.cancel_grace_s
+            self._vitals = Vitals(self._vital, patience_s, lambda name: self._queue.put(lambda: self._say_ended(name)))
         nodes = self._nodes_with_room()
         places = self._places(nodes)
         # Nodes that come later are handed what others leave; federated data are each node's own.
@@ -122,10 +126,6 @@ class Processes(Calls):
         first = self._facts_of(up[0])
         self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
-        self._vital = self._session.vital
-        if self._vital:
-            patience_s = _STANDSTILL_S + cluster.cancel_grace_s
-            self._vitals = Vitals(self._vital, patience_s, lambda name: self._queue.put(lambda: self._say_ended(name)))
         self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
@@ -258,6 +258,8 @@ class Processes(Calls):
         self._ready.extendleft(reversed(later))  # once there is somebody to take it
 
     def close(self) -> None:
+        if self._vitals is not None:
+            self._vitals.hasten()  # what is stopped would keep Ray from ending
         if self._machines is not None:
             self._machines.stop()
         for actor in self._actors:
@@ -275,7 +277,7 @@ class Processes(Calls):
                 self._session.close()
             self._session = None
         if self._vitals is not None:
-            self._vitals.stop()  # last: what is stopped keeps Ray from ending, too
+            self._vitals.stop()
 
     # --- nodes that come ---------------------------------------------------------------------------------------------
 

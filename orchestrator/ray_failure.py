@@ -23,10 +23,14 @@ _LAST_LINES = 200
 
 _FATAL = re.compile(r"^\[.*? C \d+ \d+\] (?:\([^)]*\) )?(?:\S+:\d+: )?\s*(?P<text>.*)")
 """What Ray's C++ processes say before they give up."""
-_WORDY = re.compile(r".*Check failed:\s*")
+_WORDY = re.compile(r".*Check failed:\s*(?:\w+\.has_value\(\)\s*)?")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*")
 
 _SERVERS = ("gcs_server", "raylet", "dashboard", "dashboard_agent", "runtime_env_agent")
+
+
+class TimedOutError(ClusterError):
+    """A Ray of our own has not come up within the time that it gives itself."""
 
 
 def not_writable(folder: Path | str, error: OSError) -> ClusterError:
@@ -46,8 +50,9 @@ def not_started(error: Exception, logs: Path) -> ClusterError:
     reason = _without_paths(_first_line(error))
     told = said_last(logs)
     if told:
-        reason += f"; {told}"
-    return ClusterError(f"cluster.address local: Ray does not start: {reason}; {_advice(logs)}")
+        reason += f"; {_without_paths(told)}"
+    kind = TimedOutError if "timed out" in str(error).lower() else ClusterError
+    return kind(f"cluster.address local: Ray does not start: {reason}; {_advice(logs)}")
 
 
 def said_last(logs: Path, servers: Sequence[str] = _SERVERS) -> str | None:

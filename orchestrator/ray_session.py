@@ -303,6 +303,15 @@ def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | 
             "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
         )
         raise ClusterError(message)
+    try:
+        return _start_once(num_cpus, num_gpus, runtime_env)
+    except ray_failure.TimedOutError:
+        # It gives itself half a minute, which a busy machine may need for its agents' imports alone.
+        _LOG.warning("Ray has not come up within the time that it gives itself; it is started once more")
+    return _start_once(num_cpus, num_gpus, runtime_env)
+
+
+def _start_once(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | None) -> Session:
     folder = _folder()
     environment = _set(
         {

@@ -18,6 +18,7 @@ from pathlib import Path
 _TIMEOUT_S = 30.0
 _PAUSE_S = 0.2
 _DISMISS_S = 5.0
+_TITLE = b"ray::"
 
 
 def watch(folder: Path) -> subprocess.Popen[bytes] | None:
@@ -60,13 +61,19 @@ def clean(folder: Path, timeout_s: float = _TIMEOUT_S) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Those that were started with a path in the folder: Ray's servers and agents. Its workers end with them."""
+    """The processes of the Ray whose files are in the folder: its servers, its agents and its workers.
+
+    Servers were started with a path in it. Agents and workers show a title in place of their arguments, and have such a
+    path among the variables that they began with. So may others that only reach this Ray, which are left alone.
+    """
     name, found = os.fsencode(folder) + b"/", []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-                if name in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
+    with contextlib.suppress(OSError):  # not every system has it
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+                    title = (entry / "cmdline").read_bytes()
+                    if name in title or (title.startswith(_TITLE) and name in (entry / "environ").read_bytes()):
+                        found.append(int(entry.name))
     return found
 
 

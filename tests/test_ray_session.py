@@ -46,10 +46,16 @@ def folders() -> set[Path]:
 
 
 @pytest.mark.parametrize(
-    "error", [Exception("it timed out\nat length"), AssertionError(), ImportError("no such module")]
+    ("error", "tries"),
+    [(Exception("it timed out\nat length"), 2), (AssertionError(), 1), (ImportError("no such module"), 1)],
 )
-def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch, error):
-    def init(**_: object) -> None:
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, tries: int
+):
+    places: list[str] = []
+
+    def init(*, _temp_dir: str, **_: object) -> None:
+        places.append(_temp_dir)
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert "PYTHONOPTIMIZE" not in os.environ
         raise error
@@ -61,6 +67,8 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(monkeypatch, e
         ray_session.connect("local", num_cpus=1)
     assert str(caught.value).startswith(f"cluster.address local: Ray does not start: {type(error).__name__}")
     assert "\n" not in str(caught.value)
+    assert len(set(places)) == len(places) == tries
+    assert caplog.text.count("it is started once more") == tries - 1
     assert (folders() - before, dict(os.environ)) == (set(), environment)
     assert signal.getsignal(signal.SIGHUP) == handler
 
@@ -77,13 +85,14 @@ def test_no_place_for_rays_files_is_one_line(monkeypatch):
 def test_what_rays_servers_said_is_part_of_the_line(tmp_path: Path):
     (tmp_path / "raylet.out").write_text(
         "[2026-11-30 15:00:00,000 I 1 1] (raylet) a.cc:1: fine\n"
-        "[2026-11-30 15:00:00,001 C 1 1] (raylet) b.cc:2: Likely a bug. Check failed: port is taken\n*** StackTrace\n"
+        "[2026-11-30 15:00:00,001 C 1 1] (raylet) b.cc:2: Likely a bug. Check failed: "
+        "status1.has_value() no file /tmp/starling-a/r/x_port\n*** StackTrace\n"
     )
     (tmp_path / "dashboard.log").write_text("  File 'x'\nOSError: [Errno 98] in use\n")
-    assert ray_failure.said_last(tmp_path) == "raylet said: port is taken"
+    assert ray_failure.said_last(tmp_path) == "raylet said: no file /tmp/starling-a/r/x_port"
     assert ray_failure.said_last(tmp_path, ["gcs_server"]) is None
     line = str(ray_failure.not_started(RuntimeError("no\nanswer"), tmp_path))
-    assert line.startswith("cluster.address local: Ray does not start: RuntimeError: no; raylet said: port is taken; ")
+    assert line.startswith("cluster.address local: Ray does not start: RuntimeError: no; raylet said: no file; ")
 
 
 def test_a_ray_of_our_own_that_is_gone_is_named(monkeypatch, tmp_path: Path):
@@ -100,6 +109,11 @@ def test_a_watcher_cleans_up_after_a_process_that_is_killed(tmp_path: Path):
         (one / "r").mkdir(parents=True)
     sleep = "import time; time.sleep(600)"
     servers = [subprocess.Popen([sys.executable, "-c", sleep, f"--temp-dir={one}/r"]) for one in (folder, other)]
+    # Agents and workers show a title; others that reach the same Ray have its token, too.
+    reaching = os.environ | {"RAY_AUTH_TOKEN_PATH": f"{folder}/auth_token"}
+    agent, driver_of_another = (
+        subprocess.Popen([title, "600"], executable="/bin/sleep", env=reaching) for title in ("ray::Agent", "sleep")
+    )
     body = f"""
 import os, pathlib
 from orchestrator import ray_watcher
@@ -125,8 +139,10 @@ os.kill(os.getpid(), 9)
         assert not folder.exists()
         assert other.exists()
         assert servers[1].poll() is None
+        assert agent.wait(60) == -signal.SIGKILL
+        assert driver_of_another.poll() is None
     finally:
-        for server in servers:
+        for server in (*servers, agent, driver_of_another):
             server.kill()
             server.wait()
 

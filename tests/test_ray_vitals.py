@@ -66,3 +66,11 @@ def test_one_that_goes_on_is_left_alone(process: subprocess.Popen[bytes], caplog
         assert said in caplog.text
     assert state_of(process.pid) not in (None, "Z")
     vitals.stop()
+
+
+def test_one_that_is_stopped_is_not_waited_for_when_all_is_to_end(process: subprocess.Popen[bytes]):
+    vitals = Vitals({"raylet": process.pid}, 600.0, lambda _: None)
+    os.kill(process.pid, signal.SIGSTOP)
+    vitals.hasten()
+    assert process.wait(30) == -signal.SIGKILL
+    vitals.stop()

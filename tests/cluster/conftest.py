@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -124,6 +125,13 @@ class Processes:
             except OSError:
                 continue
         return found
+
+    def of_ray(self, program: subprocess.Popen[str], name: str) -> int:
+        """The id of the raylet or the GCS (``gcs_server``) that a program started."""
+        for child in psutil.Process(program.pid).children(recursive=True):
+            if child.name() == name:
+                return child.pid
+        raise AssertionError(f"{name} does not run")
 
     def wait_until_gone(self, limit_s: float = 60) -> list[str]:
         """What is still there after a bounded wait; nothing, if all is well."""

@@ -142,3 +142,11 @@ class Drifting(Faulty):
 
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         return module(batch[0]).square().mean()
+
+
+class Divided(Faulty):
+    """A task that divides its data at random, in each process otherwise."""
+
+    def train_samples(self, num_nodes: int) -> Samples:
+        values = torch.frombuffer(bytearray(os.urandom(40)), dtype=torch.uint8).float().unsqueeze(1)
+        return TensorSamples(values)

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from actors.tasks.hugging_face import _quiet
 from orchestrator.api import run, simulate
 from orchestrator.config import Config
-from tests.cluster.test_runtime import Watcher
+from orchestrator.errors import DataError
+from tests.cluster.test_runtime import Watcher, actors_alive
 from tests.tasks.test_parquet import broken, rows, write
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -81,3 +82,15 @@ def test_the_cluster_ends_with_the_simulators_bits(
     if task == "lora":
         for place in ("real", "simulated"):
             transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / place / "export")
+
+
+def test_data_that_are_others_in_each_process_are_refused(config: Make, tmp_path: Path):
+    settings = config(
+        "fedavg", "cluster.nodes.target=2", "cluster.nodes_per_actor=1", task="tests.cluster.programs:Divided"
+    )
+    said = (
+        r"the data of node \d \(pid \d+ on .*\) are not those of pid \d+ on .*: values of the training samples differ"
+    )
+    with pytest.raises(DataError, match=said):
+        run(settings, run_dir=tmp_path / "run")
+    assert actors_alive() == 0

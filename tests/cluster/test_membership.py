@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from algorithms.topologies.exponential import Exponential
 from orchestrator import progress, run
 from orchestrator.api import replay
 from orchestrator.records import Observer
 from orchestrator.samples import Samples
+from tests.cluster.machines import Story
 from tests.draws import expected, num_complete
 
 if TYPE_CHECKING:
@@ -84,6 +86,25 @@ def test_a_stopped_process_is_ended_and_replaced(config: Make, tmp_path: Path):
     assert summary.nodes["lost"] == 1
     assert [one["node"] for one in events(tmp_path / "run", "late")] == [3]
     assert "within 1 s (cluster.cancel_grace_s)" in events(tmp_path / "run", "lost")[0]["reason"]
+
+
+@pytest.mark.slow
+def test_the_gap_of_a_killed_node_in_a_directed_graph_is_closed(config: Make, tmp_path: Path):
+    kill = {"kind": "kill", "node": 3, "round": 1, "phase": "train"}
+    settings = config(
+        {"name": "dsgd", "steps": 1, "topology": "exponential"},
+        *("rounds=3", "cluster.nodes.target=5", "cluster.nodes.min=5", APART, faults(kill)),
+    )
+    story = Story()
+    summary = run(settings, run_dir=tmp_path / "run", observers=[story])
+    assert summary.nodes["lost"] == 1
+    assert [one["committed"] for one in story.of("commit")] == [[0, 1, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
+    # The node's successors hear from its predecessors instead: as many messages as four nodes have among themselves.
+    mixing = Exponential().mixing(range(5), 1, settings.seed, {0, 1, 2, 4})
+    all_there, with_gap = Exponential().mixing(range(5), 0, settings.seed).num_messages, mixing.num_messages
+    assert story.rounds[1].payload_bytes * all_there == story.rounds[0].payload_bytes * with_gap
+    assert all(len(mixing.in_neighbors(node)) > 1 for node in (0, 1, 2, 4))
+    assert replay(tmp_path / "run", run_dir=tmp_path / "again").digest == summary.digest
 
 
 @pytest.mark.slow

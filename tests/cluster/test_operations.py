@@ -88,8 +88,13 @@ def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: P
         ({"name": f"{HERE}:Counting"}, [APART]),
         ({"name": f"{HERE}:Counting", "large": LARGE}, []),
         ({"name": f"{HERE}:Passing"}, []),
+        pytest.param(
+            {"name": "fedbuff", "buffer_size": 2, "steps": 3},
+            ["optimizer.schedule={name: cosine, warmup_steps: 4}"],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["server", "large, in shared processes", "token"],
+    ids=["server", "large, in shared processes", "token", "schedule"],
 )
 def test_an_asynchronous_run_is_replayed_to_its_digest(
     algorithm: dict[str, Any], overrides: list[str], config: Make, tmp_path: Path

@@ -75,8 +75,8 @@ def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
     wait_for(program, "round 3")
     program.kill()
     program.communicate(timeout=60)
-    # Ray's agents first try to tell the dead driver of the death of their raylet, which can take them half a minute.
-    assert processes.wait_until_gone(limit_s=100) == []
+    assert processes.wait_until_gone() == []
+    assert processes.temporary_files() == []
 
 
 def test_a_failed_run_leaves_nothing_and_exits_3(tmp_path, processes: Processes):

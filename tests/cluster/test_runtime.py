@@ -33,9 +33,9 @@ class Watcher(Observer):
         self.lines.setdefault(node, []).extend(lines)
 
 
-def actors_alive() -> int:
-    """Node actors of this process's Ray, by the resources they hold."""
-    deadline = time.monotonic() + 20
+def actors_alive(limit_s: float = 20) -> float:
+    """Node actors of this process's Ray, by the resources they hold, after a bounded wait for there to be none."""
+    deadline = time.monotonic() + limit_s
     while (used := ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)) and (
         time.monotonic() < deadline
     ):
