@@ -24,7 +24,7 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray import _raylet
-from ray._private import ray_constants, state, worker
+from ray._private import node, ray_constants, state, utils, worker
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
@@ -111,10 +111,10 @@ class Session:
         Raises:
             ClusterError: one that a run cannot do without has ended.
         """
-        node: Any = vars(worker)["_global_node"]
-        if self._folder is None or node is None:
+        ours: Any = vars(worker)["_global_node"]
+        if self._folder is None or ours is None:
             return
-        dead = [name for name, _ in node.dead_processes() if name in _VITAL]
+        dead = [name for name, _ in ours.dead_processes() if name in _VITAL]
         if dead:
             told = ray_failure.said_last(self._folder / _LOGS, dead)
             reason = f" ({told})" if told else ""
@@ -123,10 +123,10 @@ class Session:
     @property
     def vital(self) -> dict[str, int]:
         """The processes of our own Ray that a run cannot do without: their ids by name."""
-        node: Any = vars(worker)["_global_node"]
-        if self._folder is None or node is None:
+        ours: Any = vars(worker)["_global_node"]
+        if self._folder is None or ours is None:
             return {}
-        return {name: process.pid for name, process in node.live_processes() if name in _VITAL}
+        return {name: process.pid for name, process in ours.live_processes() if name in _VITAL}
 
     def ended(self, name: str) -> RunError:
         """What to say when one of them has ended."""
@@ -333,7 +333,7 @@ def _start_once(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, An
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _quiet():
+        with _quiet(), bare():
             ray.init(
                 address="local",
                 num_cpus=max(1, math.ceil(num_cpus)),
@@ -412,6 +412,36 @@ def _probe(address: str) -> None:
             "(ray status shows it), or use cluster.address: local"
         )
         raise ClusterError(message) from None
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Start of a Ray what trains, and no more: no autoscaler, no dashboard, nobody who reads what workers print.
+
+    We use none of them. Each is a Python process that imports Ray, and Ray waits for the dashboard's before it starts
+    the raylet, also where that would only report its use; the raylet waits for its agent, which without a dashboard
+    serves nobody. On a busy machine these imports take longer than Ray waits.
+    """
+    kept = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
+    dependencies = utils.get_dashboard_dependency_error
+    node.Node.start_monitor = node.Node.start_log_monitor = lambda _: None
+    node.Node.start_api_server = _without_dashboard
+    utils.get_dashboard_dependency_error = _not_wanted
+    try:
+        yield
+    finally:
+        utils.get_dashboard_dependency_error = dependencies
+        for name, method in kept.items():
+            setattr(node.Node, name, method)
+
+
+def _without_dashboard(of: Any, **_: object) -> None:  # noqa: ANN401 - Ray's node
+    of._webui_url = ""  # noqa: SLF001 - as Ray has it where there is none
+
+
+def _not_wanted() -> ImportError:
+    """Let Ray take itself for an installation without ``ray[default]``, whose agents serve no dashboard."""
+    return ImportError("no dashboard is wanted")
 
 
 @contextlib.contextmanager

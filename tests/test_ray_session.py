@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import ray
-from ray._private import worker
+from ray._private import node, utils, worker
 
 from orchestrator import ray_failure, ray_session, ray_watcher
 from orchestrator.errors import ClusterError
@@ -73,6 +74,19 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(
     assert signal.getsignal(signal.SIGHUP) == handler
 
 
+def test_of_a_ray_only_what_trains_is_started():
+    servers = [getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")]
+    ours: Any = SimpleNamespace()
+    with ray_session.bare():
+        for name in ("start_monitor", "start_log_monitor"):
+            getattr(node.Node, name)(ours)
+        node.Node.start_api_server(ours, include_dashboard=False, raise_on_failure=False)
+        assert utils.get_dashboard_dependency_error() is not None
+    assert vars(ours) == {"_webui_url": ""}
+    assert servers == [node.Node.start_monitor, node.Node.start_log_monitor, node.Node.start_api_server]
+    assert utils.get_dashboard_dependency_error() is None
+
+
 def test_no_place_for_rays_files_is_one_line(monkeypatch):
     def full(**_: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
@@ -96,8 +110,8 @@ def test_what_rays_servers_said_is_part_of_the_line(tmp_path: Path):
 
 
 def test_a_ray_of_our_own_that_is_gone_is_named(monkeypatch, tmp_path: Path):
-    node = SimpleNamespace(dead_processes=lambda: [("log_monitor", None), ("raylet", None)])
-    monkeypatch.setattr(worker, "_global_node", node)
+    ours = SimpleNamespace(dead_processes=lambda: [("log_monitor", None), ("raylet", None)])
+    monkeypatch.setattr(worker, "_global_node", ours)
     ray_session.Session(None, owned=True, environment={}).check()  # somebody else's
     with pytest.raises(ClusterError, match="Ray is gone: its raylet ended$"):
         ray_session.Session(tmp_path, owned=False, environment={}).check()

@@ -18,7 +18,7 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from orchestrator import ray_session
+from orchestrator import ray_session, ray_watcher
 from orchestrator.records import Observer
 
 if TYPE_CHECKING:
@@ -60,12 +60,27 @@ class Machines:
         ray_session._read_authentication_again()
         self._enabled = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            self._cluster = self._start()
+            self._session = ray_session.connect(self._cluster.address, num_cpus=0)
+        except BaseException:  # nobody has it who could close it
+            ray.shutdown()
+            ray_watcher.clean(self._folder)
+            self._restore()
+            raise
+        self._sizes: dict[Any, int] = {}
+        self._spoilt: set[Any] = set()
+        self._started: set[tuple[int, str]] = set()
+        """Processes that ran on machines that are gone, with the moment of their start: ids are used again."""
+
+    def _start(self) -> Cluster:
         # The address of the last cluster is written where other users of this machine would find it.
         with (
+            ray_session.bare(),
             mock.patch("ray._private.utils.write_ray_address"),
             mock.patch("ray._private.worker.ray._private.utils.write_ray_address"),
         ):
-            self._cluster = Cluster(
+            return Cluster(
                 initialize_head=True,
                 head_node_args={
                     "num_cpus": 0,
@@ -74,11 +89,12 @@ class Machines:
                     "_system_config": _FAST,
                 },
             )
-        self._session = ray_session.connect(self._cluster.address, num_cpus=0)
-        self._sizes: dict[Any, int] = {}
-        self._spoilt: set[Any] = set()
-        self._started: set[tuple[int, str]] = set()
-        """Processes that ran on machines that are gone, with the moment of their start: ids are used again."""
+
+    def _restore(self) -> None:
+        ray_constants.ENABLE_RAY_CLUSTER = self._enabled
+        ray_session._restore(self._environment)
+        ray_session._restore(self._before)
+        ray_session._read_authentication_again()
 
     def provide(self, *sizes: int) -> list[Any]:
         """Machines with so many CPUs each, and no others."""
@@ -97,7 +113,8 @@ class Machines:
         return sorted(provided, key=lambda one: sizes.index(self._sizes[one]))
 
     def add(self, num_cpus: int) -> Any:
-        machine = self._cluster.add_node(num_cpus=num_cpus, temp_dir=str(self._folder))
+        with ray_session.bare():
+            machine = self._cluster.add_node(num_cpus=num_cpus, temp_dir=str(self._folder))
         self._sizes[machine] = num_cpus
         return machine
 
@@ -137,10 +154,7 @@ class Machines:
         self._started |= _descendants(_raylet(self._cluster.head_node))
         self._session.close()
         self._cluster.shutdown()
-        ray_constants.ENABLE_RAY_CLUSTER = self._enabled
-        ray_session._restore(self._environment)
-        ray_session._restore(self._before)
-        ray_session._read_authentication_again()
+        self._restore()
         left = wait_until_gone(self._started)
         shutil.rmtree(self._folder, ignore_errors=True)
         assert left == set()
