@@ -228,7 +228,7 @@ class Members:
 
     def next_due(self) -> float | None:
         """When ``act`` is to be called again, if nothing happens before."""
-        return self._pool.next_due()
+        return self._pool.next_due(self._runtime.num_spares)
 
     def suffer(self, event: FaultEvent, number: int) -> None:
         """Let a scheduled fault happen, in round ``number``."""

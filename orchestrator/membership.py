@@ -159,9 +159,10 @@ class Pool:
         """Whether anybody is."""
         return bool(self._starting) or any(map(self.comes, self._crashes))
 
-    def next_due(self) -> float | None:
-        """When ``decide`` is to be asked again, if nothing happens before."""
-        return min((one.due for one in self._crashes.values() if one.due is not None), default=None)
+    def next_due(self, num_spares: int = 0) -> float | None:
+        """When ``decide`` is to be asked again, if nothing happens before, and ``num_spares`` are still there."""
+        waiting = [*self._crashes.values(), *([self._spares] if num_spares < self._warm_spares else [])]
+        return min((one.due for one in waiting if one.due is not None), default=None)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

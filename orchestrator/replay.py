@@ -22,7 +22,7 @@ from orchestrator import event_lines, run_files
 from orchestrator.asynchronous import Asynchronous
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, RunError
-from orchestrator.events import Deadline, Post, Posts
+from orchestrator.events import Post, Posts, Withdrawn
 from orchestrator.exchange import Phase
 from orchestrator.mailroom import Envelope, Mailroom
 from orchestrator.runtime import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
@@ -65,6 +65,19 @@ class Done:
     """Who was in which exchange."""
     late: frozenset[NodeId]
     """Members that did not commit it: lost, or cancelled."""
+
+    def given_by(self, node: NodeId) -> list[int]:
+        """The exchanges to which ``node`` contributed."""
+        return [seq for seq, nodes in self.closed.items() if node in nodes]
+
+    def holds_back(self, node: NodeId, seq: int, *, contributes: bool) -> bool:
+        """Whether ``node`` had not come to exchange ``seq`` when that closed, or was not there any more.
+
+        Who only receives is in no exchange's set: it was there if it contributed to a later one.
+        """
+        if node not in self.late or node in self.closed.get(seq, ()):
+            return False
+        return contributes or seq > max(self.given_by(node), default=-1)
 
 
 @dataclass
@@ -339,19 +352,17 @@ class SynchronousReplay(Synchronous):
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         done = self._done(attempt.number)
-        late, closed = done.late, done.closed
         match happening:
             case Posts(first, wants):
-                allowed = {
-                    node: one for node, one in wants.items() if node not in late or node in closed.get(first.seq, ())
-                }
+                held = {node for node in wants if done.holds_back(node, first.seq, contributes=first.contributes)}
+                allowed = {node: one for node, one in wants.items() if node not in held}
                 return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
-            case AllFinished(reports) if late & reports.keys():
-                punctual = {node: report for node, report in reports.items() if node not in late}
+            case AllFinished(reports) if done.late & reports.keys():
+                punctual = {node: report for node, report in reports.items() if node not in done.late}
                 return super()._note(attempt, AllFinished(punctual)) if punctual else None
-            case Post(node, seq) if node in late and node not in closed.get(seq, ()):
+            case Post(node, seq) if done.holds_back(node, seq, contributes=happening.contributes):
                 return None
-            case Finished(node) if node in late:
+            case Finished(node) if node in done.late:
                 return None
             case Post():
                 # The log knows when it closed; its policy is not asked again.
@@ -362,15 +373,23 @@ class SynchronousReplay(Synchronous):
                 return super()._note(attempt, happening)
 
     def _next(self, attempt: Attempt) -> Event | None:
-        return Deadline() if self._only_late_are_missing(attempt) else super()._next(attempt)
+        node = self._next_to_go(attempt)
+        return super()._next(attempt) if node is None else Withdrawn(node)
 
-    def _only_late_are_missing(self, attempt: Attempt) -> bool:
+    def _next_to_go(self, attempt: Attempt) -> NodeId | None:
+        """A node that was late or lost, if all that it gave is taken, and others wait for nobody but its like.
+
+        One by one, in the order of what they missed: who goes takes along what it has said in exchanges that are open.
+        """
         rendezvous, done = attempt.rendezvous, self._done(attempt.number)
         late = done.late & rendezvous.active
         if not late:
-            return False
+            return None
         punctual = rendezvous.active - late
-        for seq, exchange in rendezvous.exchanges.items():
-            if exchange.phase is Phase.OPEN and exchange.waiting:
-                return punctual | (late & set(done.closed.get(seq, ()))) <= exchange.posts.keys()
-        return punctual <= rendezvous.returned.keys()
+        taken = {seq for seq, exchange in rendezvous.exchanges.items() if exchange.phase is not Phase.OPEN}
+        spent = {node for node in late if taken.issuperset(done.given_by(node))}
+        for seq, exchange in sorted(rendezvous.exchanges.items()):
+            is_ready = punctual | (late & set(done.closed.get(seq, ()))) <= exchange.posts.keys()
+            if exchange.phase is Phase.OPEN and is_ready and (missing := spent - exchange.posts.keys()):
+                return min(missing)
+        return min(spent, default=None) if punctual <= rendezvous.returned.keys() else None

@@ -54,6 +54,10 @@ class _Halted(_Exactly):
     node: Node
 
 
+class _SpareLost(_Exactly):
+    reason: str
+
+
 _Coming: TypeAlias = (
     Annotated[tuple[Literal["End"], Node, Count | None], LIST]
     | Annotated[tuple[Literal["Up"], _Facts, float], LIST]
@@ -63,6 +67,7 @@ _Coming: TypeAlias = (
     | Annotated[tuple[Literal["Notice"], _Notice], LIST]
     | Annotated[tuple[Literal["Kept"], _Kept], LIST]
     | Annotated[tuple[Literal["Halted"], _Halted], LIST]
+    | Annotated[tuple[Literal["SpareLost"], _SpareLost], LIST]
 )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from orchestrator.runtime import Arrived, Died, Halted, Happening, Kept, NodeFacts, Notice, Retired, Up
+from orchestrator.runtime import Arrived, Died, Halted, Happening, Kept, NodeFacts, Notice, Retired, SpareLost, Up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ class End(NamedTuple):
 
 Coming: TypeAlias = "End | Happening"
 
-_PLAIN: Mapping[str, type[Any]] = {one.__name__: one for one in (Died, Retired, Notice, Kept, Halted)}
+_PLAIN: Mapping[str, type[Any]] = {one.__name__: one for one in (Died, Retired, Notice, Kept, Halted, SpareLost)}
 
 
 def written(what: Coming) -> list[Any] | None:
@@ -38,7 +38,7 @@ def written(what: Coming) -> list[Any] | None:
             return ["Up", asdict(facts), import_s]
         case Arrived(envelope):
             return ["Arrived", *envelope.key, envelope.attempt]
-        case Died() | Retired() | Notice() | Kept() | Halted():
+        case Died() | Retired() | Notice() | Kept() | Halted() | SpareLost():
             return [type(what).__name__, asdict(what)]
         case _:
             return None

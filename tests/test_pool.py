@@ -149,3 +149,16 @@ def test_a_fixed_target_ignores_room():
     pool = Pool((0, 1), most=8)
     pool.room(3)
     assert decided(pool, 0.0) == []
+
+
+def test_a_spare_that_is_started_after_a_pause_is_started_while_nothing_else_happens():
+    pool = Pool(range(3), most=3, warm_spares=1)
+    assert decided(pool, 0.0) == [1]
+    assert pool.next_due(num_spares=1) is None
+    assert pool.spare_lost(5.0)
+    assert pool.spare_lost(5.0)
+    due = pool.next_due(num_spares=0)
+    assert due is not None
+    assert due > 5.0
+    assert decided(pool, 5.0) == []
+    assert decided(pool, due) == [1]

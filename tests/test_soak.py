@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from algorithms.api import SERVER
+from algorithms.api import SERVER, AllGather, AllReduce, Node, Train
+from orchestrator.faults import Faults
 from orchestrator.mailroom import Delivery, Mailroom
+from orchestrator.membership import Pool
 from orchestrator.simulated_processes import End
 from orchestrator.simulator import Simulator
-from tests.soak.histories import draw
+from tests.soak.histories import algorithms, draw
 from tests.soak.shrink import shrink
 from tests.soak.watch import Wrong, live
-from tests.toys import attempt
+from tests.toys import Program, attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 UNEQUAL = "tests.soak.programs:Unequal"
 
@@ -226,6 +228,90 @@ def test_a_worker_that_is_to_leave_while_it_is_being_given_a_model():
         cluster={"drain_s": 0.2, "round_deadline_s": 2, "cancel_grace_s": 0.5},
     )
     assert live(raw) == "finished"
+
+
+def test_who_is_lost_before_an_exchange_closes_does_not_take_others_along_in_a_replay():
+    """One dies before the first exchange closes, another is late for the second: it is in the first."""
+    raw = history(
+        {"name": "tests.soak.programs:Overlapping", "close": {"name": "grace", "after": 1, "seconds": 0}},
+        ("kill", 1, 2, "post"),
+        nodes=4,
+        network={"start_s": 0.5, "step_ms": 5, "speeds": {2: 0.1, 3: 0.1}},
+    )
+    ran = attempt(raw)
+    (commit,) = (one for one in ran.sought("commit") if one["round"] == 2)
+    assert any(set(nodes) - set(commit["committed"]) - {1} for nodes in commit["closed"].values())
+    assert live(raw) == "finished"
+
+
+class Receiving(Program, name="test_receiving"):
+    """One node only receives in the first exchange, and contributes to the second."""
+
+    async def round(self, node: Node) -> None:
+        mean = await AllReduce(None if node.id == 2 else node.parameters)
+        seen = await AllGather(node.parameters[:1] + node.id)
+        await Train(steps=20 if (node.id, node.round) == (2, 2) else 1)
+        await AllReduce(node.parameters)
+        node.parameters.copy_(mean.value + 0.1 * sum(float(one[0]) for one in seen.values()))
+
+
+def test_who_only_received_and_was_late_then_has_contributed_in_a_replay():
+    raw = history("test_receiving", network={"step_ms": 10}, rounds=5)
+    raw["cluster"] = {"nodes": {"target": 3}, "round_deadline_s": 0.1}
+    (commit,) = (one for one in attempt(raw).sought("commit") if one["round"] == 2)
+    assert commit["closed"] == {0: (0, 1), 1: (0, 1, 2), 2: (0, 1)}
+    assert commit["committed"] == (0, 1)
+    assert live(raw) == "finished"
+
+
+def test_spares_that_die_and_a_run_that_is_killed_are_part_of_a_history(monkeypatch: pytest.MonkeyPatch):
+    lost: list[float] = []
+
+    def spare_lost(pool: Pool, now: float) -> bool:
+        lost.append(now)
+        return real(pool, now)
+
+    real = Pool.spare_lost
+    monkeypatch.setattr(Pool, "spare_lost", spare_lost)
+    raw = history({"name": "diloco", "inner_steps": 1}, ("kill", 1, 3, "train"), cluster={"warm_spares": 1}, rounds=6)
+    assert live(raw | {"soak": {"spares": [1, 3], "killed": 2}}) == "finished"
+    assert len(lost) == 4
+    assert lost[:2] == lost[2:]
+
+
+def test_a_resume_that_loses_something_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Faults, "to_json", lambda _: [])  # what was still to happen is forgotten
+    raw = history({"name": "diloco", "inner_steps": 1}, ("kill", 1, 3, "train"), rounds=5)
+    with pytest.raises(Wrong, match="^resume: "):
+        live(raw | {"soak": {"killed": 1}})
+
+
+def test_every_algorithm_is_drawn_with_each_kind_of_sequence():
+    """As far as it has them: a server has no late join, and a few algorithms are drawn less often."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for seed in range(5000):
+        raw = draw(random.Random(f"draw {seed}"))
+        counts.update((raw["algorithm"]["name"], kind) for kind in kinds_of(raw))
+    kinds = ("again and again", "late first", "straggler", "spare", "resume")
+    assert {(name, kind) for name in algorithms() for kind in kinds if counts[name, kind] < 2} == set(), counts
+
+
+def kinds_of(raw: dict[str, Any]) -> Iterator[str]:
+    """What there is in a history of what was found to matter."""
+    chains: dict[Any, list[str]] = {}
+    for event in raw["faults"]["events"]:
+        chains.setdefault(event["node"], []).append(event["kind"])
+    if any("kill preempt kill" in " ".join(chain) for chain in chains.values()):
+        yield "again and again"
+    if "late_join" in chains.get(0, []):
+        yield "late first"
+    speeds = raw["network"]["speeds"].values()
+    if raw["network"]["step_ms"] and min(speeds, default=1.0) * 10 <= max(speeds, default=1.0):
+        yield "straggler"
+    if raw["soak"]["spares"]:
+        yield "spare"
+    if "killed" in raw["soak"]:
+        yield "resume"
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -191,7 +191,17 @@ def draw(rng: random.Random) -> Raw:
         "events": late + _faults(rng, [*range(nodes), *(["server"] if has_server else [])], rounds, phases)
     }
     raw["cluster"] = _cluster(rng, nodes, len({one["node"] for one in late}))
+    # What nothing happens in any more shows nothing, but for what follows from the last faults.
+    raw["rounds"] = rounds = min(rounds, max((one["round"] for one in raw["faults"]["events"]), default=2) + 5)
+    raw["soak"] = _beside(rng, rounds, raw["cluster"]["warm_spares"])
     return raw
+
+
+def _beside(rng: random.Random, rounds: int, num_spares: int) -> Raw:
+    """What no configuration says: rounds in which spares die, and behind which the run is killed and resumed."""
+    dying = rng.randint(1, 4) if num_spares and rng.random() < 0.6 else 0
+    beside: Raw = {"spares": sorted(rng.randrange(rounds) for _ in range(dying))}
+    return beside | ({"killed": rng.randrange(rounds - 1)} if rng.random() < 0.4 else {})
 
 
 def _task(rng: random.Random, name: str) -> Raw:
@@ -261,12 +271,14 @@ def _late(rng: random.Random, nodes: int, rounds: int) -> list[Raw]:
 
 def _faults(rng: random.Random, who: list[Any], rounds: int, phases: tuple[str, ...]) -> list[Raw]:
     events: list[Raw] = []
-    for _ in range(rng.randint(0, 3)):
+    for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 2, 3, 3])):
         # A chain at one node, or one node after another, each link close after the one before.
         node, number = rng.choice(who), rng.randrange(rounds)
-        for _ in range(rng.randint(1, 5)):
-            kind = rng.choice(["kill", "kill", "preempt", "preempt", "hang"])
+        # Killed, replaced, told to leave, killed again; or anything.
+        kinds = ("kill", "preempt", "kill") if rng.random() < 0.2 else ()
+        for place in range(len(kinds) or rng.randint(1, 5)):
+            kind = kinds[place] if kinds else rng.choice(["kill", "kill", "preempt", "preempt", "hang"])
             events.append({"kind": kind, "node": node, "round": number, "phase": rng.choice(phases)})
             number = min(rounds - 1, number + rng.choice([0, 0, 1, 1, 2]))
-            node = node if rng.random() < 0.75 else rng.choice(who)
+            node = node if kinds or rng.random() < 0.75 else rng.choice(who)
     return events

@@ -54,8 +54,11 @@ def main(number: int, seed: str, processes: int = 1) -> int:
     chunks = [seeds[start : start + CHUNK] for start in range(0, number, CHUNK)]
     counts: Counter[str] = Counter()
     began = said = time.monotonic()
-    # A process that has done its share is followed by another: what torch and its caches keep is bounded.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=50) as pool:
+    # A process that has done its share is followed by another: what torch and its caches keep is bounded. All are
+    # forked from one that has imported everything, which takes as long as ten histories, and has no threads.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=50) as pool:
         for results in pool.map(chunk, chunks):
             for end, text in results:
                 counts[end] += 1

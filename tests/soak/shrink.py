@@ -65,13 +65,25 @@ def _smaller(raw: Raw) -> Iterator[Raw]:
     for place in range(len(events)):
         yield _with(raw, ("faults", "events"), events[:place] + events[place + 1 :])
     last = max((event["round"] for event in events), default=0)
+    last = max(last, raw.get("soak", {}).get("killed", 0) + 1)
     for rounds in (last + 1, last + 3, raw["rounds"] // 2, raw["rounds"] - 1):
         if last < rounds < raw["rounds"] and rounds > 0:
             yield _with(raw, ("rounds",), rounds)
+    beside = raw.get("soak", {})
+    for key, value in beside.items():
+        yield raw | {"soak": {one: other for one, other in beside.items() if one != key}}
+        if key == "killed" and value > 0:
+            yield _with(raw, ("soak", key), value - 1)
+        if key == "spares" and len(value) > 1:
+            yield _with(raw, ("soak", key), value[:-1])
     first = min((event["round"] for event in events), default=0)
     if first > 1:
-        earlier = [event | {"round": event["round"] - 1} for event in events]
-        yield _with(_with(raw, ("faults", "events"), earlier), ("rounds",), raw["rounds"] - 1)
+        earlier = _with(raw, ("rounds",), raw["rounds"] - 1)
+        earlier["faults"]["events"] = [event | {"round": event["round"] - 1} for event in events]
+        if beside:
+            killed = {"killed": max(0, beside["killed"] - 1)} if "killed" in beside else {}
+            earlier["soak"] = {"spares": [max(0, one - 1) for one in beside.get("spares", ())]} | killed
+        yield earlier
     nodes = raw["cluster"]["nodes"]["target"]
     named = [event["node"] for event in events if isinstance(event["node"], int)]
     if nodes > 2 and nodes - 1 not in named:

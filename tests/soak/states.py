@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.replica import Replica
+    from orchestrator.config import Config
     from orchestrator.controller import Controller
-    from orchestrator.simulator import Simulator
+    from orchestrator.sealed_log import Entry
+    from tests.soak.processes import Directory, Spared
 
 MAX_EVENTS = 40_000
 MAX_VIRTUAL_S = 20_000.0
@@ -33,15 +35,36 @@ class Broken(AssertionError):  # noqa: N818 - not an error of this code's
 
 
 class Watched(Ran):
-    """A run whose events are bounded."""
+    """A run whose events are bounded, and whose spares die when it is said that they do."""
 
-    runtime: Simulator
+    runtime: Spared
     controller: Controller
+
+    def __init__(self, config: Config, spares: Iterable[int] = ()) -> None:
+        super().__init__(config)
+        self.spares = Counter(spares)
+        """In which rounds how many die."""
+        self.directory: Directory | None = None
+        """Where its rounds are written; most are not."""
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         super().on_event(event)
+        if event["event"] == self._told_by:
+            for _ in range(self.spares.pop(event["round"], 0)):
+                self.runtime.lose_spare()
         if len(self.events) > MAX_EVENTS or event["at_s"] > MAX_VIRTUAL_S:
             raise Broken("livelock", f"{len(self.events)} events, {event['at_s']} s; the last: {self.events[-5:]}")
+
+    def on_sealed(self, entry: Entry) -> None:
+        if self.directory is not None:
+            self.directory.sealed(entry)
+
+    def on_saving(self) -> Mapping[str, Any]:
+        return {} if self.directory is None else self.directory.saving(len(self.rounds))
+
+    @property
+    def _told_by(self) -> str:
+        return "begin" if self.config.algorithm.synchronous else "commit"
 
     @property
     def count(self) -> Counter[int]:
@@ -68,7 +91,7 @@ class Watched(Ran):
 
     def _counted(self, nodes: Iterable[int]) -> None:
         for node in nodes:
-            self.count.update(self.bodies[node].local.get("drawn", []))
+            self.count.update(cast("list[int]", self.bodies[node].local.get("drawn", [])))
 
 
 class Asynchronous(Watched):
@@ -114,7 +137,7 @@ class Synchronous(Watched):
 
     def _begun(self, event: Mapping[str, Any], kept: Kept) -> None:
         """Before a round all have what was committed: the same, if they are replicas."""
-        number, view = event["round"], event["view"]
+        number, view = cast("int", event["round"]), event["view"]
         kept.begin = event
         bodies = {node: self.bodies[node] for node in view}
         self.runtime.settle(dict.fromkeys(view, number - 1))
@@ -128,7 +151,7 @@ class Synchronous(Watched):
                 where = f"node {node} against {view[0]} at the begin of round {number}"
                 if not torch.equal(one.committed_model()[0], first.committed_model()[0]):
                     raise Broken("models differ", where)
-                if not _same(one.shared.committed(), first.shared.committed()):
+                if not same(one.shared.committed(), first.shared.committed()):
                     raise Broken("shared states differ", where)
         for node, one in bodies.items():
             where = f"of node {node} at the begin of round {number}"
@@ -136,7 +159,7 @@ class Synchronous(Watched):
                 mine, given = kept.models.get(node), [kept.models[other] for other in kept.last]
                 if not any(known is not None and torch.equal(one.committed, known) for known in (mine, *given)):
                     raise Broken("parameters are nobody's", where)
-            if not _same(_committed_local(one), kept.local.get(node, kept.initial[node])):
+            if not same(_committed_local(one), kept.local.get(node, kept.initial[node])):
                 raise Broken("local state is not what it left", where)
 
     def _committed(self, event: Mapping[str, Any], kept: Kept) -> None:
@@ -150,7 +173,7 @@ class Synchronous(Watched):
                 where = f"node {node} against {committed[0]} in round {number}"
                 if not torch.equal(algorithm.model(one), model):
                     raise Broken("models differ at a commit", where)
-                if not _same(dict(one.shared), dict(first.shared)):
+                if not same(dict(one.shared), dict(first.shared)):
                     raise Broken("shared states differ at a commit", where)
         self._counted(committed)
         self._conserved(event, kept)
@@ -213,7 +236,8 @@ def _committed_local(replica: Replica) -> dict[str, Any]:
     return replica.local.committed()
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two trees of state have the same bits."""
     return same_bits(dict(leaves(dict(one))), dict(leaves(dict(other))))
 
 

@@ -1,4 +1,8 @@
-"""Lives through a history, looks into the nodes at every begin and commit, and says what is wrong."""
+"""Lives through a history, looks into the nodes at every begin and commit, and says what is wrong.
+
+A history is a configuration, and below ``soak`` what none says: ``spares``, the rounds in which one dies that stands
+by, and ``killed``, the round behind whose commit the whole run is killed, and resumed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import contextlib
 import json
 import re
 import signal
+import tempfile
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +21,19 @@ from orchestrator.config import parse
 from orchestrator.controller import Controller
 from orchestrator.errors import ConfigError, StarlingError
 from orchestrator.replay import History, ReplayController
-from orchestrator.simulator import Simulator
 from tests.draws import expected
-from tests.soak.states import Asynchronous, Broken, Synchronous, Watched
+from tests.soak.processes import RUN_ID, Directory, Killed, Moment, Spared
+from tests.soak.states import Asynchronous, Broken, Synchronous, Watched, same
 from tests.test_membership_fuzz import check_asynchronous, check_books, check_synchronous
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from orchestrator.config import Config
+    from orchestrator.revival import Revival
+
+MEMORY = Path("/dev/shm")
+ABOUT_SAVING = ("saving", "checkpoint", "resume")
 
 MAX_CPU_S = 40
 """Of a history, on this machine's CPU: ten of the longest."""
@@ -60,23 +70,28 @@ def live(raw: dict[str, Any]) -> str:
     Raises:
         Wrong: it should not have gone so.
     """
+    script: dict[str, Any] = raw.get("soak", {})
+    spares, killed = script.get("spares", ()), script.get("killed")
     try:
-        config = parse(raw)
+        config = parse({key: value for key, value in raw.items() if key != "soak"})
     except ConfigError:
         return "refused"
+    # Nodes without a barrier stand still to be saved, which the run that nobody kills has to do too.
+    moment = -1 if killed is None or config.algorithm.synchronous else killed
     with _bounded():
+        once = _lived(config, _watched(config, spares), moment)
+        again = Watched(config, spares)
+        if killed is None:
+            _lived(config, again, moment)
+        else:
+            _killed_and_resumed(config, again, killed)
         try:
-            once = _run(config, _watched(config))
-            again = _run(config, Watched(config))
-        except Broken as error:
-            raise Wrong(f"broken: {error.kind}", str(error)) from None
-        except Wrong:
-            raise
-        except Exception as error:  # noqa: BLE001 - what a history must not lead to
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            kind = f"{type(error).__name__} in {Path(where.filename).name}:{where.name}"
-            raise Wrong(kind, traceback.format_exc(limit=-12)) from None
-        _compare(once, again)
+            _compare(once, again)
+        except Wrong as wrong:
+            if killed is None:
+                raise
+            _compare(once, _lived(config, Watched(config, spares), moment))  # else it is not the resume's fault
+            raise Wrong(f"resume: {wrong.kind}", str(wrong)) from None
         _check(once)
         if once.error is None and _is_replayed(config, once):
             _replay(once)
@@ -97,33 +112,83 @@ def _bounded() -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _watched(config: Config) -> Watched:
-    return Synchronous(config) if config.algorithm.synchronous else Asynchronous(config)
+def _watched(config: Config, spares: Iterable[int]) -> Watched:
+    return Synchronous(config, spares) if config.algorithm.synchronous else Asynchronous(config, spares)
 
 
-def _run(config: Config, ran: Watched) -> Watched:
-    runtime = ran.runtime = Simulator(config)
-    controller = ran.controller = Controller(config, runtime, ran, run_id="soak", run_dir="soak")
+def _lived(
+    config: Config, ran: Watched, moment: int, directory: Directory | None = None, revival: Revival | None = None
+) -> Watched:
+    """A run from its start or from a checkpoint to its end.
+
+    Raises:
+        Wrong: that is no end that a run may have.
+        Killed: it was killed, having been saved in ``directory`` at that ``moment``.
+    """
+    runtime = ran.runtime = Spared(config)
+    saves = Moment(config, runtime, moment, None if directory is None else directory.path)
+    run_dir = RUN_ID if ran.directory is None else str(ran.directory.path)
+    controller = ran.controller = Controller(
+        config, runtime, ran, run_id=RUN_ID, run_dir=run_dir, checkpoints=saves, revival=revival
+    )
     try:
         ran.summary = controller.run()
     except StarlingError as error:
         ran.summary, ran.error = controller.summary("failed"), error
+    except Broken as error:
+        raise Wrong(f"broken: {error.kind}", str(error)) from None
+    except Wrong:
+        raise
+    except Exception as error:  # noqa: BLE001 - what a history must not lead to
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = "" if revival is None else "resume: "
+        kind = f"{what}{type(error).__name__} in {Path(where.filename).name}:{where.name}"
+        raise Wrong(kind, traceback.format_exc(limit=-12)) from None
     finally:
         runtime.close()
+        saves.close()
     ran.replicas = runtime.host.replicas
     return ran
+
+
+def _killed_and_resumed(config: Config, ran: Watched, killed: int) -> None:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as path:
+        directory = ran.directory = Directory(config, Path(path))
+        try:
+            _lived(config, ran, killed, directory)
+        except Killed:
+            try:
+                revival = directory.revival()
+            except StarlingError as error:
+                raise Wrong("resume: refused", str(error)) from None
+            _lived(revival.config, ran, -1, revival=revival)
 
 
 def _compare(once: Watched, again: Watched) -> None:
     if str(once.error) != str(again.error):
         raise Wrong("not repeated: the error", f"{once.error}\n{again.error}")
-    for one, other in zip(once.events, again.events, strict=False):
-        if one != other:
-            raise Wrong("not repeated: events", f"{one}\n{other}")
-    if len(once.events) != len(again.events):
-        raise Wrong("not repeated: events", f"{len(once.events)} and {len(again.events)}")
+    one, other = _events(once), _events(again)
+    for mine, its in zip(one, other, strict=False):
+        if mine != its:
+            raise Wrong("not repeated: events", f"{mine}\n{its}")
+    if len(one) != len(other):
+        raise Wrong("not repeated: events", f"{len(one)} and {len(other)}: {one[len(other) :] or other[len(one) :]}")
     if once.error is None and once.digest != again.digest:
         raise Wrong("not repeated: the digest", "")
+    for key in ("rounds", "metrics", "bytes", "nodes", "samples", "lost", "virtual_seconds", "replicas"):
+        mine, its = getattr(once.summary, key), getattr(again.summary, key)
+        if mine != its:
+            raise Wrong(f"not repeated: {key}", f"{mine}\n{its}")
+    for node in once.controller._progress.nodes:
+        if not same(once.replicas[node].local.committed(), again.replicas[node].local.committed()):
+            raise Wrong("not repeated: local state", f"of node {node}")
+    for mine, its in zip(once.rounds, again.rounds, strict=True):
+        if replace(mine, evaluate_seconds=0.0) != replace(its, evaluate_seconds=0.0):
+            raise Wrong("not repeated: records of rounds", f"{mine}\n{its}")
+
+
+def _events(ran: Watched) -> list[dict[str, Any]]:
+    return [event for event in ran.events if event["event"] not in ABOUT_SAVING]
 
 
 def _check(ran: Watched) -> None:
@@ -158,13 +223,13 @@ def _is_replayed(config: Config, ran: Watched) -> bool:
 
 
 def _replay(ran: Watched) -> None:
-    history = History(Path("soak"), ran.digest)
+    history = History(Path(RUN_ID), ran.digest)
     for event in ran.events:
         history._take(json.loads(json.dumps(event)))
     again = Watched(ran.config)
-    runtime = again.runtime = Simulator(ran.config)
+    runtime = again.runtime = Spared(ran.config)
     controller = ReplayController(
-        ran.config, runtime, again, history, run_id="soak", run_dir="soak", may_commit=lambda: None
+        ran.config, runtime, again, history, run_id=RUN_ID, run_dir=RUN_ID, may_commit=lambda: None
     )
     try:
         digest = controller.run().digest

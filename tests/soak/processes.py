@@ -1,0 +1,97 @@
+"""A simulator whose spares may die, and a run that is killed behind a commit and resumed by another process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import saved_state, sealed_log
+from orchestrator.checkpointing import Checkpointing
+from orchestrator.checkpoints import CheckpointStore
+from orchestrator.revival import Revival
+from orchestrator.runtime import SpareLost
+from orchestrator.simulator import Simulator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from actors.transfer import StateExport
+    from algorithms.api import NodeId
+    from orchestrator.config import Config
+    from orchestrator.sealed_log import Entry
+
+RUN_ID = "soak"
+
+
+class Spared(Simulator):
+    """Also loses processes that stand by."""
+
+    def lose_spare(self) -> None:
+        """The spare that would be there first dies, if there is any."""
+        if self._spares:
+            self._spares.remove(min(self._spares))
+            self._ready.append(SpareLost("its process died"))
+
+
+class Killed(BaseException):
+    """A controller is gone; not an error that anything between could take for one of its own."""
+
+
+class Moment(Checkpointing):
+    """A run is saved behind one round, where nodes without a barrier stand still, and at no other moment.
+
+    Args:
+        number: of the round; -1: none.
+        where: it is written to; ``None``: nowhere, and the run goes on. Else the run is killed behind it.
+    """
+
+    def __init__(self, config: Config, runtime: Simulator, number: int, where: Path | None = None) -> None:
+        super().__init__(config.checkpoint, _store(where or Path("nowhere")), runtime)
+        self._number, self._is_written = number, where is not None
+
+    def is_due(self, number: int) -> bool:
+        """Whether it is the one."""
+        return number == self._number
+
+    def is_saved(self, number: int) -> bool:
+        """A run's end is not saved."""
+        del number
+        return True
+
+    def save(self, number: int, controller: Mapping[str, Any], nodes: Iterator[tuple[NodeId, StateExport]]) -> None:
+        """Write it and be killed, or do nothing."""
+        if self._is_written:
+            super().save(number, controller, nodes)
+            self.close()
+            raise Killed
+
+
+class Directory:
+    """Of a run's directory what a resumed run cannot do without.
+
+    Args:
+        config: of the run.
+        path: of an empty folder.
+    """
+
+    def __init__(self, config: Config, path: Path) -> None:
+        self.path = path
+        self._config = config
+        self._log = sealed_log.SealedLog(RUN_ID)
+
+    def saving(self, num_rounds: int) -> dict[str, Any]:
+        """What a checkpoint says of it."""
+        return {"directory": {"round": num_rounds - 1, "events": 0}, "config": self._config.dump()}
+
+    def sealed(self, entry: Entry) -> None:
+        """Keep the record of a round."""
+        with (self.path / sealed_log.NAME).open("ab") as file:
+            file.write(self._log.append(entry))
+
+    def revival(self) -> Revival:
+        """What the run goes on from."""
+        return Revival(saved_state.check(_store(self.path).read()), self._config, self._config)
+
+
+def _store(path: Path) -> CheckpointStore:
+    return CheckpointStore(None, path, RUN_ID)
