@@ -39,8 +39,8 @@ MAX_CPU_S = 40
 """Of a history, on this machine's CPU: ten of the longest."""
 
 LEGITIMATE = (
-    "no node is left that has the model",
-    "nodes are there, and cluster.nodes.min is",
+    "no node is left that has",
+    "nodes are there, and",
     "cannot be finished",
     "has died too often to be started again",
     "cannot finish its round",
