@@ -131,7 +131,7 @@ def test_it_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lease, "_RENEW_S", 0.01)
     held = Lease(tmp_path)
     first = json.loads((tmp_path / "lease.json").read_text())["renewed"]
-    for _ in range(500):
+    for _ in range(6000):
         if json.loads((tmp_path / "lease.json").read_text())["renewed"] > first:
             break
         time.sleep(0.01)
@@ -144,8 +144,10 @@ def test_it_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch):
 def test_who_has_lost_it_does_not_take_it_back(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lease, "_RENEW_S", 0.01)
     held = Lease(tmp_path)
-    rewrite(tmp_path, owner="another")
-    time.sleep(0.1)
+    with held._lock:  # else it might be in the middle of a renewal, and write after us
+        rewrite(tmp_path, owner="another")
+    held._thread.join(60)  # at its next renewal it sees that, and ends
+    assert not held._thread.is_alive()
     with pytest.raises(LeaseLostError, match="has taken this run over"):
         held.check()
     held.release()
