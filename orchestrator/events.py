@@ -111,9 +111,10 @@ class Lost:
 
 @dataclass(frozen=True)
 class Withdrawn:
-    """``node`` cannot be waited for any longer: the time that it was given to leave is over."""
+    """``node`` cannot be waited for any longer."""
 
     node: NodeId
+    reason: str = "its time to leave is over"
 
 
 @dataclass(frozen=True)

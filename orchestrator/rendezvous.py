@@ -124,8 +124,8 @@ class Rendezvous:
                 self._return(first, nodes)
             case Lost(node):
                 self._lost(node)
-            case Withdrawn(node):
-                self._cancel({node} & self.active, "its time to leave is over")
+            case Withdrawn(node, reason):
+                self._cancel({node} & self.active, reason)
             case Deadline():
                 self._deadline()
             case Elapsed(seq):

@@ -374,7 +374,7 @@ class SynchronousReplay(Synchronous):
 
     def _next(self, attempt: Attempt) -> Event | None:
         node = self._next_to_go(attempt)
-        return super()._next(attempt) if node is None else Withdrawn(node)
+        return super()._next(attempt) if node is None else Withdrawn(node, "the log says that it was late, or lost")
 
     def _next_to_go(self, attempt: Attempt) -> NodeId | None:
         """A node that was late or lost, if all that it gave is taken, and others wait for nobody but its like.

@@ -242,6 +242,7 @@ def test_who_is_lost_before_an_exchange_closes_does_not_take_others_along_in_a_r
     (commit,) = (one for one in ran.sought("commit") if one["round"] == 2)
     assert any(set(nodes) - set(commit["committed"]) - {1} for nodes in commit["closed"].values())
     assert live(raw) == "finished"
+    assert live(raw | {"soak": {"killed": 2}}) == "finished"
 
 
 class Receiving(Program, name="test_receiving"):
