@@ -46,6 +46,11 @@ def test_log8_is_odd_and_off_by_no_more_than_its_step(value: float):
         assert abs(there) == (2**-10 if size >= 2**-11 else 0.0)
 
 
+def test_half_way_to_the_least_level_is_up():
+    half = 2.0**-11
+    assert there_and_back(Log8(), half, -half, half * (1 - 2**-20)) == [2.0**-10, -(2.0**-10), 0.0]
+
+
 @given(st.lists(FINITE, min_size=2, max_size=2).map(sorted))
 @settings(derandomize=True, max_examples=200, deadline=None)
 def test_codes_keep_the_order(values: list[float]):
