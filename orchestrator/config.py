@@ -42,9 +42,12 @@ if TYPE_CHECKING:
     from orchestrator.records import Observer
 
 _MOST_NODES = 100_000
+_LEAST_STORE_GB = 0.08
+"""Ray takes 75 MiB at least."""
 _MOST_LINES = 10
 """Of errors."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ADDRESS = re.compile(r"local|auto|(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 
@@ -84,12 +87,14 @@ class ClusterConfig(Section):
     """Where nodes run, and what each is given."""
 
     address: str = "local"
-    """``local`` starts a Ray of our own for the run; else ``auto`` or the address of a running one."""
+    """``local`` starts a Ray of our own for the run; else ``auto`` or the address of a running one, ``host:port``."""
     nodes: NodesConfig = NodesConfig()
     num_gpus: NonNegativeFloat = 0
     """Per node; 0 sees none."""
     num_cpus: NonNegativeFloat = 0.25
     """Per node; what Ray reserves."""
+    object_store_gb: Annotated[float, Field(ge=_LEAST_STORE_GB, le=1e6)] | None = None
+    """Of a Ray of our own, where exchanges lie; default: 30 % of the memory that is free."""
     nodes_per_actor: PositiveInt = 1
     """Nodes that share one process."""
     round_deadline_s: PositiveFloat = 120
@@ -109,6 +114,15 @@ class ClusterConfig(Section):
     runtime_env: dict[str, Any] = {}
     """Passed to Ray for every node: ``working_dir``, ``py_modules``, ``pip``, ``env_vars``, …"""
 
+    @field_validator("address")
+    @classmethod
+    def _head(cls, address: str) -> str:
+        if address.startswith("ray://"):
+            raise ValueError("ray:// is the Ray client, without an object store; name the head itself: host:6379")
+        if not _ADDRESS.fullmatch(address):
+            raise ValueError(f"must be local, auto or host:port, got {shown(address)}")
+        return address
+
     @model_validator(mode="after")
     def _whole_gpus(self) -> Self:
         gpus = self.num_gpus * self.nodes_per_actor
@@ -118,6 +132,11 @@ class ClusterConfig(Section):
             )
             raise ValueError(message)
         return self
+
+    @property
+    def object_store_bytes(self) -> int | None:
+        """Of a Ray of our own; ``None``: Ray's default."""
+        return None if self.object_store_gb is None else int(self.object_store_gb * 1e9)
 
     @property
     def num_actors(self) -> int:

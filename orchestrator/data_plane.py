@@ -34,6 +34,7 @@ from orchestrator.network import Network
 from orchestrator.processes import Processes
 from orchestrator.runtime import Finished, Halted, Log, Raised, Receives, Seen, Sent, Sleeps
 from orchestrator.simulator import post_event
+from orchestrator.units import bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 _BEGIN = -1
 """Stands for the call that begins a round, where others are named by an exchange."""
+
+_MOST_KNOWN = 100
+"""Exchanges that are known to fit."""
 
 _BY_REFERENCE_BYTES = 100_000
 """Arguments above this are put into the store by Ray, once per call; we put them there once for all calls."""
@@ -75,6 +79,10 @@ class DataPlane(Processes):
         self._network = Network(config.network)
         self._inline_due: dict[int, dict[NodeId, float]] = {}
         """When the network brings what travels inline, by exchange."""
+        self._fits: set[tuple[object, ...]] = set()
+        """Exchanges for which the stores have room: sizes, members, processes."""
+        self._looked_at: set[int] = set()
+        """Exchanges of this attempt."""
 
     # --- the throttle ------------------------------------------------------------------------------------------------
 
@@ -125,6 +133,7 @@ class DataPlane(Processes):
         self._starts.update(nodes)
         self._posted.clear()
         self._contributions, self._reduced, self._fetching, self._inline_due = {}, {}, {}, {}
+        self._looked_at = set()
         round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places), tuple(seen))
         for actor, mine in self._by_actor(nodes):
             self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
@@ -175,6 +184,7 @@ class DataPlane(Processes):
         for node, ticket in reply.tickets:
             self._take(actor, node, ticket, large)
         for (seq, num_parts), nodes in large.items():
+            self._check_room(self._posted[seq][nodes[0]])
             posted = Expected(seq, tuple(nodes), num_parts, self._parts_for_others(actor, num_parts))
             # Not where the program runs on: it would wait until its parts are in the store.
             if place is not None and all(self._posted[seq][node].waits for node in nodes):
@@ -186,6 +196,24 @@ class DataPlane(Processes):
         moving = [node for node, ticket in reply.tickets if _runs_on(ticket)]
         if moving:
             self._run_on(actor, [(node, None) for node in moving])
+
+    def _check_room(self, ticket: Posted) -> None:
+        """Check, the first time that there is such an exchange, that the machines' stores have room for it.
+
+        Raises:
+            ClusterError: one has not; Ray would write to its disk, and nodes be late for no visible reason.
+        """
+        if ticket.seq in self._looked_at:
+            return
+        self._looked_at.add(ticket.seq)
+        members = [node for node in self._members if self._home[node].ready is not None]
+        homes = tuple(self._home[node].index for node in members)
+        key = ticket.part_nbytes, ticket.result_nbytes, tuple(members), homes
+        if key not in self._fits:
+            most = len(members) if ticket.wants is None else len(ticket.wants)
+            needed = phases.stored(ticket.part_nbytes, ticket.result_nbytes, most, members, self._place)
+            self._room_in_stores(needed, f"an exchange of {bytes_text(ticket.nbytes)} among {len(members)} nodes")
+            self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
 
     def _run_on(self, actor: Actor, items: Sequence[tuple[NodeId, object]]) -> None:
         if actor.alive:
@@ -206,6 +234,9 @@ class DataPlane(Processes):
                 self._ready.append(Waits(node, seq))
             case Sending(to, letter, _, nbytes, inline):
                 self._letters[node, letter] = ticket, None
+                if inline is None and (node, nbytes) not in self._fits:
+                    self._room_in_stores({self._place(node)[0]: nbytes}, f"a message of {bytes_text(nbytes)}")
+                    self._fits = {(node, nbytes), *list(self._fits)[:_MOST_KNOWN]}
                 self.transport_nbytes += nbytes if inline is not None else 0
                 self._ready.append(Sent(node, to, nbytes, letter))
             case Receiving(timeout_s):

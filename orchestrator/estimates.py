@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import re
 import resource
+import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,15 +20,19 @@ import torch
 from actors import workbench
 from actors.modules import seeded
 from actors.workbench import DTYPES
+from algorithms.api import INLINE_LIMIT_BYTES
+from orchestrator import phases
 from orchestrator.errors import ConfigError
 from orchestrator.units import bytes_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from actors.replica import ReplicaSpec
     from actors.tasks import Samples
-    from algorithms.api import Layout
+    from algorithms.api import Algorithm, Layout, NodeId
+    from orchestrator.config import Config
+    from orchestrator.phases import Home
 
 CHECK_BYTES = 2**30
 """Memory that a look at a configuration may take, unless it is given more."""
@@ -34,6 +40,8 @@ _ROOM = 8
 """A model is allocated, and a step timed, if so many copies of it fit: gradient, activations, what its build holds."""
 _LONG_S = 3600.0
 """Longer simulations are worth a warning."""
+_SHARE_OF_MEMORY, _SHARE_OF_SHARED, _LEAST_SHARED = 0.3, 0.95, 10**10
+"""Ray's own, for its object store: of the memory that is free, and of ``/dev/shm``, if it has not less than this."""
 _ASKED = re.compile(r"tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \w+)")
 
 
@@ -156,3 +164,48 @@ def _timed(spec: ReplicaSpec, samples: Samples) -> float | None:
         if seconds > 1:
             break
     return seconds * spec.optimizer.accumulate
+
+
+def contribution_bytes(algorithm: Algorithm, layout: Layout, num_nodes: int) -> int:
+    """Return what a node gives to an exchange at most, as far as the algorithm says; 0: it travels with the messages.
+
+    ``expected_bytes`` are those of all exchanges of a round: one of them has no more than that, nor than the model.
+    """
+    each = algorithm.expected_bytes(layout, num_nodes)
+    if each is None or num_nodes < 2:
+        return 0
+    nbytes = min(each // (2 * (num_nodes - 1)), layout.nbytes + layout.buffer_nbytes)
+    return nbytes if nbytes > INLINE_LIMIT_BYTES else 0
+
+
+def stored_bytes(contribution: int, nodes: Sequence[NodeId], home: Home) -> Counter[str]:
+    """Return the bytes in the object stores of machines during an average of contributions of this size."""
+    part = -(-contribution // max(1, len(nodes)))
+    parts = [part] * len(nodes)
+    return phases.stored(parts, parts, len(nodes), nodes, home)
+
+
+def default_store_bytes() -> int:
+    """Return the size of the object store that Ray gives itself on this machine."""
+    shared = 0
+    with contextlib.suppress(OSError):
+        shared = shutil.disk_usage("/dev/shm").total  # noqa: S108 - where Ray has it
+    most = max(_LEAST_SHARED, int(_SHARE_OF_SHARED * shared))
+    return min(int(_SHARE_OF_MEMORY * psutil.virtual_memory().available), most)
+
+
+def store_warning(config: Config, layout: Layout) -> tuple[str, ...]:
+    """Return what is likely to be a surprise about a Ray of our own on this machine."""
+    cluster, nodes = config.cluster, range(config.num_nodes)
+    if cluster.address != "local":
+        return ()
+    each = contribution_bytes(config.algorithm, layout, len(nodes))
+    needed = stored_bytes(each, nodes, lambda node: ("", node // cluster.nodes_per_actor))[""]
+    there = cluster.object_store_bytes or default_store_bytes()
+    if needed <= there:
+        return ()
+    line = (
+        f"on this machine alone an exchange may need {bytes_text(needed)} in Ray's object store, which has "
+        f"{bytes_text(there)}: raise cluster.object_store_gb, or exchange less (a codec, a smaller model)"
+    )
+    return (line,)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from orchestrator.events import Deliver, Secure
 
     Announced = Mapping[NodeId, Posted]
+    Home = Callable[[NodeId], tuple[str, int]]
+    """A node's machine, and its process."""
 
 
 def securing(secures: Sequence[Secure], posted: Callable[[int], Announced]) -> list[Cast]:
@@ -44,3 +46,33 @@ def inline(closed: Sequence[NodeId], posted: Announced) -> list[Cast]:
         Cast({sender: sizes[sender] for sender in sorted(among(posted[node].wants or frozenset(), sizes))}, [node])
         for node in receivers
     ]
+
+
+def stored(
+    parts: Sequence[int], results: Sequence[int], most: int, members: Sequence[NodeId], home: Home
+) -> Counter[str]:
+    """Return the bytes in the stores of machines during an exchange to which all ``members`` contribute alike.
+
+    A contribution lies where it was made, without the parts that its own process reduces, and a machine that fetches
+    it has a copy; a reduced part lies on every machine.
+
+    Args:
+        parts: bytes of the parts of one contribution.
+        results: bytes of the parts of the result; none: a gather.
+        most: contributions that a node receives of a gather.
+        members: nodes; the first ones reduce a part each.
+        home: where a node is.
+    """
+    on = Counter(home(node)[0] for node in members)
+    found: Counter[str] = Counter()
+    if not results:
+        for machine, count in on.items():
+            found[machine] = sum(parts) * (count + min(len(members) - count, count * most))
+        return found
+    in_process = Counter(home(node) for node in members)
+    for part, reducer in enumerate(members[: len(parts)]):
+        machine = home(reducer)[0]
+        for other, count in on.items():
+            found[other] += parts[part] * count + results[part]
+        found[machine] += parts[part] * (len(members) - on[machine] - in_process[home(reducer)])
+    return found

@@ -9,7 +9,7 @@ from actors.data.samplers import planned_samples
 from actors.pace import Pace
 from actors.setup import load_data
 from algorithms.api import Algorithm
-from orchestrator.estimates import CHECK_BYTES, bounded_memory, estimate, layout_of
+from orchestrator.estimates import CHECK_BYTES, bounded_memory, estimate, layout_of, store_warning
 from orchestrator.simulator import user_code
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def make_plan(config: Config, memory: int = CHECK_BYTES) -> Plan:
         baselines=baselines,
         reading=reading,
         estimate=asdict(cost),
-        warnings=cost.warnings,
+        warnings=cost.warnings + store_warning(config, layout),
         runtimes=["cluster", "simulator"],
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import sys
 import threading
 import time
@@ -20,19 +21,22 @@ from actors.tickets import Failed
 from actors.versions import versions
 from algorithms.api import SERVER
 from algorithms.registry import carried
-from orchestrator import ray_session
+from orchestrator import ray_session, ray_store
 from orchestrator.calls import POLL_S, Actor, Calls
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
+from orchestrator.estimates import contribution_bytes, stored_bytes
 from orchestrator.ray_vitals import Vitals, state_of
 from orchestrator.runtime import Died, Happening, Log, NodeFacts, Notice, NotUp, Raised, Room, SpareLost, Up, Used
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from actors.data.fingerprint import Fingerprint
     from algorithms.api import NodeId
     from orchestrator.config import Config
     from orchestrator.ray_session import Machines
+
+_LOG = logging.getLogger("starling")
 
 _FETCH_TIMEOUT_S = 60.0
 """A contribution that cannot be fetched in this time is missing."""
@@ -71,6 +75,7 @@ class Processes(Calls):
         """Machines on which a process read other data than the first one."""
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
+        self._stores: ray_store.StoreWatch | None = None
         self._vitals: Vitals | None = None
         self._vital: dict[str, int] = {}
         """Processes of a Ray of our own that a run cannot do without."""
@@ -126,6 +131,8 @@ class Processes(Calls):
         first = self._facts_of(up[0])
         self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
+        self._warn_of_stores([node for actor in up for node in actor.nodes if node != SERVER])
+        self._stores = ray_store.StoreWatch(is_local=self._session.is_local)
         self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
@@ -158,7 +165,12 @@ class Processes(Calls):
     def _connect(self, num_cpus: float) -> ray_session.Session:
         """``num_cpus`` are those of a Ray of our own."""
         cluster = self._config.cluster
-        return ray_session.connect(cluster.address, num_cpus=num_cpus, runtime_env=cluster.runtime_env or None)
+        return ray_session.connect(
+            cluster.address,
+            num_cpus=num_cpus,
+            object_store_bytes=cluster.object_store_bytes,
+            runtime_env=cluster.runtime_env or None,
+        )
 
     def _strategy(self) -> Any:  # noqa: ANN401 - a name, or an object of Ray's
         """Where Ray places processes: on machines that have the right data, if there is room."""
@@ -262,6 +274,8 @@ class Processes(Calls):
             self._vitals.hasten()  # what is stopped would keep Ray from ending
         if self._machines is not None:
             self._machines.stop()
+        if self._stores is not None:
+            self._stores.stop()
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor.handle, no_restart=True)
@@ -336,6 +350,8 @@ class Processes(Calls):
             "num_cpus": num_cpus,
             "max_restarts": 0,  # Ray would start it again without its state
             "scheduling_strategy": self._strategy(),
+            # Ray's head keeps a record of some hundred bytes of each call: 29 kB a round of four nodes.
+            "enable_task_events": False,
         }
         handle = remote_class().options(**options).remote()
         actor = Actor(len(self._actors), nodes, handle, self.now, self._count_embodiment(nodes))
@@ -434,6 +450,23 @@ class Processes(Calls):
                 f"task {self._config.task.name}: the data {who} are not those of {self._first.place}: {unlike}; "
                 "all processes must read the same files, and divide them alike (at random only with a seed)"
             )
+
+    def _place(self, node: NodeId) -> tuple[str, int]:
+        """Ray's name for the machine of a node that is up, and its process."""
+        home = self._home[node]
+        return self._facts_of(home).machine, home.index
+
+    def _room_in_stores(self, needed: Mapping[str, int], what: str) -> None:
+        ray_store.check_room(needed, what, is_local=self._session is not None and self._session.is_local)
+
+    def _warn_of_stores(self, nodes: Sequence[NodeId]) -> None:
+        """Say before the first round, which may be long, that its exchanges will hardly fit."""
+        assert self.layout is not None
+        each = contribution_bytes(self._config.algorithm, self.layout, len(nodes))
+        try:
+            self._room_in_stores(stored_bytes(each, sorted(nodes), self._place), "an exchange")
+        except ClusterError as error:
+            _LOG.warning("%s", error)
 
     @staticmethod
     def _facts_of(actor: Actor) -> Ready:

@@ -11,7 +11,6 @@ import platform
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -29,7 +28,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
-from orchestrator import ray_failure, ray_watcher
+from orchestrator import ray_failure, ray_head, ray_watcher
 from orchestrator.errors import ClusterError, RunError
 from orchestrator.lease import started_at
 from orchestrator.terminal import ENDING
@@ -66,6 +65,9 @@ _SYSTEM_CONFIG = {
     # The store frees in batches, by default once a second. A fast round would then write to memory that was never
     # touched, round after round, and the kernel clears each page first: ten times slower than memory that is reused.
     "free_objects_period_milliseconds": 20,
+    # Nobody looks at the record of each call that the GCS keeps: 100,000 of them, and with them 29 kB a round of four
+    # nodes. 0: none are kept.
+    "task_events_report_interval_ms": 0,
 }
 
 
@@ -261,11 +263,17 @@ def brings_machines() -> bool:
 
 
 def connect(
-    address: str, *, num_cpus: float, num_gpus: int | None = None, runtime_env: dict[str, Any] | None = None
+    address: str,
+    *,
+    num_cpus: float,
+    num_gpus: int | None = None,
+    object_store_bytes: int | None = None,
+    runtime_env: dict[str, Any] | None = None,
 ) -> Session:
     """Start a Ray on this machine (``local``), or connect to a running one (``auto``, ``host:port``).
 
-    A Ray of our own has ``num_cpus`` logical CPUs, and the GPUs of this machine unless ``num_gpus`` says otherwise.
+    A Ray of our own has ``num_cpus`` logical CPUs, the GPUs of this machine unless ``num_gpus`` says otherwise, and an
+    object store of ``object_store_bytes`` (default: 30 % of the memory that is free).
     ``runtime_env`` is the job's: Ray uploads local folders for a whole job only. A process that is connected already
     keeps the one it has.
 
@@ -273,13 +281,12 @@ def connect(
         ClusterError: there is none, or it does not let us in.
     """
     if address == "local":
-        return _start(num_cpus, num_gpus, runtime_env)
+        return _start(num_cpus, num_gpus, object_store_bytes, runtime_env)
     if ray.is_initialized():
         return Session(None, owned=False, environment={})
-    if ":" in address and "://" not in address:
-        _probe(address)
+    ray_head.probe(address)
     try:
-        with _quiet():
+        with _quiet(), ray_head.quiet():
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -297,7 +304,9 @@ def connect(
     return Session(None, owned=True, environment={})
 
 
-def _start(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | None) -> Session:
+def _start(
+    num_cpus: float, num_gpus: int | None, object_store_bytes: int | None, runtime_env: dict[str, Any] | None
+) -> Session:
     if ray.is_initialized():
         message = (
             "cluster.address local: this process is connected to a Ray already; set cluster.address: auto to use it"
@@ -338,6 +347,7 @@ def _start_once(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, An
                 address="local",
                 num_cpus=max(1, math.ceil(num_cpus)),
                 num_gpus=num_gpus,
+                object_store_memory=object_store_bytes,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
@@ -398,20 +408,6 @@ def reason_of(error: BaseException) -> str:
     if getattr(error, "preempted", False):
         return "its machine was preempted"
     return "its process died (killed, out of memory or crashed)"
-
-
-def _probe(address: str) -> None:
-    """Tell at once that nothing listens; Ray itself tries for a long time."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S):
-            return
-    except (OSError, ValueError) as error:
-        message = (
-            f"cluster.address {address}: nothing answers there ({error}); check the address and port of the head node "
-            "(ray status shows it), or use cluster.address: local"
-        )
-        raise ClusterError(message) from None
 
 
 @contextlib.contextmanager

@@ -389,7 +389,10 @@ class _Ray:
         if self._simulated:  # which needs nothing but this machine
             address = "auto" if ray.is_initialized() else "local"
         self._session = ray_session.connect(
-            address, num_cpus=max(os.cpu_count() or 1, each), runtime_env=config.cluster.runtime_env or None
+            address,
+            num_cpus=max(os.cpu_count() or 1, each),
+            object_store_bytes=config.cluster.object_store_bytes,
+            runtime_env=config.cluster.runtime_env or None,
         )
         try:
             self._machine = machine_of_driver()
