@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from actors.tasks.datasets import DatasetSamples
 from algorithms.errors import DataError, ProgramError, SettingsError
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,7 +122,7 @@ def batch(task: Task, given: Any, size: int | None = None) -> tuple[Tensor, ...]
             size is None or rows == size
         ):
             return tuple(tensors)
-    parts = ", ".join(map(_kind, tensors)) if isinstance(given, tuple | list) and given else _kind(given)
+    parts = listed(map(_kind, tensors)) if isinstance(given, tuple | list) and given else _kind(given)
     wanted = f"a tuple of tensors with {'as many' if size is None else size} rows each"
     raise ProgramError(f"task {task.name}: batch() of its samples must give {wanted}; it gives {parts}")
 
@@ -181,7 +182,7 @@ def predictions(task: Task, given: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN40
         outputs, targets = cast("tuple[Tensor, Tensor]", tuple(pair))
         if outputs.dim() and targets.dim() and len(outputs) == len(targets):
             return outputs, targets
-    parts = ", ".join(map(_kind, pair)) if isinstance(given, tuple | list) and pair else _kind(given)
+    parts = listed(map(_kind, pair)) if isinstance(given, tuple | list) and pair else _kind(given)
     raise ProgramError(f"task {task.name}: predictions() must give outputs and targets, row by row; it gives {parts}")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from algorithms.api import PART_BYTES, AllGather, AllReduce, NeighborAllGather
 from algorithms.errors import ProgramError
+from algorithms.words import listed, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +98,8 @@ class Pool:
         return np.empty(nbytes, dtype=np.uint8)
 
 
+_MOST_TENSORS, _MOST_PARTS = 4, 300
+"""Tensors, and characters of the parts, that are shown of a signature."""
 _POOL = Pool(min_bytes=1024 * 1024, max_blocks=3)
 
 
@@ -126,7 +129,7 @@ def specs_of(payload: Payload) -> tuple[TensorSpec, ...]:
         ProgramError: something in it is neither a tensor nor a number.
     """
     if isinstance(payload, Mapping) and not all(isinstance(name, str) and name for name in payload):
-        message = f"the names of a payload's members must be texts, not {list(payload)}"
+        message = f"the names of a payload's members must be texts, not {listed(payload)}"
         raise ProgramError(message)
     return tuple(_spec(name, value) for name, value in _members(payload))
 
@@ -415,8 +418,20 @@ class Signature:
         )
 
     def __str__(self) -> str:
-        inside = "" if self.tensors is None else ", ".join(str(spec) for spec in self.tensors)
-        return f"{self.operation}({inside}) with {self.parts}"
+        return self._shown(0)
+
+    def against(self, other: Signature) -> str:
+        """Both, with their tensors from the first on that is not alike."""
+        pairs = zip(self.tensors or (), other.tensors or (), strict=False)
+        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        begin = alike if alike >= _MOST_TENSORS else 0
+        return f"{self._shown(begin)}; {other._shown(begin)}"
+
+    def _shown(self, begin: int) -> str:
+        tensors = self.tensors or ()
+        before = [f"{begin} alike"] * bool(begin and tensors)
+        inside = ", ".join([*before, *([listed(tensors[begin:], _MOST_TENSORS)] if tensors[begin:] else [])])
+        return f"{self.operation}({inside}) with {shortened(self.parts, _MOST_PARTS)}"
 
 
 def signature_of(operation: AllReduce[Any] | AllGather[Any] | NeighborAllGather[Any]) -> Signature:

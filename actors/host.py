@@ -58,6 +58,7 @@ from algorithms.api import (
 )
 from algorithms.errors import ProgramError, StarlingError
 from algorithms.seeds import generator
+from algorithms.words import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
     from algorithms.api import NodeId, Payload, State, View
 
 
+_MOST_CHARACTERS = 600
+"""Of what a user's exception says; all of it is in the traceback."""
 _COMPUTE = frozenset({Train, Batch, Gradient, Step, Loss, Evaluate})
 _COLLECTIVE = frozenset({AllReduce, AllGather, NeighborAllGather})
 
@@ -455,4 +458,4 @@ def failure(node: NodeId, number: int, error: Exception) -> Failed:
             message if message.startswith(("node ", "server,")) else f"{who}, round {number}: {message}", None
         )
     text = "".join(traceback.format_exception(error))
-    return Failed(f"{who}, round {number}: {type(error).__name__}: {error}", text)
+    return Failed(f"{who}, round {number}: {type(error).__name__}: {shortened(str(error), _MOST_CHARACTERS)}", text)

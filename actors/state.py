@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actors.digest import digest_state, leaves
 from algorithms.errors import ProgramError
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -76,7 +77,7 @@ class StagedState(MutableMapping[str, "State"]):
             case dict() if all(isinstance(key, str) for key in value):
                 return _FrozenDict({key: self._freeze(child, f"{path}/{key}") for key, child in value.items()})
             case dict():
-                message = f"node.{self._label}[{path!r}] has keys that are not texts: {list(value)}"
+                message = f"node.{self._label}[{path!r}] has keys that are not texts: {listed(value)}"
                 raise ProgramError(message)
             case _:
                 kinds = "tensors, numbers, texts, None, and lists and dicts of them"

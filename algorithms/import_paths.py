@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from algorithms.errors import ImportPathError
+from algorithms.words import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
 
+_MOST_CHARACTERS = 600
+"""Of what an exception says."""
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -87,7 +90,7 @@ def missing_methods(cls: type) -> str | None:
 
 def raised(error: BaseException) -> str:
     """Return the type of an error, its message on one line, and the user's line of code that led to it."""
-    text = " ".join(str(error).split())
+    text = shortened(" ".join(str(error).split()), _MOST_CHARACTERS)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     # A user can act on a line of their own; the last one is often a library's.
     frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames

@@ -23,6 +23,9 @@ FREE = (
 """Keys that say where a run is recorded and where it runs, and not what it comes to: these may be edited."""
 
 
+_MOST_LINES = 10
+"""Of keys that differ."""
+
 FIXED = ("task.name", "task.model", "algorithm.name", "optimizer.name", "optimizer.precision", "seed", "data.source")
 """Keys of what the saved state is of: no run goes on with others."""
 
@@ -52,6 +55,8 @@ def refuse(path: Path, before: Config, config: Config, overrides: Sequence[str])
         for place, then, now in _differences(before.dump(), config.dump())
         if not any(place[: len(key)] == key or key[: len(place)] == place for key in [*meant, *free])
     ]
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], f"{file}: … and {len(lines) - _MOST_LINES} more of these"]
     if lines:
         raise ConfigError("\n".join(lines))
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StringConstraints, ValidationError
 
 from actors.transfer import StateExport
+from algorithms.words import listed
 from orchestrator import identity, tensor_files
 from orchestrator.errors import CheckpointError, CheckpointReadError
 from orchestrator.run_files import memory_bytes
@@ -533,7 +534,7 @@ def _hint(rounds: list[int], chosen: int, *, asked: bool, previous: bool) -> str
 
 
 def _listed(rounds: list[int]) -> str:
-    return f"round{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))}"
+    return f"round{'s' if len(rounds) > 1 else ''} {listed(rounds)}"
 
 
 @contextmanager

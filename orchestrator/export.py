@@ -20,6 +20,7 @@ from actors.transfer import donor_among, load_state, with_shared
 from actors.weights import load_into, read_weights
 from algorithms.api import SERVER
 from algorithms.errors import ProgramError
+from algorithms.words import listed
 from orchestrator import identity, saved_state
 from orchestrator.checkpointing import MAIL
 from orchestrator.checkpoints import CheckpointStore
@@ -204,7 +205,7 @@ def _require_end(path: Path, store: CheckpointStore) -> None:
         rounds = store.rounds()
     except CheckpointReadError:
         rounds = []
-    what = f"--round {rounds[-1]} exports a checkpoint's; there are {', '.join(map(str, rounds))}" if rounds else ""
+    what = f"--round {rounds[-1]} exports a checkpoint's; there are {listed(rounds)}" if rounds else ""
     raise ConfigError(f"{path}: the run has not ended with a model; {what or 'and there is no checkpoint of it'}")
 
 

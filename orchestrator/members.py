@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from algorithms.api import SERVER
+from algorithms.words import listed
 from orchestrator.errors import RunError
 from orchestrator.membership import Launch, Pool, StandBy
 from orchestrator.recoveries import Recoveries
@@ -388,7 +389,7 @@ class Members:
         while whole & set(self.transfers.pending):
             happening = self._runtime.next(deadline)
             if happening is None:
-                names = ", ".join(map(str, self.transfers.pending))
+                names = listed(self.transfers.pending)
                 raise RunError(
                     f"nodes {names} do not take over the state of the checkpoint; waited for "
                     f"{cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"

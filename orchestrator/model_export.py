@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.setup import load_data
+from algorithms.words import listed
 from orchestrator.resumption import configuration
 from orchestrator.run_directory import load_model
 
@@ -102,5 +103,5 @@ def _positional(module: nn.Module, names: list[str]) -> nn.Module:
     if all(name.isdigit() for name in names):
         return module
     if len(names) > 2 or any(name.isdigit() for name in names):
-        raise TypeError(f"its inputs {', '.join(names)} are more than two, or some of them have no name")
+        raise TypeError(f"its inputs {listed(names)} are more than two, or some of them have no name")
     return (_OneNamed if len(names) == 1 else _TwoNamed)(module, names)

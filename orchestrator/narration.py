@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from algorithms.api import SERVER
+from algorithms.words import listed
 from orchestrator.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def told(event: Mapping[str, Any]) -> str | None:
         case "abort":
             return f"{when}begins again: {event['reason']}"
         case "diverged" if event["healed"]:
-            others = ", ".join(str(node) for group in event["groups"][1:] for node in group)
+            others = listed(node for group in event["groups"][1:] for node in group)
             return f"{when}the shared state of nodes {others} differs from that of most, which they will be given"
         case "checkpoint":
             return _checkpoint(event)

@@ -21,6 +21,7 @@ from actors.tickets import Failed
 from actors.versions import versions
 from algorithms.api import SERVER
 from algorithms.registry import carried
+from algorithms.words import listed
 from orchestrator import ray_session, ray_store
 from orchestrator.calls import POLL_S, Actor, Calls
 from orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
@@ -259,7 +260,7 @@ class Processes(Calls):
                     if not any(actor.alive and actor.nodes == together for actor in self._actors):
                         self._launch(together)
                 case _ if self.now >= deadline:
-                    names = ", ".join(str(node) for actor in alive if actor.ready is None for node in actor.nodes)
+                    names = listed(node for actor in alive if actor.ready is None for node in actor.nodes)
                     message = (
                         f"cluster: nodes {names} did not come up within {self._config.cluster.start_timeout_s:g} s; "
                         "is there room for them (ray status)? raise cluster.start_timeout_s if they are only slow"
@@ -442,7 +443,7 @@ class Processes(Calls):
             return
         unlike = difference(self._first.fingerprint, ready.fingerprint)
         if unlike is not None:
-            nodes = ", ".join(map(str, actor.nodes))
+            nodes = listed(actor.nodes)
             who = (
                 f"of node {nodes} ({ready.place})" if actor.nodes else f"in the process that stands by ({ready.place})"
             )

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from actors.tickets import among
 from algorithms.closing import Quorum, Waited
+from algorithms.words import listed
 from orchestrator.events import (
     Abort,
     Advance,
@@ -190,7 +191,7 @@ class Rendezvous:
             fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
         for other in (first, fixed):
             if not post.signature.agrees_with(other.signature):
-                self._fail_programs(post.seq, other.node, post.node, f"{other.signature}; {post.signature}")
+                self._fail_programs(post.seq, other.node, post.node, other.signature.against(post.signature))
                 return False
         return True
 
@@ -394,7 +395,7 @@ class Rendezvous:
         if past_deadline:
             if policy.past_deadline(arrived, expected):
                 return True
-            late = ", ".join(str(node) for node in sorted(expected - arrived))
+            late = listed(sorted(expected - arrived))
             self._abort(f"exchange {exchange.seq} cannot close without nodes {late}, says its policy {policy.name!r}")
             return False
         again = policy.ask_again_s(arrived, expected, waited)
@@ -530,7 +531,7 @@ def _nobody(exchange: Exchange) -> str:
     if not skipped:
         return f"nobody contributes to exchange {exchange.seq}, or nobody can fetch what is contributed"
     first, reason = next(iter(skipped.items()))
-    who = f"node {first} skips" if len(skipped) == 1 else f"nodes {', '.join(map(str, skipped))} skip"
+    who = f"node {first} skips" if len(skipped) == 1 else f"nodes {listed(skipped)} skip"
     others = "" if len(skipped) == 1 else f"node {first}: "
     advice = "lower optimizer.lr"
     return f"nobody contributes to exchange {exchange.seq}: {who} the round (on_nan: skip); {others}{reason}; {advice}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from algorithms.api import View
+from algorithms.words import listed
 from orchestrator.errors import DivergedError, ProgramsDivergeError, RunError
 from orchestrator.events import (
     Abort,
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 
 _MAX_ATTEMPTS = 10
+_MOST_GROUPS = 4
+"""Of replicas that differ, shown in a message."""
 """At one round."""
 
 
@@ -303,7 +306,7 @@ class Synchronous:
         """Wait for what happens next; return what is for the rendezvous."""
         active = attempt.rendezvous.active
         if self._mail.room.stuck(active):
-            names = ", ".join(map(str, sorted(active)))
+            names = listed(sorted(active))
             message = f"round {attempt.number}: nodes {names} all wait for messages, and none is on its way"
             raise RunError(message)
         timeout, elapsed = self._mail.next_timeout(), min(attempt.again, default=None)
@@ -524,7 +527,7 @@ class Synchronous:
             what = self._too_few()
         else:
             slow = self._halting | set(self._members.transfers.pending) | self._members.leaving.keys()
-            what = f"nodes {', '.join(map(str, sorted(slow)))} do not become ready"
+            what = f"nodes {listed(sorted(slow))} do not become ready"
         return f"round {number}: {what}; waited for {cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
 
     def _too_few(self) -> str:
@@ -535,7 +538,9 @@ class Synchronous:
 
 
 def _divergence(number: int, groups: Sequence[Sequence[NodeId]], mode: str) -> str:
-    shown = " against ".join(f"nodes {', '.join(map(str, group))}" for group in groups)
+    shown = " against ".join(f"nodes {listed(group)}" for group in groups[:_MOST_GROUPS])
+    if len(groups) > _MOST_GROUPS:
+        shown += f" and {len(groups) - _MOST_GROUPS} more groups"
     advice = (
         "on_divergence: heal would go on with what most have"
         if mode == "stop"

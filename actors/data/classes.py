@@ -15,6 +15,7 @@ from actors.data import files
 from actors.data.columns import is_text, is_whole, numbers_of, plain
 from actors.data.row_groups import UnreadableError, open_row_groups, require_column
 from algorithms.errors import DataError
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,7 +79,7 @@ class Classes:
         places = compute.index_in(column, value_set=pa.array(names, pa.string()))
         if places.null_count:
             wrong = _texts(compute.filter(column, compute.is_null(places)).unique(), label, place)[0]
-            known = ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
+            known = listed(names, _SHOWN)
             raise DataError(
                 f"{place}: column {label} has the class {wrong!r}, and classes are {known}; see task.classes"
             )

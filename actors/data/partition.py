@@ -24,6 +24,7 @@ from actors.data.indices import Indices, Ranges, concrete
 from algorithms.errors import DataError
 from algorithms.registry import Part
 from algorithms.seeds import generator
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -303,7 +304,7 @@ def column_of(samples: Samples, column: str) -> Tensor:
         values = getattr(samples, "labels", None)
     if values is None:
         known = sorted(getattr(samples, "columns", ()))
-        there = f"there are: {', '.join(known)}" if known else "these samples have none"
+        there = f"there are: {listed(known)}" if known else "these samples have none"
         raise DataError(f"data.partition.column: there is no column {column!r} ({there})")
     found = np.asarray(values)
     return torch.from_numpy(

@@ -26,6 +26,7 @@ from actors.data.columns import codes_of, plain, plain_type
 from actors.data.indices import Ranges
 from algorithms.errors import DataError
 from algorithms.registry import did_you_mean
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ def _opened(key: str, path: str) -> _Opened:
         raise DataError(f"{key}: {files.shown(path)} has no rows")
     named = {name for file in listing.files for name in _OF_FOLDERS.findall(listing.relative(file))} - set(merged.names)
     if named:
-        what = f"{key}: folders of {files.shown(path)} are named by {', '.join(sorted(named))}"
+        what = f"{key}: folders of {files.shown(path)} are named by {listed(sorted(named))}"
         files.say_once(f"folders {path}", f"{what}, and such columns are not read; write them into the files")
     return _Opened(merged, groups, frozenset(index))
 
@@ -188,7 +189,7 @@ def _merged(key: str, first: pa.Schema, other: pa.Schema, first_file: str, file:
     if sorted(first.names) != sorted(other.names):
         more = sorted(set(other.names) - set(first.names))
         lacking = sorted(set(first.names) - set(other.names))
-        told = f"it lacks the column {lacking[0]}" if lacking else f"it has the columns {', '.join(more)} besides"
+        told = f"it lacks the column {lacking[0]}" if lacking else f"it has the columns {listed(more)} besides"
         raise DataError(f"{what}: {told if more or lacking else 'it has columns of one name twice'}")
     fields: list[pa.Field] = []
     for place, field in enumerate(first):
@@ -390,7 +391,7 @@ class RowGroupSamples:
         table = self._groups[group].checked(list(self._decode.columns)).slice(row, 1)
         bad = [name for name in table.column_names if not is_finite(table.column(name)[0].as_py())]
         what = f"{self._groups[group].place}, row {row}"
-        return f"{what}: column {', '.join(bad)} is NaN or infinite" if bad else what
+        return f"{what}: column {listed(bad)} is NaN or infinite" if bad else what
 
     def present(self, indices: Tensor) -> Tensor:
         """Those of ``indices`` that are in row groups which can be read; all of them unless bad ones are skipped."""

@@ -29,6 +29,7 @@ from actors.models import CNN, Model
 from actors.tasks import supervised
 from actors.tasks.base import Samples, Task
 from algorithms.errors import DataError
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -368,7 +369,7 @@ def _list_folder(key: str, path: str) -> tuple[files.Listing, list[str], list[in
     others = Counter(PurePosixPath(file).suffix.lower() for file in files.find(key, path).files)
     strange = sorted(set(others) - _SUFFIXES - _NOTES)
     if strange:
-        told = ", ".join(f"{others[suffix]} {suffix}" for suffix in strange)
+        told = listed(f"{others[suffix]} {suffix}" for suffix in strange)
         files.say_once(f"others {path}", f"{key}: {path} has files that are not taken for images, left out: {told}")
     classes = sorted(set(names))
     numbers = {name: number for number, name in enumerate(classes)}

@@ -30,6 +30,7 @@ from actors.models import MLP, Model
 from actors.tasks import supervised
 from actors.tasks.base import Task
 from algorithms.errors import DataError
+from algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,8 +88,8 @@ class Parquet(Task, name="parquet"):
         left = [f"{one.name} ({'index of a pandas frame' if one.name in index else one.type})" for one in others]
         classes = self._classes
         label = f"{self.label} (a number)" if classes is None else f"{self.label} ({classes.count} classes)"
-        told = {"features": _listed(chosen), "label": label}
-        return told | ({"left out": _listed(left)} if left else {})
+        told = {"features": listed(chosen), "label": label}
+        return told | ({"left out": listed(left)} if left else {})
 
     def build(self) -> nn.Module:
         """The chosen model, with as many inputs as the features have values."""
@@ -168,10 +169,8 @@ class _Decoder:
         pieces = [numbers_of(table.column(name), name, place, np.dtype(np.float32)) for name in self._features]
         widths = [1 if piece.ndim == 1 else piece.shape[1] for piece in pieces]
         if sum(widths) != self._width:
-            listed = ", ".join(
-                f"{name} {width}" for name, width in zip(self._features, widths, strict=True) if width > 1
-            )
-            what = f"{place}: rows have {sum(widths)} values ({listed}), and {self._width} in the first row group"
+            each = ", ".join(f"{name} {width}" for name, width in zip(self._features, widths, strict=True) if width > 1)
+            what = f"{place}: rows have {sum(widths)} values ({each}), and {self._width} in the first row group"
             raise DataError(f"{what}; features must have one shape")
         features = torch.empty(table.num_rows, self._width, dtype=torch.float32)
         start = 0
@@ -191,14 +190,6 @@ class _Decoder:
                 numbers_of(table.column(self._label), self._label, place, np.dtype(np.float32)).copy()
             )
         return self._classes.of(table, self._label, place)
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-_SHOWN = 12
 
 
 @files.remembered
