@@ -184,7 +184,9 @@ class DataPlane(Processes):
         for node, ticket in reply.tickets:
             self._take(actor, node, ticket, large)
         for (seq, num_parts), nodes in large.items():
-            self._check_room(self._posted[seq][nodes[0]])
+            if seq not in self._looked_at:  # one alone may be too large, and is not put there then
+                self._looked_at.add(seq)
+                self._check_room(seq, nodes)
             posted = Expected(seq, tuple(nodes), num_parts, self._parts_for_others(actor, num_parts))
             # Not where the program runs on: it would wait until its parts are in the store.
             if place is not None and all(self._posted[seq][node].waits for node in nodes):
@@ -197,23 +199,26 @@ class DataPlane(Processes):
         if moving:
             self._run_on(actor, [(node, None) for node in moving])
 
-    def _check_room(self, ticket: Posted) -> None:
-        """Check, the first time that there is such an exchange, that the machines' stores have room for it.
+    def _check_room(self, seq: int, givers: Sequence[NodeId]) -> None:
+        """Check that the machines' stores have room for an exchange, if no such exchange has been seen.
+
+        Args:
+            seq: of the exchange.
+            givers: nodes whose contributions go through the store.
 
         Raises:
             ClusterError: one has not; Ray would write to its disk, and nodes be late for no visible reason.
         """
-        if ticket.seq in self._looked_at:
-            return
-        self._looked_at.add(ticket.seq)
-        members = [node for node in self._members if self._home[node].ready is not None]
+        ticket = self._posted[seq][givers[0]]
+        members = tuple(node for node in self._members if self._home[node].ready is not None)
         homes = tuple(self._home[node].index for node in members)
-        key = ticket.part_nbytes, ticket.result_nbytes, tuple(members), homes
-        if key not in self._fits:
-            most = len(members) if ticket.wants is None else len(ticket.wants)
-            needed = phases.stored(ticket.part_nbytes, ticket.result_nbytes, most, members, self._place)
-            self._room_in_stores(needed, f"an exchange of {bytes_text(ticket.nbytes)} among {len(members)} nodes")
-            self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
+        key = ticket.part_nbytes, ticket.result_nbytes, members, tuple(givers), homes
+        if key in self._fits:
+            return
+        most = len(members) if ticket.wants is None else len(ticket.wants)
+        needed = phases.stored(ticket.part_nbytes, ticket.result_nbytes, most, members, givers, self._place)
+        self._room_in_stores(needed, f"an exchange of {bytes_text(ticket.nbytes)} from each of {len(givers)} nodes")
+        self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
 
     def _run_on(self, actor: Actor, items: Sequence[tuple[NodeId, object]]) -> None:
         if actor.alive:
@@ -317,6 +322,11 @@ class DataPlane(Processes):
                     pass  # secures are on their way; commits, aborts and errors are the controller's own
 
     def _secure(self, secures: Sequence[Secure]) -> None:
+        for seq in {one.seq for one in secures}:
+            posted = self._posted[seq]
+            givers = [node for node in sorted(posted) if posted[node].specs is not None and posted[node].inline is None]
+            if givers:
+                self._check_room(seq, [node for node in givers if self._home[node].ready is not None] or givers[:1])
         due = self._arrivals(lambda: phases.securing(secures, self._posted.__getitem__))
         jobs: defaultdict[int, dict[tuple[int, int, NodeId], SecureJob]] = defaultdict(dict)
         for one in secures:

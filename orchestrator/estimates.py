@@ -182,7 +182,7 @@ def stored_bytes(contribution: int, nodes: Sequence[NodeId], home: Home) -> Coun
     """Return the bytes in the object stores of machines during an average of contributions of this size."""
     part = -(-contribution // max(1, len(nodes)))
     parts = [part] * len(nodes)
-    return phases.stored(parts, parts, len(nodes), nodes, home)
+    return phases.stored(parts, parts, len(nodes), nodes, nodes, home)
 
 
 def default_store_bytes() -> int:

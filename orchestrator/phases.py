@@ -49,9 +49,14 @@ def inline(closed: Sequence[NodeId], posted: Announced) -> list[Cast]:
 
 
 def stored(
-    parts: Sequence[int], results: Sequence[int], most: int, members: Sequence[NodeId], home: Home
+    parts: Sequence[int],
+    results: Sequence[int],
+    most: int,
+    members: Sequence[NodeId],
+    givers: Sequence[NodeId],
+    home: Home,
 ) -> Counter[str]:
-    """Return the bytes in the stores of machines during an exchange to which all ``members`` contribute alike.
+    """Return the bytes in the stores of machines during an exchange to which all ``givers`` contribute alike.
 
     A contribution lies where it was made, without the parts that its own process reduces, and a machine that fetches
     it has a copy; a reduced part lies on every machine.
@@ -60,19 +65,21 @@ def stored(
         parts: bytes of the parts of one contribution.
         results: bytes of the parts of the result; none: a gather.
         most: contributions that a node receives of a gather.
-        members: nodes; the first ones reduce a part each.
+        members: nodes that receive; the first ones reduce a part each.
+        givers: those of them that contribute.
         home: where a node is.
     """
-    on = Counter(home(node)[0] for node in members)
+    receiving = Counter(home(node)[0] for node in members)
+    giving = Counter(home(node)[0] for node in givers)
     found: Counter[str] = Counter()
     if not results:
-        for machine, count in on.items():
-            found[machine] = sum(parts) * (count + min(len(members) - count, count * most))
+        for machine, count in receiving.items():
+            found[machine] = sum(parts) * (giving[machine] + min(len(givers) - giving[machine], count * most))
         return found
-    in_process = Counter(home(node) for node in members)
+    in_process = Counter(home(node) for node in givers)
     for part, reducer in enumerate(members[: len(parts)]):
         machine = home(reducer)[0]
-        for other, count in on.items():
-            found[other] += parts[part] * count + results[part]
-        found[machine] += parts[part] * (len(members) - on[machine] - in_process[home(reducer)])
+        for other in receiving:
+            found[other] += parts[part] * giving[other] + results[part]
+        found[machine] += parts[part] * (len(givers) - giving[machine] - in_process[home(reducer)])
     return found

@@ -22,12 +22,16 @@ PARTS, RESULTS = [50, 70, 30, 90, 10], [5, 7, 3, 9, 1]
 
 
 def one_by_one(
-    parts: Sequence[int], results: Sequence[int], members: Sequence[int], homes: Mapping[int, tuple[str, int]]
+    parts: Sequence[int],
+    results: Sequence[int],
+    members: Sequence[int],
+    givers: Sequence[int],
+    homes: Mapping[int, tuple[str, int]],
 ) -> Counter[str]:
     """Every value by its name and the machine on which it lies."""
     lies: dict[tuple[object, ...], int] = {}
     for part, reducer in enumerate(members):
-        for maker in members:
+        for maker in givers:
             if homes[maker] == homes[reducer]:
                 continue  # it never leaves their process
             for machine in (homes[maker][0], homes[reducer][0]):
@@ -51,11 +55,12 @@ def one_by_one(
     ],
     ids=["one machine", "a machine each", "one process", "pairs", "mixed"],
 )
-def test_an_average_is_counted_as_value_for_value(places: list[tuple[str, int]]):
+@pytest.mark.parametrize("givers", [[0, 2, 3, 5, 9], [2, 9], [5]], ids=str)
+def test_an_average_is_counted_as_value_for_value(places: list[tuple[str, int]], givers: list[int]):
     members = [0, 2, 3, 5, 9]
     homes = dict(zip(members, places, strict=True))
-    found = phases.stored(PARTS, RESULTS, len(members), members, homes.__getitem__)
-    assert found == one_by_one(PARTS, RESULTS, members, homes)
+    found = phases.stored(PARTS, RESULTS, len(members), members, givers, homes.__getitem__)
+    assert found == one_by_one(PARTS, RESULTS, members, givers, homes)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +69,7 @@ def test_an_average_is_counted_as_value_for_value(places: list[tuple[str, int]])
 )
 def test_of_a_gather_a_machine_has_what_its_nodes_give_and_receive(most: int, wanted: dict[str, int]):
     homes = {0: ("a", 0), 1: ("a", 1), 2: ("a", 2), 3: ("b", 3)}
-    assert phases.stored([100], [], most, list(homes), homes.__getitem__) == wanted
+    assert phases.stored([100], [], most, list(homes), list(homes), homes.__getitem__) == wanted
 
 
 def machine(name: str, size: float, *, alive: bool = True) -> dict[str, Any]:
@@ -78,11 +83,11 @@ def test_an_exchange_that_does_not_fit_is_one_line_that_says_what_to_set(monkeyp
     ray_store.check_room({"a": 80_000_000, "b": 90_000_000, "c": 1, "d": 2_000_000}, "an exchange", is_local=True)
     ray_store.check_room({}, "an exchange", is_local=True)
     with pytest.raises(ClusterError) as caught:
-        ray_store.check_room({"a": 80_000_001, "b": 5}, "an exchange of 20.0 MB among 4 nodes", is_local=False)
+        ray_store.check_room({"a": 80_000_001, "b": 5}, "an exchange of 20.0 MB from each of 4 nodes", is_local=False)
     assert str(caught.value) == (
-        "cluster: an exchange of 20.0 MB among 4 nodes needs 80.0 MB in Ray's object store on host-a (10.0.0.1), which "
-        "has 80.0 MB; raise ray start --object-store-memory, have fewer nodes on that machine, or exchange less (a "
-        "codec, a smaller model)"
+        "cluster: an exchange of 20.0 MB from each of 4 nodes needs 80.0 MB in Ray's object store on host-a "
+        "(10.0.0.1), which has 80.0 MB; raise ray start --object-store-memory, have fewer nodes on that machine, or "
+        "exchange less (a codec, a smaller model)"
     )
     with pytest.raises(ClusterError, match="; raise cluster.object_store_gb, have fewer"):
         ray_store.check_room({"a": 90_000_000}, "an exchange", is_local=True)

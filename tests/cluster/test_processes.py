@@ -133,6 +133,24 @@ def test_another_process_reaches_a_running_ray_by_its_address(tmp_path, shared_r
     assert json.loads(out.splitlines()[-1])["status"] == "finished"
 
 
+def test_a_store_that_is_too_small_is_named_and_nobody_is_left_out(tmp_path, processes: Processes):
+    settings = [
+        "cluster.object_store_gb=0.08",
+        "task={name: digits, model: {name: mlp, width: 200000}}",
+        "algorithm=ddp",
+    ]
+    keys = [argument for setting in settings for argument in ("--set", setting)]
+    program = processes.start("run", str(write(tmp_path, 1)), *keys, "--run-dir", "out", "--json", cwd=tmp_path)
+    out, err = program.communicate(timeout=200)
+    assert program.returncode == 2, err
+    assert "in Ray's object store on" in err
+    assert "which has 80.0 MB; raise cluster.object_store_gb" in err
+    assert "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["status"] == "failed"
+    events = [json.loads(line)["event"] for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
+    assert not {"late", "lost", "commit"}.intersection(events)
+
+
 MINE = """
 import os
 from tests.cluster.programs import Base
