@@ -313,14 +313,16 @@ def _start(
         )
         raise ClusterError(message)
     try:
-        return _start_once(num_cpus, num_gpus, runtime_env)
+        return _start_once(num_cpus, num_gpus, object_store_bytes, runtime_env)
     except ray_failure.TimedOutError:
         # It gives itself half a minute, which a busy machine may need for its agents' imports alone.
         _LOG.warning("Ray has not come up within the time that it gives itself; it is started once more")
-    return _start_once(num_cpus, num_gpus, runtime_env)
+    return _start_once(num_cpus, num_gpus, object_store_bytes, runtime_env)
 
 
-def _start_once(num_cpus: float, num_gpus: int | None, runtime_env: dict[str, Any] | None) -> Session:
+def _start_once(
+    num_cpus: float, num_gpus: int | None, object_store_bytes: int | None, runtime_env: dict[str, Any] | None
+) -> Session:
     folder = _folder()
     environment = _set(
         {
