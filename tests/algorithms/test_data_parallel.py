@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from algorithms.api import Gradient, Train, all_reduce_bytes
 from algorithms.compressors import PowerSGD
+from algorithms.layout import Layout, LayoutEntry
 from algorithms.low_communication import DDP
 from orchestrator.config import parse
 from orchestrator.errors import ConfigError
@@ -180,6 +184,40 @@ def test_it_compresses_the_mean():
     """Nodes whose gradients differ, by their place: the result is that of one node with the mean of them."""
     many, one = compressed(rank=2, of=4, nodes=4, rounds=3, apart=1.0), compressed(rank=2, of=4, nodes=1, rounds=3)
     torch.testing.assert_close(many.parameters, one.parameters, rtol=1e-4, atol=1e-4)
+
+
+def test_powersgd_goes_on_from_the_last_factors_and_errors():
+    """Three times on two matrices of the same form and a bias: Algorithm 1 in numpy, on one node."""
+    shapes = ((4, 3), (4, 3), (2,))
+    stops = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    entries = [
+        LayoutEntry(str(place), stop - math.prod(shape), stop, shape, "")
+        for place, (shape, stop) in enumerate(zip(shapes, stops, strict=True))
+    ]
+    layout = Layout(tuple(entries), torch.float64)
+    node: Any = SimpleNamespace(layout=layout, parameters=torch.zeros(26).double(), local={}, shared={})
+    algorithm = PowerSGD(rank=1)
+    algorithm.init(node)
+    q = node.shared["powersgd"].numpy().reshape(2, 3, 1).copy()
+    assert not np.allclose(q[0], q[1]), "each matrix begins with a Q of its own"
+    error = np.zeros((2, 4, 3))
+    for number in range(3):
+        gradient = torch.randn(26, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        whole = gradient[:24].numpy().reshape(2, 4, 3) + error
+        p = np.stack([np.linalg.qr(m @ one)[0] for m, one in zip(whole, q, strict=True)])
+        q = whole.transpose(0, 2, 1) @ p
+        expected = p @ q.transpose(0, 2, 1)
+        error = whole - expected
+        program: Any = algorithm.all_reduce(node, gradient)
+        answer: Any = None
+        with pytest.raises(StopIteration) as ended:
+            while True:
+                reduction = program.send(answer)
+                answer = SimpleNamespace(value=reduction.tensors, members=(0,), weight=1.0)
+        found = ended.value.value.value
+        np.testing.assert_allclose(found[:24].numpy(), expected.ravel(), rtol=0, atol=1e-12)
+        assert torch.equal(found[24:], gradient[24:])
+        np.testing.assert_allclose(node.local["powersgd"][:24].numpy(), error.ravel(), rtol=0, atol=1e-12)
 
 
 def test_bytes_of_powersgd():
