@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from orchestrator.records import Observer
 
 _MOST_NODES = 100_000
+_LARGEST = 3.4028234e38
 _LEAST_STORE_GB = 0.08
 """Ray takes 75 MiB at least."""
 _MOST_LINES = 10
@@ -427,7 +428,8 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
     except ValidationError as error:
         found = list(explain(cast("Iterable[Any]", error.errors()), Config))
     else:
-        found = list(_booleans(data, config.model_dump()))
+        resolved = config.model_dump()
+        found = [*_booleans(data, resolved), *_huge(resolved)]
         if not found:
             return config
     lines = [f"{yaml_file.cut(_source(place, settings, source))}: {yaml_file.cut(line, 600)}" for place, line in found]
@@ -454,6 +456,13 @@ def _booleans(raw: object, resolved: object, place: Place = ()) -> Iterator[tupl
         pairs = zip(cast("list[object]", raw), cast("list[object]", resolved), strict=False)
         for index, (item, value) in enumerate(pairs):
             yield from _booleans(item, value, (*place, str(index)))
+
+
+def _huge(resolved: object) -> Iterator[tuple[Place, str]]:
+    """The places of numbers that float32, in which most of them are used, does not have."""
+    for place, value in _walk(resolved):
+        if isinstance(value, float) and _LARGEST < abs(value) < math.inf:
+            yield place, f"{'.'.join(place)} should be {_LARGEST:.3g} at most, the largest float32, got {shown(value)}"
 
 
 def _walk(data: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:

@@ -90,6 +90,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rounds": "ten"}, "rounds should be a valid integer, got 'ten'"),
     ({"rounds": 1.5}, "rounds should be a valid integer, got 1.5"),
     ({"rounds": True}, "rounds should be a number, got true"),
+    ({"optimizer": {"lr": 1e99}}, "optimizer.lr should be 3.4e+38 at most, the largest float32, got 1e+99"),
     ({"rounds": None}, "rounds should be a valid integer, got nothing"),
     (
         {"algorithm": {"name": "diloco", "outer": {"name": "sgd", "lr": True}}},

@@ -68,7 +68,8 @@ def head(tmp_path: Path, processes: Processes) -> Iterator[tuple[str, dict[str, 
 
 def token_of(pid: int) -> str:
     """The file with the token of a process's own Ray."""
-    (path,) = {child.environ().get("RAY_AUTH_TOKEN_PATH") for child in psutil.Process(pid).children()}
+    # Its watcher, a child too, has no environment.
+    (path,) = {child.environ().get("RAY_AUTH_TOKEN_PATH") for child in psutil.Process(pid).children()} - {None}
     assert path is not None
     return path
 
