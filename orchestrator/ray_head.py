@@ -73,17 +73,22 @@ def _ask(address: str, found: str) -> None:
             stub.GetClusterId(services_pb2.GetClusterIdRequest(), timeout=_ANSWER_TIMEOUT_S)
     except grpc.RpcError as error:
         code: Callable[[], grpc.StatusCode] | None = getattr(error, "code", None)
-        raise ClusterError(f"{where}: {_problem(None if code is None else code())}") from None
+        problem = _problem(None if code is None else code())
+        if problem is not None:
+            raise ClusterError(f"{where}: {problem}") from None
     except (OSError, RuntimeError, ValueError) as error:  # certificates, a token
         raise ClusterError(f"{where}: cannot connect ({str(error).strip().partition(chr(10))[0][:200]})") from None
 
 
-def _problem(code: grpc.StatusCode | None) -> str:
+def _problem(code: grpc.StatusCode | None) -> str | None:
     match code:
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
             return f"the cluster wants a token, and does not accept this process's: {_TOKEN}"
         case grpc.StatusCode.UNIMPLEMENTED:
             return f"what answers there is not Ray's head; {_OTHER}"
+        case _ if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            # Ray takes certificates of 127.0.0.1 at this machine's own address, Python's gRPC does not.
+            return None
         case _:
             return (
                 f"something listens there, and does not answer as Ray's head does; {_OTHER}; "

@@ -95,6 +95,13 @@ def test_what_is_not_a_head_is_one_line(there: Any, words: str, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+def test_with_tls_whom_ray_trusts_is_left_to_ray(monkeypatch: pytest.MonkeyPatch):
+    assert "does not answer" in (ray_head._problem(grpc.StatusCode.UNAVAILABLE) or "")
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    assert ray_head._problem(grpc.StatusCode.UNAVAILABLE) is None
+    assert "token" in (ray_head._problem(grpc.StatusCode.UNAUTHENTICATED) or "")
+
+
 def test_a_head_that_answers_is_left_to_ray():
     with grpc_server(None) as address:
         ray_head.probe(address)
