@@ -63,8 +63,8 @@ def clean(folder: Path, timeout_s: float = _TIMEOUT_S) -> None:
 def processes_of(folder: Path) -> list[int]:
     """The processes of the Ray whose files are in the folder: its servers, its agents and its workers.
 
-    Servers were started with a path in it. Agents and workers show a title in place of their arguments, and have such a
-    path among the variables that they began with. So may others that only reach this Ray, which are left alone.
+    Servers were started with a path in it. Agents and workers show a title in place of their arguments, which also
+    overwrites their variables, but write logs there. So may what others have started with such a log for its output.
     """
     name, found = os.fsencode(folder) + b"/", []
     with contextlib.suppress(OSError):  # not every system has it
@@ -72,9 +72,17 @@ def processes_of(folder: Path) -> list[int]:
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 with contextlib.suppress(OSError):  # it has ended, or is somebody else's
                     title = (entry / "cmdline").read_bytes()
-                    if name in title or (title.startswith(_TITLE) and name in (entry / "environ").read_bytes()):
+                    if name in title or (title.startswith(_TITLE) and _has_open(entry, folder.resolve())):
                         found.append(int(entry.name))
     return found
+
+
+def _has_open(process: Path, folder: Path) -> bool:
+    for number in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if number.readlink().is_relative_to(folder):
+                return True
+    return False
 
 
 if __name__ == "__main__":

@@ -123,11 +123,11 @@ def test_a_watcher_cleans_up_after_a_process_that_is_killed(tmp_path: Path):
         (one / "r").mkdir(parents=True)
     sleep = "import time; time.sleep(600)"
     servers = [subprocess.Popen([sys.executable, "-c", sleep, f"--temp-dir={one}/r"]) for one in (folder, other)]
-    # Agents and workers show a title; others that reach the same Ray have its token, too.
-    reaching = os.environ | {"RAY_AUTH_TOKEN_PATH": f"{folder}/auth_token"}
-    agent, driver_of_another = (
-        subprocess.Popen([title, "600"], executable="/bin/sleep", env=reaching) for title in ("ray::Agent", "sleep")
-    )
+    # Agents and workers show a title, and write logs.
+    with (folder / "r/agent.log").open("w") as log:
+        agent, of_a_user = (
+            subprocess.Popen([title, "600"], executable="/bin/sleep", stdout=log) for title in ("ray::Agent", "sleep")
+        )
     body = f"""
 import os, pathlib
 from orchestrator import ray_watcher
@@ -154,9 +154,9 @@ os.kill(os.getpid(), 9)
         assert other.exists()
         assert servers[1].poll() is None
         assert agent.wait(60) == -signal.SIGKILL
-        assert driver_of_another.poll() is None
+        assert of_a_user.poll() is None
     finally:
-        for server in (*servers, agent, driver_of_another):
+        for server in (*servers, agent, of_a_user):
             server.kill()
             server.wait()
 

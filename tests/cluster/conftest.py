@@ -12,7 +12,7 @@ import psutil
 import pytest
 import ray
 
-from orchestrator import ray_session
+from orchestrator import ray_session, ray_watcher
 from orchestrator.api import resolve
 from orchestrator.config import Config
 from tests.cluster.machines import Machines
@@ -113,11 +113,13 @@ class Processes:
 
     def alive(self) -> list[str]:
         found = []
+        # Titles that processes of Ray's show may overwrite their environment.
+        of_ray = ray_watcher.processes_of(self._temporary)
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue
             try:
-                if self.mark.encode() not in (folder / "environ").read_bytes():
+                if int(folder.name) not in of_ray and self.mark.encode() not in (folder / "environ").read_bytes():
                     continue
                 if "\nState:\tZ" in (folder / "status").read_text():
                     continue
