@@ -11,7 +11,7 @@ BIN := .venv/bin
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install \
 	--disable-pip-version-check --quiet --constraint constraints.txt --editable
 # What the packages' docstrings show is run as well.
-TESTED := tests algorithms actors tune_spaces orchestrator
+TESTED := tests src/starling
 PYTEST = $(BIN)/pytest --doctest-modules $(TESTED)
 # Two halves, each collected once: tests/cluster needs Ray, nothing else does. The workers of the first share the cores:
 # with several threads each they would wait for one another.

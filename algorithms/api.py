@@ -34,21 +34,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, P
 import torch
 from torch import Tensor
 
-from algorithms.aggregators import Aggregator, Mean
-from algorithms.closing import ClosePolicy, Quorum
-from algorithms.codecs import Codec, Identity
-from algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: PLC0414 - offered here, as the next two
-from algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
-from algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
-from algorithms.layout import Layout
-from algorithms.noise import Perturbed as Perturbed  # noqa: PLC0414 - offered here
-from algorithms.registry import Part
-from algorithms.rules import DataBatch, Rule
+from starling.algorithms.aggregators import Aggregator, Mean
+from starling.algorithms.closing import ClosePolicy, Quorum
+from starling.algorithms.codecs import Codec, Identity
+from starling.algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: PLC0414 - offered here, as the next two
+from starling.algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
+from starling.algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
+from starling.algorithms.layout import Layout
+from starling.algorithms.noise import Perturbed as Perturbed  # noqa: PLC0414 - offered here
+from starling.algorithms.registry import Part
+from starling.algorithms.rules import DataBatch, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from algorithms.topologies import Topology
+    from starling.algorithms.topologies import Topology
 
 NodeId: TypeAlias = int
 """Names one logical participant for the whole run; a replacement process keeps the id."""
@@ -449,7 +449,7 @@ class Ping(Operation["frozenset[NodeId]"]):
 # --- algorithms -----------------------------------------------------------------------------------------------------
 
 
-class Algorithm(Part, family="algorithm", catalog="algorithms"):
+class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     """A program of one node. Fields are hyper-parameters; a run's state lives in the node."""
 
     replicated: ClassVar[bool] = True

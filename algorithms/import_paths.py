@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from algorithms.errors import ImportPathError
-from algorithms.words import shortened
+from starling.algorithms.errors import ImportPathError
+from starling.algorithms.words import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable

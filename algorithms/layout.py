@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from algorithms.codecs import Codec
+    from starling.algorithms.codecs import Codec
 
 
 @dataclass(frozen=True)

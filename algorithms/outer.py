@@ -14,17 +14,17 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from algorithms.registry import Part
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
-    from algorithms.api import State
+    from starling.algorithms.api import State
 
 OuterState: TypeAlias = "dict[str, State]"
 
 _Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OuterOptimizer(Part, family="outer optimizer", catalog="algorithms.outer"):
+class OuterOptimizer(Part, family="outer optimizer", catalog="starling.algorithms.outer"):
     """A rule that turns averaged outer gradients into steps."""
 
     lr: PositiveFloat = 1.0  # η

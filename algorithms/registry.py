@@ -4,7 +4,7 @@ An algorithm, a task, a codec, an outer optimizer are all *parts*: frozen pydant
 hyper-parameters and nothing else. The same fields are the YAML keys, the ``--set a.b=c`` paths, the search space's
 keys and the tracked params. A part belongs to a *family* (``algorithm``, ``codec``, …) and has a name in it::
 
-    class OuterOptimizer(Part, family="outer optimizer", catalog="algorithms.outer"): ...
+    class OuterOptimizer(Part, family="outer optimizer", catalog="starling.algorithms.outer"): ...
     class Nesterov(OuterOptimizer, name="nesterov"): lr: PositiveFloat = 0.7
 
 Wherever a field is annotated with the family (``outer: OuterOptimizer``) the configuration may say
@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from algorithms.errors import ImportPathError, StarlingError
-from algorithms.import_paths import is_importable, load, missing_methods, path_of, quietly, raised
+from starling.algorithms.errors import ImportPathError, StarlingError
+from starling.algorithms.import_paths import is_importable, load, missing_methods, path_of, quietly, raised
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

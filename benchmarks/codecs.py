@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from algorithms.codecs import FP4, Codec, Int8
 from benchmarks.harness import Row
+from starling.algorithms.codecs import FP4, Codec, Int8
 
 SIZE = 25_000_000
 """Values: 100 MB."""

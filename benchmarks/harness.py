@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.cluster import Cluster
-from orchestrator.config import Config, parse
-from orchestrator.controller import Controller
-from orchestrator.records import Observer, RoundRecord
-from orchestrator.runtime import Runtime
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer, RoundRecord
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
+from starling.orchestrator.runtimes.interface import Runtime
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from actors.tasks.text_lm import TextLM
-from orchestrator.api import simulate
-from orchestrator.config import parse
-from orchestrator.controller import Controller
-from orchestrator.records import Observer, RoundRecord
-from orchestrator.simulator import Simulator
-from orchestrator.units import bytes_text
+from starling.actors.tasks.text_lm import TextLM
+from starling.orchestrator.api import simulate
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer, RoundRecord
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
+from starling.orchestrator.units import bytes_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "low_communication.md"
 NODES = 4

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import Row
-from orchestrator.cluster import Cluster
-from orchestrator.config import parse
-from orchestrator.controller import Controller
-from orchestrator.records import Observer, RoundRecord, Started
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer, RoundRecord, Started
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 SIZE = 25_000_000
 MEGABYTE = 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.harness import Row, drive
-from orchestrator.cluster import Cluster
-from orchestrator.config import Config, parse
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 SIZE = 50_000_000
 """float32 values of the exchange: 200 MB, as of a small language model."""

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.harness import Row
 from benchmarks.memory import Peaks
-from orchestrator.cluster import Cluster
-from orchestrator.config import parse
-from orchestrator.controller import Controller
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 NODES = 4
 FEATURES = 64

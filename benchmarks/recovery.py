@@ -22,12 +22,12 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.harness import Row
-from orchestrator import ray_session
-from orchestrator.cluster import Cluster
-from orchestrator.config import Config, parse
-from orchestrator.controller import Controller
-from orchestrator.members import Members
-from orchestrator.records import Observer, RoundRecord
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.control.members import Members
+from starling.orchestrator.records.observers import Observer, RoundRecord
+from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 NODES = 4
 SIZE = 1_000_000

@@ -6,7 +6,7 @@ import statistics
 import time
 
 from benchmarks.harness import Row, cluster_run, drive, exchange_config
-from orchestrator.simulator import Simulator
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
 KILOBYTE = 256  # float32 values
 WARM_UP = 20

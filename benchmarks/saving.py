@@ -16,15 +16,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Row
-from orchestrator import api, resumption
-from orchestrator.checkpointing import Checkpointing
-from orchestrator.checkpoints import CheckpointStore
-from orchestrator.cluster import Cluster
-from orchestrator.config import parse
-from orchestrator.controller import Controller
-from orchestrator.progress import Progress
-from orchestrator.records import Observer, RoundRecord
-from orchestrator.synchronous import Synchronous
+from starling.orchestrator import api
+from starling.orchestrator.checkpoints.schedule import Checkpointing
+from starling.orchestrator.checkpoints.store import CheckpointStore
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control import resumption
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.control.run_state import Progress
+from starling.orchestrator.control.synchronous import Synchronous
+from starling.orchestrator.records.observers import Observer, RoundRecord
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 PAIRS = {12: 30, 100: 24}
 """Of rounds, by their length in steps. 100 is the least that a paper has (Streaming DiLoCo; DiLoCo has 500)."""

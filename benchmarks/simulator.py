@@ -16,10 +16,10 @@ import time
 import torch
 from torch import nn
 
-from actors.setup import load_data
 from benchmarks.harness import Row, drive
-from orchestrator.config import parse
-from orchestrator.simulator import Simulator
+from starling.actors.host.build import load_data
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
 ROUNDS = 40
 WARM_UP = 5

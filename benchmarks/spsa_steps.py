@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.modules import seeded
-from actors.tasks.digits import Digits
+from starling.actors.data.generators import seeded
+from starling.actors.tasks.digits import Digits
 
 WIDTH, INPUTS, CLASSES = 32, 64, 10
 BATCH = 32

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from algorithms.low_communication.fragments import to_device, to_host
 from benchmarks.harness import Row, drive
-from orchestrator.cluster import Cluster
-from orchestrator.config import Config, parse
+from starling.algorithms.low_communication.fragments import to_device, to_host
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 MODEL = {"layers": 15, "width": 768, "heads": 12}
 """106 million parameters in blocks."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.harness import Row, drive
-from orchestrator.cluster import Cluster
-from orchestrator.config import Config, parse
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 SIZE = 2_500_000
 """Parameters: 10 MB as float32, two fragments of 5."""

@@ -18,12 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
 from benchmarks.harness import Row
-from orchestrator import ray_session, run
-from orchestrator.api import resolve
-from orchestrator.config import Config
-from orchestrator.sweep import Options, sweep
-from orchestrator.sweep_board import Trial
-from orchestrator.tuning import Watcher
+from starling.orchestrator import run
+from starling.orchestrator.config.schema import Config
+from starling.orchestrator.driver import resolve
+from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.sweeps.options import Options
+from starling.orchestrator.sweeps.sweep import sweep
+from starling.orchestrator.sweeps.trials import Trial
+from starling.orchestrator.sweeps.tune import Watcher
 
 TRIALS = 7
 SIMULATED = 200

@@ -9,11 +9,11 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from actors.state import StagedState
-from actors.tasks import Samples, Task, TensorSamples
-from actors.workbench import Slab
-from algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
-from algorithms.low_communication.diloco import DiLoCo
+from starling.actors.replica.staged_state import StagedState
+from starling.actors.tasks import Samples, Task, TensorSamples
+from starling.actors.training.shared_module import Slab
+from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
+from starling.algorithms.low_communication.diloco import DiLoCo
 
 
 class Vector(Task):

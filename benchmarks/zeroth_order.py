@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from actors.data import EpochSampler
-from actors.setup import load_data
-from algorithms.noise import accumulate, perturb
-from algorithms.zeroth_order import JustOneByte
 from benchmarks.harness import Row, drive
-from orchestrator import simulate
-from orchestrator.config import Config, parse
-from orchestrator.controller import Controller
-from orchestrator.rebuild import rebuild
-from orchestrator.records import Observer, RoundRecord, Started
-from orchestrator.simulator import Simulator
+from starling import simulate
+from starling.actors.data import EpochSampler
+from starling.actors.host.build import load_data
+from starling.algorithms.noise import accumulate, perturb
+from starling.algorithms.zeroth_order import JustOneByte
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer, RoundRecord, Started
+from starling.orchestrator.records.rebuild import rebuild
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
 ROUNDS = 8
 WARM_UP = 1

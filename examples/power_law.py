@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
-from actors.data import Sampler
+from starling import Sampler
 
 
 class PowerLawRehearsal(Sampler):

@@ -2,7 +2,7 @@
 
 ::
 
-    from orchestrator import simulate
+    from starling import simulate
 
     summary = simulate("examples/fedavg.yaml", ["rounds=5"])
     print(summary.metrics, summary.digest)
@@ -12,36 +12,24 @@ What takes seconds to import is imported by these functions, and not by their mo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import signal
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from orchestrator.errors import DivergedError
-from orchestrator.terminal import ENDING
+from starling.orchestrator.driver import drive, resolve
+from starling.orchestrator.errors import DivergedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import Any, TypeAlias
 
     from torch import nn
 
-    from orchestrator.checkpoints import CheckpointStore
-    from orchestrator.config import Config
-    from orchestrator.controller import Controller
-    from orchestrator.lease import Lease
-    from orchestrator.records import Observer, Summary
-    from orchestrator.revival import Revival
-    from orchestrator.run_directory import RunDirectory
-    from orchestrator.runtime import Runtime
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.records.observers import Observer, Summary
 
     Source: TypeAlias = "str | Path | Mapping[str, Any] | Config"
-
-_LOG = logging.getLogger("starling")
 
 
 def run(
@@ -66,8 +54,8 @@ def run(
         KeyboardInterrupt: it was interrupted (SIGINT, or SIGTERM while Ray runs), and closed cleanly.
     """
     resolved = resolve(config, overrides, trust=trust)
-    from orchestrator.cluster import Cluster
-    from orchestrator.run_directory import RunDirectory
+    from starling.orchestrator.records.run_directory import RunDirectory
+    from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
     return drive(resolved, Cluster(resolved), RunDirectory(resolved, run_dir), observers)
 
@@ -82,8 +70,8 @@ def simulate(
 ) -> Summary:
     """Train in this process, under a virtual clock and a model of the network. Arguments and errors as for ``run``."""
     resolved = resolve(config, overrides, trust=trust)
-    from orchestrator.run_directory import RunDirectory
-    from orchestrator.simulator import Simulator
+    from starling.orchestrator.records.run_directory import RunDirectory
+    from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
     return drive(resolved, Simulator(resolved), RunDirectory(resolved, run_dir), observers)
 
@@ -112,12 +100,13 @@ def resume(
     Raises:
         StarlingError: as for ``run``; also if there is no checkpoint that can be used.
     """
-    from orchestrator import resumption
-    from orchestrator.lease import Lease
-    from orchestrator.run_directory import RunDirectory
+    from starling.orchestrator.control import resumption
+    from starling.orchestrator.records import run_config
+    from starling.orchestrator.records.lease import Lease
+    from starling.orchestrator.records.run_directory import RunDirectory
 
-    path = resumption.directory(run_dir)
-    finished = None if overrides else resumption.finished(path)
+    path = run_config.directory(run_dir)
+    finished = None if overrides else run_config.finished(path)
     if finished is not None:
         return finished
     lease = Lease(path)
@@ -127,9 +116,9 @@ def resume(
         )
         directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
         if is_virtual:
-            from orchestrator.simulator import Simulator as Kind
+            from starling.orchestrator.runtimes.simulator.runtime import Simulator as Kind
         else:
-            from orchestrator.cluster import Cluster as Kind
+            from starling.orchestrator.runtimes.cluster.runtime import Cluster as Kind
         runtime = Kind(revival.config)
     except BaseException:
         lease.release()
@@ -159,10 +148,10 @@ def replay(
     """
     from pathlib import Path
 
-    from orchestrator.replay import History, ReplayController
-    from orchestrator.run_directory import RunDirectory
-    from orchestrator.sections import CheckpointConfig
-    from orchestrator.simulator import Simulator
+    from starling.orchestrator.config.sections import CheckpointConfig
+    from starling.orchestrator.control.replay import History, ReplayController
+    from starling.orchestrator.records.run_directory import RunDirectory
+    from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config, trust=trust)
     history = History.read(history_dir)
@@ -184,116 +173,6 @@ def load_model(run_dir: str | Path, *, trust: bool = False) -> nn.Module:
     Raises:
         StarlingError: it is not a run's directory, or the run did not end with a model.
     """
-    from orchestrator import run_directory
+    from starling.orchestrator.records import run_directory
 
     return run_directory.load_model(run_dir, trust=trust)
-
-
-def resolve(config: Source, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
-    """The validated configuration.
-
-    Raises:
-        ConfigError: one line for each thing that is wrong.
-    """
-    from orchestrator.config import Config, parse
-    from orchestrator.resumption import given
-
-    if isinstance(config, Config):
-        return parse(config.dump(), overrides) if overrides else config
-    return parse(config, overrides) if isinstance(config, Mapping) else given(config, overrides, trust=trust)
-
-
-def drive(
-    config: Config,
-    runtime: Runtime,
-    directory: RunDirectory,
-    observers: Sequence[Observer],
-    control: Callable[..., Controller] | None = None,
-    *,
-    lease: Lease | None = None,
-    store: CheckpointStore | None = None,
-    revival: Revival | None = None,
-    track: Callable[[Config, Path], Observer | None] | None = None,
-) -> Summary:
-    """Run to the end, whatever that is; leave nothing behind but the run directory.
-
-    ``track`` makes what records the run elsewhere, by default in what ``tracking`` names.
-    """
-    from orchestrator.checkpointing import checkpointing
-    from orchestrator.controller import Controller
-    from orchestrator.lease import Lease
-    from orchestrator.records import Observers
-
-    with contextlib.ExitStack() as stack:
-        lease = lease or Lease(directory.path)
-        stack.callback(lease.release)
-        tracker = track(config, directory.path) if track else config.tracking.observer(directory.path)
-        everyone = Observers([directory, *([tracker] if tracker else []), *observers])
-        names = {"run_id": directory.run_id, "run_dir": str(directory.path)}
-        checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
-        if checkpoints is not None:
-            stack.callback(checkpoints.close)
-        more = {} if control else {"checkpoints": checkpoints, "revival": revival}
-        controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
-        stack.enter_context(_kept_handlers())
-        try:
-            summary = controller.run()
-        except BaseException as error:
-            # Ray's handler of SIGTERM raises SystemExit.
-            interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-            with _undisturbed():
-                if interrupted:
-                    controller.save()
-                if checkpoints is not None:
-                    checkpoints.close()  # while the nodes are there: it may be waiting for what they hold
-                summary = controller.summary("interrupted" if interrupted else "failed")
-                runtime.close()
-                lease.release()
-            with _undisturbed():  # once more: Ray's core takes the handler of SIGTERM away when it shuts down
-                _end_badly(everyone, summary)
-            if isinstance(error, SystemExit):
-                raise KeyboardInterrupt from None
-            raise
-        with _undisturbed():
-            if checkpoints is not None:
-                checkpoints.close()  # as above
-            runtime.close()
-            lease.release()
-        with _undisturbed():
-            everyone.on_end(summary)
-    return summary
-
-
-def _end_badly(everyone: Observer, summary: Summary) -> None:
-    """Tell the observers, and keep what they may raise from hiding why the run ended."""
-    try:
-        everyone.on_end(summary)
-    except Exception as error:  # noqa: BLE001 - as said
-        _LOG.warning("the end of the run was not recorded: %s", error)
-
-
-@contextlib.contextmanager
-def _kept_handlers() -> Iterator[None]:
-    """Put signal handlers back: Ray leaves one of its own for SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            if handler is not None:  # None: it was not installed from Python, and cannot be put back from it
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Close to the end: every wait in it is bounded, and a second Ctrl-C would leave processes behind."""
-    with _kept_handlers():
-        if threading.current_thread() is threading.main_thread():
-            for number in ENDING:
-                # Not SIG_IGN, which processes that are started now would inherit.
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    signal.signal(number, lambda *_: None)
-        yield

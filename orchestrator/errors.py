@@ -16,16 +16,16 @@
     │   ├── DivergedError       3    replicas that must be identical are not
     │   ├── ProgramsDivergeError 3   two nodes await different operations at the same place
     │   └── NodeFailedError     3    a user's task or algorithm raised; carries its traceback
-    ├── NonFiniteLossError      3    (actors.replica) NaN or infinite loss
-    └── ProgramError            3    (algorithms.errors) a program broke a rule of algorithms.api
-        └── UnfinishedExchange  3    (actors.host) a handle was not waited for, or not in its round
+    ├── NonFiniteLossError      3    (actors.replica.replica) NaN or infinite loss
+    └── ProgramError            3    (algorithms.errors) a program broke a rule of starling.algorithms.api
+        └── UnfinishedExchange  3    (actors.host.host) a handle was not waited for, or not in its round
 
 The numbers are exit codes of the process.
 """
 
 from __future__ import annotations
 
-from algorithms.errors import DataError, ProgramError, SettingsError, StarlingError
+from starling.algorithms.errors import DataError, ProgramError, SettingsError, StarlingError
 
 __all__ = [
     "CheckpointError",

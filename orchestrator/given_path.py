@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from orchestrator.errors import ConfigError
+from starling.orchestrator.errors import ConfigError
 
 _MOST = 160
 """Characters of a path in a message."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor
 
-from algorithms.codecs import Codec
+from starling.algorithms.codecs import Codec
 
 
 class Blockwise(Codec, name="test_blockwise"):

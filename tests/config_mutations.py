@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from tests.paths import ROOT
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 VALUES: tuple[Any, ...] = (
     None,
@@ -63,7 +64,7 @@ VALUES: tuple[Any, ...] = (
     "math:pi",
     "os:system",
     "builtins:int",
-    "algorithms.api:Algorithm",
+    "starling.algorithms.api:Algorithm",
     "__main__:X",
     [],
     [[]],

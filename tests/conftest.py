@@ -32,6 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def _draws_no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves are drawn only where a test looks at them: matplotlib takes longer than most of the runs."""
     if request.node.get_closest_marker("pictures") is None:
-        from orchestrator import run_directory
+        from starling.orchestrator.records import run_directory
 
         monkeypatch.setattr(run_directory, "_draw", lambda *_: None)

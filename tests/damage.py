@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from algorithms.errors import StarlingError
-from orchestrator import api, sweep, trial_state
-from orchestrator.checkpoints import _checksum, _Manifest, _sum
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
-from orchestrator.export import export
-from orchestrator.rebuild import rebuild
-from orchestrator.spool import SPOOL, STATE, TRIALS_OF, Outbox
-from orchestrator.sweep_board import TRIALS, Board, Trial
-from orchestrator.tracking import folders_of
+from starling.algorithms.errors import StarlingError
+from starling.orchestrator import api
+from starling.orchestrator.checkpoints.export import export
+from starling.orchestrator.checkpoints.store import _checksum, _Manifest, _sum
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
+from starling.orchestrator.records.rebuild import rebuild
+from starling.orchestrator.sweeps import sweep
+from starling.orchestrator.sweeps import trial_checkpoint as trial_state
+from starling.orchestrator.sweeps.options import Options
+from starling.orchestrator.sweeps.trials import TRIALS, Board, Trial
+from starling.orchestrator.tracking.mlflow_tracker import folders_of
+from starling.orchestrator.tracking.spool import SPOOL, STATE, TRIALS_OF, Outbox
 from tests.conformance import StoppedError, Stopper
 
 if TYPE_CHECKING:
@@ -107,7 +110,7 @@ def originals(folder: Path) -> list[Original]:
 
 def _sweep(raw: dict[str, Any], trial: Path, path: Path) -> Path:
     """A sweep that was interrupted in its second trial, with what a tracker has not been sent."""
-    options = sweep.Options(space="fedavg", samples=3, metrics=("loss", "bytes:min"), simulate=True)
+    options = Options(space="fedavg", samples=3, metrics=("loss", "bytes:min"), simulate=True)
     sweep._made(parse(raw), options, path)
     board = Board(options.objectives, path)
     for number in range(2):

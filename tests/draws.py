@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actors.data import Epoch, EpochSampler, blocks_of
-from actors.data.samplers import BlockDraws
-from actors.setup import load_data
-from actors.tasks import Task, TensorSamples
-from algorithms.api import Algorithm, AllReduce, Batch, Layout, Node, Sleep
+from starling.actors.data import Epoch, EpochSampler, blocks_of
+from starling.actors.data.samplers import BlockDraws
+from starling.actors.host.build import load_data
+from starling.actors.tasks import Task, TensorSamples
+from starling.algorithms.api import Algorithm, AllReduce, Batch, Layout, Node, Sleep
 
 if TYPE_CHECKING:
-    from orchestrator.config import Config
-    from orchestrator.data_ledger import DataLedger
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.protocol.sample_ledger import DataLedger
 
 
 class Numbered(Task):

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from algorithms.api import View
-from orchestrator.config import parse
-from orchestrator.controller import Controller
-from orchestrator.simulator import Simulator
-from orchestrator.synchronous import Attempt, Synchronous
+from starling.algorithms.api import View
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.control.synchronous import Attempt, Synchronous
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 from tests.toys import Ran
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from actors.replica import Replica
-    from algorithms.api import NodeId
-    from orchestrator.progress import Progress
+    from starling.actors.replica.replica import Replica
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.control.run_state import Progress
 
     Views = Sequence[tuple[NodeId, ...]]
     Watch = Callable[[int, Mapping[NodeId, Replica]], None]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from algorithms.layout import Layout, LayoutEntry
-from orchestrator.config import Config, parse
-from orchestrator.records import Observer, RoundRecord, Started, Summary
-from orchestrator.runtime import FinalModel, NodeFacts
+from starling.algorithms.layout import Layout, LayoutEntry
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.records.observers import Observer, RoundRecord, Started, Summary
+from starling.orchestrator.runtimes.events import FinalModel, NodeFacts
 
 MODEL = FinalModel(digest="d" * 64, safetensors=b"weights")
 

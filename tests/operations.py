@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from algorithms.api import (
+from starling.algorithms.api import (
     SERVER,
     AllGather,
     AllReduce,
@@ -30,8 +30,8 @@ from algorithms.api import (
     View,
     Wait,
 )
-from algorithms.closing import FirstK
-from algorithms.topologies import Ring, Topology
+from starling.algorithms.closing import FirstK
+from starling.algorithms.topologies import Ring, Topology
 from tests.toys import Program
 
 

@@ -6,14 +6,14 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import api
-from orchestrator.errors import StarlingError
+from starling.orchestrator import api
+from starling.orchestrator.errors import StarlingError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-    from orchestrator.records import Summary
+    from starling.orchestrator.records.observers import Summary
 
 _ABOUT_SAVING = {"saving", "checkpoint", "resume"}
 _OF_THIS_MACHINE = ("evaluate_seconds",)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -88,11 +89,11 @@ BASE = {
 _PRELUDE = """\
 from pydantic import PositiveInt
 
-from algorithms.api import SERVER, Algorithm, AllReduce, Layout, Message, NeighborAllGather, Node, Receive, Send, Start
-from algorithms.api import Train, Wait, all_reduce_bytes
-from algorithms.outer import Nesterov, OuterOptimizer
-from algorithms.rules import ControlVariate
-from algorithms.topologies import Ring, Topology
+from starling import SERVER, Algorithm, AllReduce, Layout, Message, NeighborAllGather, Node, Receive, Send, Start
+from starling.algorithms.api import Train, Wait, all_reduce_bytes
+from starling.algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.rules import ControlVariate
+from starling.algorithms.topologies import Ring, Topology
 
 
 """

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import run_directory
-from orchestrator.config import load, parse
-from orchestrator.errors import ConfigError, RunDirectoryError
-from orchestrator.given_path import given, shown_path
-from orchestrator.resumption import directory
-from orchestrator.run_directory import RunDirectory
+from starling.orchestrator.config.schema import load, parse
+from starling.orchestrator.errors import ConfigError, RunDirectoryError
+from starling.orchestrator.given_path import given, shown_path
+from starling.orchestrator.records import run_directory
+from starling.orchestrator.records.run_config import directory
+from starling.orchestrator.records.run_directory import RunDirectory
 from tests.observed import configuration
 
 ODD = {

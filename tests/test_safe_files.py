@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator.safe_files import MOST_LINE_BYTES, Folder
-from orchestrator.storage import LocalStorage
+from starling.orchestrator.checkpoints.filesystems import LocalStorage
+from starling.orchestrator.safe_files import MOST_LINE_BYTES, Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator.api import simulate
-from orchestrator.display import PlainDisplay
-from orchestrator.terminal import interruptible, warnings_shown_by
+from starling.orchestrator.api import simulate
+from starling.orchestrator.cli.run_display import PlainDisplay
+from starling.orchestrator.cli.terminal import warnings_shown_by
+from starling.orchestrator.signals import interruptible
 from tests.observed import configuration
-
-ROOT = Path(__file__).parents[1]
+from tests.paths import PYTHONPATH
 
 SHOW = "import sys; from orchestrator import streams; streams.secure(); {}; sys.exit(7)"
 
@@ -30,7 +30,7 @@ def shell(body: str, redirection: str = "", **env: str) -> subprocess.CompletedP
         check=False,
         capture_output=True,
         timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH} | env,
     )
 
 

@@ -12,11 +12,11 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 from typer.testing import CliRunner
 
-from orchestrator import submit
-from orchestrator.api import resolve
-from orchestrator.cli import app
-from orchestrator.errors import ClusterError, ConfigError, RunError
-from orchestrator.submit import Choice, Follower, Job, connect, plan
+from starling.orchestrator import jobs as submit
+from starling.orchestrator.cli.main import app
+from starling.orchestrator.driver import resolve
+from starling.orchestrator.errors import ClusterError, ConfigError, RunError
+from starling.orchestrator.jobs import Choice, Follower, Job, connect, plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ def test_the_job_runs_the_same_file_on_its_own_cluster(tmp_path: Path):
     file.touch()
     name, command, environment = plan(resolve(TINY), file, ["seed=1", "name=a b"], tmp_path)
     words = shlex.split(command)
-    assert words[:5] == ["python", "-m", "orchestrator", "run", "configs/tiny.yaml"]
+    assert words[:5] == ["python", "-m", "starling", "run", "configs/tiny.yaml"]
     # Where it is kept: the working directory of a job is removed after it.
     assert words[5:7] == ["--run-dir", f"~/starling/runs/{name}"]
     assert words[7:] == [

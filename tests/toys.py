@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import Iid, assign
-from actors.optimizers import OptimizerConfig
-from actors.replica import Replica, ReplicaSpec
-from actors.tasks import Task, TensorSamples
-from algorithms.api import Algorithm, Layout, Node, Train, View
-from algorithms.errors import StarlingError
-from algorithms.seeds import generator
-from orchestrator.config import Config, parse
-from orchestrator.controller import Controller
-from orchestrator.records import Observer, RoundRecord, Summary
-from orchestrator.simulator import Simulator
+from starling.actors.data import Iid, assign
+from starling.actors.replica.replica import Replica, ReplicaSpec
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.training.optimizers import OptimizerConfig
+from starling.algorithms.api import Algorithm, Layout, Node, Train, View
+from starling.algorithms.errors import StarlingError
+from starling.algorithms.seeds import generator
+from starling.orchestrator.config.schema import Config, parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer, RoundRecord, Summary
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ray.tune.search.sample import Domain
 
-from algorithms.errors import ImportPathError, SettingsError
-from algorithms.import_paths import module_of
-from algorithms.registry import did_you_mean
+from starling.algorithms.errors import ImportPathError, SettingsError
+from starling.algorithms.import_paths import module_of
+from starling.algorithms.registry import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ray import tune
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 SPACES: dict[str, Space] = {
     "gradient_coding": {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ray import tune
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 LR: Space = {"optimizer.lr": tune.loguniform(1e-4, 1e-1)}
 """Of the nodes' own optimizer, whichever it is."""

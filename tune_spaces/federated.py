@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ray import tune
 
-from tune_spaces.common import LR, SERVER_SGD
+from starling.tune_spaces.common import LR, SERVER_SGD
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 _LOCAL: Space = LR | {"algorithm.epochs": tune.choice([1, 2, 5])}
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ray import tune
 
-from tune_spaces.common import LR
+from starling.tune_spaces.common import LR
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 _MIXING: Space = LR | {
     "algorithm.steps": tune.choice([1, 5, 10, 20]),

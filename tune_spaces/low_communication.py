@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from ray import tune
 
-from tune_spaces.common import LR, OUTER
+from starling.tune_spaces.common import LR, OUTER
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 _STEPS: Space = {"algorithm.inner_steps": tune.choice([5, 10, 20, 50])}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ray import tune
 
 if TYPE_CHECKING:
-    from tune_spaces import Space
+    from starling.tune_spaces import Space
 
 _SPSA: Space = {
     # From fine-tuning (arXiv:2305.17333: 1e-6 to 1e-3) to small models from scratch.

@@ -1,10 +1,10 @@
 """Data: which samples a node owns, and in which order it draws them."""
 
-from actors.data.config import DataConfig
-from actors.data.indices import Indices, Ranges
-from actors.data.partition import Iid, Partition, assign
-from actors.data.plans import Place, PlannedDraws, Segment
-from actors.data.samplers import Blocks, Draws, Epoch, EpochSampler, Position, Sampler, blocks_of
+from starling.actors.data.config import DataConfig
+from starling.actors.data.indices import Indices, Ranges
+from starling.actors.data.partition import Iid, Partition, assign
+from starling.actors.data.plans import Place, PlannedDraws, Segment
+from starling.actors.data.samplers import Blocks, Draws, Epoch, EpochSampler, Position, Sampler, blocks_of
 
 __all__ = [
     "Blocks",

@@ -11,18 +11,18 @@ from pydantic import BeforeValidator, PositiveInt
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from actors.data import files
-from actors.data.columns import is_text, is_whole, numbers_of, plain
-from actors.data.row_groups import UnreadableError, open_row_groups, require_column
-from algorithms.errors import DataError
-from algorithms.words import listed
+from starling.actors.data import files
+from starling.actors.data.columns import is_text, is_whole, numbers_of, plain
+from starling.actors.data.row_groups import UnreadableError, open_row_groups, require_column
+from starling.algorithms.errors import DataError
+from starling.algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import pyarrow as pa
 
-    from actors.data.row_groups import RowGroup
+    from starling.actors.data.row_groups import RowGroup
 
 
 def _as_words(value: object) -> object:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from algorithms.errors import DataError
+from starling.algorithms.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -182,3 +183,10 @@ def codes_of(values: pa.ChunkedArray, name: str) -> tuple[NDArray[np.int64], int
     places = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False)
     codes = np.where(missing, len(order), rank[places] if len(rank) else 0)
     return codes, int(missing.sum())
+
+
+def is_finite(value: Any) -> bool:  # noqa: ANN401 - whatever a table holds
+    """Whether a value of a table, or each of a list of them, is no NaN or infinity; what is no number is."""
+    if isinstance(value, list | tuple):
+        return all(map(is_finite, cast("list[Any]", value)))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -7,8 +7,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from actors.data.partition import Iid, Partition
-from actors.data.samplers import Epoch, Poisson, Sampler
+from starling.actors.data.partition import Iid, Partition
+from starling.actors.data.samplers import Epoch, Poisson, Sampler
 
 
 class DataConfig(BaseModel):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from actors.data import folders
-from algorithms.errors import DataError
+from starling.actors.data import folders
+from starling.algorithms.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xxhash
 
-from actors.data import contents
+from starling.actors.data import contents
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from actors.tasks import Samples
+    from starling.actors.data.samples import Samples
 
 Fingerprint: TypeAlias = "dict[str, int | str]"
 """By what it is of, for people."""

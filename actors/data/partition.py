@@ -19,22 +19,22 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
-from actors.data.columns import codes_of
-from actors.data.indices import Indices, Ranges, concrete
-from algorithms.errors import DataError
-from algorithms.registry import Part
-from algorithms.seeds import generator
-from algorithms.words import listed
+from starling.actors.data.columns import codes_of
+from starling.actors.data.indices import Indices, Ranges, concrete
+from starling.algorithms.errors import DataError
+from starling.algorithms.registry import Part
+from starling.algorithms.seeds import generator
+from starling.algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from actors.tasks.base import Samples
+    from starling.actors.data.samples import Samples
 
 
-class Partition(Part, family="partition", catalog="actors.data"):
+class Partition(Part, family="partition", catalog="starling.actors.data"):
     """Divides pooled samples among nodes."""
 
     min_samples: NonNegativeInt = 0  # per node: one that would have fewer is given random ones of whoever has most

@@ -1,8 +1,8 @@
 """Plans: what a node draws besides its own part, or instead of it, when others are away.
 
 The order of a part in an epoch is a pure function of (run seed, part, epoch), so a range of it names exact samples
-without sending one index. The controller (``orchestrator.data_ledger``) hands such ranges out; a node draws those that
-it was handed first, then goes on with its own part.
+without sending one index. The controller (``orchestrator.protocol.sample_ledger``) hands such ranges out; a node draws
+those that it was handed first, then goes on with its own part.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from actors.data.samplers import Draws, Position
+from starling.actors.data.samplers import Draws, Position
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from actors.data.indices import Indices
+    from starling.actors.data.indices import Indices
 
 
 class Segment(NamedTuple):

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from actors.blame import is_finite
-from actors.data import contents, files
-from actors.data.columns import codes_of, plain, plain_type
-from actors.data.indices import Ranges
-from algorithms.errors import DataError
-from algorithms.registry import did_you_mean
-from algorithms.words import listed
+from starling.actors.data import contents, files
+from starling.actors.data.columns import codes_of, is_finite, plain, plain_type
+from starling.actors.data.indices import Ranges
+from starling.algorithms.errors import DataError
+from starling.algorithms.registry import did_you_mean
+from starling.algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from actors.data.indices import Indices, Ranges, concrete
-from algorithms.errors import DataError, ProgramError
-from algorithms.registry import Part
-from algorithms.seeds import generator
+from starling.actors.data.indices import Indices, Ranges, concrete
+from starling.algorithms.errors import DataError, ProgramError
+from starling.algorithms.registry import Part
+from starling.algorithms.seeds import generator
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from actors.tasks.base import Samples
+    from starling.actors.data.samples import Samples
 
 
 class Position(NamedTuple):
@@ -131,7 +131,7 @@ def planned_samples(count: int, size: int, least: int) -> int:
     return count - rest if count > size and rest < least else count
 
 
-class Sampler(Part, family="sampler", catalog="actors.data"):
+class Sampler(Part, family="sampler", catalog="starling.actors.data"):
     """Says what an epoch of a node draws."""
 
     def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:

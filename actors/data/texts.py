@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.data import contents, files
-from actors.data.columns import is_text, plain
-from actors.data.row_groups import open_row_groups, require_column
-from algorithms.errors import DataError
+from starling.actors.data import contents, files
+from starling.actors.data.columns import is_text, plain
+from starling.actors.data.row_groups import open_row_groups, require_column
+from starling.algorithms.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

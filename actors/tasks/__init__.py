@@ -1,6 +1,7 @@
 """Tasks: model, loss, data and metrics."""
 
-from actors.tasks.base import Metric, Samples, Subset, Task, TensorSamples
-from actors.tasks.datasets import DatasetSamples
+from starling.actors.data.samples import Samples, Subset, TensorSamples
+from starling.actors.tasks.base import Metric, Task
+from starling.actors.tasks.datasets import DatasetSamples
 
 __all__ = ["DatasetSamples", "Metric", "Samples", "Subset", "Task", "TensorSamples"]

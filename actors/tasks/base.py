@@ -3,115 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from algorithms.registry import Part
+from starling.actors.data.samples import Samples, Subset
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 
 _MIN_EVALUATION_BATCH = 256
 
 
-class Samples(Protocol):
-    """A data set that is drawn from by index.
-
-    It may say more of its samples, for partitions and ``starling data``:
-
-    * ``labels``: their classes, int64, shape (n,), or ``None``;
-    * ``columns``, names, and ``column(name)``: what else is known of each sample, an array of n values;
-    * ``where(index)``: where a sample is from, a text or ``None``, for messages;
-    * ``blocks`` and ``window``: that they come in blocks which are read as a whole (``Ranges``), and how many of those
-      are kept in memory.
-    """
-
-    @property
-    def owners(self) -> Tensor | None:
-        """The node index that each sample naturally belongs to, shape (n,), or ``None``: samples are pooled."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        ...
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """The samples at ``indices``, shape (b,), as CPU tensors with b rows each."""
-        ...
-
-
-class TensorSamples:
-    """Samples that fit in memory: tensors with one row per sample.
-
-    Args:
-        tensors: inputs, targets, whatever the task's loss takes, each with n rows.
-        owners: the node index that each sample belongs to, shape (n,).
-        labels: their classes, int64, shape (n,).
-        columns: by name, what else is known of each sample, n values each.
-    """
-
-    def __init__(
-        self,
-        *tensors: Tensor,
-        owners: Tensor | None = None,
-        labels: Tensor | None = None,
-        columns: Mapping[str, NDArray[Any]] | None = None,
-    ) -> None:
-        self.tensors = tensors
-        self.labels = labels
-        self.columns = dict(columns or {})
-        self._owners = owners
-
-    @property
-    def owners(self) -> Tensor | None:
-        """The node index of each sample, if the samples have owners."""
-        return self._owners
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def column(self, name: str) -> NDArray[Any] | None:
-        """The values of a column; ``None``: there is none of that name."""
-        return self.columns.get(name)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """The rows at ``indices``, copied."""
-        return tuple(tensor.index_select(0, indices) for tensor in self.tensors)
-
-
-class Subset:
-    """Some of the samples of others, in the order of ``indices``, int64, shape (n,)."""
-
-    owners = None
-
-    def __init__(self, samples: Samples, indices: Tensor) -> None:
-        self._samples = samples
-        self._indices = indices
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Their classes, if they have any."""
-        labels = getattr(self._samples, "labels", None)
-        return None if labels is None else labels[self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def where(self, index: int) -> str | None:
-        """Where a sample is from, if that is known."""
-        where = getattr(self._samples, "where", None)
-        return None if where is None else where(int(self._indices[index]))
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Those at places ``indices``."""
-        return self._samples.batch(self._indices[indices])
-
-
-class Metric(Part, family="metric", catalog="actors.metrics"):
+class Metric(Part, family="metric", catalog="starling.actors.tasks.metrics"):
     """Something more to know of a model on held-out data, named in ``task.extra_metrics``.
 
     One of one's own derives from this class and is named by its import path, as a task is.
@@ -127,7 +33,7 @@ class Metric(Part, family="metric", catalog="actors.metrics"):
         return type(self).part_name or type(self).__name__.lower()
 
 
-class Task(Part, family="task", catalog="actors.tasks"):
+class Task(Part, family="task", catalog="starling.actors.tasks"):
     """Model, loss, data and metrics. Fields are hyper-parameters; a task holds no state.
 
     A user's own task derives from this class, lives in any importable module, and is named by its import path:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from algorithms.errors import DataError
+from starling.algorithms.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

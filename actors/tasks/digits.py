@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.tasks.base import Task, TensorSamples
-from algorithms.registry import Part
-from algorithms.seeds import generator
+from starling.actors.data.samples import TensorSamples
+from starling.actors.tasks.base import Task
+from starling.algorithms.registry import Part
+from starling.algorithms.seeds import generator
 
 _NUM_CLASSES = 10
 _NUM_PIXELS = 64
 _TRAIN_FRACTION = 0.8
 
 
-class DigitsModel(Part, family="digits model", catalog="actors.tasks.digits"):
+class DigitsModel(Part, family="digits model", catalog="starling.actors.tasks.digits"):
     """A classifier of 8×8 images, given as rows of 64 values."""
 
     @abstractmethod

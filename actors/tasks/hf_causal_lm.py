@@ -20,10 +20,10 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data.texts import Source, Windows
-from actors.tasks import hugging_face, supervised
-from actors.tasks.base import Task
-from actors.tasks.hugging_face import LoRA, ModelTokenizer
+from starling.actors.data.texts import Source, Windows
+from starling.actors.tasks import hugging_face, supervised
+from starling.actors.tasks.base import Task
+from starling.actors.tasks.hugging_face import LoRA, ModelTokenizer
 
 
 class HFCausalLM(Task, name="hf_causal_lm"):

@@ -23,14 +23,14 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import files, row_groups
-from actors.data.classes import Classes, ClassesField, find_classes
-from actors.data.columns import is_text, plain
-from actors.data.row_groups import RowGroup, RowGroupSamples, UnreadableError, open_row_groups
-from actors.tasks import hugging_face, supervised
-from actors.tasks.base import Task
-from actors.tasks.hugging_face import LoRA
-from algorithms.errors import DataError
+from starling.actors.data import files, row_groups
+from starling.actors.data.classes import Classes, ClassesField, find_classes
+from starling.actors.data.columns import is_text, plain
+from starling.actors.data.row_groups import RowGroup, RowGroupSamples, UnreadableError, open_row_groups
+from starling.actors.tasks import hugging_face, supervised
+from starling.actors.tasks.base import Task
+from starling.actors.tasks.hugging_face import LoRA
+from starling.algorithms.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from actors.data import files
-from actors.data.texts import vocabulary_size
-from actors.tasks import hf_checks
-from algorithms.errors import DataError, SettingsError
+from starling.actors.data import files
+from starling.actors.data.texts import vocabulary_size
+from starling.actors.tasks import hf_checks
+from starling.algorithms.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -22,14 +22,15 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import contents, files, row_groups
-from actors.data.classes import Classes, ClassesField, find_classes
-from actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
-from actors.models import CNN, Model
-from actors.tasks import supervised
-from actors.tasks.base import Samples, Task
-from algorithms.errors import DataError
-from algorithms.words import listed
+from starling.actors.data import contents, files, row_groups
+from starling.actors.data.classes import Classes, ClassesField, find_classes
+from starling.actors.data.row_groups import RowGroupSamples, UnreadableError, open_row_groups
+from starling.actors.data.samples import Samples
+from starling.actors.tasks import supervised
+from starling.actors.tasks.base import Task
+from starling.actors.tasks.models import CNN, Model
+from starling.algorithms.errors import DataError
+from starling.algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,9 +19,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from actors.tasks.base import Task, TensorSamples
-from algorithms.errors import SettingsError
-from algorithms.seeds import generator
+from starling.actors.data.samples import TensorSamples
+from starling.actors.tasks.base import Task
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.seeds import generator
 
 _MAX_GRADIENT_NORM = 1e-11
 _MAX_NEWTON_STEPS = 100

@@ -22,15 +22,15 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.data import files, row_groups
-from actors.data.classes import Classes, ClassesField, find_classes
-from actors.data.columns import is_feature, is_listed, is_number, is_text, is_whole, numbers_of
-from actors.data.row_groups import RowGroup, RowGroupSamples, open_row_groups
-from actors.models import MLP, Model
-from actors.tasks import supervised
-from actors.tasks.base import Task
-from algorithms.errors import DataError
-from algorithms.words import listed
+from starling.actors.data import files, row_groups
+from starling.actors.data.classes import Classes, ClassesField, find_classes
+from starling.actors.data.columns import is_feature, is_listed, is_number, is_text, is_whole, numbers_of
+from starling.actors.data.row_groups import RowGroup, RowGroupSamples, open_row_groups
+from starling.actors.tasks import supervised
+from starling.actors.tasks.base import Task
+from starling.actors.tasks.models import MLP, Model
+from starling.algorithms.errors import DataError
+from starling.algorithms.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -22,8 +22,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from actors.tasks.base import Task, TensorSamples
-from algorithms.seeds import generator
+from starling.actors.data.samples import TensorSamples
+from starling.actors.tasks.base import Task
+from starling.algorithms.seeds import generator
 
 
 class Quadratic(Task, name="quadratic"):

@@ -27,10 +27,10 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from actors.data.texts import Bytes, Encoding, Source, TokenizerFile, Windows
-from actors.tasks import supervised
-from actors.tasks.base import Task
-from algorithms.errors import DataError
+from starling.actors.data.texts import Bytes, Encoding, Source, TokenizerFile, Windows
+from starling.actors.tasks import supervised
+from starling.actors.tasks.base import Task
+from starling.algorithms.errors import DataError
 
 _INIT_STD = 0.02  # GPT-2
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from algorithms.registry import Part
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BLOCK = 32_768
 
 
-class Aggregator(Part, family="aggregator", catalog="algorithms.aggregators"):
+class Aggregator(Part, family="aggregator", catalog="starling.algorithms.aggregators"):
     """Combines the contributions of several nodes, coordinate by coordinate.
 
     A large exchange is cut into parts that different members reduce, so the result of a coordinate must not depend

@@ -17,9 +17,9 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from algorithms.aggregators.base import Aggregator
-from algorithms.aggregators.sorting import blocks, load, sort
-from algorithms.errors import SettingsError
+from starling.algorithms.aggregators.base import Aggregator
+from starling.algorithms.aggregators.sorting import blocks, load, sort
+from starling.algorithms.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

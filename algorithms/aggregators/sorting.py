@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from algorithms.aggregators.base import BLOCK
+from starling.algorithms.aggregators.base import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

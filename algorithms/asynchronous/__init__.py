@@ -1,6 +1,6 @@
 """Asynchronous methods: no barrier; each node has rounds of its own."""
 
-from algorithms.asynchronous.async_diloco import AsyncDiLoCo
-from algorithms.asynchronous.fedbuff import FedBuff
+from starling.algorithms.asynchronous.async_diloco import AsyncDiLoCo
+from starling.algorithms.asynchronous.fedbuff import FedBuff
 
 __all__ = ["AsyncDiLoCo", "FedBuff"]

@@ -31,12 +31,12 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import SERVER, Algorithm, Left, Message, Node, Receive, Send, Timeout, Train
-from algorithms.errors import SettingsError
-from algorithms.outer import Nesterov
+from starling.algorithms.api import SERVER, Algorithm, Left, Message, Node, Receive, Send, Timeout, Train
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.outer import Nesterov
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, NodeId, State
+    from starling.algorithms.api import Layout, NodeId, State
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]

@@ -28,11 +28,11 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from algorithms.api import SERVER, Algorithm, Layout, Message, Node, Receive, Send, Train
-from algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.api import SERVER, Algorithm, Layout, Message, Node, Receive, Send, Train
+from starling.algorithms.outer import SGD, OuterOptimizer
 
 if TYPE_CHECKING:
-    from algorithms.outer import OuterState
+    from starling.algorithms.outer import OuterState
 
 
 class FedBuff(Algorithm, name="fedbuff"):

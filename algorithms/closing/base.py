@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from algorithms.registry import Part
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
@@ -39,7 +39,7 @@ class Waited:
         return left_s if left_s > _RESOLUTION_S else 0.0
 
 
-class ClosePolicy(Part, family="close policy", catalog="algorithms.closing"):
+class ClosePolicy(Part, family="close policy", catalog="starling.algorithms.closing"):
     """A pure decision over who has arrived.
 
     The rendezvous asks after each arrival, and when the time is over that ``ask_again_s`` gave. While the answer is no,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias, cast
 import torch
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, field_validator
 
-from algorithms.closing.base import ClosePolicy
+from starling.algorithms.closing.base import ClosePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from algorithms.closing.base import Waited
+    from starling.algorithms.closing.base import Waited
 
 Rows: TypeAlias = tuple[Annotated[tuple[FiniteFloat, ...], Field(min_length=1)], ...]
 Groups: TypeAlias = tuple[Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)], ...]

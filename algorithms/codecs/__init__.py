@@ -1,14 +1,14 @@
 """Codecs: what an exchanged tensor looks like as bytes."""
 
-from algorithms.codecs.base import Codec, Identity, exchange_codecs
-from algorithms.codecs.feedback import refuse_lossy
-from algorithms.codecs.fp4 import FP4
-from algorithms.codecs.half import BFloat16, Float16
-from algorithms.codecs.int8 import Int8
-from algorithms.codecs.qsgd import QSGD
-from algorithms.codecs.random_k import RandomK
-from algorithms.codecs.sign import Sign
-from algorithms.codecs.top_k import TopK
+from starling.algorithms.codecs.base import Codec, Identity, exchange_codecs
+from starling.algorithms.codecs.feedback import refuse_lossy
+from starling.algorithms.codecs.fp4 import FP4
+from starling.algorithms.codecs.half import BFloat16, Float16
+from starling.algorithms.codecs.int8 import Int8
+from starling.algorithms.codecs.qsgd import QSGD
+from starling.algorithms.codecs.random_k import RandomK
+from starling.algorithms.codecs.sign import Sign
+from starling.algorithms.codecs.top_k import TopK
 
 __all__ = [
     "FP4",

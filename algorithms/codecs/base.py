@@ -9,12 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from algorithms.errors import ProgramError
-from algorithms.registry import Part
-from algorithms.seeds import derive_seed
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.registry import Part
+from starling.algorithms.seeds import derive_seed
 
 
-class Codec(Part, family="codec", catalog="algorithms.codecs"):
+class Codec(Part, family="codec", catalog="starling.algorithms.codecs"):
     """Turns flat tensors into bytes and back.
 
     What a codec encodes is what is reduced and what is booked: the ledger counts ``nbytes`` and a test holds it to

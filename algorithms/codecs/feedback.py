@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from algorithms.codecs.base import Codec
+    from starling.algorithms.codecs.base import Codec
 
 
 def refuse_lossy(codec: Codec, result_codec: Codec, *, feedback: bool | None) -> None:

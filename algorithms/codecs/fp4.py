@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
+from starling.algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
 
 _SCALE_BYTES = 2
 

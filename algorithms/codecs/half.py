@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, refuse_beyond
+from starling.algorithms.codecs.base import Codec, refuse_beyond
 
 
 class _TwoBytes(Codec):

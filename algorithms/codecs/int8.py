@@ -8,7 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
+from starling.algorithms.codecs.base import AT_ONCE, Codec, blocks_of, refuse_beyond
 
 _LARGEST = 127  # and −127; −128 is not used, so that the codes of −x are those of x, negated
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, refuse_beyond
-from algorithms.seeds import derive_seed
+from starling.algorithms.codecs.base import Codec, refuse_beyond
+from starling.algorithms.seeds import derive_seed
 
 _NORM_BYTES = 4
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from algorithms.codecs.base import refuse_beyond
-from algorithms.codecs.sparse import Fraction, Sparse
-from algorithms.seeds import derive_seed, generator
+from starling.algorithms.codecs.base import refuse_beyond
+from starling.algorithms.codecs.sparse import Fraction, Sparse
+from starling.algorithms.seeds import derive_seed, generator
 
 
 class RandomK(Sparse, name="random_k"):

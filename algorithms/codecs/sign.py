@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, refuse_beyond
+from starling.algorithms.codecs.base import Codec, refuse_beyond
 
 _SCALE_BYTES = 2
 _LIMIT = torch.finfo(torch.bfloat16).max

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from algorithms.codecs.base import Codec, Identity
+from starling.algorithms.codecs.base import Codec, Identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from algorithms.codecs.base import refuse_beyond
-from algorithms.codecs.sparse import Sparse
+from starling.algorithms.codecs.base import refuse_beyond
+from starling.algorithms.codecs.sparse import Sparse
 
 _INDEX_BYTES = 2
 

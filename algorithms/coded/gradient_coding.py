@@ -28,14 +28,24 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, NodeId, all_reduce_bytes
-from algorithms.closing import OneOfEach
-from algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.api import (
+    Algorithm,
+    AllGather,
+    AllReduce,
+    Batch,
+    Gradient,
+    Layout,
+    Node,
+    NodeId,
+    all_reduce_bytes,
+)
+from starling.algorithms.closing import OneOfEach
+from starling.algorithms.outer import SGD, OuterOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from algorithms.outer import OuterState
+    from starling.algorithms.outer import OuterState
 
 Groups: TypeAlias = tuple[tuple[NodeId, ...], ...]
 

@@ -1,6 +1,6 @@
 """Compressors: how a gradient is averaged over all nodes without being sent whole, in several exchanges if need be."""
 
-from algorithms.compressors.base import Compressor
-from algorithms.compressors.powersgd import PowerSGD
+from starling.algorithms.compressors.base import Compressor
+from starling.algorithms.compressors.powersgd import PowerSGD
 
 __all__ = ["Compressor", "PowerSGD"]

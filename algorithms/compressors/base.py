@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from algorithms.registry import Part
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.api import Layout, Node, Reduced
+    from starling.algorithms.api import Layout, Node, Reduced
 
 
-class Compressor(Part, family="compressor", catalog="algorithms.compressors"):
+class Compressor(Part, family="compressor", catalog="starling.algorithms.compressors"):
     """Averages a gradient over all members by exchanges of its own, where a codec would only change one's bytes.
 
     What it remembers is in ``node.shared`` and ``node.local`` under its own name.

@@ -30,12 +30,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from algorithms.api import AllReduce, Reduced, all_reduce_bytes
-from algorithms.compressors.base import Compressor
-from algorithms.seeds import generator
+from starling.algorithms.api import AllReduce, Reduced, all_reduce_bytes
+from starling.algorithms.compressors.base import Compressor
+from starling.algorithms.seeds import generator
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from pydantic import Field, PositiveInt
 
-from algorithms.api import Algorithm, Node, NodeId, Train, View
-from algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.api import Algorithm, Node, NodeId, Train, View
+from starling.algorithms.outer import SGD, OuterOptimizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.outer import OuterState
-    from algorithms.rules import Rule
+    from starling.algorithms.outer import OuterState
+    from starling.algorithms.rules import Rule
 
 
 class Federated(Algorithm):

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Literal, Self, cast
 from pydantic import model_validator
 from torch import Tensor
 
-from algorithms.aggregators import Aggregator, Mean
-from algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
-from algorithms.federated.base import Federated
+from starling.algorithms.aggregators import Aggregator, Mean
+from starling.algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
+from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
+from starling.algorithms.federated.base import Federated
 
 if TYPE_CHECKING:
-    from algorithms.rules import Rule
+    from starling.algorithms.rules import Rule
 
 
 class FedAvg(Federated, name="fedavg"):

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import NonNegativeFloat
 
-from algorithms.federated.fedavg import FedAvg
-from algorithms.rules import Proximal
+from starling.algorithms.federated.fedavg import FedAvg
+from starling.algorithms.rules import Proximal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.rules import Rule
+    from starling.algorithms.rules import Rule
 
 
 class FedProx(FedAvg, name="fedprox"):

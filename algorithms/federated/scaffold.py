@@ -30,9 +30,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
-from algorithms.federated.base import Federated
-from algorithms.rules import ControlVariate
+from starling.algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
+from starling.algorithms.federated.base import Federated
+from starling.algorithms.rules import ControlVariate
 
 
 class Scaffold(Federated, name="scaffold"):

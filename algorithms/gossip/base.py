@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import PositiveInt
 
-from algorithms.api import Algorithm
-from algorithms.topologies import Ring, Topology
+from starling.algorithms.api import Algorithm
+from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.api import Node
+    from starling.algorithms.api import Node
 
 
 class Gossip(Algorithm):

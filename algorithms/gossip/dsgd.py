@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from algorithms.api import NeighborAllGather, Start, Train, Wait
-from algorithms.gossip.base import Gossip
+from starling.algorithms.api import NeighborAllGather, Start, Train, Wait
+from starling.algorithms.gossip.base import Gossip
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 
 class DSGD(Gossip, name="dsgd"):

@@ -33,13 +33,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from algorithms.api import NeighborAllGather, Train
-from algorithms.errors import SettingsError
-from algorithms.gossip.base import Gossip
-from algorithms.rules import ControlVariate
+from starling.algorithms.api import NeighborAllGather, Train
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.gossip.base import Gossip
+from starling.algorithms.rules import ControlVariate
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 
 class GradientTracking(Gossip, name="gradient_tracking"):

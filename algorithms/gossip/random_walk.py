@@ -29,9 +29,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
-from algorithms.api import Algorithm, Gradient, Layout, Left, Message, Node, NodeId, Receive, Send
-from algorithms.errors import SettingsError
-from algorithms.topologies import Ring, Topology
+from starling.algorithms.api import Algorithm, Gradient, Layout, Left, Message, Node, NodeId, Receive, Send
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

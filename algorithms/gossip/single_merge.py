@@ -36,12 +36,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllReduce, NeighborAllGather, Train, all_reduce_bytes
-from algorithms.gossip.base import tensors_of
-from algorithms.topologies import RandomMatching
+from starling.algorithms.api import Algorithm, AllReduce, NeighborAllGather, Train, all_reduce_bytes
+from starling.algorithms.gossip.base import tensors_of
+from starling.algorithms.topologies import RandomMatching
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from algorithms.api import AllGather, Sleep, Train
-from algorithms.low_communication.edit import EDiT
+from starling.algorithms.api import AllGather, Sleep, Train
+from starling.algorithms.low_communication.edit import EDiT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from algorithms.api import Layout, Node, NodeId
+    from starling.algorithms.api import Layout, Node, NodeId
 
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 

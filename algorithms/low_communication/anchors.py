@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 
-from algorithms.low_communication.fragments import gather, scatter, to_device, to_host
+from starling.algorithms.low_communication.fragments import gather, scatter, to_device, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from algorithms.api import Node, State
-    from algorithms.low_communication.fragments import Ranges
-    from algorithms.outer import OuterOptimizer, OuterState
+    from starling.algorithms.api import Node, State
+    from starling.algorithms.low_communication.fragments import Ranges
+    from starling.algorithms.outer import OuterOptimizer, OuterState
 
 
 class Fragment(TypedDict):

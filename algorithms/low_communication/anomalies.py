@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from algorithms.api import NodeId, State
+    from starling.algorithms.api import NodeId, State
 
 History: TypeAlias = "dict[str, State]"
 

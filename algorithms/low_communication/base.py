@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Self, cast
 import torch
 from pydantic import PositiveInt, model_validator
 
-from algorithms.api import Algorithm, AllReduce, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
+from starling.algorithms.api import Algorithm, AllReduce, all_reduce_bytes
+from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 _RESIDUAL = "residual"
 """Begins the names of residuals in ``node.local``."""

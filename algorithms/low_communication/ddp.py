@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import PositiveInt, model_validator
 
-from algorithms.api import AllReduce, Gradient, Step
-from algorithms.compressors import Compressor
-from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.api import AllReduce, Gradient, Step
+from starling.algorithms.compressors import Compressor
+from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 
 class Synchronous(LowCommunication):

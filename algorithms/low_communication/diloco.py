@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Self, cast
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from algorithms.aggregators import Aggregator, Mean
-from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
-from algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
-from algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.aggregators import Aggregator, Mean
+from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
+from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
+from starling.algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
-    from algorithms.outer import OuterState
+    from starling.algorithms.outer import OuterState
 
 
 class DiLoCo(Algorithm, name="diloco"):

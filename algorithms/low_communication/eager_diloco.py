@@ -33,13 +33,13 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from algorithms.api import AllReduce, Start, Train, Wait
-from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
-from algorithms.outer import SGD, Nesterov, OuterOptimizer
+from starling.algorithms.api import AllReduce, Start, Train, Wait
+from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.outer import SGD, Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
-    from algorithms.outer import OuterState
+    from starling.algorithms.api import Layout, Node
+    from starling.algorithms.outer import OuterState
 
 
 class EagerDiLoCo(LowCommunication, name="eager_diloco"):

@@ -32,22 +32,22 @@ from typing import TYPE_CHECKING, Self, cast
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
-from algorithms.low_communication import anchors
-from algorithms.low_communication import fragments as parts
-from algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
-from algorithms.low_communication.base import average_buffers, buffer_bytes
-from algorithms.low_communication.ddp import Synchronous
-from algorithms.low_communication.fragments import gather, modules_of, to_host
-from algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
+from starling.algorithms.low_communication import anchors
+from starling.algorithms.low_communication import fragments as parts
+from starling.algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
+from starling.algorithms.low_communication.base import average_buffers, buffer_bytes
+from starling.algorithms.low_communication.ddp import Synchronous
+from starling.algorithms.low_communication.fragments import gather, modules_of, to_host
+from starling.algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from algorithms.api import Layout, Node, NodeId, State
-    from algorithms.low_communication.anomalies import History
+    from starling.algorithms.api import Layout, Node, NodeId, State
+    from starling.algorithms.low_communication.anomalies import History
 
 
 class EDiT(Synchronous, name="edit"):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from algorithms.errors import SettingsError
+from starling.algorithms.errors import SettingsError
 
 if TYPE_CHECKING:
-    from algorithms.layout import Layout, LayoutEntry
+    from starling.algorithms.layout import Layout, LayoutEntry
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Places in the flat parameters, from start to stop, ascending and disjoint."""

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, cast
 from pydantic import PositiveInt
 from torch import Tensor
 
-from algorithms.api import AllReduce, Train
-from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.api import AllReduce, Train
+from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
 
 if TYPE_CHECKING:
-    from algorithms.api import Layout, Node
+    from starling.algorithms.api import Layout, Node
 
 
 class LocalSGD(LowCommunication, name="local_sgd"):

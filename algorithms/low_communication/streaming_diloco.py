@@ -34,13 +34,13 @@ from typing import TYPE_CHECKING, Annotated, Self, TypeAlias
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
-from algorithms.codecs import FP4, BFloat16, Codec
-from algorithms.low_communication import anchors
-from algorithms.low_communication import fragments as parts
-from algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
-from algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
-from algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
+from starling.algorithms.codecs import FP4, BFloat16, Codec
+from starling.algorithms.low_communication import anchors
+from starling.algorithms.low_communication import fragments as parts
+from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
+from starling.algorithms.outer import Nesterov, OuterOptimizer
 
 if TYPE_CHECKING:
     from torch import Tensor

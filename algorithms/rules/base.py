@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from algorithms.api import Layout
+    from starling.algorithms.layout import Layout
 
 
 @dataclass(frozen=True)

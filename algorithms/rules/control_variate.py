@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from algorithms.rules.base import DataBatch, GradientFunction, LocalProblem, Rule
+from starling.algorithms.rules.base import DataBatch, GradientFunction, LocalProblem, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,9 +17,9 @@ from collections.abc import Set as AbstractSet
 
 from pydantic import field_validator
 
-from algorithms.seeds import derive_seed
-from algorithms.topologies.base import Topology
-from algorithms.topologies.mixing import Mixing
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.topologies.base import Topology
+from starling.algorithms.topologies.mixing import Mixing
 
 
 class Alternating(Topology, name="alternating"):

@@ -16,9 +16,9 @@ from collections.abc import Collection
 
 from pydantic import PositiveInt
 
-from algorithms.errors import SettingsError
-from algorithms.topologies.networks import Edge, preferential
-from algorithms.topologies.undirected import RandomTopology
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.topologies.networks import Edge, preferential
+from starling.algorithms.topologies.undirected import RandomTopology
 
 
 class BarabasiAlbert(RandomTopology, name="barabasi_albert"):

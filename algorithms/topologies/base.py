@@ -7,12 +7,12 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from algorithms.errors import SettingsError
-from algorithms.registry import Part
-from algorithms.topologies.mixing import Mixing, Rows
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.registry import Part
+from starling.algorithms.topologies.mixing import Mixing, Rows
 
 
-class Topology(Part, family="topology", catalog="algorithms.topologies"):
+class Topology(Part, family="topology", catalog="starling.algorithms.topologies"):
     """A graph over the members of a round, and the rule that makes mixing weights of it."""
 
     @abstractmethod

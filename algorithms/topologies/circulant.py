@@ -7,8 +7,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from algorithms.topologies.base import GraphTopology
-from algorithms.topologies.mixing import Rows, with_own_weight
+from starling.algorithms.topologies.base import GraphTopology
+from starling.algorithms.topologies.mixing import Rows, with_own_weight
 
 _REACH = 8
 """Members that are missing one behind another on a cycle, and whose gap is closed, are fewer."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from algorithms.topologies.base import GraphTopology
-from algorithms.topologies.mixing import Rows
+from starling.algorithms.topologies.base import GraphTopology
+from starling.algorithms.topologies.mixing import Rows
 
 
 class Complete(GraphTopology, name="complete"):

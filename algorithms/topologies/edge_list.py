@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from algorithms.topologies.given import Graph, check_connected, check_own_weights
+from starling.algorithms.topologies.given import Graph, check_connected, check_own_weights
 
 
 def read_graph(path: Path, *, directed: bool) -> Graph:

@@ -19,10 +19,10 @@ from collections.abc import Collection
 
 from pydantic import Field
 
-from algorithms.errors import SettingsError
-from algorithms.seeds import derive_seed
-from algorithms.topologies.networks import Edge, binomial, pieces
-from algorithms.topologies.undirected import RandomTopology
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.topologies.networks import Edge, binomial, pieces
+from starling.algorithms.topologies.undirected import RandomTopology
 
 _DRAWS = 100
 

@@ -26,12 +26,12 @@ from typing import Self
 
 from pydantic import PrivateAttr, model_validator
 
-from algorithms.errors import SettingsError
-from algorithms.topologies.base import GraphTopology
-from algorithms.topologies.edge_list import read_graph
-from algorithms.topologies.given import Graph, cycles_without
-from algorithms.topologies.mixing import Rows, with_own_weight
-from algorithms.topologies.undirected import metropolis_hastings
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.topologies.base import GraphTopology
+from starling.algorithms.topologies.edge_list import read_graph
+from starling.algorithms.topologies.given import Graph, cycles_without
+from starling.algorithms.topologies.mixing import Rows, with_own_weight
+from starling.algorithms.topologies.undirected import metropolis_hastings
 
 
 class File(GraphTopology, name="file"):

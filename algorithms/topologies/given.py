@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from algorithms.topologies.mixing import STOCHASTIC_TOLERANCE
-from algorithms.topologies.networks import reached
+from starling.algorithms.topologies.mixing import STOCHASTIC_TOLERANCE
+from starling.algorithms.topologies.networks import reached
 
 Arcs: TypeAlias = Mapping[int, Mapping[int, float]]
 """By node, whom it mixes with what weight; itself left out."""

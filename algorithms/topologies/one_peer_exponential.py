@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from algorithms.topologies.circulant import CirculantTopology, powers_of_two
+from starling.algorithms.topologies.circulant import CirculantTopology, powers_of_two
 
 
 class OnePeerExponential(CirculantTopology, name="one_peer_exponential"):

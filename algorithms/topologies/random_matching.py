@@ -17,9 +17,9 @@ from collections.abc import Collection
 import numpy as np
 from pydantic import PositiveInt
 
-from algorithms.seeds import derive_seed
-from algorithms.topologies.networks import Edge
-from algorithms.topologies.undirected import UndirectedTopology
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.topologies.networks import Edge
+from starling.algorithms.topologies.undirected import UndirectedTopology
 
 
 class RandomMatching(UndirectedTopology, name="random_matching"):

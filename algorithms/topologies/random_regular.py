@@ -18,10 +18,10 @@ from collections.abc import Collection
 import numpy as np
 from pydantic import PositiveInt
 
-from algorithms.errors import SettingsError
-from algorithms.seeds import derive_seed
-from algorithms.topologies.networks import Edge, pieces, regular
-from algorithms.topologies.undirected import RandomTopology
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.topologies.networks import Edge, pieces, regular
+from starling.algorithms.topologies.undirected import RandomTopology
 
 _DRAWS = 100
 """From degree 3 on one or two do: of 19355 graphs of 8 nodes and degree 3 only 35 are not connected."""

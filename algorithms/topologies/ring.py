@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from algorithms.topologies.networks import Edge
-from algorithms.topologies.undirected import UndirectedTopology
+from starling.algorithms.topologies.networks import Edge
+from starling.algorithms.topologies.undirected import UndirectedTopology
 
 
 class Ring(UndirectedTopology, name="ring"):

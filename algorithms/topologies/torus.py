@@ -16,10 +16,10 @@ from collections.abc import Collection
 
 from pydantic import PositiveInt
 
-from algorithms.errors import SettingsError
-from algorithms.topologies.networks import Edge
-from algorithms.topologies.ring import ring_edges
-from algorithms.topologies.undirected import UndirectedTopology
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.topologies.networks import Edge
+from starling.algorithms.topologies.ring import ring_edges
+from starling.algorithms.topologies.undirected import UndirectedTopology
 
 
 class Torus(UndirectedTopology, name="torus"):

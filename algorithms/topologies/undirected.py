@@ -9,10 +9,10 @@ from collections.abc import Set as AbstractSet
 
 from pydantic import NonNegativeInt
 
-from algorithms.seeds import derive_seed
-from algorithms.topologies.base import GraphTopology
-from algorithms.topologies.mixing import Rows, with_own_weight
-from algorithms.topologies.networks import Edge
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.topologies.base import GraphTopology
+from starling.algorithms.topologies.mixing import Rows, with_own_weight
+from starling.algorithms.topologies.networks import Edge
 
 
 class UndirectedTopology(GraphTopology):

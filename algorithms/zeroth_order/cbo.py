@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
-from algorithms.errors import ProgramError
-from algorithms.noise import fill
-from algorithms.seeds import derive_seed
+from starling.algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.noise import fill
+from starling.algorithms.seeds import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

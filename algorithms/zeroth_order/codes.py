@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from algorithms.errors import ProgramError
-from algorithms.registry import Part
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ _LEVELS = [0.0] + [2.0 ** (-10 + step / 6) for step in range(_LARGEST)]
 """By the lower seven bits of a code; the values of a logarithmic scale are rounded to float32 in ``decode``."""
 
 
-class ScalarCode(Part, family="scalar code", catalog="algorithms.zeroth_order.codes"):
+class ScalarCode(Part, family="scalar code", catalog="starling.algorithms.zeroth_order.codes"):
     """Turns numbers into bytes and back, ``nbytes`` each."""
 
     nbytes: ClassVar[int]

@@ -35,17 +35,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
-from algorithms.errors import ProgramError
-from algorithms.outer import Adam
-from algorithms.zeroth_order.queries import around, known_to, nearest, rebased, scaled
-from algorithms.zeroth_order.surrogates import GaussianProcess, common_features
+from starling.algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.outer import Adam
+from starling.algorithms.zeroth_order.queries import around, known_to, nearest, rebased, scaled
+from starling.algorithms.zeroth_order.surrogates import GaussianProcess, common_features
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.rules import DataBatch
-    from algorithms.zeroth_order.queries import Queries
+    from starling.algorithms.rules import DataBatch
+    from starling.algorithms.zeroth_order.queries import Queries
 
 
 class FZooS(Algorithm, name="fzoos"):

@@ -26,7 +26,7 @@ Finetuning Using Shared Randomness", 2023, arXiv:2306.10015.
 
 from __future__ import annotations
 
-from algorithms.zeroth_order.spsa import SPSA
+from starling.algorithms.zeroth_order.spsa import SPSA
 
 
 class JustOneByte(SPSA, name="just_one_byte"):

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from algorithms.zeroth_order.codes import ScalarCode, Single
-from algorithms.zeroth_order.spsa import SPSA
+from starling.algorithms.zeroth_order.codes import ScalarCode, Single
+from starling.algorithms.zeroth_order.spsa import SPSA
 
 
 class MeZO(SPSA, name="mezo"):

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from algorithms.api import Node
+    from starling.algorithms.api import Node
 
 Queries: TypeAlias = "tuple[Tensor, Tensor]"
 """Queried points, shape (n, P), as the model's values, and what was found there, shape (n,), float64."""

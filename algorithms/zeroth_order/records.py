@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from algorithms.errors import ProgramError
+from starling.algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from algorithms.api import NodeId
+    from starling.algorithms.api import NodeId
 
 _HEADER = struct.Struct("<ddH")
 _ID = struct.Struct("<i")

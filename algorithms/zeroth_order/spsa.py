@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId, Perturbed
-from algorithms.errors import ProgramError
-from algorithms.noise import Distribution, perturb
-from algorithms.seeds import derive_seed
-from algorithms.zeroth_order import records
-from algorithms.zeroth_order.codes import Log8, ScalarCode
-from algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
+from starling.algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId, Perturbed
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.noise import Distribution, perturb
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.zeroth_order import records
+from starling.algorithms.zeroth_order.codes import Log8, ScalarCode
+from starling.algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from algorithms.rules import DataBatch
+    from starling.algorithms.rules import DataBatch
 
 
 _MOST_LR = 0.05

@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from algorithms.noise import CHUNK, Distribution, accumulate
+from starling.algorithms.noise import CHUNK, Distribution, accumulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from algorithms.layout import Layout
+    from starling.algorithms.layout import Layout
 
 Normalizer: TypeAlias = Literal["mean", "sqrt"]
 

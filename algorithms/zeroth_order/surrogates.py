@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from algorithms.errors import ProgramError
-from algorithms.noise import fill
-from algorithms.seeds import derive_seed
-from algorithms.zeroth_order.kernels import ROOT5, distances_of, likeliest_length, matern
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.noise import fill
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.zeroth_order.kernels import ROOT5, distances_of, likeliest_length, matern
 
 if TYPE_CHECKING:
     from torch import Tensor

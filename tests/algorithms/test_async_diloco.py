@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from algorithms.api import SERVER, Message
-from algorithms.asynchronous import AsyncDiLoCo
-from algorithms.outer import Nesterov
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.algorithms.api import SERVER, Message
+from starling.algorithms.asynchronous import AsyncDiLoCo
+from starling.algorithms.outer import Nesterov
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, simulate
 
 TICK = 1000 / 1024

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.tasks import Task, TensorSamples
-from algorithms.zeroth_order import CBO
-from algorithms.zeroth_order.cbo import weights_of
+from starling.actors.tasks import Task, TensorSamples
+from starling.algorithms.zeroth_order import CBO
+from starling.algorithms.zeroth_order.cbo import weights_of
 from tests.membership import scripted
 from tests.toys import simulate
 
@@ -32,7 +32,7 @@ def first_particles(count: int = 10, size: int = 4, spread: float = 1.0) -> Tens
 
 
 def energies(particles: Tensor) -> Tensor:
-    from actors.tasks.quadratic import Quadratic
+    from starling.actors.tasks.quadratic import Quadratic
 
     problem = Quadratic(dimension=4, heterogeneity=0.0)
     away = particles - problem.center(0)
@@ -86,7 +86,7 @@ def test_particles_that_agree_stay(anisotropic: bool):
 
 def test_a_particles_energy_is_its_mean_loss_over_nodes():
     """B5, of losses that differ: the weights are those of the mean of the nodes' losses, to 1e-12."""
-    from actors.tasks.quadratic import Quadratic
+    from starling.actors.tasks.quadratic import Quadratic
 
     keys: Any = {"dimension": 4, "heterogeneity": 2.0, "curvature_heterogeneity": 1.0}
     problem, particles = Quadratic(**keys), first_particles(5)
@@ -136,7 +136,7 @@ def test_the_consensus_is_the_optimum_of_the_mean_loss(seed: int, more: float):
 
 @pytest.mark.parametrize("heterogeneity", [0.0, 2.0])
 def test_it_comes_to_the_optimum_of_quadratics_that_differ(heterogeneity: float):
-    from actors.tasks.quadratic import Quadratic
+    from starling.actors.tasks.quadratic import Quadratic
 
     problem = Quadratic(dimension=2, heterogeneity=heterogeneity)
     task = {"name": "quadratic", "dimension": 2, "heterogeneity": heterogeneity}

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms.api import Gradient, Train, all_reduce_bytes
-from algorithms.compressors import PowerSGD
-from algorithms.layout import Layout, LayoutEntry
-from algorithms.low_communication import DDP
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.algorithms.api import Gradient, Train, all_reduce_bytes
+from starling.algorithms.compressors import PowerSGD
+from starling.algorithms.layout import Layout, LayoutEntry
+from starling.algorithms.low_communication import DDP
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 DIGITS = {"name": "digits", "model": {"name": "mlp", "width": 40}}
@@ -282,7 +282,7 @@ class Planes(Toy, name="test_planes"):
     apart: float = 0.0
 
     def train_samples(self, num_nodes: int) -> Any:
-        from actors.tasks import TensorSamples
+        from starling.actors.tasks import TensorSamples
 
         rng = torch.Generator().manual_seed(0)
         own = self.apart * torch.randn(num_nodes, 12, 9, generator=rng)

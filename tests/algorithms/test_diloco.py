@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.replica import Replica
-from actors.tasks import Task, TensorSamples
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Train
-from algorithms.low_communication import DiLoCo
-from algorithms.outer import SGD, Nesterov
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.actors.replica.replica import Replica
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Train
+from starling.algorithms.low_communication import DiLoCo
+from starling.algorithms.outer import SGD, Nesterov
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests import codecs
 from tests.toys import Ran, Toy, begin, replica, simulate
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Train
-from algorithms.topologies import OnePeerExponential, Topology
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Train
+from starling.algorithms.topologies import OnePeerExponential, Topology
 from tests.membership import models, scripted
 from tests.toys import Ran, Toy, begin, replica, simulate
 

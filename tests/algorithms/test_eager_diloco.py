@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Train
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Train
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 STEPS = 3

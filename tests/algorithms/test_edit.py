@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.replica import Replica
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Node, NodeId, Train
-from algorithms.low_communication import AEDiT, EDiT
-from algorithms.low_communication.anchors import known
-from algorithms.low_communication.anomalies import Detector, norm_of, weights_of
-from algorithms.low_communication.fragments import gather, modules_of
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.actors.replica.replica import Replica
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Node, NodeId, Train
+from starling.algorithms.low_communication import AEDiT, EDiT
+from starling.algorithms.low_communication.anchors import known
+from starling.algorithms.low_communication.anomalies import Detector, norm_of, weights_of
+from starling.algorithms.low_communication.fragments import gather, modules_of
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 STEPS = 3

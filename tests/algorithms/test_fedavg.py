@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.data import EpochSampler
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Train, View
-from algorithms.codecs import Codec
-from algorithms.federated import FedAvg
+from starling.actors.data import EpochSampler
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Train, View
+from starling.algorithms.codecs import Codec
+from starling.algorithms.federated import FedAvg
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 

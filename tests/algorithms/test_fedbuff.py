@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import SERVER, Left, Message, Receive, Send, Train
-from algorithms.asynchronous import FedBuff
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import SERVER, Left, Message, Receive, Send, Train
+from starling.algorithms.asynchronous import FedBuff
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 STEPS = 3

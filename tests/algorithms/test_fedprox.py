@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from orchestrator.errors import ConfigError
+from starling.actors.tasks.quadratic import Quadratic
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, simulate
 
 PROBLEM: dict[str, Any] = {"dimension": 4, "condition": 2, "curvature_heterogeneity": 2.0}

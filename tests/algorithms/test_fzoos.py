@@ -11,12 +11,12 @@ import torch
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import AllReduce, Loss
-from algorithms.errors import ProgramError
-from algorithms.zeroth_order import FZooS
-from algorithms.zeroth_order.queries import around, nearest, rebased, scaled
-from algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import AllReduce, Loss
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.zeroth_order import FZooS
+from starling.algorithms.zeroth_order.queries import around, nearest, rebased, scaled
+from starling.algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
 from tests.membership import scripted
 from tests.toys import simulate
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.data import Iid, assign
-from algorithms.api import AllGather, AllReduce, Batch, Gradient, GradientReport, Reduced
-from algorithms.closing import OneOfEach, Waited
-from algorithms.coded import GradientCoding
-from algorithms.coded.gradient_coding import groups_of, representatives
-from algorithms.rules import DataBatch
+from starling.actors.data import Iid, assign
+from starling.algorithms.api import AllGather, AllReduce, Batch, Gradient, GradientReport, Reduced
+from starling.algorithms.closing import OneOfEach, Waited
+from starling.algorithms.coded import GradientCoding
+from starling.algorithms.coded.gradient_coding import groups_of, representatives
+from starling.algorithms.rules import DataBatch
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 ROUNDS = 4

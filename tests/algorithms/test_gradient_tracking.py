@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from orchestrator.errors import ConfigError
+from starling.actors.tasks.quadratic import Quadratic
+from starling.orchestrator.errors import ConfigError
 from tests.membership import models, scripted
 from tests.toys import simulate
 

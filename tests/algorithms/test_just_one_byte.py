@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.tasks import Task, TensorSamples
-from actors.tasks.logistic import Logistic
-from actors.tasks.quadratic import Quadratic
-from actors.together import NodeOptimizer
-from actors.workbench import Workbench
-from algorithms.api import Node
-from algorithms.layout import Layout, LayoutEntry
-from algorithms.noise import fill
-from algorithms.seeds import derive_seed
-from algorithms.zeroth_order import JustOneByte, MeZO, records, steps
-from algorithms.zeroth_order.steps import Moved, Step
-from orchestrator import simulate as run_simulation
-from orchestrator.errors import ConfigError
-from orchestrator.rebuild import rebuild
-from orchestrator.sealed_log import NAME, Sealed, read
+from starling import simulate as run_simulation
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks.logistic import Logistic
+from starling.actors.tasks.quadratic import Quadratic
+from starling.actors.training.node_optimizer import NodeOptimizer
+from starling.actors.training.shared_module import Workbench
+from starling.algorithms.api import Node
+from starling.algorithms.layout import Layout, LayoutEntry
+from starling.algorithms.noise import fill
+from starling.algorithms.seeds import derive_seed
+from starling.algorithms.zeroth_order import JustOneByte, MeZO, records, steps
+from starling.algorithms.zeroth_order.steps import Moved, Step
+from starling.orchestrator.errors import ConfigError
+from starling.orchestrator.records.rebuild import rebuild
+from starling.orchestrator.records.round_log import NAME, Sealed, read
 from tests.membership import scripted
 from tests.toys import Ran, attempt, simulate
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from actors.replica import Replica
+    from starling.actors.replica.replica import Replica
 
 TABLE = f"{__name__}:Table"
 SAME: dict[str, Any] = {"name": "quadratic", "dimension": 12, "heterogeneity": 0.0}  # all nodes' samples are alike

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import Gradient, GradientReport, Left, Message, Receive, Send
-from algorithms.gossip import RandomWalk
-from algorithms.gossip.random_walk import covering, kernel, visited
-from algorithms.seeds import generator
-from algorithms.topologies import ErdosRenyi, RandomMatching, Ring, Topology
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import Gradient, GradientReport, Left, Message, Receive, Send
+from starling.algorithms.gossip import RandomWalk
+from starling.algorithms.gossip.random_walk import covering, kernel, visited
+from starling.algorithms.seeds import generator
+from starling.algorithms.topologies import ErdosRenyi, RandomMatching, Ring, Topology
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, simulate
 
 TASK = Quadratic(dimension=3, heterogeneity=1.0, curvature_heterogeneity=1.0)

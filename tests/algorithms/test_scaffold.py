@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.tasks.quadratic import Quadratic
+from starling.actors.tasks.quadratic import Quadratic
 from tests.membership import scripted
 from tests.toys import Ran, simulate
 

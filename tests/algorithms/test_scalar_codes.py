@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algorithms.errors import ProgramError
-from algorithms.zeroth_order import records
-from algorithms.zeroth_order.codes import Half, Log8, ScalarCode, Single
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.zeroth_order import records
+from starling.algorithms.zeroth_order.codes import Half, Log8, ScalarCode, Single
 
 CODES: tuple[ScalarCode, ...] = (Log8(), Log8(rounding="stochastic"), Half(), Single())
 FINITE = st.floats(-5000, 5000)

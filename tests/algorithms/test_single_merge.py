@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.tasks import TensorSamples
-from actors.tasks.digits import Digits
-from actors.tasks.quadratic import Quadratic
-from algorithms.api import all_reduce_bytes
-from algorithms.gossip import SingleMerge
-from algorithms.topologies import RandomMatching
+from starling.actors.tasks import TensorSamples
+from starling.actors.tasks.digits import Digits
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.api import all_reduce_bytes
+from starling.algorithms.gossip import SingleMerge
+from starling.algorithms.topologies import RandomMatching
 from tests.toys import Ran, Toy, simulate
 
 

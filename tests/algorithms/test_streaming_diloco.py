@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.host import Host
-from actors.setup import build_replicas, load_data
-from actors.tasks import Task, TensorSamples
-from actors.tickets import Contributed, Posted, Returned, Waiting
-from algorithms.api import View, all_reduce_bytes
-from algorithms.codecs import FP4, Identity
-from algorithms.errors import SettingsError
-from algorithms.layout import Layout, LayoutEntry
-from algorithms.low_communication import StreamingDiLoCo
-from algorithms.low_communication.anchors import known
-from algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
+from starling.actors.host.build import build_replicas, load_data
+from starling.actors.host.host import Host
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.wire.tickets import Contributed, Posted, Returned, Waiting
+from starling.algorithms.api import View, all_reduce_bytes
+from starling.algorithms.codecs import FP4, Identity
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.layout import Layout, LayoutEntry
+from starling.algorithms.low_communication import StreamingDiLoCo
+from starling.algorithms.low_communication.anchors import known
+from starling.algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, attempt, replica, simulate
 
 EXACT = {"codec": "identity", "result_codec": "identity"}

@@ -12,12 +12,12 @@ import psutil
 import pytest
 import ray
 
-from orchestrator import ray_session, ray_watcher
-from orchestrator.api import resolve
-from orchestrator.config import Config
+from starling.orchestrator.config.schema import Config
+from starling.orchestrator.driver import resolve
+from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
 from tests.cluster.machines import Machines
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import PYTHONPATH
 
 
 class Rays:
@@ -31,7 +31,7 @@ class Rays:
         if self._session is None:
             self.close()
             # Its workers are to have this checkout's code, whoever else connects to it.
-            before = ray_session._set({"PYTHONPATH": str(ROOT)})
+            before = ray_session._set({"PYTHONPATH": PYTHONPATH})
             self._session = ray_session.connect("local", num_cpus=16, num_gpus=2)
             ray_session._restore(before)
         return ray.get_runtime_context().gcs_address
@@ -103,9 +103,9 @@ class Processes:
         names = {"STARLING_TEST_MARK": self.mark, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **environment}
         names["TMPDIR"] = str(self._temporary)
         return subprocess.Popen(
-            [sys.executable, "-c", "from orchestrator.cli import main; main()", *arguments],
+            [sys.executable, "-c", "from starling.orchestrator.cli.main import main; main()", *arguments],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **names},
+            env={**os.environ, "PYTHONPATH": PYTHONPATH, **names},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

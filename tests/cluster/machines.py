@@ -18,16 +18,17 @@ from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from orchestrator import ray_session, ray_watcher
-from orchestrator.records import Observer
+from starling.orchestrator.records.observers import Observer
+from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
+from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from algorithms.api import NodeId
-    from orchestrator.records import RoundRecord, Started
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.records.observers import RoundRecord, Started
 
-ROOT = Path(__file__).parents[2]
 
 _FAST = {
     # A machine's death is known after a second or so instead of fifteen.
@@ -48,7 +49,7 @@ class Machines:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # short: sockets lie in it
         self._before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
-        os.environ["PYTHONPATH"] = str(ROOT)
+        os.environ["PYTHONPATH"] = PYTHONPATH
         self._environment = ray_session._set(
             {
                 "RAY_AUTH_MODE": "token",

@@ -9,8 +9,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from actors.tasks import Samples, Task, TensorSamples
-from algorithms.api import Algorithm, AllGather, AllReduce, Layout, Node, Train
+from starling.actors.tasks import Samples, Task, TensorSamples
+from starling.algorithms.api import Algorithm, AllGather, AllReduce, Layout, Node, Train
 
 
 class Base(Algorithm):

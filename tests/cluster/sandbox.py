@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import PYTHONPATH, ROOT
 
 _ROOTLESS = os.geteuid() != 0
 _UNSHARE = ["unshare", *(["--map-root-user"] if _ROOTLESS else [])]
@@ -58,7 +58,7 @@ class Machine:
         variables = {
             "HOME": "/tmp/home",
             "PATH": f"/tmp/bin:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -173,7 +173,7 @@ def _machine(sandbox: Path, address: str) -> None:
     # Ray asks for the address of its machine's name where no network leads outside.
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
     shutil.copy(sandbox / "user", folder / "key")
-    names = {"PATH": f"/tmp/bin:{Path(sys.executable).parent}:$PATH", "PYTHONPATH": str(ROOT)}
+    names = {"PATH": f"/tmp/bin:{Path(sys.executable).parent}:$PATH", "PYTHONPATH": PYTHONPATH}
     exports = "".join(f"export {name}={value}\n" for name, value in (names | {"RAY_USAGE_STATS_ENABLED": "0"}).items())
     (folder / "home/.bashrc").write_text(exports)
     keys = (sandbox / "host").read_text(), (sandbox / "user.pub").read_text()

@@ -9,10 +9,10 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from actors.tasks.hugging_face import _quiet
-from orchestrator.api import run, simulate
-from orchestrator.config import Config
-from orchestrator.errors import DataError
+from starling.actors.tasks.hugging_face import _quiet
+from starling.orchestrator.api import run, simulate
+from starling.orchestrator.config.schema import Config
+from starling.orchestrator.errors import DataError
 from tests.cluster.test_runtime import Watcher, actors_alive
 from tests.tasks.test_parquet import broken, rows, write
 

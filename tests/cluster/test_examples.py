@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.api import resolve
-from orchestrator.plan import make_plan
+from starling.orchestrator.analysis.plan import make_plan
+from starling.orchestrator.driver import resolve
 from tests.cluster.conftest import ROOT, Processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

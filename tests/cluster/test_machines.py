@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import ray
 
-from actors.messages import Setup
-from actors.node_actor import remote_class
-from actors.tickets import Failed
-from actors.versions import versions
-from algorithms.api import SERVER
-from orchestrator import run
-from orchestrator.api import resolve
-from orchestrator.cluster import Cluster
-from orchestrator.errors import RunError
+from starling import run
+from starling.actors.host.compatibility import versions
+from starling.actors.remote.messages import Setup
+from starling.actors.remote.node_actor import remote_class
+from starling.actors.wire.tickets import Failed
+from starling.algorithms.api import SERVER
+from starling.orchestrator.driver import resolve
+from starling.orchestrator.errors import RunError
+from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from tests.cluster.machines import Machines, Story, wait_until_gone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from orchestrator.records import Summary
+    from starling.orchestrator.records.observers import Summary
 
     Go = Callable[..., Summary]
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from algorithms.topologies.exponential import Exponential
-from orchestrator import progress, run
-from orchestrator.api import replay
-from orchestrator.records import Observer
-from orchestrator.samples import Samples
+from starling.algorithms.topologies.exponential import Exponential
+from starling.orchestrator import run
+from starling.orchestrator.api import replay
+from starling.orchestrator.control import run_state as progress
+from starling.orchestrator.control.samples import Samples
+from starling.orchestrator.records.observers import Observer
 from tests.cluster.machines import Story
 from tests.draws import expected, num_complete
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from orchestrator.config import Config
-    from orchestrator.records import RoundRecord
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.records.observers import RoundRecord
 
     Make = Callable[..., Config]
 

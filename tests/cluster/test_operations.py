@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import run, simulate
-from orchestrator.api import replay
+from starling import run, simulate
+from starling.orchestrator.api import replay
 from tests import operations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from orchestrator.config import Config
+    from starling.orchestrator.config.schema import Config
 
     Make = Callable[..., Config]
 

@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from algorithms.api import AllReduce, Train
-from algorithms.low_communication.local_sgd import LocalSGD
-from orchestrator import api
-from tests.snippets import BASE, OWN, ROOT
+from starling.algorithms.api import AllReduce, Train
+from starling.algorithms.low_communication.local_sgd import LocalSGD
+from starling.orchestrator import api
+from tests.paths import PYTHONPATH
+from tests.snippets import BASE, OWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from algorithms.api import Node
-    from orchestrator.config import Config
+    from starling.algorithms.api import Node
+    from starling.orchestrator.config.schema import Config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 FALSE_NAME = """
-from algorithms.api import Algorithm, AllReduce, Train
+from starling.algorithms.api import Algorithm, AllReduce, Train
 
 class LocalSGD(Algorithm, name="local_sgd"):
     inner_steps: int = 3
@@ -35,9 +36,9 @@ class LocalSGD(Algorithm, name="local_sgd"):
         node.parameters.copy_(mean.value * 0.5)
 """
 SCRIPT = """
-from actors.tasks.digits import Digits
-from orchestrator import resume, run, simulate
-from orchestrator.api import replay
+from starling.actors.tasks.digits import Digits
+from starling import resume, run, simulate
+from starling.orchestrator.api import replay
 
 SCALE = 2.0
 
@@ -75,7 +76,7 @@ def train(script: str, folder: Path) -> list[str]:
     ran = subprocess.run(
         [sys.executable, "train.py"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": f"{folder}:{PYTHONPATH}"},
         capture_output=True,
         text=True,
         timeout=800,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, Processes
+from tests.cluster.conftest import Processes
+from tests.paths import PYTHONPATH
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -154,7 +155,7 @@ def test_a_store_that_is_too_small_is_named_and_nobody_is_left_out(tmp_path, pro
 MINE = """
 import os
 from tests.cluster.programs import Base
-from algorithms.api import AllReduce
+from starling.algorithms.api import AllReduce
 
 class Mine(Base):
     async def round(self, node):
@@ -183,7 +184,7 @@ def test_a_runtime_env_takes_the_users_module_to_the_nodes(tmp_path, shared_ray:
         cwd=tmp_path,
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
-        PYTHONPATH=f"{ROOT}:{folder}",
+        PYTHONPATH=f"{PYTHONPATH}:{folder}",
     )
     _, err = program.communicate(timeout=200)
     assert program.returncode == 0, err

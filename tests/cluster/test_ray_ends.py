@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from orchestrator.lease import Lease
+from starling.orchestrator.records.lease import Lease
 from tests.cluster.test_processes import wait_for, write
 from tests.cluster.test_runtime import actors_alive
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from orchestrator import simulate
+from starling import simulate
 from tests.cluster import sandbox
 from tests.cluster.sandbox import ROOT, Sandbox
 
@@ -68,7 +68,7 @@ def test_from_ray_up_to_ray_down(machines: Sandbox, tmp_path: Path):
     assert (worker.home / ".ray/auth_token").read_text() == (laptop.home / ".ray/auth_token").read_text()
 
     # The job server listens on the head's loopback alone; here all machines share one, as through a tunnel.
-    training = ["python", "-m", "orchestrator", "run", "fedavg.yaml", "--run-dir", "/tmp/home/run"]
+    training = ["python", "-m", "starling", "run", "fedavg.yaml", "--run-dir", "/tmp/home/run"]
     for setting in [*TINY, "cluster.address=auto"]:
         training += ["--set", setting]
     submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT / "examples")]

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import api
+from starling.orchestrator import api
 from tests.cluster.test_processes import wait_for
-from tests.test_resume import Interrupter, lines
+from tests.control.test_resume import Interrupter, lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from orchestrator.config import Config
+    from starling.orchestrator.config.schema import Config
     from tests.cluster.conftest import Processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from actors.replica import NonFiniteLossError
-from orchestrator.api import replay, run, simulate
-from orchestrator.config import Config
-from orchestrator.errors import ClusterError, NodeFailedError, exit_code
-from orchestrator.records import Observer, Started
+from starling.actors.replica.replica import NonFiniteLossError
+from starling.orchestrator.api import replay, run, simulate
+from starling.orchestrator.config.schema import Config
+from starling.orchestrator.errors import ClusterError, NodeFailedError, exit_code
+from starling.orchestrator.records.observers import Observer, Started
 from tests.cases import CASES
 from tests.conformance import Case
 

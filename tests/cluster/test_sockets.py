@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import ray_session
+from starling.orchestrator.runtimes.cluster import session as ray_session
 
 pytestmark = pytest.mark.cluster
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from orchestrator import simulate
-from tests.cluster.conftest import ROOT, Processes, Rays
+from starling import simulate
+from tests.cluster.conftest import Processes, Rays
+from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,14 +46,14 @@ ray.shutdown()
 """
 SUBMIT = """
 import signal
-from orchestrator.cli import main
+from starling.orchestrator.cli.main import main
 # A shell's background jobs, as these tests may be, do not hear it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main()
 """
 STATUS_AND_STOP = """
 import sys
-from orchestrator.submit import connect
+from starling.orchestrator.jobs import connect
 client = connect(sys.argv[1])
 print(client.get_job_status(sys.argv[2]).value)
 client.stop_job(sys.argv[2])
@@ -85,7 +86,7 @@ class Head:
         self.environment = {
             **os.environ,
             "HOME": str(self.home),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": PYTHONPATH,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),

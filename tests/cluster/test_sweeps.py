@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator import run
-from orchestrator.api import resolve
-from orchestrator.errors import ClusterError, ConfigError
-from orchestrator.sweep import Options, resume_sweep, sweep
+from starling import run
+from starling.orchestrator.driver import resolve
+from starling.orchestrator.errors import ClusterError, ConfigError
+from starling.orchestrator.sweeps.options import Options
+from starling.orchestrator.sweeps.sweep import resume_sweep, sweep
 from tests.cluster.conftest import Processes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -143,7 +144,7 @@ def test_a_population_clones_through_checkpoints(tmp_path: Path, shared_ray: str
 def test_a_trial_whose_controller_dies_goes_on(tmp_path: Path, shared_ray: str):
     from ray._private.state import actors
 
-    from orchestrator.tuning import Watcher
+    from starling.orchestrator.sweeps.tune import Watcher
 
     del shared_ray
     config = resolve(write(tmp_path, address="auto", rounds=8), ["checkpoint.every_rounds=1"])
@@ -285,8 +286,8 @@ def test_a_tracker_that_goes_away_and_comes_back_has_all(tmp_path: Path, server:
     import torch
     from mlflow import MlflowClient
 
-    from orchestrator import load_model
-    from orchestrator.tuning import Watcher
+    from starling import load_model
+    from starling.orchestrator.sweeps.tune import Watcher
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     uri = f"http://127.0.0.1:{server.port}"

@@ -17,6 +17,7 @@ import pytest
 
 from tests.cluster.conftest import ROOT, Processes
 from tests.cluster.test_submit import TINY
+from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 HEAD = """
 import sys, ray
-from orchestrator import ray_session
+from starling.orchestrator.runtimes.cluster import session as ray_session
 session = ray_session.connect("local", num_cpus=2)
 print("ready", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
@@ -55,7 +56,7 @@ def head(tmp_path: Path, processes: Processes) -> Iterator[tuple[str, dict[str, 
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     variables = authority(tmp_path / "ours")
-    environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT), "STARLING_TEST_MARK": processes.mark}
+    environment = {**os.environ, **variables, "PYTHONPATH": PYTHONPATH, "STARLING_TEST_MARK": processes.mark}
     process = subprocess.Popen(
         [sys.executable, "-c", HEAD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from orchestrator import run, simulate
-from orchestrator.rebuild import rebuild
-from orchestrator.sealed_log import NAME, Sealed, read
+from starling import run, simulate
+from starling.orchestrator.records.rebuild import rebuild
+from starling.orchestrator.records.round_log import NAME, Sealed, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from orchestrator.config import Config
+    from starling.orchestrator.config.schema import Config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 

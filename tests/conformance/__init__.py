@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from algorithms.api import Algorithm
-from algorithms.registry import find, table
-from orchestrator import api
-from orchestrator.config import parse
-from orchestrator.describe import SECTIONS, describe
-from orchestrator.records import Observer, RoundRecord
+from starling.algorithms.api import Algorithm
+from starling.algorithms.registry import find, table
+from starling.orchestrator import api
+from starling.orchestrator.config.reference import SECTIONS, describe
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.records.observers import Observer, RoundRecord
 from tests.toys import simulate
 
 if TYPE_CHECKING:

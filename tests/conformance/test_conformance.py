@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from algorithms.api import Algorithm
-from algorithms.registry import table
+from starling.algorithms.api import Algorithm
+from starling.algorithms.registry import table
 from tests.cases import CASES
 from tests.conformance import CHECKS, Case
 
@@ -19,5 +19,5 @@ def test_conformance(case: Case, check: Any):
 
 
 def test_every_algorithm_has_a_case():
-    ours = {name for name, kind in table(Algorithm).items() if kind.__module__.startswith("algorithms.")}
+    ours = {name for name, kind in table(Algorithm).items() if kind.__module__.startswith("starling.algorithms.")}
     assert ours == {case.name for case in CASES}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.data import files
-from actors.data.columns import codes_of, numbers_of
-from actors.tasks.parquet import Parquet
-from algorithms.errors import DataError
+from starling.actors.data import files
+from starling.actors.data.columns import codes_of, numbers_of
+from starling.actors.tasks.parquet import Parquet
+from starling.algorithms.errors import DataError
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.data.federated import Federated
-from actors.data.indices import Ranges, concrete
-from actors.tasks import Task, TensorSamples
+from starling.actors.data.indices import Ranges, concrete
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks.federated import Federated
 
 
 class DrawnForAll(Task, name="test_drawn_for_all"):

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from actors.data import files
-from actors.tasks.parquet import Parquet
-from actors.tasks.text_lm import TextLM
-from algorithms.errors import DataError
+from starling.actors.data import files
+from starling.actors.tasks.parquet import Parquet
+from starling.actors.tasks.text_lm import TextLM
+from starling.algorithms.errors import DataError
 
 
 @pytest.mark.parametrize(

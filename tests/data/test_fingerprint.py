@@ -17,20 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from actors.data import contents
-from actors.data.files import forget
-from actors.data.fingerprint import difference, fingerprint
-from actors.tasks import TensorSamples
-from actors.tasks.parquet import Parquet
-from orchestrator import api
-from orchestrator.errors import ConfigError, DataError
-from orchestrator.processes import Processes
+from starling.actors.data import contents
+from starling.actors.data.files import forget
+from starling.actors.data.fingerprint import difference, fingerprint
+from starling.actors.tasks import TensorSamples
+from starling.actors.tasks.parquet import Parquet
+from starling.orchestrator import api
+from starling.orchestrator.errors import ConfigError, DataError
+from starling.orchestrator.runtimes.cluster.processes import Processes
 from tests.conformance import StoppedError, Stopper
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from actors.data.fingerprint import Fingerprint
+    from starling.actors.data.fingerprint import Fingerprint
 
 X = torch.arange(600.0).reshape(200, 3)
 Y = torch.arange(200) % 4
@@ -176,7 +176,7 @@ def test_of_many_files_some_are_looked_at(tmp_path: Path):
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    from actors.tasks.digits import Digits
+    from starling.actors.tasks.digits import Digits
 
     raw = {
         "task": {"name": "digits", "model": {"name": "mlp", "width": 4}},

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from actors.data import DataConfig, Iid, Partition, Ranges, assign
-from actors.data.indices import concrete
-from actors.data.partition import Column, Dirichlet, Feature, Quantity, Shards, cut, dirichlet
-from actors.tasks import TensorSamples
-from actors.tasks.digits import Digits
-from algorithms.errors import DataError
-from algorithms.registry import find, table
-from algorithms.seeds import generator
+from starling.actors.data import DataConfig, Iid, Partition, Ranges, assign
+from starling.actors.data.indices import concrete
+from starling.actors.data.partition import Column, Dirichlet, Feature, Quantity, Shards, cut, dirichlet
+from starling.actors.tasks import TensorSamples
+from starling.actors.tasks.digits import Digits
+from starling.algorithms.errors import DataError
+from starling.algorithms.registry import find, table
+from starling.algorithms.seeds import generator
 
 FILLED: list[Partition] = [
     Iid(),

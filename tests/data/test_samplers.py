@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.data import (
+from starling.actors.data import (
     Blocks,
     Draws,
     Epoch,
@@ -24,10 +24,10 @@ from actors.data import (
     Sampler,
     Segment,
 )
-from actors.data.samplers import BlockDraws, Poisson, PoissonDraws, WithReplacement
-from algorithms.errors import DataError, ProgramError
-from algorithms.registry import find, table
-from algorithms.seeds import derive_seed, generator
+from starling.actors.data.samplers import BlockDraws, Poisson, PoissonDraws, WithReplacement
+from starling.algorithms.errors import DataError, ProgramError
+from starling.algorithms.registry import find, table
+from starling.algorithms.seeds import derive_seed, generator
 
 
 def sampler(num_samples: int, seed: int = 0, node: int = 0) -> EpochSampler:

@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 COPIED = ("algorithms", "actors", "orchestrator", "tune_spaces", "tests", "examples", "docs", "benchmarks")
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "cluster.yaml", "Makefile", "mkdocs.yml", "constraints.txt")
-USED = ("actors.host", "actors.together", "orchestrator.cli", "orchestrator.simulator", "orchestrator.submit")
+USED = (
+    "starling.actors.host.host",
+    "starling.actors.host.batched",
+    "starling.orchestrator.cli.main",
+    "starling.orchestrator.runtimes.simulator.runtime",
+    "starling.orchestrator.jobs",
+)
 """Of our own: what they import of others' is loaded beforehand."""
 PRELOADED = ("torch", "torch.func", "torch._dynamo", "scipy", "networkx", "pyarrow.dataset", "hypothesis", "pytest")
 LEAST_LIMIT_S, LIMIT_FACTOR = 60.0, 6.0

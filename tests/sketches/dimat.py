@@ -20,8 +20,8 @@ from pydantic import NonNegativeInt, PositiveInt
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from algorithms.api import Algorithm, Batch, Evaluate, Inbox, Layout, NeighborAllGather, Node, Train
-from algorithms.topologies import Ring, Topology
+from starling.algorithms.api import Algorithm, Batch, Evaluate, Inbox, Layout, NeighborAllGather, Node, Train
+from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -18,11 +18,11 @@ from opacus.grad_sample import GradSampleModule
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
-from algorithms.rules import DataBatch, GradientFunction, LocalProblem, Rule
+from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
+from starling.algorithms.rules import DataBatch, GradientFunction, LocalProblem, Rule
 
 if TYPE_CHECKING:
-    from algorithms.rules import Sampler
+    from starling.algorithms.rules import Sampler
 
 
 class Poisson:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import SERVER, Algorithm, Layout, Left, Message, Node, Receive, Send, Timeout, Train
+from starling.algorithms.api import SERVER, Algorithm, Layout, Left, Message, Node, Receive, Send, Timeout, Train
 
 
 @dataclass

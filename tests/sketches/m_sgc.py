@@ -27,10 +27,10 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
-from algorithms.closing import ClosePolicy, Waited, decoding
-from algorithms.errors import SettingsError
-from algorithms.rules import DataBatch
+from starling.algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
+from starling.algorithms.closing import ClosePolicy, Waited, decoding
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.rules import DataBatch
 
 if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet

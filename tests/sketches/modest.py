@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from algorithms.api import Algorithm, Layout, Message, Node, Ping, Receive, Send, Timeout, Train
+from starling.algorithms.api import Algorithm, Layout, Message, Node, Ping, Receive, Send, Timeout, Train
 
 TRAINED, AGGREGATED = 0, 1
 

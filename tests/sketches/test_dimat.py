@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.tasks.digits import Digits
-from algorithms.api import Node
-from algorithms.seeds import generator
+from starling.actors.tasks.digits import Digits
+from starling.algorithms.api import Node
+from starling.algorithms.seeds import generator
 from tests.sketches.dimat import DIMAT, match, permuted
 from tests.toys import Ran, replica, simulate
 

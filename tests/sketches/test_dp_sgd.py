@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from algorithms.api import Batch
-from algorithms.rules import LocalProblem
-from algorithms.seeds import generator
+from starling.algorithms.api import Batch
+from starling.algorithms.rules import LocalProblem
+from starling.algorithms.seeds import generator
 from tests.sketches.dp_sgd import Poisson, PrivateGradient, epsilon
 from tests.toys import Ran, Toy, begin, replica, simulate
 

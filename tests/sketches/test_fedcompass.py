@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from algorithms.api import SERVER
+from starling.algorithms.api import SERVER
 from tests.sketches.fedcompass import Client, Group, Scheduler
 from tests.toys import Ran, simulate
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.data import Iid, assign
-from algorithms.api import Batch, Gradient, Node, Sleep
-from algorithms.closing import Waited
+from starling.actors.data import Iid, assign
+from starling.algorithms.api import Batch, Gradient, Node, Sleep
+from starling.algorithms.closing import Waited
 from tests.sketches.m_sgc import MSGC, WithinModel, joined
 from tests.toys import Ran, Toy, begin, replica, simulate
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from algorithms.seeds import generator
+from starling.algorithms.seeds import generator
 from tests.sketches.modest import MoDeST
 from tests.toys import Ran, simulate
 

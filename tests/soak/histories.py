@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from algorithms.api import Algorithm
-from algorithms.registry import table
+from starling.algorithms.api import Algorithm
+from starling.algorithms.registry import table
 from tests.soak import programs
 
 if TYPE_CHECKING:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import saved_state, sealed_log
-from orchestrator.checkpointing import Checkpointing
-from orchestrator.checkpoints import CheckpointStore
-from orchestrator.revival import Revival
-from orchestrator.runtime import SpareLost
-from orchestrator.simulator import Simulator
+from starling.orchestrator.checkpoints import saved_state
+from starling.orchestrator.checkpoints.schedule import Checkpointing
+from starling.orchestrator.checkpoints.store import CheckpointStore
+from starling.orchestrator.control.restore import Revival
+from starling.orchestrator.records import round_log as sealed_log
+from starling.orchestrator.runtimes.events import SpareLost
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from actors.transfer import StateExport
-    from algorithms.api import NodeId
-    from orchestrator.config import Config
-    from orchestrator.sealed_log import Entry
+    from starling.actors.replica.state_transfer import StateExport
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.records.round_log import Entry
 
 RUN_ID = "soak"
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from actors.tasks import Task, TensorSamples
-from algorithms.api import (
+from starling.actors.tasks import Task, TensorSamples
+from starling.algorithms.api import (
     SERVER,
     Algorithm,
     AllGather,
@@ -28,13 +28,13 @@ from algorithms.api import (
     View,
     Wait,
 )
-from algorithms.closing import ClosePolicy, Quorum
-from algorithms.codecs import Codec, Identity
-from algorithms.seeds import generator
-from algorithms.topologies import Ring, Topology
+from starling.algorithms.closing import ClosePolicy, Quorum
+from starling.algorithms.codecs import Codec, Identity
+from starling.algorithms.seeds import generator
+from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
-    from algorithms.api import NodeId
+    from starling.algorithms.api import NodeId
 
 LARGE = 20_000
 """Values that travel in parts."""

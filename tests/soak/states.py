@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from actors.state import leaves, same_bits
+from starling.actors.replica.staged_state import leaves, same_bits
 from tests.soak.programs import Mixer
 from tests.toys import Ran
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actors.replica import Replica
-    from orchestrator.config import Config
-    from orchestrator.controller import Controller
-    from orchestrator.sealed_log import Entry
+    from starling.actors.replica.replica import Replica
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.control.controller import Controller
+    from starling.orchestrator.records.round_log import Entry
     from tests.soak.processes import Directory, Spared
 
 MAX_EVENTS = 40_000

@@ -17,20 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import parse
-from orchestrator.controller import Controller
-from orchestrator.errors import ConfigError, StarlingError
-from orchestrator.replay import History, ReplayController
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.control.replay import History, ReplayController
+from starling.orchestrator.errors import ConfigError, StarlingError
+from tests.control.test_membership_fuzz import check_asynchronous, check_books, check_synchronous
 from tests.draws import expected
 from tests.soak.processes import RUN_ID, Directory, Killed, Moment, Spared
 from tests.soak.states import Asynchronous, Broken, Synchronous, Watched, same
-from tests.test_membership_fuzz import check_asynchronous, check_books, check_synchronous
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from orchestrator.config import Config
-    from orchestrator.revival import Revival
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.control.restore import Revival
 
 MEMORY = Path("/dev/shm")
 ABOUT_SAVING = ("saving", "checkpoint", "resume")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.tasks import Task
-from actors.tasks.digits import CNN, MLP, Digits
-from algorithms.registry import find
+from starling.actors.tasks import Task
+from starling.actors.tasks.digits import CNN, MLP, Digits
+from starling.algorithms.registry import find
 
 
 def test_configuration():

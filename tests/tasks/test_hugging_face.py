@@ -20,19 +20,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from actors.data import DataConfig, files
-from actors.data.indices import concrete
-from actors.setup import load_data
-from actors.tasks import hf_checks, hugging_face
-from actors.tasks.hf_causal_lm import HFCausalLM
-from actors.tasks.hf_classifier import HFClassifier
-from actors.workbench import Workbench
-from algorithms.errors import DataError, SettingsError, StarlingError
-from orchestrator import load_model, simulate
-from orchestrator.config import parse
-from orchestrator.errors import ConfigError
-from orchestrator.export import export
-from orchestrator.rebuild import rebuild
+from starling import load_model, simulate
+from starling.actors.data import DataConfig, files
+from starling.actors.data.indices import concrete
+from starling.actors.host.build import load_data
+from starling.actors.tasks import hf_checks, hugging_face
+from starling.actors.tasks.hf_causal_lm import HFCausalLM
+from starling.actors.tasks.hf_classifier import HFClassifier
+from starling.actors.training.shared_module import Workbench
+from starling.algorithms.errors import DataError, SettingsError, StarlingError
+from starling.orchestrator.checkpoints.export import export
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.errors import ConfigError
+from starling.orchestrator.records.rebuild import rebuild
 
 SENTENCES = ["the quick brown fox", "jumps over the lazy dog", "hello world again"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 320}
@@ -385,7 +385,8 @@ def test_without_the_extra_one_is_told(folder: Path, monkeypatch: pytest.MonkeyP
 
 def test_listing_the_tasks_needs_none_of_it():
     # In a process of its own: here transformers is imported.
-    code = "import sys, actors.tasks.hf_causal_lm, actors.tasks.hf_classifier; print('transformers' in sys.modules)"
+    code = "from starling.actors.tasks import hf_causal_lm, hf_classifier; import sys"
+    code += "; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert json.loads(done.stdout.strip().lower()) is False
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from actors.data import DataConfig, files
-from actors.data.indices import concrete
-from actors.data.row_groups import UnreadableError
-from actors.setup import load_data
-from actors.tasks import images
-from actors.tasks.images import Images
-from algorithms.errors import DataError
-from orchestrator import simulate
+from starling import simulate
+from starling.actors.data import DataConfig, files
+from starling.actors.data.indices import concrete
+from starling.actors.data.row_groups import UnreadableError
+from starling.actors.host.build import load_data
+from starling.actors.tasks import images
+from starling.actors.tasks.images import Images
+from starling.algorithms.errors import DataError
 
 COLORS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
 

@@ -11,11 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from actors.tasks import Task, TensorSamples
-from actors.tasks import logistic as module_under_test
-from actors.tasks.logistic import Logistic
-from algorithms.errors import SettingsError
-from algorithms.registry import find
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks import logistic as module_under_test
+from starling.actors.tasks.logistic import Logistic
+from starling.algorithms.errors import SettingsError
+from starling.algorithms.registry import find
 
 NODES = 4
 PLAIN = Logistic(dimension=6)

@@ -10,9 +10,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from starling.orchestrator.cli.main import app
+from tests.paths import ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
 def shown(head: str) -> str:

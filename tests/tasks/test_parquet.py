@@ -16,17 +16,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from actors.data import DataConfig, assign, blocks_of
-from actors.data.indices import concrete
-from actors.data.partition import Dirichlet, Iid
-from actors.data.row_groups import RowGroup, RowGroupSamples, held_out
-from actors.setup import load_data
-from actors.tasks import Task
-from actors.tasks.parquet import Parquet
-from algorithms.errors import DataError, StarlingError
-from algorithms.registry import find
-from orchestrator import simulate
-from orchestrator.errors import NodeFailedError
+from starling import simulate
+from starling.actors.data import DataConfig, assign, blocks_of
+from starling.actors.data.indices import concrete
+from starling.actors.data.partition import Dirichlet, Iid
+from starling.actors.data.row_groups import RowGroup, RowGroupSamples, held_out
+from starling.actors.host.build import load_data
+from starling.actors.tasks import Task
+from starling.actors.tasks.parquet import Parquet
+from starling.algorithms.errors import DataError, StarlingError
+from starling.algorithms.registry import find
+from starling.orchestrator.errors import NodeFailedError
 
 ROWS = 240
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.tasks import Task, TensorSamples
-from actors.tasks.quadratic import Quadratic
-from algorithms.registry import find
+from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks.quadratic import Quadratic
+from starling.algorithms.registry import find
 
 NODES = 4
 PLAIN = Quadratic(dimension=6)

@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from actors.tasks import Task
-from actors.tasks.text_lm import TextLM, TransformerConfig, Windows
-from algorithms.errors import DataError
-from algorithms.registry import find
+from starling.actors.tasks import Task
+from starling.actors.tasks.text_lm import TextLM, TransformerConfig, Windows
+from starling.algorithms.errors import DataError
+from starling.algorithms.registry import find
 
 SMALL = TransformerConfig(layers=2, width=32, heads=2)
 

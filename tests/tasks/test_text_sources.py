@@ -12,13 +12,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from actors.data import DataConfig, texts
-from actors.data.indices import concrete
-from actors.data.texts import Bytes, Text, Windows, load_corpus
-from actors.setup import load_data
-from actors.tasks.text_lm import TextLM, TransformerConfig
-from algorithms.errors import DataError
-from orchestrator import simulate
+from starling import simulate
+from starling.actors.data import DataConfig, texts
+from starling.actors.data.indices import concrete
+from starling.actors.data.texts import Bytes, Text, Windows, load_corpus
+from starling.actors.host.build import load_data
+from starling.actors.tasks.text_lm import TextLM, TransformerConfig
+from starling.algorithms.errors import DataError
 
 SMALL = TransformerConfig(layers=1, width=16, heads=2)
 

@@ -1,0 +1,38 @@
+"""What a node's failure is told as."""
+
+from __future__ import annotations
+
+import traceback
+from typing import TYPE_CHECKING
+
+from starling.actors.wire.tickets import (
+    Failed,
+)
+from starling.algorithms.api import (
+    SERVER,
+)
+from starling.algorithms.errors import ProgramError, StarlingError
+from starling.algorithms.words import shortened
+
+if TYPE_CHECKING:
+    from starling.algorithms.api import NodeId
+
+
+_MOST_CHARACTERS = 600
+"""Of what a user's exception says; all of it is in the traceback."""
+
+
+class UnfinishedExchange(ProgramError):  # noqa: N818 - the protocol's word
+    """A handle was waited for in another round or twice, or a round ended with an open one."""
+
+
+def failure(node: NodeId, number: int, error: Exception) -> Failed:
+    """What a program's exception looks like to the person who wrote it."""
+    who = "server" if node == SERVER else f"node {node}"
+    if isinstance(error, StarlingError):
+        message = str(error)
+        return Failed(
+            message if message.startswith(("node ", "server,")) else f"{who}, round {number}: {message}", None
+        )
+    text = "".join(traceback.format_exception(error))
+    return Failed(f"{who}, round {number}: {type(error).__name__}: {shortened(str(error), _MOST_CHARACTERS)}", text)

@@ -1,0 +1,217 @@
+"""Messages between the controller and node actors: plain data."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from starling.actors.wire.tickets import Contributed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from starling.actors.data import Place
+    from starling.actors.wire.buffers import Buffer, TensorSpec
+    from starling.actors.wire.tickets import Ticket
+    from starling.algorithms.api import Layout, NodeId, View
+    from starling.algorithms.registry import Part
+
+Ref: TypeAlias = Any
+"""A Ray ``ObjectRef``; this module does not import Ray."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a process needs to know to host its nodes, as plain data."""
+
+    nodes: tuple[NodeId, ...]
+    """None: it stands by, until it is told to ``embody`` some."""
+    num_nodes: int
+    """Among whom the data are divided."""
+    algorithm: dict[str, Any]
+    task: dict[str, Any]
+    data: dict[str, Any]
+    optimizer: dict[str, Any]
+    seed: int
+    rounds: int
+    skip_nan: bool
+    fetch_timeout_s: float
+    drain_s: float
+    """After SIGTERM the process ends by itself when this time is over, if nobody has ended it by then."""
+    versions: dict[str, str]
+    """Of what must be alike in all processes."""
+    incarnation: int = 0
+    sys_path: tuple[str, ...] = ()
+    """Where the driver looks for modules; what exists here is searched in the same order."""
+    parts: Mapping[str, type[Part]] = field(default_factory=dict)
+    """Classes that are named above and that only the driver can import, as those of a script or a notebook."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The process is up."""
+
+    place: str
+    devices: dict[NodeId, str]
+    gpus: tuple[str, ...]
+    num_samples: dict[NodeId, int]
+    layout: Layout
+    baselines: dict[str, float]
+    warnings: tuple[str, ...]
+    pid: int
+    part_sizes: tuple[int, ...] | None = None
+    """Samples of each part, if others may draw it while its node is away."""
+    fingerprint: dict[str, int | str] = field(default_factory=dict[str, "int | str"])
+    """Of its data."""
+    machine: str = ""
+    """Ray's name for it."""
+    import_s: float = 0.0
+    """From the process's first line of ours until now: imports, data, models."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round to be begun."""
+
+    epoch: int
+    number: int
+    view: View
+    committed: int
+    """The last committed round."""
+    repair: bool
+    """Whether programs begin with ``on_view_change``."""
+    joiners: tuple[NodeId, ...]
+    """Those whose programs begin with ``join``."""
+    places: Mapping[NodeId, Place]
+    """Of whom there is news: what it is to draw."""
+    seen: tuple[float, ...] = ()
+    """What the nodes' clocks have shown in this round before; it begins again."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The large contributions that a call led to in the last round: this one gives them along with its reply."""
+
+    seq: int
+    nodes: tuple[NodeId, ...]
+    num_parts: int
+    parts: tuple[int, ...]
+    """Those that other processes are to have."""
+
+    @property
+    def num_values(self) -> int:
+        """How many values come with the reply."""
+        return len(self.parts) * len(self.nodes)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the programs of a process did last, and what they wrote to their logs."""
+
+    tickets: list[tuple[NodeId, Ticket]]
+    logs: dict[NodeId, list[str]] = field(default_factory=dict)
+    seen: dict[NodeId, list[float]] = field(default_factory=dict)
+    """Times that programs saw, where results may depend on them."""
+    posted: int | None = None
+    """The exchange whose contributions come along, as was expected."""
+
+
+@dataclass(frozen=True)
+class SecureJob:
+    """Fetch contributions and reduce one part of them (a gather: keep them)."""
+
+    seq: int
+    part: int
+    by: NodeId
+    generation: int
+    specs: tuple[TensorSpec, ...] | None
+    """Of an AllReduce; ``None`` keeps what is fetched."""
+    weights: dict[NodeId, float]
+    refs: dict[NodeId, Ref]
+    """Contributions of members in other processes."""
+
+
+@dataclass(frozen=True)
+class Got:
+    """What a ``SecureJob`` got."""
+
+    seq: int
+    part: int
+    by: NodeId
+    generation: int
+    members: frozenset[NodeId]
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A closed exchange whose contributions came with their announcements.
+
+    One buffer and a few tuples: it is written once for each process and read once in each.
+    """
+
+    nodes: tuple[NodeId, ...]
+    """Whose contributions the process is to have."""
+    weights: tuple[float, ...]
+    forms: tuple[tuple[TensorSpec, ...], ...]
+    """Specs that occur."""
+    form_of: tuple[int, ...]
+    """Which of them each contribution has."""
+    ends: tuple[int, ...]
+    """Where each ends in ``data``."""
+    data: Buffer
+    closed: tuple[NodeId, ...]
+    """Whose contributions are in, here or elsewhere."""
+
+    @staticmethod
+    def of(contributions: Sequence[Contributed], closed: tuple[NodeId, ...]) -> Inline:
+        """Put contributions together."""
+        forms = tuple(dict.fromkeys(one.specs for one in contributions))
+        place = {specs: index for index, specs in enumerate(forms)}
+        buffers = [one.data for one in contributions]
+        return Inline(
+            nodes=tuple(one.node for one in contributions),
+            weights=tuple(one.weight for one in contributions),
+            forms=forms,
+            form_of=tuple(place[one.specs] for one in contributions),
+            ends=tuple(itertools.accumulate(one.nbytes for one in buffers)),
+            data=np.concatenate(buffers) if buffers else np.empty(0, dtype=np.uint8),
+            closed=closed,
+        )
+
+    @property
+    def contributions(self) -> list[Contributed]:
+        """One by one, as views of ``data``."""
+        starts = (0, *self.ends)
+        return [
+            Contributed(node, weight, self.forms[form], self.data[start:end])
+            for node, weight, form, start, end in zip(
+                self.nodes, self.weights, self.form_of, starts, self.ends, strict=False
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A closed exchange whose result was delivered before."""
+
+    specs: tuple[TensorSpec, ...] | None
+    weights: dict[NodeId, float]
+    gathered: dict[NodeId, tuple[TensorSpec, ...]] = field(default_factory=dict)
+    """Specs of each payload of a gather."""
+
+
+@dataclass(frozen=True)
+class Letter:
+    """A message for a node."""
+
+    sender: NodeId
+    staleness: int
+    round: int
+    """The sender's, in which it sent."""
+    specs: tuple[TensorSpec, ...]
+    inline: Buffer | None
+    ref: tuple[Ref, ...]
+    """One, if the payload is large; in a container, so that Ray does not fetch it for us."""

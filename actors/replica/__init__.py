@@ -1,0 +1,1 @@
+"""A node's state: parameters, staged values, transfer, digest."""

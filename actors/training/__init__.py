@@ -1,0 +1,1 @@
+"""Training: a gradient and an optimizer step."""

@@ -1,0 +1,103 @@
+"""The optimizer of one node: torch's, or its update on flat tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from starling.actors.training import optimizer_state
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from starling.actors.training.shared_module import Workbench
+    from starling.algorithms.api import State
+
+
+class NodeOptimizer:
+    """A node's optimizer: its moments, or an object of torch's kind, made when they are first needed.
+
+    It takes the parameters as one flat tensor, where that gives the same bits, until one of them has no gradient: torch
+    leaves that one alone, moments and all, so that from then on each has a state of its own.
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._object: Optimizer | None = None
+        self.moments: dict[str, Tensor] = {}
+        """Of an optimizer in ``_UPDATES``, each of shape (P,)."""
+        self.age = 0
+        """Steps since it was fresh."""
+        self.is_one_by_one = False
+        """Whether what was one flat parameter has become many."""
+
+    def step(self, parameters: Tensor, rate: float) -> None:
+        """Take one step of the node that is attached, along the workbench's gradient; ``parameters`` are its own."""
+        bench = self._bench
+        update, gradient, absent = bench.update, bench.gradient, bench.absent
+        assert gradient is not None
+        if len(absent) == len(bench.parameters):
+            return  # torch's optimizers would leave all alone
+        if absent and bench.is_flat and not self.is_one_by_one:
+            self._take_apart()
+        if update is not None and not self.is_one_by_one:
+            update(parameters, gradient, self.moments, self.age, rate)
+        else:
+            if self.is_one_by_one:
+                bench.publish()
+            if self._object is None:
+                self._object = bench.make_optimizer(one_by_one=self.is_one_by_one)
+            for group in self._object.param_groups:
+                group["lr"] = rate
+            self._object.step()
+        self.age += 1
+
+    def _take_apart(self) -> None:
+        """Go on with a state for each parameter, which is its part of the one there was."""
+        bench = self._bench
+        if self._object is not None:
+            kept = optimizer_state.packed(self._object)
+        else:
+            # Adam's objects count for themselves, from 1 as here.
+            counted = {"step": torch.tensor(float(self.age))} if "exp_avg" in self.moments else {}
+            kept = {"state": {"0": self.moments | counted} if self.moments else {}, "groups": None}
+        self._object = bench.make_optimizer(one_by_one=True)
+        optimizer_state.unpack(self._object, optimizer_state.taken_apart(kept, bench.layout))
+        self.moments, self.is_one_by_one = {}, True
+
+    def aged(self, steps: int, moments: dict[str, Tensor]) -> None:
+        """Take over what ``steps`` more steps have made of the moments."""
+        self.age += steps
+        for name, moment in moments.items():
+            if name in self.moments:
+                self.moments[name].copy_(moment)
+            else:
+                self.moments[name] = moment.clone()
+
+    def reset(self) -> None:
+        """Forget all: the next step is the first."""
+        self._object, self.moments, self.age, self.is_one_by_one = None, {}, 0, False
+
+    def state(self) -> State:
+        """A copy of what it remembers, for ``load``.
+
+        Raises:
+            ProgramError: it remembers something that is no tensor, number or text.
+        """
+        moments = {name: moment.clone() for name, moment in self.moments.items()}
+        kept = None if self._object is None else optimizer_state.packed(self._object)
+        apart = {"one_by_one": True} if self.is_one_by_one else {}
+        return {"age": self.age, "moments": moments, "object": kept} | apart
+
+    def load(self, state: State) -> None:
+        """Remember what another, or this one at another time, gave as ``state``."""
+        kept = cast("dict[str, Any]", state)
+        self.age = kept["age"]
+        self.moments = {name: moment.clone() for name, moment in kept["moments"].items()}
+        self._object = None
+        self.is_one_by_one = kept.get("one_by_one", False)
+        if kept["object"] is not None:
+            self._object = self._bench.make_optimizer(one_by_one=self.is_one_by_one)
+            optimizer_state.unpack(self._object, kept["object"])

@@ -1,0 +1,1 @@
+"""What travels between nodes: buffers and tickets."""

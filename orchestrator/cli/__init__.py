@@ -1,0 +1,1 @@
+"""The command line: commands, tables and live displays. Nothing imports it."""

@@ -1,0 +1,88 @@
+"""How long it takes until a node that was lost, or was not there before, has committed a round: phase by phase."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.control.run_state import Progress
+
+
+@dataclass
+class _Recovery:
+    """Moments on the runtime's clock."""
+
+    struck: float | None = None
+    """A scheduled fault happened to it; of others nobody knows the moment."""
+    lost: float | None = None
+    launched: float | None = None
+    up: float | None = None
+    import_s: float = 0.0
+    transfer_s: float = 0.0
+
+
+class Recoveries:
+    """Follows nodes from their loss, or their start, to their first commit; writes one ``recovered`` event for each.
+
+    Its fields, in seconds, ``null`` where there was no such phase: ``detect`` from the fault to its notice, ``replace``
+    to the new process, ``import`` of code, data and model in it, ``transfer`` of state, ``first_commit`` from there.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._open: dict[NodeId, _Recovery] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain data."""
+        return {str(node): asdict(one) for node, one in self._open.items()}
+
+    def revive(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``to_json`` gave."""
+        self._open = {int(node): _Recovery(**one) for node, one in state.items()}
+
+    def struck(self, node: NodeId) -> None:
+        """A scheduled fault happens to ``node`` now."""
+        self._open.setdefault(node, _Recovery()).struck = self._progress.runtime.now
+
+    def lost(self, node: NodeId) -> None:
+        """``node`` is known to be gone."""
+        struck = self._open.get(node, _Recovery()).struck
+        self._open[node] = _Recovery(struck=struck, lost=self._progress.runtime.now)
+
+    def launched(self, nodes: Iterable[NodeId]) -> None:
+        """``nodes`` are being started."""
+        for node in nodes:
+            self._open.setdefault(node, _Recovery()).launched = self._progress.runtime.now
+
+    def up(self, node: NodeId, import_s: float) -> None:
+        """``node`` is there; ``import_s`` of the time was its own."""
+        recovery = self._open.setdefault(node, _Recovery())
+        recovery.up, recovery.import_s = self._progress.runtime.now, import_s
+
+    def transferred(self, node: NodeId, seconds: float) -> None:
+        """``node`` has been given state, which took ``seconds``."""
+        if node in self._open:
+            self._open[node].transfer_s += seconds
+
+    def committed(self, number: int, nodes: Iterable[NodeId]) -> None:
+        """``nodes`` have committed a round."""
+        if not self._open:
+            return
+        now = self._progress.runtime.now
+        for node in [node for node in nodes if node in self._open and self._open[node].up is not None]:
+            one = self._open.pop(node)
+            assert one.up is not None
+            began = next((at for at in (one.struck, one.lost, one.launched) if at is not None), one.up)
+            phases = {
+                "detect": None if one.struck is None or one.lost is None else one.lost - one.struck,
+                "replace": None if one.launched is None else one.up - (one.lost or one.launched) - one.import_s,
+                "import": one.import_s,
+                "transfer": one.transfer_s,
+                "first_commit": now - one.up - one.transfer_s,
+            }
+            seconds = {phase: None if value is None else round(max(value, 0.0), 6) for phase, value in phases.items()}
+            self._progress.record("recovered", round=number, node=node, seconds=seconds, total_s=round(now - began, 6))

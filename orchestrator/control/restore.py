@@ -1,0 +1,163 @@
+"""Going on from a checkpoint: what must be as it was, what may differ, and how a run is brought back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from starling.actors.data.fingerprint import difference
+from starling.algorithms.api import SERVER
+from starling.orchestrator.checkpoints.schedule import MAIL
+from starling.orchestrator.config.sections import FaultsConfig
+from starling.orchestrator.control.asynchronous import Asynchronous
+from starling.orchestrator.errors import ConfigError
+from starling.orchestrator.records.changes import FIXED
+
+if TYPE_CHECKING:
+    from starling.actors.replica.state_transfer import StateExport
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.synchronous import Synchronous
+    from starling.orchestrator.runtimes.interface import Runtime
+
+_DIVISION = ("data.partition", "data.sampler", "task")
+"""What says which samples a node owns, and in which order it draws them."""
+
+
+@dataclass
+class Revival:
+    """A checkpoint, and the configuration with which its run goes on."""
+
+    checkpoint: Checkpoint
+    config: Config
+    """As it is now; faults that have happened are left out."""
+    before: Config
+    """As it was when the checkpoint was written."""
+    accept_changes: bool = False
+    """The data may be others."""
+    same_data: bool = field(init=False)
+    """The data are divided into the parts into which they were divided."""
+    same_processes: bool = field(init=False)
+    """Processes go on as they were, those too that were away or about to leave; else all nodes are started anew."""
+    num_parts: int | None = field(init=False)
+    """How many these are; ``None``: as many as there are nodes now."""
+
+    def __post_init__(self) -> None:
+        was, now = self.before.dump(), self.config.dump()
+        for key in FIXED:
+            then, given = _at(was, key), _at(now, key)
+            if then != given:
+                message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"
+                raise ConfigError(f"{message}; begin another run for that")
+        # A virtual clock is the run's own, so that what was to happen to processes, and when, is what will.
+        self.same_processes = (
+            "processes" in self.checkpoint.controller and self.before.num_nodes == self.config.num_nodes
+        )
+        samples = self.checkpoint.controller["progress"]["samples"]
+        # Parts that others may draw are kept, however many nodes there are now: no sample is drawn twice, or left out.
+        as_many = self.before.num_nodes == self.config.num_nodes or samples["ledger"] is not None
+        self.same_data = as_many and all(_at(was, key) == _at(now, key) for key in _DIVISION)
+        self.num_parts = samples["parts"] if self.same_data else None
+        faults = self.config.faults.model_copy(update={"events": self._pending()})
+        self.config = self.config.model_copy(update={"faults": faults})
+
+    def _pending(self) -> tuple[Any, ...]:
+        """The faults that are still to come: of those that the run was given then, and all that are new."""
+        pending = FaultsConfig(events=self.checkpoint.controller["loop"]["faults"]).events
+        new = [event for event in self.config.faults.events if event not in self.before.faults.events]
+        return (*pending, *new)
+
+    def prepare(self, runtime: Runtime) -> None:
+        """Say with which nodes, and which parts of the data, ``runtime`` is to start."""
+        runtime.num_parts = self.num_parts
+        if self.same_processes and runtime.standing is not None:
+            known = (one["node"] for one in self.checkpoint.controller["members"]["facts"])
+            runtime.standing.initial = tuple(sorted(node for node in known if node != SERVER))
+
+    def revive(self, progress: Progress, loop: Synchronous | Asynchronous) -> None:
+        """Give all nodes that are there what the checkpoint has of them, and let the run stand where it stood.
+
+        Raises:
+            ConfigError: the model has other tensors than the checkpoint's.
+            RunError: the nodes do not take it.
+        """
+        runtime, saved = progress.runtime, self.checkpoint.controller
+        states = {node: one for node, one in self.checkpoint.nodes.items() if node != MAIL}
+        states = {node: self._as_own(one) for node, one in states.items() if node < progress.config.num_nodes}
+        there, here = next(iter(states.values())).meta["tensors"][0]["shape"][0], runtime.layout.num_values
+        if there != here:
+            where = f"{self.checkpoint.where}: the model has {there} trained values there"
+            raise ConfigError(f"{where}, and {here} as it is configured now")
+        if not self.same_data:
+            saved["progress"]["samples"]["parts"] = None
+        self._refuse_other_data(runtime)
+        progress.revive(saved["progress"], same_processes=self.same_processes)
+        if self.same_processes:
+            members = saved["members"]
+            envelopes = loop.stand(saved["loop"], saved["mail"], members)
+            kept = {int(node) for node in members["kept"]}
+            new = set(members["new"]).difference(saved["loop"].get("entered", ()))
+            assert runtime.standing is not None
+            runtime.standing.bring_back(saved["processes"], states, kept, new, loop.in_flight)
+        else:
+            runtime.adopt(states)
+            rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
+            envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
+        if envelopes:
+            runtime.put_back(envelopes, self.checkpoint.nodes[MAIL])
+        progress.set_forward(saved["progress"])
+        if isinstance(loop, Asynchronous):
+            loop.go_on_from(saved["loop"]["mark"])
+        if progress.checkpoints is not None:
+            progress.checkpoints.go_on()
+        self._record(progress)
+
+    def _refuse_other_data(self, runtime: Runtime) -> None:
+        """Refuse data that are not what they were, where the same are asked for.
+
+        Raises:
+            ConfigError: they are others.
+        """
+        unlike = difference(self.checkpoint.controller["progress"].get("data", {}), runtime.fingerprint)
+        if unlike is None or not self.same_data or self.before.num_nodes != self.config.num_nodes:
+            return
+        if not self.accept_changes:
+            paths = [value for key, value in self.config.task if key in ("path", "text") and isinstance(value, str)]
+            task = self.config.task.name + (f" ({paths[0]})" if paths else "")
+            raise ConfigError(
+                f"{self.checkpoint.where}: the data of task {task} are not those of then: {unlike}; "
+                "put them back, begin another run, or give --accept-changes: places in their order then mean others"
+            )
+
+    def _as_own(self, export: StateExport) -> StateExport:
+        """What a node of the run as it is configured now takes for its own."""
+        meta = export.meta | {"run": self.config.replica_spec().fingerprint}
+        if not self.same_data:
+            meta |= {"position": None, "extras": []}  # in an order of samples that are not its own any more
+        return replace(export, meta=meta)
+
+    def _record(self, progress: Progress) -> None:
+        last = progress.committed
+        progress.record(
+            "resume",
+            round=last,
+            nodes=sorted(progress.facts),
+            checkpoint=self.checkpoint.where,
+            same_processes=self.same_processes,
+        )
+        if self.same_processes:
+            return
+        for node in sorted(progress.facts.keys() - self.checkpoint.nodes.keys()):
+            progress.num_joined += 1
+            progress.record("up", node=node, place=progress.facts[node].place)
+        for node in sorted(set(progress.members) - progress.facts.keys()):
+            progress.num_lost += 1
+            progress.record("lost", round=last + 1, node=node, reason="the run goes on without it")
+
+
+def _at(data: Any, key: str) -> Any:  # noqa: ANN401 - plain data
+    for part in key.split("."):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data

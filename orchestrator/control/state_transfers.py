@@ -1,0 +1,153 @@
+"""State for those that have not got what was committed last: from what was kept of them, and from donors.
+
+Only a node of the last committed round can be a donor: one that is new can never overwrite the model. Several joiners
+are spread over several donors. A donor that dies meanwhile is followed by another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starling.orchestrator.errors import RunError
+from starling.orchestrator.runtimes.events import Loaded, NotLoaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from starling.actors.data import Position
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.control.recovery_times import Recoveries
+    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.runtimes.events import Happening
+
+
+@dataclass
+class _Joiner:
+    """A node on its way to the committed state."""
+
+    number: int
+    """The round that it is to join."""
+    began: float
+    place: int
+    position: Position | None
+    refused: set[NodeId] = field(default_factory=set)
+    """Donors that could not give."""
+    kept: int | None = None
+    """The round of what was kept of itself."""
+    restored: bool = False
+    """It has that now."""
+    waits: bool = False
+    """Nobody can give yet."""
+
+
+class Transfers:
+    """The transfers that are under way."""
+
+    def __init__(self, progress: Progress, recoveries: Recoveries) -> None:
+        self._progress = progress
+        self._recoveries = recoveries
+        self._joiners: dict[NodeId, _Joiner] = {}
+        self.donors: Sequence[NodeId] = ()
+        """Who has what was committed last."""
+        self.on_begin: Callable[[NodeId, NodeId], None] = lambda _, __: None
+        """Told of each transfer: to whom, and from whom."""
+        self.is_kept: Callable[[NodeId], bool] = lambda _: False
+        """Whether somebody else than this node will come back with what was committed last, from what was kept."""
+        self.replicated = True
+        """What was kept of a node itself is old when others have committed since, and a donor's comes on top."""
+
+    @property
+    def pending(self) -> tuple[NodeId, ...]:
+        """Who is being given state, sorted."""
+        return tuple(sorted(self._joiners))
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether somebody is being given state, and does not only wait for a donor to come."""
+        return any(not joiner.waits for joiner in self._joiners.values())
+
+    def begin(self, number: int, node: NodeId, position: Position | None, kept: int | None) -> None:
+        """Give ``node`` the committed state, that of its own from round ``kept`` first; its data go on at ``position``.
+
+        Raises:
+            RunError: nobody has it.
+        """
+        joiner = _Joiner(number, self._progress.runtime.now, len(self._joiners), position, kept=kept)
+        self._joiners[node] = joiner
+        if kept is None or not self._progress.runtime.restore(node):
+            self._ask_donor(node, joiner)
+
+    def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
+        donors = [donor for donor in self.donors if donor != node and donor not in joiner.refused]
+        joiner.waits = not donors and self.is_kept(node)
+        if joiner.waits:
+            joiner.refused.clear()  # who could not give may be who comes back
+            return
+        if not donors:
+            del self._joiners[node]
+            committed = self._progress.committed
+            which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
+            raise RunError(f"round {joiner.number}: no node is left that has {which}")
+        donor = donors[joiner.place % len(donors)]
+        # Kept state says itself where the node's data go on.
+        position = None if joiner.restored else joiner.position
+        transcript = None if joiner.refused else self._progress.transcript()
+        if transcript is None:
+            self._progress.runtime.transfer(node, donor, position)
+        else:
+            # Whoever cannot, says so, and is given a donor's state then.
+            self._progress.runtime.replay(node, donor, *transcript, position)
+        self.on_begin(node, donor)
+
+    def retry(self) -> None:
+        """Ask again on behalf of those for whom there was no donor.
+
+        Raises:
+            RunError: nobody has it any more.
+        """
+        for node in [node for node, joiner in self._joiners.items() if joiner.waits]:
+            self._ask_donor(node, self._joiners[node])
+
+    def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
+        """Take what concerns transfers; return who has got all now, and whether that is all that it ever had."""
+        match happening:
+            case Loaded(node, source, nbytes) if node in self._joiners:
+                return self._loaded(node, source, nbytes)
+            case NotLoaded(node, source) if node in self._joiners:
+                joiner = self._joiners[node]
+                if source != node:
+                    joiner.refused.add(source)
+                self._ask_donor(node, joiner)
+            case _:
+                pass
+        return None
+
+    def gone(self, node: NodeId) -> None:
+        """``node`` is gone: it needs nothing, and gives nothing."""
+        self._joiners.pop(node, None)
+        self.donors = [donor for donor in self.donors if donor != node]
+
+    def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> tuple[NodeId, bool] | None:
+        joiner, progress = self._joiners[node], self._progress
+        seconds = round(progress.runtime.now - joiner.began, 6)
+        progress.ledger.book("recovery", nbytes)
+        progress.record(
+            "transfer",
+            round=joiner.number,
+            node=node,
+            donor=source,
+            nbytes=nbytes,
+            seconds=seconds,
+            position=joiner.position,
+        )
+        if source == node:
+            joiner.restored = True
+            if self.replicated and joiner.kept != progress.committed:
+                self._ask_donor(node, joiner)
+                return None
+        del self._joiners[node]
+        self._recoveries.transferred(node, seconds)
+        # Without a barrier everybody's last round is its own.
+        is_last = joiner.kept == progress.committed or not progress.config.algorithm.synchronous
+        return node, source == node and is_last

@@ -1,0 +1,15 @@
+"""Which process of this machine it is: a number alone is used again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def started_at(pid: int) -> float | None:
+    """When a process of this machine began, in clock ticks since the machine did; ``None`` if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    state, *rest = text.rpartition(")")[2].split()
+    return None if state in "ZX" else float(rest[18])

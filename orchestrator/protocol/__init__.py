@@ -1,0 +1,1 @@
+"""State machines: rendezvous, mailboxes, pool, ledgers, faults. No I/O, no clock, no Ray."""

@@ -1,0 +1,71 @@
+"""One exchange of a rendezvous, from the first announcement to the last who runs on; see ``rendezvous``."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from starling.actors.wire.tickets import among
+
+if TYPE_CHECKING:
+    from starling.actors.wire.tickets import Wants
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.protocol.events import Post
+
+
+class Phase(enum.Enum):
+    """Where an exchange stands."""
+
+    OPEN = "open"
+    SECURING = "securing"
+    DELIVERING = "delivering"
+    CLOSED = "closed"
+
+
+@dataclass
+class Exchange:
+    """One collective operation of all members."""
+
+    seq: int
+    is_gather: bool = False
+    first_at: float | None = None
+    """When the first contribution was announced; who only receives may be there at once, and is no measure."""
+    first_s: float = 0.0
+    """How long that took, from the round's begin or the last close before it."""
+    phase: Phase = Phase.OPEN
+    posts: dict[NodeId, Post] = field(default_factory=dict)
+    """While open: of active members only. Members that post alike have one between them."""
+    wants: dict[NodeId, Wants | None] = field(default_factory=dict)
+    """``Post.wants`` of those that have posted."""
+    waiting: set[NodeId] = field(default_factory=set)
+    closed: tuple[NodeId, ...] = ()
+    """The target while securing; who is in, afterwards."""
+    generation: int = 0
+    """Grows when parts are made anew; answers to an older request are dropped."""
+    makers: dict[int, NodeId] = field(default_factory=dict)
+    """Who makes each part."""
+    secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
+    """Of what each finished part is made. Gathers: keyed by the fetching member instead, active ones only."""
+    asked: tuple[Phase, int] | None = None
+    """What was asked of members, and the generation, at the deadline before."""
+    delivered: set[NodeId] = field(default_factory=set)
+    """Active members that hold the result."""
+
+    @property
+    def inline(self) -> bool:
+        """All contributions came with their announcements."""
+        return all(post.inline for post in self.posts.values() if post.contributes)
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many parts each contribution is cut; all are cut alike."""
+        return max(len(post.part_nbytes) for post in self.posts.values())
+
+    def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
+        """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
+        wants = self.wants[by]
+        if wants is None:
+            return self.closed
+        those = among(wants, frozenset(self.closed))
+        return tuple(node for node in self.closed if node in those or node == by)

@@ -1,0 +1,93 @@
+"""Ray's object stores: whether what an exchange keeps in them fits, and whether they are full.
+
+A store that is full loses nothing: Ray writes to the disk what is in it. But that takes long, nodes are late, and a run
+that leaves out who is late would say everything but why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+import ray
+from ray._private import internal_api, state
+
+from starling.orchestrator.errors import ClusterError
+from starling.orchestrator.units import bytes_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_LOG = logging.getLogger("starling")
+
+_RESOURCE = "object_store_memory"
+_PERIOD_S = 5.0
+_TIMEOUT_S = 10.0
+
+
+def remedy(*, is_local: bool) -> str:
+    """What gives a store more room."""
+    where = "cluster.object_store_gb" if is_local else "ray start --object-store-memory"
+    return f"raise {where}, have fewer nodes on that machine, or exchange less (a codec, a smaller model)"
+
+
+def check_room(needed: Mapping[str, int], what: str, *, is_local: bool) -> None:
+    """Compare what the machines' stores will have to keep, by Ray's names for machines, with the stores' sizes.
+
+    Raises:
+        ClusterError: it does not fit into one of them.
+    """
+    for machine in ray.nodes():
+        size, wanted = machine["Resources"].get(_RESOURCE, 0.0), needed.get(machine["NodeID"], 0)
+        if machine["Alive"] and 0 < size < wanted:
+            raise ClusterError(
+                f"cluster: {what} needs {bytes_text(wanted)} in Ray's object store on {machine['NodeManagerHostname']} "
+                f"({machine['NodeManagerAddress']}), which has {bytes_text(size)}; {remedy(is_local=is_local)}"
+            )
+
+
+def spilled_bytes() -> int:
+    """What Ray has written to disks because stores were full, since it began."""
+    return internal_api.get_memory_info_reply(state.state, timeout_seconds=_TIMEOUT_S).store_stats.spilled_bytes_total
+
+
+class StoreWatch:
+    """Asks in a thread of its own whether stores are full, and says so, once."""
+
+    def __init__(self, *, is_local: bool) -> None:
+        self._is_local = is_local
+        self._before: int | None = None
+        """What others had written before this run."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="starling-stores", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(_PERIOD_S if self._before is not None else 0.0):
+            # A Ray that does not answer is told by whatever else is asked of it.
+            with contextlib.suppress(Exception):
+                spilled = spilled_bytes()
+                if self._before is None:
+                    self._before = spilled
+                if self._say(spilled - self._before):
+                    return
+            if self._before is None and self._over.wait(_PERIOD_S):
+                return
+
+    def _say(self, spilled: int) -> bool:
+        if spilled <= 0:
+            return False
+        _LOG.warning(
+            "Ray's object store is full: %s of it have been written to the disk, which is slow, and nodes may be late "
+            "because of it; %s",
+            bytes_text(spilled),
+            remedy(is_local=self._is_local),
+        )
+        return True
+
+    def stop(self) -> None:
+        """Ask no more. Never raises."""
+        self._over.set()
+        self._thread.join(timeout=1.0)  # of a call that is on its way, nobody waits for the answer

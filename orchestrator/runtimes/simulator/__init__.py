@@ -1,0 +1,1 @@
+"""The runtime in one process, with a virtual clock."""

@@ -1,0 +1,1 @@
+"""Sweeps: many runs on Ray Tune, their trials, files and pictures."""
