@@ -19,7 +19,7 @@ from starling.orchestrator.signals import interruptible
 from tests.observed import configuration
 from tests.paths import PYTHONPATH
 
-SHOW = "import sys; from orchestrator import streams; streams.secure(); {}; sys.exit(7)"
+SHOW = "import sys; from starling.orchestrator import streams; streams.secure(); {}; sys.exit(7)"
 
 
 def shell(body: str, redirection: str = "", **env: str) -> subprocess.CompletedProcess[bytes]:

@@ -12,7 +12,8 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 from typer.testing import CliRunner
 
-from starling.orchestrator import jobs as submit
+from starling.orchestrator import jobs
+from starling.orchestrator.cli import submit
 from starling.orchestrator.cli.main import app
 from starling.orchestrator.driver import resolve
 from starling.orchestrator.errors import ClusterError, ConfigError, RunError
@@ -185,7 +186,7 @@ def follow(server: Server, answer: Choice | None = None) -> tuple[int, str, list
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(submit.time, "sleep", lambda _: None)
+    monkeypatch.setattr(jobs.time, "sleep", lambda _: None)
 
 
 def test_a_lost_connection_goes_on_where_it_was():

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, cast
 
 from starling.actors.data.plans import NOTHING_NEW
-from starling.actors.host import batched as together
+from starling.actors.host import batched
 from starling.actors.host.exchanges import Exchanges, Shared
 from starling.actors.host.failures import UnfinishedExchange, failure
 from starling.actors.host.programs import Program
@@ -174,7 +174,7 @@ class Host(Exchanges):
         rounds = set(committed.values())
         for number in rounds:
             due = [self.replicas[node] for node, last in committed.items() if last == number]
-            self._alias(together.settle_all(due, number))
+            self._alias(batched.settle_all(due, number))
 
     @staticmethod
     def _alias(replicas: Sequence[Replica]) -> None:
@@ -369,7 +369,7 @@ class Host(Exchanges):
     def compute(self, requests: Sequence[tuple[NodeId, Compute]]) -> list[Any]:
         """Carry out compute operations of several nodes; a result is what the program gets, ``Failed`` or ``Stale``.
 
-        ``Train``s of one process are handed on together, so that equal ones can be batched over replicas.
+        ``Train``s of one process are handed on batched, so that equal ones can be batched over replicas.
         """
         results: list[Any] = [None] * len(requests)
         trains = [place for place, (_, operation) in enumerate(requests) if isinstance(operation, Train)]
@@ -378,7 +378,7 @@ class Host(Exchanges):
                 (self.replicas[node], cast("Train", operation)) for node, operation in map(requests.__getitem__, trains)
             ]
             fenced = [(replica, operation, self.fences[replica.id]) for replica, operation in batch]
-            for place, outcome in zip(trains, together.train_together(fenced, self._turn), strict=True):
+            for place, outcome in zip(trains, batched.train_together(fenced, self._turn), strict=True):
                 node = requests[place][0]
                 is_done = isinstance(outcome, TrainReport)
                 results[place] = self.times.timed(node, outcome) if is_done else self._outcome(node, outcome)

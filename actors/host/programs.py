@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+
+from starling.actors.wire.buffers import Cuts, Signature
 from starling.algorithms.api import (
     AllGather,
     AllReduce,
@@ -17,16 +20,6 @@ from starling.algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
-
-    from starling.algorithms.api import Payload
-from typing import TYPE_CHECKING, TypeAlias
-
-import torch
-
-from starling.actors.wire.buffers import Cuts, Signature
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
     from starling.actors.wire.buffers import Buffer
     from starling.algorithms.api import Payload

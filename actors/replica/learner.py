@@ -20,7 +20,7 @@ from starling.actors.data.samplers import piece_sizes, planned_samples
 from starling.actors.replica.pace import Milestone, Pace
 from starling.actors.replica.spec import NOT_STARTED, Fence, Interrupted, NonFiniteLossError, ReplicaSpec
 from starling.actors.tasks import TensorSamples
-from starling.actors.training import probe_checks as probes
+from starling.actors.training import probe_checks
 from starling.actors.training.blame import non_finite, non_finite_of
 from starling.actors.training.node_optimizer import NodeOptimizer
 from starling.actors.training.shared_module import Slab, aligned
@@ -430,7 +430,7 @@ class Learner:
         bench = self.bench
         at = operation.at
         if operation.probe:
-            probes.check(bench)
+            probe_checks.check(bench)
         total = 0.0
         place = bench.perturbed(self.tensors, at) if isinstance(at, Perturbed) else bench.at(self.tensors, at)
         with self._seeded_for_batch(), torch.no_grad(), place:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from starling.actors.data.generators import Settings
 from starling.actors.tasks import Task, answers
-from starling.actors.training import blame, optimizers
-from starling.actors.training import perturbed_forward as perturbing
+from starling.actors.training import blame, optimizers, perturbed_forward
 from starling.actors.training.bound_module import BoundModule, buffer_slots, consecutive
 from starling.actors.training.flat_gradient import FlatGradient
 from starling.actors.training.module_init import compile_in_place, give_back_memory, initial_module
@@ -179,9 +178,9 @@ class Workbench:
 
     def perturbed(self, tensors: ModelTensors, point: Perturbed) -> contextlib.AbstractContextManager[None]:
         """Compute at a point next to a node's parameters, without a copy; ``ProgramError`` if the module cannot."""
-        perturbing.check(self.module, compiled=self.config.compile)
+        perturbed_forward.check(self.module, compiled=self.config.compile)
         self.attach(tensors)
-        return perturbing.perturbing(tensors.parameters, self.layout, point)
+        return perturbed_forward.perturbing(tensors.parameters, self.layout, point)
 
     def _like(self, value: Tensor, own: Tensor, what: str) -> Tensor:
         """A tensor as the module can have it; the same one if it already is."""

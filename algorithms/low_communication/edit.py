@@ -33,8 +33,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from starling.algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
-from starling.algorithms.low_communication import anchors
-from starling.algorithms.low_communication import fragments as parts
+from starling.algorithms.low_communication import anchors, fragments
 from starling.algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
 from starling.algorithms.low_communication.base import average_buffers, buffer_bytes
 from starling.algorithms.low_communication.ddp import Synchronous
@@ -143,7 +142,7 @@ class EDiT(Synchronous, name="edit"):
         return self.expected_bytes(layout, num_nodes)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        sizes = [parts.size_of(ranges) for ranges in modules_of(layout)]
+        sizes = [fragments.size_of(ranges) for ranges in modules_of(layout)]
         told = 4 * len(sizes) * num_nodes * (num_nodes - 1) if self.penalty else 0
         means = sum(self.exchange_bytes(size, layout, num_nodes) for size in sizes)
         return told + means + buffer_bytes(layout, num_nodes)

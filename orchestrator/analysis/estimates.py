@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from starling.actors.data.generators import seeded
-from starling.actors.training import shared_module as workbench
+from starling.actors.training import shared_module
 from starling.actors.training.shared_module import DTYPES
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.runtimes.traffic import contribution_bytes, stored_bytes
@@ -110,7 +110,7 @@ def layout_of(spec: ReplicaSpec, limit: int) -> Layout:
     cpu = torch.device("cpu")
     try:
         with seeded(spec.seed, cpu), torch.device("meta"):
-            found = workbench.layout_of(spec.task.build(), DTYPES[spec.optimizer.precision])
+            found = shared_module.layout_of(spec.task.build(), DTYPES[spec.optimizer.precision])
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - whatever else a build does that tensors without values cannot

@@ -16,7 +16,7 @@ from rich.table import Table
 from starling.algorithms.registry import find, table
 from starling.algorithms.topologies import Alternating, CirculantTopology, Complete, Mixing, Ring, Topology, Torus
 from starling.algorithms.topologies.mixing import distance_from_mean
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.messages import explain
 from starling.orchestrator.config.reference import summary_of
 from starling.orchestrator.errors import ConfigError
@@ -133,9 +133,9 @@ def make(name: str, overrides: Sequence[str]) -> Topology:
     data: dict[str, Any] = {"name": name}
     given: dict[str, str] = {}
     for text in overrides:
-        place, value = yaml_file.split(text)
+        place, value = yaml_io.split(text)
         given[place[0]] = f"--set {text}: "
-        data = yaml_file.assigned(data, place, value, Topology)
+        data = yaml_io.assigned(data, place, value, Topology)
     try:
         return Topology.model_validate(data)
     except ValidationError as error:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.config.schema import Config
 
 
-_EXIT_CODES = (
+EXIT_CODES = (
     f"Exit codes: 0 finished, {EXIT_USAGE} bad usage, configuration, data or cluster, "
     f"{EXIT_FAILED} the run failed, {EXIT_INTERRUPTED} interrupted."
 )
@@ -43,7 +43,7 @@ _EXIT_CODES = (
 app = typer.Typer(
     name="starling",
     help="Train one model on many unreliable, unequal, far-apart GPUs.",
-    epilog=_EXIT_CODES,
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,7 +52,7 @@ app = typer.Typer(
 )
 
 
-_CONFIG_HELP = "The YAML file that says what to train, and how."
+CONFIG_HELP = "The YAML file that says what to train, and how."
 
 
 Trust = Annotated[
@@ -61,7 +61,7 @@ Trust = Annotated[
 ]
 
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=_CONFIG_HELP)]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)]
 
 
 Overrides = Annotated[
@@ -88,7 +88,8 @@ AsJson = Annotated[
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show this one, in full.")]
 
 
-def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str, Any]:
+def print_catalog(console: Console, family: type[Part], name: str | None) -> dict[str, Any]:
+    """Print the names of a family of parts, or one part with its fields; return what was printed, as JSON has it."""
     from pydantic_core import PydanticCustomError
 
     from starling.algorithms.registry import find, table
@@ -99,7 +100,7 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
         names = {known: summary_of(part) for known, part in table(family).items()}
         print_names(console, family.family, names)
         return {f"{family.family}s": names}
-    _stand_here()
+    stand_here()
     try:
         description = describe(find(family, name))
     except PydanticCustomError as error:
@@ -108,7 +109,7 @@ def _catalog(console: Console, family: type[Part], name: str | None) -> dict[str
     return description.to_json()
 
 
-def _answer(
+def respond(
     act: Callable[[Console], dict[str, Any]], failed: Callable[[], dict[str, Any]] = dict, *, as_json: bool
 ) -> None:
     """Do what a command does; show what goes wrong; answer in JSON if asked; exit with the right code.
@@ -157,35 +158,36 @@ def _print_error(message: str, trace: str | None = None) -> None:
         streams.say(f"{label} {line}", err=True)
 
 
-def _load(path: Path, overrides: list[str] | None, *, trust: bool = False) -> Config:
+def load_config(path: Path, overrides: list[str] | None, *, trust: bool = False) -> Config:
+    """Return the configuration in a file, with modules beside the file importable."""
     from starling.orchestrator.records import identity, run_config
 
     folder = given(path, "configuration").parent
     if identity.is_run_directory(folder):
-        _stand_beside(folder, trust=trust)
+        stand_beside(folder, trust=trust)
     else:
         # So that `task: my_module:MyTask` is found beside the file, or where one is.
         _add_to_path(folder)
-        _stand_here(trust=trust)
+        stand_here(trust=trust)
     return run_config.given(path, overrides or [], trust=trust)
 
 
-def _load_run(folder: Path, overrides: list[str] | None = None, *, trust: bool) -> Config:
+def load_run_config(folder: Path, overrides: list[str] | None = None, *, trust: bool) -> Config:
     """The configuration of a run, in whose directory no modules are looked for."""
     from starling.orchestrator.records import run_config
 
     path = run_config.directory(folder)
-    _stand_beside(path, trust=trust)
+    stand_beside(path, trust=trust)
     return run_config.configuration(path, overrides or [], trust=trust)
 
 
-def _stand_beside(folder: Path, *, trust: bool) -> None:
+def stand_beside(folder: Path, *, trust: bool) -> None:
     """Look for modules where one is, unless that is inside of ``folder``, a run's: what is there may be anybody's."""
     if trust or not Path.cwd().resolve().is_relative_to(folder.resolve()):
-        _stand_here(trust=trust)
+        stand_here(trust=trust)
 
 
-def _stand_here(*, trust: bool = False) -> None:
+def stand_here(*, trust: bool = False) -> None:
     """Look for modules where one is, unless that is a run's directory."""
     from starling.orchestrator.records import identity
 

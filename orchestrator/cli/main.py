@@ -16,21 +16,21 @@ from rich.console import Console
 from starling.orchestrator import streams
 from starling.orchestrator.cli import submit
 from starling.orchestrator.cli.common import (
-    _CONFIG_HELP,
-    _EXIT_CODES,
+    CONFIG_HELP,
+    EXIT_CODES,
     AsJson,
     ConfigPath,
     Name,
     Overrides,
     RunDir,
     Trust,
-    _answer,
-    _catalog,
-    _load,
-    _load_run,
-    _stand_beside,
-    _stand_here,
     app,
+    load_config,
+    load_run_config,
+    print_catalog,
+    respond,
+    stand_beside,
+    stand_here,
 )
 from starling.orchestrator.cli.terminal import warnings_shown_by
 from starling.orchestrator.signals import ENDING
@@ -76,7 +76,7 @@ def options(
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -88,9 +88,9 @@ def run(
     _train("run", config, overrides, run_dir, as_json=as_json, trust=trust)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def simulate(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=_CONFIG_HELP, show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=CONFIG_HELP, show_default=False)] = None,
     overrides: Overrides = None,
     run_dir: RunDir = None,
     replay: Annotated[
@@ -109,7 +109,7 @@ def simulate(
         _train("simulate", config, overrides, run_dir, as_json=as_json, trust=trust)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def resume(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run that was interrupted, or failed.")],
     overrides: Overrides = None,
@@ -127,7 +127,7 @@ def resume(
     _train("resume", run_dir, overrides, None, as_json=as_json, trust=trust, resumed=more)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -140,7 +140,7 @@ def check(
     """Check a configuration, load its task on this machine, and print the plan."""
 
     def act(console: Console) -> dict[str, Any]:
-        resolved = _load(config, overrides, trust=trust)
+        resolved = load_config(config, overrides, trust=trust)
         from starling.orchestrator.analysis.plan import make_plan
         from starling.orchestrator.cli.tables import print_plan
 
@@ -148,10 +148,10 @@ def check(
         print_plan(console, plan)
         return {"status": "ok"} | plan.to_json()
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def data(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -162,41 +162,41 @@ def data(
     """Load a task's data here, divide them as a run would, and print how many samples of each label a node has."""
 
     def act(console: Console) -> dict[str, Any]:
-        resolved = _load(config, overrides, trust=trust)
+        resolved = load_config(config, overrides, trust=trust)
         from starling.orchestrator.analysis import data as page
 
         report = page.measure(resolved)
         page.print_report(console, report, plot)
         return {"status": "ok"} | report.to_json()
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def algorithms(name: Name = None, as_json: AsJson = False) -> None:
     """List the algorithms, or show one: update, fields, elasticity, cost, reference."""
 
     def act(console: Console) -> dict[str, Any]:
         from starling.algorithms.api import Algorithm
 
-        return _catalog(console, Algorithm, name)
+        return print_catalog(console, Algorithm, name)
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def tasks(name: Name = None, as_json: AsJson = False) -> None:
     """List the tasks, or show one: what is trained on what, and its fields."""
 
     def act(console: Console) -> dict[str, Any]:
         from starling.actors.tasks import Task
 
-        return _catalog(console, Task, name)
+        return print_catalog(console, Task, name)
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def topologies(
     name: Name = None,
     nodes: Annotated[int | None, typer.Option(min=1, max=2000, help="Measure it for so many nodes.")] = None,
@@ -218,20 +218,20 @@ def topologies(
         from starling.algorithms.topologies import Topology
         from starling.orchestrator.analysis import topology as page
 
-        _stand_here()
+        stand_here()
         if name is None or nodes is None:
             page.refuse_without_nodes(name, {"--nodes": nodes, "--set": overrides, "--rounds": rounds, "--plot": plot})
-            return page.print_topologies(console) if name is None else _catalog(console, Topology, name)
+            return page.print_topologies(console) if name is None else print_catalog(console, Topology, name)
         report = page.measure(page.make(name, overrides or []), nodes, 4 * parameters, seed=seed, rounds=rounds)
         page.print_report(console, report, plot)
         return {"status": "ok"} | report.to_json()
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def bandwidth(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=_CONFIG_HELP, show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=CONFIG_HELP, show_default=False)] = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="1b|10b|100b", help="Instead of CONFIG: a model of the published table; by default 1b."),
@@ -251,12 +251,12 @@ def bandwidth(
 
         if config is None:
             return page.print_preset(console, (model or "1b").lower())
-        return page.print_workload(console, _load(config, overrides, trust=trust))
+        return page.print_workload(console, load_config(config, overrides, trust=trust))
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def replay(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run whose rounds can be replayed.")],
     to: Annotated[
@@ -274,7 +274,7 @@ def replay(
     """Rebuild a run's model from the log of its rounds, without data or forward passes, and check its digests."""
 
     def act(console: Console) -> dict[str, Any]:
-        _stand_beside(run_dir, trust=trust)
+        stand_beside(run_dir, trust=trust)
         from starling.orchestrator.cli.tables import print_rebuilt
         from starling.orchestrator.records.rebuild import rebuild
 
@@ -282,10 +282,10 @@ def replay(
         print_rebuilt(console, rebuilt)
         return {"status": "ok"} | rebuilt.to_json()
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run, finished or not.")],
     number: Annotated[
@@ -307,7 +307,7 @@ def export(
     """Write a run's model, or that of one of its checkpoints, into a file for others."""
 
     def act(console: Console) -> dict[str, Any]:
-        _stand_beside(run_dir, trust=trust)
+        stand_beside(run_dir, trust=trust)
         from starling.orchestrator.checkpoints.export import export as write
         from starling.orchestrator.cli.tables import print_exported
 
@@ -315,10 +315,10 @@ def export(
         print_exported(console, exported)
         return {"status": "ok"} | exported.to_json()
 
-    _answer(act, as_json=as_json)
+    respond(act, as_json=as_json)
 
 
-app.command("submit", epilog=_EXIT_CODES)(submit.command)
+app.command("submit", epilog=EXIT_CODES)(submit.command)
 
 
 def _train(
@@ -340,9 +340,9 @@ def _train(
 
         folder = run_config.directory(path) if command == "resume" else path
         if command in ("replay", "resume"):
-            config = _load_run(folder, overrides, trust=trust)
+            config = load_run_config(folder, overrides, trust=trust)
         else:
-            config = _load(path, overrides, trust=trust)
+            config = load_config(path, overrides, trust=trust)
         done = None if command != "resume" or overrides else run_config.finished(folder)
         if done is not None:
             print_summary(console, done, config)
@@ -369,7 +369,7 @@ def _train(
         summary = views[-1].summary if views else None
         return summary.to_json() if summary and Path(summary.run_dir).exists() else _NO_RUN
 
-    _answer(act, failed, as_json=as_json)
+    respond(act, failed, as_json=as_json)
 
 
 def _place(command: str, config: Config) -> str:
@@ -402,5 +402,3 @@ _NO_RUN: dict[str, Any] = {
 
 
 from starling.orchestrator.cli import sweep as sweep_cli  # noqa: E402, F401 - it enters its commands, and uses what is above
-
-# --- what all commands do alike -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from starling.orchestrator.cli.common import load_config, respond
 from starling.orchestrator.errors import EXIT_INTERRUPTED
 from starling.orchestrator.jobs import DEFAULT_ADDRESS, Choice, Follower, connect, plan, submit
 from starling.orchestrator.signals import interruptible
@@ -69,14 +70,12 @@ def command(
     ] = False,
 ) -> None:
     """Train on a running cluster, as a Ray job: from outside, through its job server."""
-    from starling.orchestrator.cli.common import _answer, _load
-
     code = 0
     known: dict[str, Any] = {"job_id": None, "address": address, "run_dir": None, "exit_code": None}
 
     def act(_: object) -> dict[str, Any]:
         nonlocal code
-        resolved = _load(config, overrides, trust=trust)
+        resolved = load_config(config, overrides, trust=trust)
         planned = plan(resolved, config, overrides or [], working_dir)
         client = connect(address)
 
@@ -96,6 +95,6 @@ def command(
         status = {0: "finished", EXIT_INTERRUPTED: "interrupted"}.get(code, "failed")
         return {"status": status} | known
 
-    _answer(act, lambda: known, as_json=as_json)
+    respond(act, lambda: known, as_json=as_json)
     if code:
         raise typer.Exit(code)

@@ -35,11 +35,9 @@ class SearchName(StrEnum):
     OPTUNA = "optuna"
 
 
-@cli.app.command(epilog=cli._EXIT_CODES)
+@cli.app.command(epilog=cli.EXIT_CODES)
 def sweep(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help=cli._CONFIG_HELP, show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=cli.CONFIG_HELP, show_default=False)] = None,
     space: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="What is varied: a name of tune_spaces, FILE.py:NAME or MODULE:NAME."),
@@ -91,9 +89,9 @@ def sweep(
     def act(console: Console) -> dict[str, Any]:
         loaded = None
         if config is not None:
-            loaded = cli._load(config, overrides, trust=trust)
+            loaded = cli.load_config(config, overrides, trust=trust)
         elif resume is not None:
-            cli._stand_beside(resume, trust=trust)
+            cli.stand_beside(resume, trust=trust)
         from starling.orchestrator.cli.sweep_display import SweepDisplay, print_result
         from starling.orchestrator.sweeps import sweep as sweeps
 
@@ -133,10 +131,10 @@ def sweep(
     def failed() -> dict[str, Any]:
         return results[-1].to_json() if results else {"sweep_dir": None, "trials": [], "best": None}
 
-    cli._answer(act, failed, as_json=as_json)
+    cli.respond(act, failed, as_json=as_json)
 
 
-@cli.app.command(epilog=cli._EXIT_CODES)
+@cli.app.command(epilog=cli.EXIT_CODES)
 def track(
     run_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run or a sweep.")],
     timeout_s: Annotated[float, typer.Option(min=1, help="How long to try.")] = 120.0,
@@ -149,7 +147,7 @@ def track(
         from starling.orchestrator.records.run_config import directory
 
         folder = directory(run_dir)
-        config = cli._load_run(folder, trust=trust)
+        config = cli.load_run_config(folder, trust=trust)
         from starling.orchestrator.errors import RunError
         from starling.orchestrator.tracking.mlflow_tracker import send_left
 
@@ -161,4 +159,4 @@ def track(
         console.print(said, highlight=False, soft_wrap=True)
         return {"status": "ok", "runs": num_runs}
 
-    cli._answer(act, as_json=as_json)
+    cli.respond(act, as_json=as_json)

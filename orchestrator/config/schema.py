@@ -30,7 +30,7 @@ from starling.algorithms.api import Algorithm, NodeId, View
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.registry import Part
 from starling.algorithms.seeds import generator
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.messages import Place, explain, shown
 from starling.orchestrator.config.sections import (
     SERVER_NAME,
@@ -418,18 +418,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     given(path, "configuration")
     path = Path(path).expanduser()
-    return parse(yaml_file.read(path), overrides, source=str(path))
+    return parse(yaml_io.read(path), overrides, source=str(path))
 
 
 def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str = "config") -> Config:
     """Validate plain data; see ``load``."""
-    yaml_file.check_bounds(raw, source)
+    yaml_io.check_bounds(raw, source)
     data = dict(raw)
     settings: dict[Place, str] = {}
     for text in overrides:
-        place, value = yaml_file.split(text)
+        place, value = yaml_io.split(text)
         settings[place] = text
-        data = yaml_file.assigned(data, place, value, Config)
+        data = yaml_io.assigned(data, place, value, Config)
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -439,7 +439,7 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
         found = [*_booleans(data, resolved), *_huge(resolved)]
         if not found:
             return config
-    lines = [f"{yaml_file.cut(_source(place, settings, source))}: {yaml_file.cut(line, 600)}" for place, line in found]
+    lines = [f"{yaml_io.cut(_source(place, settings, source))}: {yaml_io.cut(line, 600)}" for place, line in found]
     if len(lines) > _MOST_LINES:
         lines = [*lines[: _MOST_LINES - 1], f"{source}: … and {len(lines) - _MOST_LINES + 1} more of these"]
     raise ConfigError("\n".join(lines))

@@ -16,7 +16,7 @@ from starling.orchestrator.checkpoints.schedule import MAIL, complete
 from starling.orchestrator.control.samples import Samples
 from starling.orchestrator.errors import NodeFailedError, NodeGoneError
 from starling.orchestrator.protocol.byte_ledger import Ledger
-from starling.orchestrator.records import round_log as sealed_log
+from starling.orchestrator.records import round_log
 from starling.orchestrator.records.observers import RoundRecord, Summary
 from starling.orchestrator.records.round_log import Members, Sealed
 from starling.orchestrator.runtimes.events import Log, Raised, Seen, Used
@@ -333,7 +333,7 @@ class Progress:
         self._metrics = state["metrics"]
         self.samples.revive(state["samples"], same_processes=same_processes)
         self._began = time.monotonic() - state["seconds"]
-        self._base, self._records = sealed_log.latest(Path(self._run_dir), self._run_id)
+        self._base, self._records = round_log.latest(Path(self._run_dir), self._run_id)
 
     def set_forward(self, state: Mapping[str, Any]) -> None:
         """Let the clock show the time that the run had taken when it was saved."""

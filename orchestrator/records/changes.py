@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.messages import shown
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.records import identity
@@ -47,7 +47,7 @@ def refuse(path: Path, before: Config, config: Config, overrides: Sequence[str])
     # What an earlier resume changed is in the file that it wrote, and not in the checkpoint before it.
     if known is not None and identity.digest(Folder(path).read("config.yaml", MOST_JSON_BYTES)) == known.config:
         return
-    meant = [yaml_file.split(text)[0] for text in overrides]
+    meant = [yaml_io.split(text)[0] for text in overrides]
     free = [tuple(key.split(".")) for key in FREE]
     file = path / "config.yaml"
     lines = [

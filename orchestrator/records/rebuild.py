@@ -17,8 +17,7 @@ from starling.algorithms.api import Algorithm
 from starling.algorithms.errors import ProgramError
 from starling.orchestrator.errors import ConfigError, DivergedError
 from starling.orchestrator.given_path import given
-from starling.orchestrator.records import identity
-from starling.orchestrator.records import round_log as sealed_log
+from starling.orchestrator.records import identity, round_log
 from starling.orchestrator.records.round_log import End, Sealed, Snapshot
 from starling.orchestrator.records.run_config import configuration, directory
 from starling.orchestrator.records.run_files import memory_bytes
@@ -80,10 +79,10 @@ def rebuild(
     config = configuration(path, trust=trust)
     if type(config.algorithm).replay is Algorithm.replay:
         raise ConfigError(f"{path}: rounds of {config.algorithm.name} cannot be replayed: they are more than their log")
-    log = path / sealed_log.NAME
+    log = path / round_log.NAME
     run_id = identity.run_id(path)
     entries: list[Entry] = []
-    for entry in sealed_log.read(log, run_id):
+    for entry in round_log.read(log, run_id):
         entries.append(entry)
         if isinstance(entry, Sealed) and entry.round == to:
             break
@@ -125,7 +124,7 @@ def _after(log: Path, run_id: str, last: int) -> list[Entry]:
     found: list[Entry] = []
     seen = False
     try:
-        for entry in sealed_log.read(log, run_id):
+        for entry in round_log.read(log, run_id):
             if isinstance(entry, Sealed):
                 if seen:
                     break
@@ -141,7 +140,7 @@ def _snapshot(path: Path, entries: list[Entry], since: int | None, replica: Repl
     """Load the last snapshot up to round ``since`` that is kept; return its round."""
     known = [entry for entry in entries if isinstance(entry, Snapshot) and since is not None and entry.round <= since]
     for chosen in reversed(known):
-        name = sealed_log.snapshot_name(chosen.round)
+        name = round_log.snapshot_name(chosen.round)
         try:
             load_model(replica, Folder(path).read(name, memory_bytes()))
         except FileNotFoundError:

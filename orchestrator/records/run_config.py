@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.schema import load, parse
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.given_path import given as made_absolute
@@ -50,7 +50,7 @@ def configuration(
         ConfigError: it cannot be used, or is not to be trusted.
     """
     file = path / name
-    raw = yaml_file.read(file)
+    raw = yaml_io.read(file)
     identity.require_trust(path, raw, trust=trust)
     return parse(raw, overrides, source=str(file))
 

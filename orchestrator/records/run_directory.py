@@ -39,9 +39,7 @@ from starling.algorithms.api import SERVER
 from starling.orchestrator.config.yaml_loader import dump
 from starling.orchestrator.errors import RunDirectoryError, RunError
 from starling.orchestrator.given_path import given
-from starling.orchestrator.records import identity, run_config
-from starling.orchestrator.records import round_log as sealed_log
-from starling.orchestrator.records import truncate as rewind
+from starling.orchestrator.records import identity, round_log, run_config, truncate
 from starling.orchestrator.records.appender import Appender
 from starling.orchestrator.records.observers import Observer, finite
 from starling.orchestrator.records.round_log import End, SealedLog, Snapshot
@@ -134,9 +132,9 @@ class RunDirectory(Observer):
     def _reopen(self, saved: Mapping[str, Any]) -> None:
         """Go back to where the checkpoint was written; what was written since moves to ``undone.jsonl``."""
         try:
-            self._rounds = rewind.metrics(self.path / "metrics.jsonl", saved["round"])
-            rewind.events(self.path / "events.jsonl", saved["events"], self.path / "undone.jsonl")
-            self._sealed = rewind.rounds_log(self.path / sealed_log.NAME, self.run_id, saved["round"])
+            self._rounds = truncate.metrics(self.path / "metrics.jsonl", saved["round"])
+            truncate.events(self.path / "events.jsonl", saved["events"], self.path / "undone.jsonl")
+            self._sealed = truncate.rounds_log(self.path / round_log.NAME, self.run_id, saved["round"])
         except OSError as error:
             raise RunDirectoryError(f"run directory {self.path} cannot be reopened: {error.strerror}") from None
 
@@ -179,7 +177,7 @@ class RunDirectory(Observer):
     def on_sealed(self, entry: Entry) -> None:
         if self._sealed is None:
             self._sealed = SealedLog(self.run_id)
-        self._append(sealed_log.NAME, self._sealed.append(entry))
+        self._append(round_log.NAME, self._sealed.append(entry))
 
     def on_saving(self) -> Mapping[str, Any]:
         events = self._appender("events.jsonl").size
@@ -190,24 +188,24 @@ class RunDirectory(Observer):
 
     def on_snapshot(self, number: int, model: FinalModel) -> Path | None:
         try:
-            self._folder.write(sealed_log.snapshot_name(number), model.safetensors)
+            self._folder.write(round_log.snapshot_name(number), model.safetensors)
         except OSError as error:
-            self._say_full(sealed_log.snapshot_name(number), error)
+            self._say_full(round_log.snapshot_name(number), error)
             return None  # it is replayed from the one before
         self.on_sealed(Snapshot(number, model.digest))
         self._prune(number)
-        return self.path / sealed_log.snapshot_name(number)
+        return self.path / round_log.snapshot_name(number)
 
     def _prune(self, last: int) -> None:
         """Remove all snapshots but the newest: a joiner needs the last one, and a replay needs none."""
-        names = self._folder.folders().get(sealed_log.SNAPSHOTS, set())
-        rounds = sorted(number for name in names if (number := sealed_log.snapshot_round(name)) is not None)
+        names = self._folder.folders().get(round_log.SNAPSHOTS, set())
+        rounds = sorted(number for name in names if (number := round_log.snapshot_round(name)) is not None)
         # Later ones are of rounds that a resumed run does again; until it gets there they are those of no run.
         kept = [number for number in rounds if number <= last][-self._config.replay.keep :]
         for number in rounds:
             if number not in kept:
                 with suppress(OSError):
-                    self._folder.remove(sealed_log.snapshot_name(number))
+                    self._folder.remove(round_log.snapshot_name(number))
 
     def on_model(self, model: FinalModel) -> None:
         self._whole("model.safetensors", model.safetensors)

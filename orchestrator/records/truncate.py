@@ -6,8 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starling.orchestrator.errors import ConfigError
-from starling.orchestrator.records import round_log as sealed_log
-from starling.orchestrator.records import run_files
+from starling.orchestrator.records import round_log, run_files
 from starling.orchestrator.records.round_log import Sealed, SealedLog
 from starling.orchestrator.safe_files import Folder
 
@@ -65,10 +64,10 @@ def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:
         return None
     log, data = SealedLog(run_id), b""
     try:
-        for entry in sealed_log.read(path):
+        for entry in round_log.read(path):
             if isinstance(entry, Sealed) and entry.round > last:
                 break
-            if not isinstance(entry, sealed_log.End):
+            if not isinstance(entry, round_log.End):
                 data += log.append(entry)
     except ConfigError:
         pass  # torn, behind what is kept

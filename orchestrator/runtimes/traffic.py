@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from starling.algorithms.api import INLINE_LIMIT_BYTES
-from starling.orchestrator.runtimes import traffic as phases
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from starling.algorithms.api import Algorithm, Layout, NodeId
-    from starling.orchestrator.runtimes.traffic import Home
-
-from typing import TYPE_CHECKING
-
 from starling.actors.wire.tickets import among
+from starling.algorithms.api import INLINE_LIMIT_BYTES
 from starling.orchestrator.runtimes.network import Cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from starling.actors.wire.tickets import Posted
-    from starling.algorithms.api import NodeId
+    from starling.algorithms.api import Algorithm, Layout, NodeId
     from starling.orchestrator.protocol.events import Deliver, Secure
 
     Announced = Mapping[NodeId, Posted]
@@ -112,4 +102,4 @@ def stored_bytes(contribution: int, nodes: Sequence[NodeId], home: Home) -> Coun
     """Return the bytes in the object stores of machines during an average of contributions of this size."""
     part = -(-contribution // max(1, len(nodes)))
     parts = [part] * len(nodes)
-    return phases.stored(parts, parts, len(nodes), nodes, nodes, home)
+    return stored(parts, parts, len(nodes), nodes, nodes, home)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 from ray.tune.search.sample import Categorical, Float, Integer
 
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.messages import explain
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.errors import ConfigError
@@ -42,7 +42,7 @@ def assigned(config: Config, values: Mapping[str, Any]) -> Config:
     """
     data: dict[str, Any] = config.dump()
     for path, value in values.items():
-        data = yaml_file.assigned(data, path.split("."), value, Config)
+        data = yaml_io.assigned(data, path.split("."), value, Config)
     try:
         return Config.model_validate(data)
     except ValidationError as error:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from starling.algorithms.registry import carried
-from starling.orchestrator.config import yaml_io as yaml_file
+from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.schema import MLflowTracking, parse
 from starling.orchestrator.config.yaml_loader import dump
 from starling.orchestrator.driver import resolve
@@ -128,7 +128,7 @@ def reopen(sweep_dir: str | Path, *, trust: bool = False) -> tuple[Path, Config,
         raise ConfigError(f"{folder / _FILE}: options.{run_files.problem(error)}") from None
     except ConfigError as error:
         raise ConfigError("\n".join(f"{folder / _FILE}: {line}" for line in str(error).splitlines())) from None
-    raw = yaml_file.read(folder / "config.yaml")
+    raw = yaml_io.read(folder / "config.yaml")
     identity.require_trust(folder, _marked(raw, options), trust=trust)
     for entry in facts.sys_path if trust or identity.is_ours(folder) else ():
         if entry not in sys.path:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pyarrow.fs import FileSelector, FileSystem
 
-from starling.orchestrator.checkpoints import filesystems as storage
+from starling.orchestrator.checkpoints import filesystems
 from starling.orchestrator.checkpoints.store import CheckpointStore
 from starling.orchestrator.checkpoints.writer import CheckpointWriter
 from starling.orchestrator.errors import CheckpointError, CheckpointReadError
@@ -206,7 +206,7 @@ def silent() -> Any:
 
 @pytest.mark.slow
 def test_a_server_that_is_silent_is_given_up(silent: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(filesystems, "REQUEST_TIMEOUT_S", 1.0)
     uri = f"s3://me:s3cr3t@bucket/?scheme=http&endpoint_override=127.0.0.1:{silent}&region=us-east-1"
     with pytest.raises(CheckpointError, match="NETWORK_CONNECTION"):
         store_at(uri, 1)

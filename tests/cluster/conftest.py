@@ -15,7 +15,7 @@ import ray
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.driver import resolve
 from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
+from starling.orchestrator.runtimes.cluster import watcher
 from tests.cluster.machines import Machines
 from tests.paths import PYTHONPATH
 
@@ -95,6 +95,13 @@ class Processes:
     def __init__(self, temporary: Path) -> None:
         self.mark = uuid.uuid4().hex
         self._temporary = temporary
+        self._programs: list[subprocess.Popen[str]] = []
+
+    def close(self) -> None:
+        """End the programs that a test which failed has left; their pipes would be the next test's errors."""
+        for program in self._programs:
+            program.kill()
+            program.communicate(timeout=60)
 
     def temporary_files(self) -> list[Path]:
         return list(self._temporary.iterdir())
@@ -102,7 +109,7 @@ class Processes:
     def start(self, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
         names = {"STARLING_TEST_MARK": self.mark, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **environment}
         names["TMPDIR"] = str(self._temporary)
-        return subprocess.Popen(
+        program = subprocess.Popen(
             [sys.executable, "-c", "from starling.orchestrator.cli.main import main; main()", *arguments],
             cwd=cwd,
             env={**os.environ, "PYTHONPATH": PYTHONPATH, **names},
@@ -110,11 +117,13 @@ class Processes:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._programs.append(program)
+        return program
 
     def alive(self) -> list[str]:
         found = []
         # Titles that processes of Ray's show may overwrite their environment.
-        of_ray = ray_watcher.processes_of(self._temporary)
+        of_ray = watcher.processes_of(self._temporary)
         for folder in Path("/proc").iterdir():
             if not folder.name.isdigit():
                 continue
@@ -149,4 +158,5 @@ def processes() -> Iterator[Processes]:
     with tempfile.TemporaryDirectory(prefix="st-", dir="/tmp") as folder:
         marked = Processes(Path(folder))
         yield marked
+        marked.close()
         assert marked.wait_until_gone() == []

@@ -20,7 +20,7 @@ from ray.core.generated import autoscaler_pb2
 
 from starling.orchestrator.records.observers import Observer
 from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
+from starling.orchestrator.runtimes.cluster import watcher
 from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Machines:
             self._session = ray_session.connect(self._cluster.address, num_cpus=0)
         except BaseException:  # nobody has it who could close it
             ray.shutdown()
-            ray_watcher.clean(self._folder)
+            watcher.clean(self._folder)
             self._restore()
             raise
         self._sizes: dict[Any, int] = {}

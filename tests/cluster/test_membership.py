@@ -11,7 +11,7 @@ import pytest
 from starling.algorithms.topologies.exponential import Exponential
 from starling.orchestrator import run
 from starling.orchestrator.api import replay
-from starling.orchestrator.control import run_state as progress
+from starling.orchestrator.control import run_state
 from starling.orchestrator.control.samples import Samples
 from starling.orchestrator.records.observers import Observer
 from tests.cluster.machines import Story
@@ -118,7 +118,7 @@ def test_each_sample_is_committed_exactly_once_per_epoch(config: Make, tmp_path:
             super().__init__(*arguments)
             kept.append(self)
 
-    monkeypatch.setattr(progress, "Samples", Kept)
+    monkeypatch.setattr(run_state, "Samples", Kept)
     kills = [{"kind": "kill", "node": 2, "round": 3, "phase": "post"}]
     kills += [{"kind": "kill", "node": 1, "round": number, "phase": "train"} for number in range(6, 40)]
     settings = config(

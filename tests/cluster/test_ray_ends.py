@@ -31,7 +31,7 @@ def begin(processes: Processes, folder: Path, *more: str) -> subprocess.Popen[st
     patience = ("--set", "cluster.cancel_grace_s=1")
     config = str(write(folder, ROUNDS))
     program = processes.start("run", config, "--json", "--run-dir", "run", *patience, *more, cwd=folder)
-    wait_for(program, "round 3")
+    wait_for(program, "round 3", limit_s=240)
     return program
 
 

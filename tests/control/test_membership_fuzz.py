@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from starling.algorithms.api import AllGather, AllReduce, Node, Train
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, RunError
-from starling.orchestrator.protocol import pool as membership
+from starling.orchestrator.protocol import pool
 from tests.toys import Program, Ran, attempt
 
 if TYPE_CHECKING:
@@ -358,7 +358,7 @@ FEDBUFF = {"algorithm": {"name": "fedbuff", "buffer_size": 1, "steps": 1}, "task
 
 @pytest.mark.parametrize("raw", [FEDAVG, WALK, FEDBUFF], ids=["barrier", "no server", "server"])
 def test_a_run_ends_at_once_when_too_few_can_come_any_more(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(membership, "_MAX_CRASHES", 0)
+    monkeypatch.setattr(pool, "_MAX_CRASHES", 0)
     ran = attempt(
         raw | {"network": {"start_s": 50, "step_ms": 10}},
         nodes=3,
@@ -373,7 +373,7 @@ def test_a_run_ends_at_once_when_too_few_can_come_any_more(raw: dict[str, Any], 
 
 def test_a_node_that_joins_later_is_waited_for_without_a_barrier(monkeypatch: pytest.MonkeyPatch):
     """Rounds go on meanwhile, and the one in which it joins comes; with a barrier it would not."""
-    monkeypatch.setattr(membership, "_MAX_CRASHES", 0)
+    monkeypatch.setattr(pool, "_MAX_CRASHES", 0)
     keys: dict[str, Any] = {
         "nodes": 4,
         "rounds": 30,

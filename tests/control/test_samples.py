@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from starling.orchestrator import api
 from starling.orchestrator.config.schema import Config, parse
-from starling.orchestrator.control import run_state as progress
+from starling.orchestrator.control import run_state
 from starling.orchestrator.control.controller import Controller
 from starling.orchestrator.control.samples import Samples
 from starling.orchestrator.errors import RunError, StarlingError
@@ -288,7 +288,7 @@ class Watched(Observer):
                 super().__init__(config)
                 watched.runtime, watched.config = self, config
 
-        monkeypatch.setattr(progress, "Samples", Kept)
+        monkeypatch.setattr(run_state, "Samples", Kept)
         monkeypatch.setattr(simulator, "Simulator", Seen)
 
     samples: Samples

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from starling.actors.host import batched as together
+from starling.actors.host import batched
 from starling.actors.host.batched import commit_all, settle_all, train_together
 from starling.actors.replica.replica import Replica
 from starling.actors.replica.spec import Interrupted, NonFiniteLossError
@@ -114,7 +114,7 @@ def test_a_closed_form_stands_for_autograd():
 
 
 def test_few_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(together, "_MAX_ROWS", 2)
+    monkeypatch.setattr(batched, "_MAX_ROWS", 2)
     some, others = (colocated(5, Closed(), name="adam") for _ in range(2))
     assert plain(outcomes(some, Train(steps=2))) == plain(alone(others, Train(steps=2)))
     assert_same(some, others)

@@ -30,7 +30,9 @@ from tests.mutants.catalog import ROOT, Mutant, load_mutants
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COPIED = ("algorithms", "actors", "orchestrator", "tune_spaces", "tests", "examples", "docs", "benchmarks")
+COPIED = ("src", "algorithms", "actors", "orchestrator", "tune_spaces", "tests", "examples", "docs", "benchmarks")
+OURS = ("starling", "tests")
+"""What is imported from the copy."""
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md", "cluster.yaml", "Makefile", "mkdocs.yml", "constraints.txt")
 USED = (
     "starling.actors.host.host",
@@ -97,7 +99,7 @@ class Trials:
         except (ValueError, SyntaxError) as error:
             return f"error: {error}"
         # The file itself for the examples in its docstrings; behind its tests, or it would be imported twice.
-        examples = (mutant.file,) if ">>>" in original and not mutant.keyword else ()
+        examples = (f"src/starling/{mutant.file}",) if ">>>" in original and not mutant.keyword else ()
         runs = [(mutant.tests, mutant.keyword), *([(examples, "")] if examples else [])]
         limits = [self._limit_s(what, keyword) for what, keyword in runs]
         if not all(limits):
@@ -190,11 +192,13 @@ def _child(tree: Path, what: Sequence[str], keyword: str, *, measures: bool) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(tree)
-    sys.path[:] = [str(tree), *(one for one in sys.path if one and Path(one).resolve() != ROOT)]
-    for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
+    here = (tree / "src", tree)
+    elsewhere = [one for one in sys.path if one and Path(one).resolve() not in (ROOT, ROOT / "src")]
+    sys.path[:] = [*map(str, here), *elsewhere]
+    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]
     importlib.invalidate_caches()
-    os.environ["PYTHONPATH"] = str(tree)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, here))
     pytest = importlib.import_module("pytest")
     chosen = ["-k", keyword] if keyword else []
     # Imported before pytest could rewrite their asserts, of which we want nothing.
@@ -221,7 +225,7 @@ def _preload() -> None:
         try:
             for name in USED:
                 importlib.import_module(name)
-            os.write(writer, "\n".join(name for name in sys.modules if name.split(".")[0] not in COPIED).encode())
+            os.write(writer, "\n".join(name for name in sys.modules if name.split(".")[0] not in OURS).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -237,7 +241,7 @@ def _preload() -> None:
 def _copied(tree: Path) -> Path:
     """Copy what tests need."""
     for name in COPIED:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in FILES:
         shutil.copy(ROOT / name, tree / name)
     return tree

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from starling.orchestrator import api, driver
 from starling.orchestrator.checkpoints.export import export
 from starling.orchestrator.checkpoints.store import _checksum, _Manifest, _sum
-from starling.orchestrator.cli import main as cli
+from starling.orchestrator.cli import main
 from starling.orchestrator.errors import ConfigError, exit_code
 from starling.orchestrator.jobs import plan
 from starling.orchestrator.records import identity
@@ -198,7 +198,7 @@ COMMANDS = {
 def test_every_command_that_takes_a_configuration_or_a_run_can_be_told_to_trust():
     taking = {
         name
-        for name, command in cast("Any", typer.main.get_command(cli.app)).commands.items()
+        for name, command in cast("Any", typer.main.get_command(main.app)).commands.items()
         if any(one.param_type_name == "argument" and one.name in ("config", "run_dir") for one in command.params)
     }
     assert taking == COMMANDS.keys()
@@ -219,7 +219,7 @@ def test_no_command_runs_code_that_a_foreign_directory_names(
         if command in ("check", "data", "bandwidth", "submit", "run", "simulate", "sweep")
         else path
     )
-    result = CliRunner().invoke(cli.app, [command, str(given), *COMMANDS[command]])
+    result = CliRunner().invoke(main.app, [command, str(given), *COMMANDS[command]])
     assert result.exit_code == 2
     assert f"names '{module}:Mine', and you did not write that on this machine" in result.output
     assert "--trust" in result.output
@@ -236,7 +236,7 @@ def test_code_of_a_foreign_directory_is_run_when_it_is_trusted(
     extra = COMMANDS[command]
     with monkeypatch.context() as foreign:
         foreign.setenv(identity.STATE_DIR, str(tmp_path / "somebody else's"))
-        result = CliRunner().invoke(cli.app, [command, str(path / "config.yaml"), "--trust", *extra])
+        result = CliRunner().invoke(main.app, [command, str(path / "config.yaml"), "--trust", *extra])
     assert (result.exit_code, (tmp_path / "ran").exists()) == (0, True), result.output
 
 

@@ -20,7 +20,7 @@ from starling.algorithms.errors import ProgramError
 from starling.orchestrator import simulate
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, DivergedError
-from starling.orchestrator.records import round_log as sealed_log
+from starling.orchestrator.records import round_log
 from starling.orchestrator.records.rebuild import rebuild
 from starling.orchestrator.records.round_log import End, Entry, Members, Sealed, SealedLog, Snapshot, read
 from starling.orchestrator.records.run_directory import RunDirectory
@@ -154,7 +154,7 @@ def test_a_run_that_lost_nodes_is_rebuilt_too(tmp_path: Path):
     faults = {"events": [{"kind": "kill", "node": 1, "round": 2}, {"kind": "kill", "node": 0, "round": 5}]}
     ran = simulate(CONFIG | {"faults": faults}, run_dir=tmp_path / "run")
     assert rebuild(tmp_path / "run").digest == ran.digest
-    views = [entry.members for entry in read(tmp_path / "run" / sealed_log.NAME) if isinstance(entry, Members)]
+    views = [entry.members for entry in read(tmp_path / "run" / round_log.NAME) if isinstance(entry, Members)]
     assert len(views) > 1
 
 
@@ -175,7 +175,7 @@ def test_all_options_are_replayed(algorithm: dict[str, Any], tmp_path: Path):
 
 
 def test_a_record_is_a_few_bytes(run_dir: Path):
-    records = [entry.record for entry in read(run_dir / sealed_log.NAME) if isinstance(entry, Sealed)]
+    records = [entry.record for entry in read(run_dir / round_log.NAME) if isinstance(entry, Sealed)]
     assert [len(record) for record in records] == [18 + 3 * (4 + 2) + 32 * (number % 3 == 2) for number in range(10)]
 
 
@@ -234,7 +234,7 @@ def test_a_directory_may_be_moved_but_not_its_log(run_dir: Path, tmp_path: Path)
     path = copied(run_dir, tmp_path)
     assert rebuild(path).digest == rebuild(run_dir).digest
     simulate(CONFIG | {"seed": 1}, run_dir=tmp_path / "other")
-    (path / sealed_log.NAME).write_bytes((tmp_path / "other" / sealed_log.NAME).read_bytes())
+    (path / round_log.NAME).write_bytes((tmp_path / "other" / round_log.NAME).read_bytes())
     with pytest.raises(ConfigError, match=r"the log is that of run other, and not of whole$"):
         rebuild(path)
 
@@ -265,13 +265,13 @@ def test_what_cannot_be_rebuilt_is_said(run_dir: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nothing: this is no run directory \(it has no config.yaml\)"):
         rebuild(tmp_path / "nothing")
     simulate(CONFIG | {"algorithm": f"{toys.__name__}:Silent", "rounds": 1}, run_dir=tmp_path / "silent")
-    assert not (tmp_path / "silent" / sealed_log.NAME).exists()
+    assert not (tmp_path / "silent" / round_log.NAME).exists()
     with pytest.raises(
         ConfigError, match="rounds of tests.toys:Silent cannot be replayed: they are more than their log"
     ):
         rebuild(tmp_path / "silent")
     path = copied(run_dir, tmp_path)
-    (path / sealed_log.NAME).unlink()
+    (path / round_log.NAME).unlink()
     with pytest.raises(ConfigError, match="No such file or directory; only algorithms whose rounds can be replayed"):
         rebuild(path)
     path = copied(run_dir, tmp_path)
@@ -282,7 +282,7 @@ def test_what_cannot_be_rebuilt_is_said(run_dir: Path, tmp_path: Path):
 
 def test_a_log_that_was_cut_off_serves_up_to_there(run_dir: Path, tmp_path: Path):
     path = copied(run_dir, tmp_path)
-    log = path / sealed_log.NAME
+    log = path / round_log.NAME
     log.write_bytes(log.read_bytes()[:-60])
     with pytest.raises(ConfigError, match=r"--to 8 is the last that is whole"):
         rebuild(path)

@@ -15,7 +15,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ClusterError, ConfigError
-from starling.orchestrator.runtimes.cluster import head as ray_head
+from starling.orchestrator.runtimes.cluster import head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,8 +67,8 @@ def grpc_server(code: grpc.StatusCode | None, *, has_service: bool = True) -> It
 @pytest.fixture(autouse=True)
 def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     # Ray puts this machine's own address in the place of 127.0.0.1.
-    monkeypatch.setattr(ray_head.services, "resolve_ip_for_localhost", lambda host: host)
-    monkeypatch.setattr(ray_head, "_ANSWER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(head.services, "resolve_ip_for_localhost", lambda host: host)
+    monkeypatch.setattr(head, "_ANSWER_TIMEOUT_S", 0.5)
 
 
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
@@ -87,7 +87,7 @@ NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 )
 def test_what_is_not_a_head_is_one_line(there: Any, words: str, capfd: pytest.CaptureFixture[str]):
     with there as address, pytest.raises(ClusterError, match=words) as caught:
-        ray_head.probe(address)
+        head.probe(address)
     line = str(caught.value)
     assert line.startswith(f"cluster.address {address}: ")
     assert "\n" not in line
@@ -96,20 +96,20 @@ def test_what_is_not_a_head_is_one_line(there: Any, words: str, capfd: pytest.Ca
 
 
 def test_with_tls_whom_ray_trusts_is_left_to_ray(monkeypatch: pytest.MonkeyPatch):
-    assert "does not answer" in (ray_head._problem(grpc.StatusCode.UNAVAILABLE) or "")
+    assert "does not answer" in (head._problem(grpc.StatusCode.UNAVAILABLE) or "")
     monkeypatch.setenv("RAY_USE_TLS", "1")
-    assert ray_head._problem(grpc.StatusCode.UNAVAILABLE) is None
-    assert "token" in (ray_head._problem(grpc.StatusCode.UNAUTHENTICATED) or "")
+    assert head._problem(grpc.StatusCode.UNAVAILABLE) is None
+    assert "token" in (head._problem(grpc.StatusCode.UNAUTHENTICATED) or "")
 
 
 def test_a_head_that_answers_is_left_to_ray():
     with grpc_server(None) as address:
-        ray_head.probe(address)
+        head.probe(address)
 
 
 def test_nothing_that_listens_is_said_at_once():
     with pytest.raises(ClusterError, match=r"^cluster.address 127.0.0.1:1: nothing answers there"):
-        ray_head.probe("127.0.0.1:1")
+        head.probe("127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_addresses_are_taken(address: str):
 
 
 def test_native_lines_are_taken_and_all_others_written(capfd: pytest.CaptureFixture[str]):
-    with ray_head.quiet():
+    with head.quiet():
         os.write(2, b"[2026-11-30 18:12:58,403 W 14372 14372] gcs_client.cc:210: Failed to get cluster ID\n")
         os.write(2, b"a warning of somebody else's\n")
         os.write(2, b"[2026-11-30 18:13:04,418 W 14372 14372] rpc_client.h:153: Failed to connect\n")

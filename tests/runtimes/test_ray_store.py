@@ -14,8 +14,8 @@ from starling.orchestrator.analysis import estimates
 from starling.orchestrator.analysis.plan import make_plan
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ClusterError, ConfigError
-from starling.orchestrator.runtimes import traffic as phases
-from starling.orchestrator.runtimes.cluster import store as ray_store
+from starling.orchestrator.runtimes import traffic
+from starling.orchestrator.runtimes.cluster import store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ def one_by_one(
 def test_an_average_is_counted_as_value_for_value(places: list[tuple[str, int]], givers: list[int]):
     members = [0, 2, 3, 5, 9]
     homes = dict(zip(members, places, strict=True))
-    found = phases.stored(PARTS, RESULTS, len(members), members, givers, homes.__getitem__)
+    found = traffic.stored(PARTS, RESULTS, len(members), members, givers, homes.__getitem__)
     assert found == one_by_one(PARTS, RESULTS, members, givers, homes)
 
 
@@ -71,7 +71,7 @@ def test_an_average_is_counted_as_value_for_value(places: list[tuple[str, int]],
 )
 def test_of_a_gather_a_machine_has_what_its_nodes_give_and_receive(most: int, wanted: dict[str, int]):
     homes = {0: ("a", 0), 1: ("a", 1), 2: ("a", 2), 3: ("b", 3)}
-    assert phases.stored([100], [], most, list(homes), list(homes), homes.__getitem__) == wanted
+    assert traffic.stored([100], [], most, list(homes), list(homes), homes.__getitem__) == wanted
 
 
 def machine(name: str, size: float, *, alive: bool = True) -> dict[str, Any]:
@@ -81,18 +81,18 @@ def machine(name: str, size: float, *, alive: bool = True) -> dict[str, Any]:
 
 def test_an_exchange_that_does_not_fit_is_one_line_that_says_what_to_set(monkeypatch: pytest.MonkeyPatch):
     machines = [machine("a", 80e6), machine("b", 1e9), machine("c", 0), machine("d", 1e6, alive=False)]
-    monkeypatch.setattr(ray_store.ray, "nodes", lambda: machines)
-    ray_store.check_room({"a": 80_000_000, "b": 90_000_000, "c": 1, "d": 2_000_000}, "an exchange", is_local=True)
-    ray_store.check_room({}, "an exchange", is_local=True)
+    monkeypatch.setattr(store.ray, "nodes", lambda: machines)
+    store.check_room({"a": 80_000_000, "b": 90_000_000, "c": 1, "d": 2_000_000}, "an exchange", is_local=True)
+    store.check_room({}, "an exchange", is_local=True)
     with pytest.raises(ClusterError) as caught:
-        ray_store.check_room({"a": 80_000_001, "b": 5}, "an exchange of 20.0 MB from each of 4 nodes", is_local=False)
+        store.check_room({"a": 80_000_001, "b": 5}, "an exchange of 20.0 MB from each of 4 nodes", is_local=False)
     assert str(caught.value) == (
         "cluster: an exchange of 20.0 MB from each of 4 nodes needs 80.0 MB in Ray's object store on host-a "
         "(10.0.0.1), which has 80.0 MB; raise ray start --object-store-memory, have fewer nodes on that machine, or "
         "exchange less (a codec, a smaller model)"
     )
     with pytest.raises(ClusterError, match="; raise cluster.object_store_gb, have fewer"):
-        ray_store.check_room({"a": 90_000_000}, "an exchange", is_local=True)
+        store.check_room({"a": 90_000_000}, "an exchange", is_local=True)
 
 
 def test_a_store_that_is_full_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
@@ -107,10 +107,10 @@ def test_a_store_that_is_full_is_named_once(monkeypatch: pytest.MonkeyPatch, cap
             asked.set()
         return answer
 
-    monkeypatch.setattr(ray_store, "spilled_bytes", spilled)
-    monkeypatch.setattr(ray_store, "_PERIOD_S", 0.01)
+    monkeypatch.setattr(store, "spilled_bytes", spilled)
+    monkeypatch.setattr(store, "_PERIOD_S", 0.01)
     with caplog.at_level(logging.WARNING, "starling"):
-        watch = ray_store.StoreWatch(is_local=True)
+        watch = store.StoreWatch(is_local=True)
         assert asked.wait(20)
         watch._thread.join(20)
         watch.stop()

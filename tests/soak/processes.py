@@ -9,7 +9,7 @@ from starling.orchestrator.checkpoints import saved_state
 from starling.orchestrator.checkpoints.schedule import Checkpointing
 from starling.orchestrator.checkpoints.store import CheckpointStore
 from starling.orchestrator.control.restore import Revival
-from starling.orchestrator.records import round_log as sealed_log
+from starling.orchestrator.records import round_log
 from starling.orchestrator.runtimes.events import SpareLost
 from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
@@ -78,7 +78,7 @@ class Directory:
     def __init__(self, config: Config, path: Path) -> None:
         self.path = path
         self._config = config
-        self._log = sealed_log.SealedLog(RUN_ID)
+        self._log = round_log.SealedLog(RUN_ID)
 
     def saving(self, num_rounds: int) -> dict[str, Any]:
         """What a checkpoint says of it."""
@@ -86,7 +86,7 @@ class Directory:
 
     def sealed(self, entry: Entry) -> None:
         """Keep the record of a round."""
-        with (self.path / sealed_log.NAME).open("ab") as file:
+        with (self.path / round_log.NAME).open("ab") as file:
             file.write(self._log.append(entry))
 
     def revival(self) -> Revival:

@@ -11,8 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from starling.actors.tasks import Task, TensorSamples
-from starling.actors.tasks import logistic as module_under_test
+from starling.actors.tasks import Task, TensorSamples, logistic
 from starling.actors.tasks.logistic import Logistic
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.registry import find
@@ -281,7 +280,7 @@ def test_blocks_of_nodes_change_nothing(monkeypatch: pytest.MonkeyPatch):
     task = Logistic(dimension=10)
     whole = task.gradients(parameters, tuple(batch))
     for at_once in (1, 120, 1000):
-        monkeypatch.setattr(module_under_test, "_AT_ONCE", at_once)
+        monkeypatch.setattr(logistic, "_AT_ONCE", at_once)
         for one, other in zip(task.gradients(parameters, tuple(batch)), whole, strict=True):
             assert torch.equal(one, other)
 

@@ -13,7 +13,7 @@ import pytest
 
 from starling.orchestrator import simulate
 from starling.orchestrator.config.schema import MLflowTracking, parse
-from starling.orchestrator.tracking import mlflow_tracker as tracking
+from starling.orchestrator.tracking import mlflow_tracker
 from starling.orchestrator.tracking.mlflow_tracker import (
     MLflowTracker,
     artifacts_of,
@@ -115,7 +115,7 @@ def test_a_broken_tracker_costs_a_line(tmp_path: Path, caplog):
 
 def test_a_tracker_that_hangs_is_left(tmp_path: Path, monkeypatch, caplog):
     gate = threading.Event()
-    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(mlflow_tracker, "CLOSE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(Sender, "_make", lambda *_: gate.wait())
     tracker = MLflowTracker(MLflowTracking(uri="https://me:secret@example.com"), tmp_path / "run")
     tell(tracker, started(), summary())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starling import simulate
-from starling.actors.training import module_init as modules
+from starling.actors.training import module_init
 from starling.orchestrator.errors import SettingsError
 
 BASE: dict[str, Any] = {
@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 
 
 def test_without_a_compiler_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(modules.shutil, "which", lambda _: None)
+    monkeypatch.setattr(module_init.shutil, "which", lambda _: None)
     message = (
         r"optimizer.compile: on a CPU it takes a C\+\+ compiler .*, and there is none; set optimizer.compile: false"
     )
@@ -34,9 +34,9 @@ def test_without_a_compiler_one_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_without_triton_on_a_gpu_one_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(modules.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(module_init.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SettingsError, match="optimizer.compile: on a GPU it takes Triton, and there is none here; set"):
-        modules.compile_in_place(torch.nn.Linear(1, 1), torch.device("cuda"))
+        module_init.compile_in_place(torch.nn.Linear(1, 1), torch.device("cuda"))
 
 
 @pytest.mark.slow

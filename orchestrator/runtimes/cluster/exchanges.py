@@ -38,7 +38,7 @@ from starling.orchestrator.protocol.events import (
     Secured,
     Waits,
 )
-from starling.orchestrator.runtimes import traffic as phases
+from starling.orchestrator.runtimes import traffic
 from starling.orchestrator.runtimes.cluster.calls import Actor, Handler
 from starling.orchestrator.runtimes.cluster.processes import Processes
 from starling.orchestrator.runtimes.events import Finished, Halted, Log, Raised, Receives, Seen, Sent, Sleeps
@@ -226,7 +226,7 @@ class DataPlane(Processes):
         if key in self._fits:
             return
         most = len(members) if ticket.wants is None else len(ticket.wants)
-        needed = phases.stored(ticket.part_nbytes, ticket.result_nbytes, most, members, givers, self._place)
+        needed = traffic.stored(ticket.part_nbytes, ticket.result_nbytes, most, members, givers, self._place)
         self._room_in_stores(needed, f"an exchange of {bytes_text(ticket.nbytes)} from each of {len(givers)} nodes")
         self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
 
@@ -316,7 +316,7 @@ class DataPlane(Processes):
                     self._deliver(decision)
                 case Close(seq, closed, inline):
                     if inline:
-                        self._inline_due[seq] = dict(self._arrivals(lambda: phases.inline(closed, self._posted[seq])))
+                        self._inline_due[seq] = dict(self._arrivals(lambda: traffic.inline(closed, self._posted[seq])))
                     # Every member holds the result: contributions and parts may leave the store.
                     self._contributions = {key: refs for key, refs in self._contributions.items() if key[0] != seq}
                     self._reduced = {key: ref for key, ref in self._reduced.items() if key[0] != seq}
@@ -337,7 +337,7 @@ class DataPlane(Processes):
             givers = [node for node in sorted(posted) if posted[node].specs is not None and posted[node].inline is None]
             if givers:
                 self._check_room(seq, [node for node in givers if self._home[node].ready is not None] or givers[:1])
-        due = self._arrivals(lambda: phases.securing(secures, self._posted.__getitem__))
+        due = self._arrivals(lambda: traffic.securing(secures, self._posted.__getitem__))
         jobs: defaultdict[int, dict[tuple[int, int, NodeId], SecureJob]] = defaultdict(dict)
         for one in secures:
             home = self._home[one.by]
@@ -398,7 +398,7 @@ class DataPlane(Processes):
         posted = self._posted[decision.seq]
         started = not all(posted[node].waits for node in decision.nodes)
         stored = self._stored({node: posted[node] for node in decision.closed})
-        due = self._arrivals(lambda: phases.delivering(decision, posted))
+        due = self._arrivals(lambda: traffic.delivering(decision, posted))
         for actor, nodes in self._by_actor(decision.nodes):
             refs = {
                 part: self._reduced[decision.seq, part]

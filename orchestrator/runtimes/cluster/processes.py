@@ -24,7 +24,7 @@ from starling.algorithms.registry import carried
 from starling.algorithms.words import listed
 from starling.orchestrator.errors import ClusterError, DataError, NodeFailedError, NodeLostError
 from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import store as ray_store
+from starling.orchestrator.runtimes.cluster import store
 from starling.orchestrator.runtimes.cluster.calls import POLL_S, Actor, Calls
 from starling.orchestrator.runtimes.cluster.vitals import Vitals, state_of
 from starling.orchestrator.runtimes.events import (
@@ -89,7 +89,7 @@ class Processes(Calls):
         """Machines on which a process read other data than the first one."""
         self._session: ray_session.Session | None = None
         self._machines: ray_session.MachineWatch | None = None
-        self._stores: ray_store.StoreWatch | None = None
+        self._stores: store.StoreWatch | None = None
         self._vitals: Vitals | None = None
         self._vital: dict[str, int] = {}
         """Processes of a Ray of our own that a run cannot do without."""
@@ -146,7 +146,7 @@ class Processes(Calls):
         self.layout, self.baselines, self.part_sizes = first.layout, first.baselines, first.part_sizes
         self._machines = ray_session.MachineWatch(lambda machines: self._queue.put(lambda: self._on_machines(machines)))
         self._warn_of_stores([node for actor in up for node in actor.nodes if node != SERVER])
-        self._stores = ray_store.StoreWatch(is_local=self._session.is_local)
+        self._stores = store.StoreWatch(is_local=self._session.is_local)
         self._after(_FIRST_USAGE_S, self._measure)
         return [self._node_facts(node) for actor in up for node in actor.nodes]
 
@@ -471,7 +471,7 @@ class Processes(Calls):
         return self._facts_of(home).machine, home.index
 
     def _room_in_stores(self, needed: Mapping[str, int], what: str) -> None:
-        ray_store.check_room(needed, what, is_local=self._session is not None and self._session.is_local)
+        store.check_room(needed, what, is_local=self._session is not None and self._session.is_local)
 
     def _warn_of_stores(self, nodes: Sequence[NodeId]) -> None:
         """Say before the first round, which may be long, that its exchanges will hardly fit."""

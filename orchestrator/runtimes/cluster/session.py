@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 from starling.orchestrator.errors import ClusterError, RunError
 from starling.orchestrator.process_identity import started_at
 from starling.orchestrator.runtimes.cluster import failures as ray_failure
-from starling.orchestrator.runtimes.cluster import head as ray_head
+from starling.orchestrator.runtimes.cluster import head
 from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
 from starling.orchestrator.signals import ENDING
 
@@ -286,9 +286,9 @@ def connect(
         return _start(num_cpus, num_gpus, object_store_bytes, runtime_env)
     if ray.is_initialized():
         return Session(None, owned=False, environment={})
-    ray_head.probe(address)
+    head.probe(address)
     try:
-        with _quiet(), ray_head.quiet():
+        with _quiet(), head.quiet():
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -424,8 +424,9 @@ def bare() -> Iterator[None]:
     """
     kept = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
     dependencies = utils.get_dashboard_dependency_error
-    node.Node.start_monitor = node.Node.start_log_monitor = lambda _: None
-    node.Node.start_api_server = _without_dashboard
+    for name in ("start_monitor", "start_log_monitor"):
+        setattr(node.Node, name, lambda _: None)
+    setattr(node.Node, "start_api_server", _without_dashboard)  # noqa: B010 - a type checker compares the signatures
     utils.get_dashboard_dependency_error = _not_wanted
     try:
         yield

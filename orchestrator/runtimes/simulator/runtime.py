@@ -48,7 +48,7 @@ from starling.orchestrator.protocol.events import (
     Waits,
 )
 from starling.orchestrator.protocol.mailboxes import Delivery
-from starling.orchestrator.runtimes import traffic as phases
+from starling.orchestrator.runtimes import traffic
 from starling.orchestrator.runtimes.events import (
     AllFinished,
     Arrived,
@@ -196,7 +196,7 @@ class Simulator(SimulatedProcesses):
 
     def _secure(self, secures: Sequence[Secure]) -> None:
         """One phase: each member's part to whoever reduces it."""
-        phase = phases.securing(secures, lambda seq: self._exchanges[seq].posted)
+        phase = traffic.securing(secures, lambda seq: self._exchanges[seq].posted)
         arrivals = self._network.arrivals(self._now, phase)
         for one in secures:
             exchange = self._exchanges[one.seq]
@@ -213,7 +213,7 @@ class Simulator(SimulatedProcesses):
 
     def _deliver(self, decision: Deliver) -> None:
         """One phase: each reduced part from its maker to everybody."""
-        phase = phases.delivering(decision, self._exchanges[decision.seq].posted)
+        phase = traffic.delivering(decision, self._exchanges[decision.seq].posted)
         arrivals = self._network.arrivals(self._now, phase)
         for node in decision.nodes:
             delivered = Delivered(decision.seq, node, decision.generation)
@@ -225,7 +225,7 @@ class Simulator(SimulatedProcesses):
         exchange = self._exchanges[seq]
         first = decision.closed[0]
         if decision.inline and not self._network.is_instant:
-            exchange.arrivals = self._network.arrivals(self._now, phases.inline(decision.closed, exchange.posted))
+            exchange.arrivals = self._network.arrivals(self._now, traffic.inline(decision.closed, exchange.posted))
         if exchange.posted[first].signature.operation != "AllReduce":
             self.host.conclude_here(decision.closed, seq)
             self.host.release(seq)
