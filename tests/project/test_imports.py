@@ -22,7 +22,7 @@ print(*sorted(name for name in sys.modules if name.count(".") == name.startswith
 
 
 def loaded(packages: list[str], blocked: list[str], excepted: list[str]) -> set[str]:
-    """Import all of some packages' modules in a fresh process; which top-level modules and parts of ours are there then."""
+    """Import all of some packages' modules in a fresh process; which top-level modules and parts of ours are there."""
     program = PROGRAM.format(packages=packages, blocked=blocked, excepted=excepted)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
