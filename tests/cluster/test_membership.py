@@ -94,13 +94,14 @@ def test_the_gap_of_a_killed_node_in_a_directed_graph_is_closed(config: Make, tm
     kill = {"kind": "kill", "node": 3, "round": 1, "phase": "train"}
     settings = config(
         {"name": "dsgd", "steps": 1, "topology": "exponential"},
-        *("rounds=3", "cluster.nodes.target=5", "cluster.nodes.min=5", APART, faults(kill)),
+        *("rounds=3", "cluster.nodes.target=5", "cluster.nodes.min=4", APART, faults(kill)),
     )
     story = Story()
     summary = run(settings, run_dir=tmp_path / "run", observers=[story])
     assert summary.nodes["lost"] == 1
-    assert [one["committed"] for one in story.of("commit")] == [[0, 1, 2, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
-    # The node's successors hear from its predecessors instead: as many messages as four nodes have among themselves.
+    assert [tuple(one["committed"]) for one in story.of("commit")[:2]] == [(0, 1, 2, 3, 4), (0, 1, 2, 4)]
+    # The node's successors hear from its predecessors instead. Had the two cycles of offsets 1 and 2 fallen apart, as
+    # they would if the gap stayed, there would be no messages but a few.
     mixing = Exponential().mixing(range(5), 1, settings.seed, {0, 1, 2, 4})
     all_there, with_gap = Exponential().mixing(range(5), 0, settings.seed).num_messages, mixing.num_messages
     assert story.rounds[1].payload_bytes * all_there == story.rounds[0].payload_bytes * with_gap
