@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -15,7 +17,9 @@ settings.register_profile("starling", derandomize=True, max_examples=100, deadli
 settings.load_profile("starling")
 
 # The key with which run directories are marked: not that of whoever runs the tests.
-os.environ.setdefault("STARLING_STATE_DIR", tempfile.mkdtemp(prefix="starling-state-"))
+if "STARLING_STATE_DIR" not in os.environ:
+    os.environ["STARLING_STATE_DIR"] = tempfile.mkdtemp(prefix="starling-state-")  # pytest's workers inherit it
+    atexit.register(shutil.rmtree, os.environ["STARLING_STATE_DIR"], ignore_errors=True)
 
 # Where tests record runs is their own business.
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
