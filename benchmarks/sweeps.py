@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
 from benchmarks.harness import Row
-from starling.orchestrator import run
+from starling import run
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.driver import resolve
 from starling.orchestrator.runtimes.cluster import session as ray_session

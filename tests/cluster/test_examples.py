@@ -7,7 +7,8 @@ import pytest
 
 from starling.orchestrator.analysis.plan import make_plan
 from starling.orchestrator.driver import resolve
-from tests.cluster.conftest import ROOT, Processes
+from tests.cluster.conftest import Processes
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

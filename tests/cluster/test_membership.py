@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from starling import run
 from starling.algorithms.topologies.exponential import Exponential
-from starling.orchestrator import run
 from starling.orchestrator.api import replay
 from starling.orchestrator.control import run_state
 from starling.orchestrator.control.samples import Samples

@@ -11,7 +11,8 @@ import yaml
 
 from starling import simulate
 from tests.cluster import sandbox
-from tests.cluster.sandbox import ROOT, Sandbox
+from tests.cluster.sandbox import Sandbox
+from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.cluster.conftest import ROOT, Processes
+from tests.cluster.conftest import Processes
 from tests.cluster.test_submit import TINY
-from tests.paths import PYTHONPATH
+from tests.paths import PYTHONPATH, ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

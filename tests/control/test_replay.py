@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from starling.orchestrator import simulate
+from starling import simulate
 from starling.orchestrator.api import replay
 from starling.orchestrator.errors import ConfigError, DivergedError, RunError
 from starling.orchestrator.runtimes.simulator import runtime as simulator

@@ -25,7 +25,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.mutants.catalog import ROOT, Mutant, load_mutants
+from tests.mutants.catalog import Mutant, load_mutants
+from tests.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants.catalog import ROOT, Mutant, load_mutants
+from tests.mutants.catalog import Mutant, load_mutants
+from tests.paths import ROOT
 
 
 def test_every_mutant_applies() -> None:

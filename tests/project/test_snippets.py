@@ -14,7 +14,8 @@ from starling.orchestrator.analysis.plan import make_plan
 from starling.orchestrator.api import replay
 from starling.orchestrator.driver import resolve
 from tests.control.test_resume import Interrupter
-from tests.snippets import BASE, OWN, ROOT, Own, blocks
+from tests.paths import ROOT
+from tests.snippets import BASE, OWN, Own, blocks
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.orchestrator import simulate
+from starling import simulate
 from starling.orchestrator.errors import LeaseError, LeaseLostError, exit_code
 from starling.orchestrator.records import lease
 from starling.orchestrator.records.lease import Lease

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from starling import simulate
 from starling.algorithms.errors import ProgramError
-from starling.orchestrator import simulate
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, DivergedError
 from starling.orchestrator.records import round_log

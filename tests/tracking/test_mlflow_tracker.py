@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from starling.orchestrator import simulate
+from starling import simulate
 from starling.orchestrator.config.schema import MLflowTracking, parse
 from starling.orchestrator.tracking import mlflow_tracker
 from starling.orchestrator.tracking.mlflow_tracker import (
