@@ -78,5 +78,5 @@ def test_names_that_cannot_be_found(value, message):
 
 
 def test_two_classes_of_one_name_are_a_mistake():
-    with pytest.raises(TypeError, match=r"'sgd' is defined by algorithms\.outer and by"):
+    with pytest.raises(TypeError, match=r"'sgd' is defined by starling\.algorithms\.outer and by"):
         type("Other", (SGD,), {"__module__": "starling.algorithms.outer"}, name="sgd")

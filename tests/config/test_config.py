@@ -77,7 +77,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"task": "digit"}, "task: no task is called 'digit' (did you mean digits?)"),
     ({"task": "nowhere:Task"}, "task: cannot import 'nowhere:Task': No module named 'nowhere'"),
     ({"task": "json:Task"}, "task: module 'json' has no 'Task'"),
-    ({"task": "json:JSONDecoder"}, "task: 'json:JSONDecoder' is not a Task: derive it from starling.Task"),
+    (
+        {"task": "json:JSONDecoder"},
+        "task: 'json:JSONDecoder' is not a Task: derive it from starling.actors.tasks.base.Task",
+    ),
     (
         {"optimizer": "adamm"},
         "optimizer.name: no optimizer is called 'adamm' in torch.optim or pytorch_optimizer (did you mean",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -57,7 +58,10 @@ def test_a_project_with_folders_of_our_names_runs_beside_the_wheel(tmp_path: Pat
         (project / folder).mkdir(parents=True)
         (project / folder / "__init__.py").write_text('OWN = "ours"\n')
     (project / "train.py").write_text(PROGRAM)
-    done = subprocess.run([str(python), "train.py"], cwd=project, capture_output=True, text=True, check=False)
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "train.py"], cwd=project, env=elsewhere, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     file, rounds = done.stdout.split()[-2:]
     assert Path(file).is_relative_to(site)

@@ -107,6 +107,16 @@ def test_a_head_that_answers_is_left_to_ray():
         head.probe(address)
 
 
+@pytest.mark.parametrize(("own", "found"), [("127.0.0.9", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+def test_a_head_on_loopback_alone_is_asked_there(own: str, found: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head.services, "resolve_ip_for_localhost", lambda host: own)
+    with grpc_server(None) as address:
+        port = address.rpartition(":")[2]
+        with head.as_written(address):
+            assert head.services.canonicalize_bootstrap_address(address) == f"{found}:{port}"
+    assert head.services.resolve_ip_for_localhost("127.0.0.1") == own
+
+
 def test_nothing_that_listens_is_said_at_once():
     with pytest.raises(ClusterError, match=r"^cluster.address 127.0.0.1:1: nothing answers there"):
         head.probe("127.0.0.1:1")

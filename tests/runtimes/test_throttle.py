@@ -72,6 +72,12 @@ class Throttled(Cluster):
     def now(self) -> float:
         return self.clock
 
+    def _place(self, node: NodeId) -> tuple[str, int]:
+        return f"machine {self._home[node].index}", self._home[node].index
+
+    def _room_in_stores(self, needed: object, what: str) -> None:
+        """There is no store to ask."""
+
     def _call(self, actor: Actor, ref: Any, handler: Any, on_error: Any = None) -> None:
         self._waiting[ref] = lambda result: handler(actor, result)
 

@@ -51,6 +51,33 @@ def probe(address: str) -> None:
             _ask(address, found)
 
 
+@contextlib.contextmanager
+def as_written(address: str) -> Iterator[None]:
+    """Let Ray connect to an address of loopback as it is written, where this machine's own does not answer.
+
+    Ray puts this machine's own address in the place of 127.0.0.1. A Ray that listens on loopback alone, as one that we
+    start does, was not found there: the run waited until Ray gave up.
+    """
+    host, _, port = address.rpartition(":")
+    if not services.is_localhost(host.strip("[]")) or _listens(services.resolve_ip_for_localhost(host), port):
+        yield
+        return
+    resolve = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = resolve
+
+
+def _listens(host: str, port: str) -> bool:
+    try:
+        with socket.create_connection((host, int(port)), timeout=_TIMEOUT_S):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
 def _connect(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:

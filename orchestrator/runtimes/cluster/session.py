@@ -286,9 +286,9 @@ def connect(
         return _start(num_cpus, num_gpus, object_store_bytes, runtime_env)
     if ray.is_initialized():
         return Session(None, owned=False, environment={})
-    head.probe(address)
     try:
-        with _quiet(), head.quiet():
+        with head.as_written(address), _quiet(), head.quiet():
+            head.probe(address)
             ray.init(
                 address=address,
                 log_to_driver=False,
