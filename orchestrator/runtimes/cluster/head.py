@@ -59,10 +59,10 @@ def as_written(address: str) -> Iterator[None]:
     start does, was not found there: the run waited until Ray gave up.
     """
     host, _, port = address.rpartition(":")
-    if not services.is_localhost(host.strip("[]")) or _listens(services.resolve_ip_for_localhost(host), port):
+    host, resolve = host.strip("[]"), services.resolve_ip_for_localhost
+    if not host or (own := resolve(host)) == host or _listens(own, port):
         yield
         return
-    resolve = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
     try:
         yield
