@@ -381,7 +381,7 @@ def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_nobody_reads_what_a_run_says(folder: Path):
-    script = f"{sys.executable} -m orchestrator simulate run.yaml --run-dir here; echo $? >code"
+    script = f"{sys.executable} -m starling simulate run.yaml --run-dir here; echo $? >code"
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTHONIOENCODING": "ascii"}
     ended = subprocess.run(
         ["sh", "-c", f"({script}) | head -1"],
