@@ -205,7 +205,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Path], str | None]]] = {
     "export": ("finished", _export),
     "export inside": ("finished", _export_inside),
     "export --round": ("finished", _export_round),
-    "replay": ("finished", _rebuild),
+    "rebuild": ("finished", _rebuild),
     "simulate --replay": ("finished", _replay),
     "simulate RUN/config.yaml": ("finished", _simulate),
     "load_model": ("finished", _load_model),

@@ -257,8 +257,8 @@ def bandwidth(
 
 
 @app.command(epilog=EXIT_CODES)
-def replay(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Of a run whose rounds can be replayed.")],
+def rebuild(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run of an algorithm that logs its rounds.")],
     to: Annotated[
         int | None,
         typer.Option(metavar="ROUND", min=0, help="The model after this round, counted from 0; or the last."),
@@ -276,9 +276,9 @@ def replay(
     def act(console: Console) -> dict[str, Any]:
         stand_beside(run_dir, trust=trust)
         from starling.orchestrator.cli.tables import print_rebuilt
-        from starling.orchestrator.records.rebuild import rebuild
+        from starling.orchestrator.records.rebuild import rebuild as rebuilt_from_log
 
-        rebuilt = rebuild(run_dir, to, since=since, save=save, trust=trust)
+        rebuilt = rebuilt_from_log(run_dir, to, since=since, save=save, trust=trust)
         print_rebuilt(console, rebuilt)
         return {"status": "ok"} | rebuilt.to_json()
 

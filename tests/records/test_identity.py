@@ -190,7 +190,7 @@ COMMANDS = {
     "sweep": ["--space", "fedavg", "--samples", "1", "--simulate", "--sweep-dir", "again"],
     "resume": [],
     "export": [],
-    "replay": [],
+    "rebuild": [],
     "track": [],
 }
 

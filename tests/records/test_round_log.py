@@ -294,18 +294,18 @@ def test_the_command_line(run_dir: Path, tmp_path: Path):
 
     from starling.orchestrator.cli.main import app
 
-    def replay(*arguments: str) -> tuple[int, dict[str, Any]]:
-        result = CliRunner().invoke(app, ["replay", *arguments, "--json"])
+    def command(*arguments: str) -> tuple[int, dict[str, Any]]:
+        result = CliRunner().invoke(app, ["rebuild", *arguments, "--json"])
         return result.exit_code, json.loads(result.stdout.splitlines()[-1])
 
-    code, answer = replay(str(run_dir), "--to", "4", "--since", "4", "--save", str(tmp_path / "saved"))
+    code, answer = command(str(run_dir), "--to", "4", "--since", "4", "--save", str(tmp_path / "saved"))
     assert (code, answer["round"], answer["since"], answer["replayed"], answer["error"]) == (0, 4, 3, 1, None)
     assert answer["digest"] == rebuild(run_dir, 4).digest
     assert (tmp_path / "saved").exists()
-    code, answer = replay(str(run_dir), "--to", "77")
+    code, answer = command(str(run_dir), "--to", "77")
     assert (code, answer["status"]) == (2, "failed")
     assert answer["error"].endswith("rounds.log: there is no round 77; the last one is 9")
     path = copied(run_dir, tmp_path)
     text = (path / "config.yaml").read_text()
     (path / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 7\n", 1))
-    assert replay(str(path))[0] == 3
+    assert command(str(path))[0] == 3
