@@ -41,7 +41,7 @@ class Peaks(Observer):
         self._thread.start()
 
     def on_round(self, record: RoundRecord) -> None:
-        print(f"  {self._label}: round {record.round + 1}, {record.seconds:.1f} s")
+        print(f"  {self._label}: round {record.round}, {record.seconds:.1f} s")
 
     def _sample(self, pids: Sequence[int]) -> None:
         while not self.over.is_set():

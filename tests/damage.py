@@ -115,7 +115,7 @@ def _sweep(raw: dict[str, Any], trial: Path, path: Path) -> Path:
     board = Board(options.objectives, path)
     for number in range(2):
         board.add(Trial(number, number, 0, {"optimizer.lr": 0.1 + number}))
-        board.report(number, {"round": 2, "loss": 0.5, "bytes": 10})
+        board.report(number, {"rounds": 2, "loss": 0.5, "bytes": 10})
     board.close(0, "finished", {"status": "finished"})
     board.change(1, {"optimizer.lr": 0.2})
     board.reopen(1, keep=1)

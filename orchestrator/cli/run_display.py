@@ -128,7 +128,7 @@ class PlainDisplay(Display):
         done = record.round + 1
         if done % -(-rounds // _MAX_LINES) and done != rounds:
             return
-        parts = [f"round {done}/{rounds}"]
+        parts = [f"{done:,} of {_plural(rounds, 'round')} done"]
         if record.loss is not None:
             parts.append(f"loss {number_text(record.loss)}")
         if record.metrics:
@@ -151,7 +151,8 @@ class LiveDisplay(Display):
 
     _live: Live | Status | None = None
     _metrics: Mapping[str, float] | None = None
-    _evaluated: int = 0
+    _evaluated: int = -1
+    """In which round."""
 
     @unfailing
     def open(self, config: Config, place: str) -> None:
@@ -160,7 +161,7 @@ class LiveDisplay(Display):
 
     def begin(self, started: Started) -> None:
         self._bar = Progress(
-            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f} rounds done"),
             BarColumn(bar_width=40),
             TextColumn("{task.percentage:.0f} %"),
             TimeElapsedColumn(),
@@ -173,7 +174,7 @@ class LiveDisplay(Display):
 
     def show(self, started: Started, record: RoundRecord, left_s: float) -> None:
         if record.metrics:
-            self._metrics, self._evaluated = record.metrics, record.round + 1
+            self._metrics, self._evaluated = record.metrics, record.round
         self._bar.update(self._task, completed=record.round + 1, left=f"ETA {seconds_text(left_s)}")
         if isinstance(self._live, Live):
             self._live.update(Group(self._bar, self._values(started, record)))
@@ -190,7 +191,7 @@ class LiveDisplay(Display):
             table.add_row("training loss", f"[bold]{number_text(record.loss)}[/]")
         for name, value in (self._metrics or {}).items():
             label = "validation loss" if name == _COMPARED else name
-            age = f"  [dim]after round {self._evaluated}[/]" if self._evaluated <= record.round else ""
+            age = f"  [dim]after round {self._evaluated}[/]" if self._evaluated < record.round else ""
             table.add_row(escape(label), f"[bold]{number_text(value)}[/]{_beside(name, started.baselines)}{age}")
         if _COMPARED in record.spread:
             table.add_row("of the nodes", _span(record))
@@ -228,7 +229,7 @@ def headline(started: Started) -> str:
         f"[bold]{escape(config.algorithm.name)}[/] on [bold]{escape(config.task.name)}[/]: "
         f"{_plural(len(started.nodes), 'node')} {where}, {started.layout.num_values:,} parameters, "
         f"{_plural(config.rounds, 'round')}"
-        + ("" if started.resumed_after is None else f", going on after round {started.resumed_after + 1}")
+        + ("" if started.resumed_after is None else f", {started.resumed_after + 1:,} of them done")
     )
 
 
@@ -298,7 +299,7 @@ def _tracked(tracking: MLflowTracking, path: Path) -> list[tuple[str, str]]:
 
 def _checkpoints(counts: Mapping[str, int]) -> str:
     failed = f", {counts['failed']} could not be" if counts["failed"] else ""
-    last = f", the last after round {counts['last_round'] + 1}" if counts["last_round"] >= 0 else ""
+    last = f", the last after round {counts['last_round']}" if counts["last_round"] >= 0 else ""
     return f"{counts['written']} written{failed}{last}"
 
 

@@ -121,7 +121,7 @@ class SweepDisplay(Watcher, View):
             metric = self._board.metrics[0]
             table.add_row(
                 f"[dim]trial {trial.number}[/]",
-                f"round {trial.rounds}",
+                f"{trial.rounds} rounds done",
                 f"{metric} {_text(metric, trial.value(metric))}",
                 f"[dim]{escape(_values(trial))}[/]",
             )

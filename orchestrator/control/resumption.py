@@ -39,7 +39,10 @@ def revival(
     if not accept_changes:
         changes.refuse(path, before, config, overrides)
     if checkpoint.number + 1 > config.rounds:
-        raise ConfigError(f"rounds: {config.rounds} are done already, the checkpoint is of {checkpoint.number + 1}")
+        done = checkpoint.number + 1
+        raise ConfigError(
+            f"rounds: {config.rounds}: the checkpoint, of round {checkpoint.number}, has {done} done already; set more"
+        )
     is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
     revival = Revival(checkpoint, config, before, accept_changes)
     if from_previous:

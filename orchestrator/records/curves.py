@@ -37,7 +37,7 @@ def draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
     scale, unit = bytes_unit(sent[-1])
     _curves(left, rounds, [record.round + 1 for record in rounds], started.baselines)
     _curves(right, rounds, [nbytes / scale for nbytes in sent], started.baselines)
-    left.set_xlabel("round")
+    left.set_xlabel("rounds done")
     left.set_ylabel("loss")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel(f"payload of all nodes, total ({unit})")

@@ -18,11 +18,11 @@ def told(event: Mapping[str, Any]) -> str | None:
     """An event in words; ``None`` for those that happen in every round.
 
     >>> told({"event": "lost", "round": 4, "node": 2, "reason": "its process died"})
-    'round 5: node 2 lost: its process died'
+    'round 4: node 2 lost: its process died'
     >>> told({"event": "commit", "round": 4})
     """
     who = "the server" if event.get("node") == SERVER else f"node {event.get('node')}"
-    when = f"round {event['round'] + 1}: " if "round" in event else ""
+    when = f"round {event['round']}: " if "round" in event else ""
     match event["event"]:
         case "lost":
             return f"{when}{who} lost: {event['reason']}"
@@ -65,4 +65,4 @@ def _checkpoint(event: Mapping[str, Any]) -> str | None:
         return f"checkpoints are written again; {given_up} could not be" if given_up else None
     if given_up > 1:
         return None
-    return f"the checkpoint of round {event['round'] + 1} was given up: {event['error']}; more is counted, and not told"
+    return f"the checkpoint of round {event['round']} was given up: {event['error']}; more is counted, and not told"

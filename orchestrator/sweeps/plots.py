@@ -62,7 +62,9 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
     values: list[float] = []
     for trial in sorted(result.trials, key=lambda one: _is_best(result, one)):
         points = [
-            (report["round"], report[objective.metric]) for report in _reports(result, trial) if _has(report, objective)
+            (report["rounds"], report[objective.metric])
+            for report in _reports(result, trial)
+            if _has(report, objective)
         ]
         if not points or trial.stage != "search":
             continue
@@ -77,7 +79,7 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
             alpha=1.0 if best else 0.6,
         )
         values += [value for _, value in points]
-    axes.set_xlabel("round")
+    axes.set_xlabel("rounds done")
     axes.set_ylabel(objective.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _scale(axes, values)

@@ -85,7 +85,7 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
         "status": trial.end or "unfinished",
         "values": trial.values,
         "rounds": trial.rounds,
-        "metrics": finite({name: value for name, value in last.items() if name != "round"}),
+        "metrics": finite({name: value for name, value in last.items() if name != "rounds"}),
         "run_dir": f"{TRIALS}/{trial.name}",
         "digest": (trial.summary or {}).get("digest"),
         "error": trial.error,
@@ -98,8 +98,8 @@ def _row_json(row: Row) -> dict[str, Any]:
         "trials": [trial.number for trial in row.trials],
         "status": row.first.end,
         "values": row.first.values,
-        "metrics": finite({name: value for name, value in row.means.items() if name != "round"}),
-        "deviations": finite({name: value for name, value in row.deviations.items() if name != "round"}),
+        "metrics": finite({name: value for name, value in row.means.items() if name != "rounds"}),
+        "deviations": finite({name: value for name, value in row.deviations.items() if name != "rounds"}),
     }
 
 

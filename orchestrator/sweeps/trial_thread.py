@@ -115,7 +115,7 @@ class _Reporter(Observer):
         self._seconds += record.seconds
         self._metrics = record.metrics or self._metrics
         self.last = {
-            "round": record.round + 1,
+            "rounds": record.round + 1,
             **self._metrics,
             **({} if record.loss is None else {"train_loss": record.loss}),
             "bytes": self._bytes,

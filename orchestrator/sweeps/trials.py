@@ -3,7 +3,7 @@
 ``trials.jsonl`` in the sweep's directory has all of it, a line for each thing that happened, written by one process::
 
     {"trial": 3, "sample": 1, "seed": 1, "stage": "search", "values": {"optimizer.lr": 0.01}}
-    {"trial": 3, "report": {"round": 4, "loss": 2.1, …}}
+    {"trial": 3, "report": {"rounds": 4, "loss": 2.1, …}}
     {"trial": 3, "end": "finished", "summary": {…}, "error": null}
 """
 
@@ -35,7 +35,7 @@ End: TypeAlias = Literal["finished", "stopped", "failed", "interrupted"]
 
 
 class _Report(Stored):
-    round: Count
+    rounds: Count
 
 
 class _Line(Stored):
@@ -48,7 +48,7 @@ class _Line(Stored):
     of: Count | None = None
     values: dict[str, Any] = {}
     change: dict[str, Any] = {}
-    report: _Report = _Report(round=0)
+    report: _Report = _Report(rounds=0)
     reopen: Count = 0
     end: End = "finished"
     summary: dict[str, Any] | None = None
@@ -108,7 +108,7 @@ class Trial:
     of: int | None = None
     """Of a confirmation: the trial that it confirms."""
     reports: list[dict[str, Any]] = field(default_factory=list)
-    """After evaluated rounds: ``round`` (done so far), metrics, ``train_loss``, ``bytes``, ``seconds``."""
+    """After evaluated rounds: ``rounds`` (done so far), metrics, ``train_loss``, ``bytes``, ``seconds``."""
     end: End | None = None
     summary: dict[str, Any] | None = None
     error: str | None = None
@@ -121,7 +121,7 @@ class Trial:
     @property
     def rounds(self) -> int:
         """Done, as far as is known."""
-        return self.reports[-1]["round"] if self.reports else 0
+        return self.reports[-1]["rounds"] if self.reports else 0
 
     def value(self, metric: str) -> float | None:
         """The last that is known; ``None`` if there is none, or it is no number."""
@@ -196,7 +196,7 @@ class Board:
     def reopen(self, number: int, *, keep: int) -> None:
         """A trial that was not over goes on; what it reported of rounds after ``keep`` is forgotten."""
         trial = self.trials[number]
-        trial.reports = [report for report in trial.reports if report["round"] <= keep]
+        trial.reports = [report for report in trial.reports if report["rounds"] <= keep]
         trial.end = trial.summary = trial.error = None
         self._write(trial=number, reopen=keep)
 
@@ -322,7 +322,7 @@ class Board:
 
 
 def _known(report: Iterable[str]) -> list[str]:
-    return [name for name in report if name != "round"]
+    return [name for name in report if name != "rounds"]
 
 
 def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:

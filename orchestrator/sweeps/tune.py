@@ -85,7 +85,7 @@ def scheduler_of(kind: Scheduler, config: Config, board: Board, space: Space) ->
         )
     if kind == "pbt":
         return Population(
-            time_attr="round",
+            time_attr="rounds",
             metric=objective.metric,
             mode=objective.mode,
             perturbation_interval=every,
@@ -94,7 +94,7 @@ def scheduler_of(kind: Scheduler, config: Config, board: Board, space: Space) ->
             log_config=False,
         )
     found = AsyncHyperBandScheduler(
-        time_attr="round",
+        time_attr="rounds",
         metric=objective.metric,
         mode=objective.mode,
         max_t=rounds,
@@ -208,7 +208,7 @@ class _Callback(tune.Callback):
     ) -> None:
         known = self._trial(trial)
         report = {name: result[name] for name in result.get("reported", ()) if name in result}
-        if report and (not known.reports or report["round"] > known.rounds):
+        if report and (not known.reports or report["rounds"] > known.rounds):
             self._board.report(known.number, report)
             try:
                 self._board.check(report)

@@ -93,7 +93,7 @@ def test_a_run_for_people(folder: Path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == "starting 2 nodes in the simulator …"
-    assert lines[3].startswith("round 1/3  loss ")
+    assert lines[3].startswith("1 of 3 rounds done  loss ")
     assert lines[6].split() == ["status", "finished", "after", "3", "rounds"]
     assert lines[-1].split() == ["curves", str(folder / "here" / "curves.png")]
     assert result.stderr == ""
@@ -114,7 +114,7 @@ def test_a_run_for_scripts(folder: Path):
     assert answer["virtual_seconds"] > 0
     assert Path(answer["run_dir"]).parent == folder / "runs"
     assert json.loads((Path(answer["run_dir"]) / "summary.json").read_text()) == {key: answer[key] for key in KEYS[:-1]}
-    assert "round 2/2" in result.stderr
+    assert "2 of 2 rounds done" in result.stderr
 
 
 def test_the_same_run_twice_has_one_digest():
@@ -431,7 +431,7 @@ def test_a_run_goes_on(folder: Path):
     assert json.loads(told.stdout) == first
     longer = starling("resume", "one", "--json", "--set", "rounds=3")
     assert longer.exit_code == 0, longer.output
-    assert "going on after round 2" in longer.stderr
+    assert "3 rounds, 2 of them done" in longer.stderr
     assert json.loads(longer.stdout)["rounds"] == 3
     assert "starling resume" not in longer.stderr
     assert (folder / "one" / "curves.png").exists()

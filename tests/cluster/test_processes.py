@@ -60,7 +60,7 @@ def test_a_finished_run_leaves_nothing(tmp_path, processes: Processes):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Processes, number: int):
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
-    wait_for(program, "round 3")
+    wait_for(program, "3 of 150 rounds done")
     program.send_signal(number)
     out, err = program.communicate(timeout=60)
     assert program.returncode == 130, err
@@ -73,7 +73,7 @@ def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Pr
 @pytest.mark.slow
 def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
-    wait_for(program, "round 3")
+    wait_for(program, "3 of 150 rounds done")
     program.kill()
     program.communicate(timeout=60)
     assert processes.wait_until_gone() == []

@@ -31,7 +31,7 @@ def begin(processes: Processes, folder: Path, *more: str) -> subprocess.Popen[st
     patience = ("--set", "cluster.cancel_grace_s=1")
     config = str(write(folder, ROUNDS))
     program = processes.start("run", config, "--json", "--run-dir", "run", *patience, *more, cwd=folder)
-    wait_for(program, "round 3", limit_s=240)
+    wait_for(program, f"30 of {ROUNDS:,} rounds done", limit_s=240)
     return program
 
 
@@ -76,7 +76,7 @@ def test_one_that_goes_on_in_time_is_only_said(tmp_path: Path, processes: Proces
     wait_for(program, "is stopped")
     os.kill(pid, signal.SIGCONT)
     wait_for(program, f"Ray's {name} (process {pid}) goes on")
-    wait_for(program, "round")
+    wait_for(program, "rounds done")
     program.send_signal(signal.SIGINT)
     summary, _ = ends(program, processes, 130)
     assert summary["status"] == "interrupted"
@@ -103,7 +103,7 @@ def test_a_killed_driver_leaves_no_actor_on_a_ray_of_others(tmp_path: Path, shar
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
     )
-    wait_for(program, "round 3")
+    wait_for(program, f"30 of {ROUNDS:,} rounds done")
     assert actors_alive(0) == 2
     program.kill()
     program.communicate(timeout=60)

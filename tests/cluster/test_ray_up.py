@@ -75,7 +75,7 @@ def test_from_ray_up_to_ray_down(machines: Sandbox, tmp_path: Path):
     submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT / "examples")]
     job = laptop.run(*submit, "--", *training, timeout_s=90)
     assert job.returncode == 0, job.stdout
-    assert "round 2/2" in job.stdout
+    assert "2 of 2 rounds done" in job.stdout
     summary = json.loads((head.home / "run/summary.json").read_text())
     assert summary["digest"] == simulate(ROOT / "examples/fedavg.yaml", TINY, run_dir=tmp_path / "simulated").digest
     # Its nodes were on the worker.

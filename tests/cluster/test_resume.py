@@ -91,7 +91,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path, 
     (tmp_path / "config.yaml").write_text(TEXT)
     path = tmp_path / "run"
     arguments: tuple[str, ...] = ("run", str(tmp_path / "config.yaml"), "--run-dir", str(path), "--json")
-    for text in ("round 3/", "  loss ", "  loss "):
+    for text in ("3 of 40 rounds done", "  loss ", "  loss "):
         program = processes.start(*arguments, cwd=tmp_path)
         wait_for(program, text)
         time.sleep(rng.uniform(0.0, 0.5))
@@ -125,7 +125,7 @@ def test_sigterm_saves_and_exits_130(tmp_path: Path, processes: Processes):
     (tmp_path / "config.yaml").write_text(TEXT.replace("every_rounds: 2}", "every_rounds: 100}") + "tracking: none\n")
     path = tmp_path / "run"
     program = processes.start("run", str(tmp_path / "config.yaml"), "--run-dir", str(path), "--json", cwd=tmp_path)
-    wait_for(program, "round 3/")
+    wait_for(program, "3 of 40 rounds done")
     program.send_signal(signal.SIGTERM)
     out, err = program.communicate(timeout=90)
     assert program.returncode == 130, err

@@ -154,7 +154,7 @@ def test_a_job_trains_to_the_simulators_digest(
     answer = json.loads(out.splitlines()[-1])
     assert answer["status"] == "finished"
     assert answer["exit_code"] == 0
-    assert "round 2/2" in err  # the job's log, followed
+    assert "2 of 2 rounds done" in err  # the job's log, followed
     assert answer["run_dir"] == f"~/starling/runs/{answer['job_id']}"
     summary = json.loads((head.home / "starling/runs" / answer["job_id"] / "summary.json").read_text())
     simulated = simulate(tmp_path / "tiny.yaml", ["seed=3"], run_dir=tmp_path / "simulated")
@@ -182,7 +182,7 @@ def test_ctrl_c_asks_and_stops_the_job(head: Head, submit: Callable[..., subproc
         return text in said
 
     assert job.stdout is not None
-    while "round " not in (line := job.stdout.readline()):
+    while " rounds done" not in (line := job.stdout.readline()):
         assert line, said
     reader = threading.Thread(target=job.stdout.read, daemon=True)  # a full pipe would hold it up
     reader.start()

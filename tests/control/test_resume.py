@@ -153,7 +153,7 @@ def test_a_finished_run_is_only_told_of_and_can_be_made_longer(whole: Summary, t
     assert (path / "summary.json").read_bytes() == before
     longer = api.resume(path, ["rounds=8"])
     assert (longer.rounds, longer.digest) == (8, whole.digest)
-    with pytest.raises(ConfigError, match="rounds: 2 are done already, the checkpoint is of 8"):
+    with pytest.raises(ConfigError, match="rounds: 2: the checkpoint, of round 7, has 8 done already; set more"):
         api.resume(path, ["rounds=2"])
 
 

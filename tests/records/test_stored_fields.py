@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MISSING = object()
 WRONG: tuple[Any, ...] = (MISSING, None, True, -3, 2**80, 1e300, "x", "9" * 5000, [], {}, [[0]], {"a": {"b": 0}})
 OPTIONAL = {
-    "trials.jsonl": {"of", "round", "loss", "bytes", "optimizer.lr", "status"},  # the last five: whatever was reported
+    "trials.jsonl": {"of", "rounds", "loss", "bytes", "optimizer.lr", "status"},  # the last five: whatever was reported
     "sweep.json": {"seeds", "scheduler", "search", "max_concurrent", "metrics", "simulate", "confirm"},
 }
 """Fields that may be left out: those with a default."""

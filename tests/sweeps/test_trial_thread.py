@@ -29,14 +29,14 @@ def test_reports_come_one_by_one_and_the_run_waits_between(tmp_path: Path):
     reports = [run.next(), run.next()]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
     reports.append(run.next())
-    assert [report["round"] for report in reports] == [2, 4, 6]
+    assert [report["rounds"] for report in reports] == [2, 4, 6]
     assert [report.get("done") for report in reports] == [None, None, True]
     last = reports[-1]
     assert last["end"] == "finished"
     assert last["error"] is None
     assert last["loss"] == last["summary"]["metrics"]["loss"]
     assert last["bytes"] == last["summary"]["bytes"]["payload"]
-    assert set(last["reported"]) == {"round", "loss", "accuracy", "train_loss", "bytes", "seconds"}
+    assert set(last["reported"]) == {"rounds", "loss", "accuracy", "train_loss", "bytes", "seconds"}
     run.stop()
 
 
@@ -46,13 +46,13 @@ def test_what_nobody_asked_for_in_time_is_there_afterwards(tmp_path: Path):
     while not last.get("done"):
         last = run.next()
     reports = reports_of(tmp_path / "run")
-    assert [report["round"] for report in reports] == [2, 4, 6]
+    assert [report["rounds"] for report in reports] == [2, 4, 6]
     assert all(reports[-1][name] == last[name] for name in last["reported"])
     run.stop()
 
 
 def test_without_a_scheduler_only_the_end_is_waited_for(tmp_path: Path):
-    assert begin(tmp_path, stepwise=False).next()["round"] in (2, 4, 6)
+    assert begin(tmp_path, stepwise=False).next()["rounds"] in (2, 4, 6)
 
 
 def test_a_run_that_waits_is_stopped_and_closed(tmp_path: Path):
@@ -62,7 +62,7 @@ def test_a_run_that_waits_is_stopped_and_closed(tmp_path: Path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
     last = run.next()
     assert last["end"] == "interrupted"
-    assert last["round"] == 2
+    assert last["rounds"] == 2
     assert not [one for one in threading.enumerate() if one.name == "starling-trial"]
 
 
@@ -73,7 +73,7 @@ def test_a_run_that_computes_is_stopped_by_the_file(tmp_path: Path):
     while not report.get("done"):
         report = run.next()
     assert report["end"] == "interrupted"
-    assert 0 < report["round"] < 100_000
+    assert 0 < report["rounds"] < 100_000
     assert not [one for one in threading.enumerate() if one.name == "starling-trial"]
 
 

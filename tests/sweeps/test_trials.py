@@ -24,7 +24,7 @@ def board_of(*points: tuple[float, float], objectives=(LOSS, BYTES), seeds: int 
     board = Board(objectives)
     for number, (loss, nbytes) in enumerate(points):
         board.add(Trial(number, number // seeds, number % seeds, {"optimizer.lr": 0.1 * (number // seeds + 1)}))
-        board.report(number, {"round": 4, "loss": loss, "bytes": nbytes})
+        board.report(number, {"rounds": 4, "loss": loss, "bytes": nbytes})
         board.close(number, "finished", {"digest": str(number)})
     return board
 
@@ -99,11 +99,11 @@ def test_a_loss_that_is_no_number_is_compared_with_nothing():
 def test_the_journal_is_read_again(tmp_path):
     board = Board((LOSS,), tmp_path)
     board.add(Trial(0, 0, 7, {"optimizer.lr": 0.1}))
-    board.report(0, {"round": 2, "loss": 3.0})
-    board.report(0, {"round": 4, "loss": 2.0})
+    board.report(0, {"rounds": 2, "loss": 3.0})
+    board.report(0, {"rounds": 4, "loss": 2.0})
     board.add(Trial(1, 1, 7, {"optimizer.lr": 0.2}))
     board.close(0, "finished", {"digest": "d"})
-    board.report(1, {"round": 2, "loss": float("nan")})
+    board.report(1, {"rounds": 2, "loss": float("nan")})
     board.change(1, {"optimizer.lr": 0.3})
     board.reopen(1, keep=1)
     board.release()
@@ -120,7 +120,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_gone_on_after(tmp_path):
     with (tmp_path / "trials.jsonl").open("a") as file:
         file.write('{"trial": 0, "rep')
     again = Board.load((LOSS,), tmp_path)
-    again.report(0, {"round": 1, "loss": 1.0})
+    again.report(0, {"rounds": 1, "loss": 1.0})
     again.release()
     lines = (tmp_path / "trials.jsonl").read_text().splitlines()
     assert ["report" in json.loads(line) for line in lines] == [False, True]
@@ -128,7 +128,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_gone_on_after(tmp_path):
 
 
 def test_a_line_that_is_none_is_named(tmp_path):
-    (tmp_path / "trials.jsonl").write_text('{"trial": 3, "report": {"round": 1}}\n')
+    (tmp_path / "trials.jsonl").write_text('{"trial": 3, "report": {"rounds": 1}}\n')
     with pytest.raises(ConfigError, match="trials.jsonl, line 1: trial 3 was not begun before"):
         Board.load((LOSS,), tmp_path)
 
@@ -136,7 +136,7 @@ def test_a_line_that_is_none_is_named(tmp_path):
 def test_a_metric_that_is_not_reported_is_named():
     board = Board((Objective("acuracy"),))
     with pytest.raises(ConfigError) as refused:
-        board.check({"round": 1, "loss": 1.0, "accuracy": 0.5})
+        board.check({"rounds": 1, "loss": 1.0, "accuracy": 0.5})
     assert str(refused.value) == "--metric acuracy: the runs do not report it (did you mean accuracy?)"
 
 
@@ -180,7 +180,7 @@ def test_a_sweep_that_goes_on_runs_what_is_not_over_and_what_is_missing(kind):
     for trial in first[:3]:
         known.add(Trial(trial.number, trial.sample, trial.seed, trial.values))
     for number in (0, 2):
-        known.report(number, {"round": 1, "loss": 1.0})
+        known.report(number, {"rounds": 1, "loss": 1.0})
         known.close(number, "finished")
     rest = suggestions(known, source(), 4)
     assert [one.number for one in rest] == [1, 3]
@@ -196,7 +196,7 @@ def test_optuna_learns_from_what_it_is_told():
     for place in range(60):
         number = searcher.suggest(f"t{place}")["number"]
         value = board.trials[number].values["optimizer.lr"]
-        board.report(number, {"round": 1, "loss": abs(math.log(value / 0.03))})
+        board.report(number, {"rounds": 1, "loss": abs(math.log(value / 0.03))})
         board.close(number, "finished")
         searcher.sample_done(number)
     losses = [board.trials[number].reports[-1]["loss"] for number in range(60)]
