@@ -35,7 +35,7 @@ class _Scripted(Synchronous):
     def _attempt(self, number: int) -> Attempt:
         attempt = super()._attempt(number)
         assert attempt.aborted is None
-        self._runtime.settle(dict.fromkeys(self._progress.members, number))
+        self._runtime.states.settle(dict.fromkeys(self._progress.members, number))
         self._watch(number, self._simulator.host.replicas)
         return attempt
 
@@ -46,7 +46,7 @@ class _Scripted(Synchronous):
         left = tuple(node for node in last.members if node not in members)
         for node in joined:
             if last.members and node not in last.members:
-                self._runtime.transfer(node, progress.members[0])
+                self._runtime.states.transfer(node, progress.members[0])
         return View(last.number + bool(last.members and (joined or left)), members, joined, left)
 
 

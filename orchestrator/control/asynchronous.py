@@ -91,7 +91,7 @@ class Asynchronous:
         self._idle: set[NodeId] = set()
         """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
         self._saving_since: float | None = None
-        self._mail.room.remembers = self._runtime.keeps_letters = True
+        self._mail.room.remembers = self._runtime.messages.keeps_delivered = True
 
     def run(self) -> None:
         """Go on until the configured number of rounds is done, then let everybody stand still."""
@@ -147,7 +147,7 @@ class Asynchronous:
             _, repair, joins = begun  # what it did then is done again
         self._begun[node] = number, repair, joins
         readings = self._readings.pop(node, [])
-        self._runtime.begin(
+        self._runtime.programs.begin(
             0,
             number,
             view,
@@ -239,7 +239,7 @@ class Asynchronous:
             self._mail.room.stop(node)
         self._halting.update(nodes)
         if nodes:
-            self._runtime.halt(nodes)
+            self._runtime.programs.halt(nodes)
 
     def _patience(self) -> float | None:
         """When the run has been waiting for ``nodes.min`` nodes long enough.
@@ -416,8 +416,8 @@ class Asynchronous:
             self._contributed.add(node)
         else:
             # Should it die, it goes on from here.
-            self._runtime.settle({SERVER: number})
-            self._runtime.keep(SERVER, number)
+            self._runtime.states.settle({SERVER: number})
+            self._runtime.states.keep(SERVER, number)
         by_server = self._config.algorithm.has_server
         # A server that died may have to repeat rounds that it had committed, when what is kept is older.
         if node == SERVER and number > progress.committed if by_server else self._is_turn():
@@ -429,7 +429,7 @@ class Asynchronous:
     def _go_on(self, node: NodeId) -> None:
         """A node stands still between two rounds: it begins the next, or leaves."""
         if node in self._members.leaving:
-            self._runtime.settle({node: self._rounds[node] - 1})
+            self._runtime.states.settle({node: self._rounds[node] - 1})
             self._members.retire([node])
         elif self._saving_since is not None:
             self._idle.add(node)
@@ -439,7 +439,7 @@ class Asynchronous:
     def _forget(self, envelopes: list[Envelope]) -> None:
         """Nobody will be handed these messages again."""
         for envelope in envelopes:
-            self._runtime.discard(envelope.sender, envelope.letter)
+            self._runtime.messages.discard(envelope.sender, envelope.letter)
 
     def _is_turn(self) -> bool:
         return self._num_commits % max(1, len(self._present)) == 0
@@ -491,7 +491,7 @@ class Asynchronous:
 
     def save(self) -> None:
         """Have all that is committed saved; no program of a round is open, or what it does is void."""
-        self._runtime.settle({node: self._rounds[node] - 1 for node in self._entered})
+        self._runtime.states.settle({node: self._rounds[node] - 1 for node in self._entered})
         now = self._now()
         state = {
             "view": self._view_number,
@@ -562,7 +562,7 @@ class Asynchronous:
     def stand_still(self) -> None:
         """Cancel what runs, in bounded time: what was committed last can be saved then."""
         self._saving_since = self._runtime.now
-        self._runtime.settle({node: self._rounds[node] - 1 for node in self._entered})
+        self._runtime.states.settle({node: self._rounds[node] - 1 for node in self._entered})
         self._halt(sorted(self._entered - self._idle - self._halting))
         deadline = self._runtime.now + self._config.cluster.cancel_grace_s + 1.0
         while self._halting and self._runtime.now < deadline:
@@ -576,8 +576,8 @@ class Asynchronous:
     def _stop(self) -> None:
         """Cancel what still runs; it goes back to its last commit."""
         waiting = set(self._mail.room.nodes).difference(self._progress.down)
-        self._runtime.settle({node: self._rounds[node] - 1 for node in waiting})
-        self._runtime.halt(sorted(waiting))
+        self._runtime.states.settle({node: self._rounds[node] - 1 for node in waiting})
+        self._runtime.programs.halt(sorted(waiting))
         while waiting:
             # Bounded: a runtime ends a node that does not stand still within the grace period.
             happening = self._runtime.next(self._runtime.now + self._config.cluster.round_deadline_s)

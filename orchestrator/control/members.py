@@ -211,15 +211,15 @@ class Members:
 
     def act(self) -> bool:
         """Do what the pool decides; say whether there was anything."""
-        decisions = self._pool.decide(self._runtime.now, self._runtime.num_spares)
+        decisions = self._pool.decide(self._runtime.now, self._runtime.processes.num_spares)
         for decision in decisions:
             match decision:
                 case Launch(nodes):
                     self.recoveries.launched(nodes)
                     self._progress.record("launch", nodes=nodes)
-                    self._runtime.launch(nodes)
+                    self._runtime.processes.launch(nodes)
                 case StandBy(count):
-                    self._runtime.stand_by(count)
+                    self._runtime.processes.stand_by(count)
         return bool(decisions)
 
     def comes(self, node: NodeId) -> bool:
@@ -240,7 +240,7 @@ class Members:
 
     def next_due(self) -> float | None:
         """When ``act`` is to be called again, if nothing happens before."""
-        return self._pool.next_due(self._runtime.num_spares)
+        return self._pool.next_due(self._runtime.processes.num_spares)
 
     def suffer(self, event: FaultEvent, number: int) -> None:
         """Let a scheduled fault happen, in round ``number``."""
@@ -253,11 +253,11 @@ class Members:
             self.recoveries.struck(node)
             match event.kind:
                 case "kill":
-                    self._runtime.kill(node)
+                    self._runtime.processes.kill(node)
                 case "hang":
-                    self._runtime.hang(node)
+                    self._runtime.processes.hang(node)
                 case "preempt":
-                    self._runtime.preempt(node)
+                    self._runtime.processes.preempt(node)
 
     def committed(self, number: int, reports: Mapping[NodeId, Returned]) -> None:
         """The nodes of ``reports`` have committed round ``number``."""
@@ -271,7 +271,7 @@ class Members:
         self.loaded.clear()  # who has got state and has not committed since lacks a round
         for node in [node for node in self._kept if node in reports and node != SERVER]:
             del self._kept[node]
-            self._runtime.release(node)
+            self._runtime.states.release(node)
 
     def withdraw(self) -> list[NodeId]:
         """Nodes that have to leave now, in mid-round; the first one, and each is named once."""

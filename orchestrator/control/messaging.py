@@ -38,11 +38,11 @@ class Mail:
             case Sent(node, to, nbytes, letter):
                 envelope = self.room.send(node, to, nbytes, letter)
                 if envelope is None:
-                    self._runtime.discard(node, letter)
+                    self._runtime.messages.discard(node, letter)
                 else:
                     if node != to:
                         self._progress.ledger.book("server" if SERVER in (node, to) else "peer", nbytes)
-                    self._runtime.dispatch(envelope)
+                    self._runtime.messages.dispatch(envelope)
             case Vanished(envelope):
                 self.room.vanished(envelope)
             case Unreadable(node, envelope, timeout_s):
@@ -79,5 +79,5 @@ class Mail:
                 case _:
                     what = "timeout"
             self._progress.record("received", node=handover.node, outcome=what)
-            self._runtime.hand_over(handover)
+            self._runtime.messages.hand_over(handover)
             self._on_handover(handover)

@@ -337,9 +337,9 @@ class SynchronousReplay(Synchronous):
                     self._mail.left(node)
                     self._mail.room.join(node)
                 case ("transfer", node, donor, position) if node != donor:
-                    self._runtime.transfer(node, donor, position)
+                    self._runtime.states.transfer(node, donor, position)
                 case ("transfer", node, _, _):
-                    self._runtime.restore(node)
+                    self._runtime.states.restore(node)
                 case _:
                     raise AssertionError(step)
         # The clock may stand still meanwhile: what has been given is there already.

@@ -102,11 +102,11 @@ class Revival:
             assert runtime.standing is not None
             runtime.standing.bring_back(saved["processes"], states, kept, new, loop.in_flight)
         else:
-            runtime.adopt(states)
+            runtime.states.adopt(states)
             rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
             envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
         if envelopes:
-            runtime.put_back(envelopes, self.checkpoint.nodes[MAIL])
+            runtime.messages.put_back(envelopes, self.checkpoint.nodes[MAIL])
         progress.set_forward(saved["progress"])
         if isinstance(loop, Asynchronous):
             loop.go_on_from(saved["loop"]["mark"])

@@ -169,9 +169,9 @@ class Progress:
         last = number == self.config.rounds - 1
         if last or (config.every_rounds and (number + 1) % config.every_rounds == 0):
             began = time.monotonic()
-            self.runtime.settle(committed)
+            self.runtime.states.settle(committed)
             metrics = self._metrics = self._ask(
-                tuple(committed), lambda nodes: self.runtime.evaluate(nodes, config.max_batches), alike=alike
+                tuple(committed), lambda nodes: self.runtime.models.evaluate(nodes, config.max_batches), alike=alike
             )
             if config.per_node and not alike:
                 node_metrics = self._of_each(tuple(committed))
@@ -213,7 +213,7 @@ class Progress:
         found: dict[NodeId, dict[str, float]] = {}
         for node in nodes:
             with contextlib.suppress(NodeGoneError):
-                found[node] = self.runtime.evaluate((node,), self.config.evaluation.max_batches)
+                found[node] = self.runtime.models.evaluate((node,), self.config.evaluation.max_batches)
         return found
 
     def seal(self, number: int, view: View, record: bytes | None, nodes: Sequence[NodeId]) -> None:
@@ -225,7 +225,7 @@ class Progress:
         self._records.append(record)
         every = self.config.replay.snapshot_every
         if every and (number + 1) % every == 0:
-            self.runtime.settle(dict.fromkeys(nodes, number))
+            self.runtime.states.settle(dict.fromkeys(nodes, number))
             file = self.observer.on_snapshot(number, self.fetch(nodes, alike=True))
             if file is not None:
                 self._base, self._records = file, []
@@ -242,7 +242,7 @@ class Progress:
 
     def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
         """The model that the run ends with: the mean of ``nodes``' or, if they are ``alike``, that of one."""
-        return self._ask(nodes, self.runtime.finish, alike=alike)
+        return self._ask(nodes, self.runtime.models.fetch, alike=alike)
 
     def _ask(self, nodes: Sequence[NodeId], what: Callable[[Sequence[NodeId]], _T], *, alike: bool) -> _T:
         """Ask a model of ``nodes``; who dies meanwhile is left out."""
@@ -278,9 +278,9 @@ class Progress:
         assert self.checkpoints is not None
         began = time.monotonic()
         envelopes = mail.room.waiting()
-        letters = self.runtime.letters(envelopes) if envelopes else iter(())
+        letters = self.runtime.messages.export(envelopes) if envelopes else iter(())
         needed = {SERVER}.intersection(nodes) if shared is None else {shared}
-        states = complete(self.runtime.snapshot(nodes, shared, members.kept_alone(begun)), needed)
+        states = complete(self.runtime.states.snapshot(nodes, shared, members.kept_alone(begun)), needed)
         saved = itertools.chain(states, ((MAIL, export) for export in letters))
         self.record("saving", round=self.committed, nodes=sorted(nodes))
         mine: dict[str, Any] = {"progress": self._to_json(), "loop": loop, "mail": mail.room.to_json()}

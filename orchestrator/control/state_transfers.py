@@ -75,7 +75,7 @@ class Transfers:
         """
         joiner = _Joiner(number, self._progress.runtime.now, len(self._joiners), position, kept=kept)
         self._joiners[node] = joiner
-        if kept is None or not self._progress.runtime.restore(node):
+        if kept is None or not self._progress.runtime.states.restore(node):
             self._ask_donor(node, joiner)
 
     def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
@@ -94,10 +94,10 @@ class Transfers:
         position = None if joiner.restored else joiner.position
         transcript = None if joiner.refused else self._progress.transcript()
         if transcript is None:
-            self._progress.runtime.transfer(node, donor, position)
+            self._progress.runtime.states.transfer(node, donor, position)
         else:
             # Whoever cannot, says so, and is given a donor's state then.
-            self._progress.runtime.replay(node, donor, *transcript, position)
+            self._progress.runtime.states.replay(node, donor, *transcript, position)
         self.on_begin(node, donor)
 
     def retry(self) -> None:

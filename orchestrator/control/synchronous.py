@@ -122,7 +122,7 @@ class Synchronous:
                     # With the same nodes and the same samples it would end in the same way.
                     raise RunError(f"round {number} cannot be finished: {attempt.aborted}")
                 tries, was_silent = tries + 1, attempt.is_silent
-        self._runtime.settle(dict.fromkeys(self._progress.members, self._progress.committed))
+        self._runtime.states.settle(dict.fromkeys(self._progress.members, self._progress.committed))
 
     @property
     def result(self) -> tuple[NodeId, ...]:
@@ -177,7 +177,7 @@ class Synchronous:
         there = [node for node in self._progress.nodes if node in self._progress.members]
         self._halting.update(there)
         self._mail.room.forget(self._progress.committed + 1)
-        self._runtime.halt(there)
+        self._runtime.programs.halt(there)
         deadline = self._runtime.now + self._config.cluster.cancel_grace_s + 1.0
         while self._halting and self._runtime.now < deadline:
             happening = self._runtime.next(deadline)
@@ -223,7 +223,7 @@ class Synchronous:
         )
         for node in view.members:
             self._mail.room.begin(node, number)
-        self._runtime.begin(
+        self._runtime.programs.begin(
             self._epoch,
             number,
             view,
@@ -287,7 +287,7 @@ class Synchronous:
         survivors = [node for node in attempt.rendezvous.view if node not in self._progress.down]
         self._mail.room.forget(attempt.number)
         self._halting.update(survivors)
-        self._runtime.halt(survivors)
+        self._runtime.programs.halt(survivors)
 
     def _strike(self, phase: FaultPhase, number: int, node: NodeId | None = None) -> None:
         """Let the scheduled faults of this moment happen."""
@@ -336,7 +336,7 @@ class Synchronous:
         cluster = self._config.cluster
         attempt.deadline = now + cluster.round_deadline_s
         # Whoever hangs is found also where nobody waits for it yet, or where too few would be left without it.
-        self._runtime.probe(sorted(attempt.rendezvous.active))
+        self._runtime.processes.probe(sorted(attempt.rendezvous.active))
         patience = cluster.round_deadline_s + cluster.min_nodes_timeout_s
         if not attempt.rendezvous.is_waited_for:
             attempt.heard_at = now  # all of them compute, which may take as long as it takes
@@ -519,7 +519,7 @@ class Synchronous:
     def _settle(self) -> None:
         """Let the last commit be applied by all that have it."""
         sound = [node for node in self._progress.members if self._is_sound(node)]
-        self._runtime.settle(dict.fromkeys(sound, self._progress.committed))
+        self._runtime.states.settle(dict.fromkeys(sound, self._progress.committed))
 
     def _still_waiting(self, number: int) -> str:
         cluster, there = self._config.cluster, len(self._progress.nodes)

@@ -1,4 +1,4 @@
-"""What the controller asks of a runtime. Two keep this contract: ``simulator.Simulator`` and ``cluster.Cluster``."""
+"""The contract between the controller and a runtime, part by part. ``Simulator`` and ``Cluster`` implement it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class Standing(Protocol):
-    """Processes as they are between two rounds, on a clock that can be set."""
+    """A snapshot of all processes between two rounds, on a clock that can be set."""
 
     initial: tuple[NodeId, ...]
-    """The nodes to begin with, besides the server, if they are not those of the configuration."""
+    """Nodes to start with, besides the server; empty: those of the configuration."""
 
     def to_json(self) -> Mapping[str, Any]:
-        """What processes are doing, and what is to happen when, as plain data; nothing of a round is in it."""
+        """Return the state of every process and all scheduled events as plain data, without anything of a round."""
         ...
 
     def bring_back(
@@ -41,97 +41,59 @@ class Standing(Protocol):
         new: Collection[NodeId],
         in_flight: Sequence[Envelope],
     ) -> None:
-        """Let everything be as it was when ``to_json`` gave ``processes``, with the nodes of ``initial`` started.
+        """Restore the processes that ``to_json`` described; the nodes of ``initial`` have been started.
 
-        ``saved`` is of those who were there, but for ``new`` ones, and of ``kept``; ``in_flight`` had not arrived.
+        Args:
+            processes: returned by ``to_json``.
+            saved: states by node: of every present node that is not new, and of every kept one.
+            kept: nodes whose state outlives them.
+            new: present nodes that are still in the initial state.
+            in_flight: messages that had not arrived.
         """
         ...
 
 
-class Runtime(Protocol):
-    """Carries out what the controller decides, and reports what happens."""
-
-    virtual: bool
-    """Whether ``now`` is a virtual clock."""
-    layout: Layout
-    """Of the parameters; known once ``start`` has returned."""
-    keeps_letters: bool
-    """Whether a payload that was handed over is kept until it is told to ``discard`` it; else only the server's is."""
-    baselines: dict[str, float]
-    """What the task's validation loss compares with; known once ``start`` has returned."""
-    num_parts: int | None
-    """Into how many the data are divided: known once ``start`` has returned, and kept if it is set before."""
-    part_sizes: tuple[int, ...] | None
-    """Samples of each part, if others may draw it while its node is away; known once ``start`` has returned."""
-    fingerprint: Fingerprint
-    """Of the data; known once ``start`` has returned."""
-
-    @property
-    def standing(self) -> Standing | None:
-        """Its processes, if they can be brought back as they were; ``None`` where time is not the runtime's own."""
-        ...
-
-    @property
-    def now(self) -> float:
-        """Seconds on the runtime's clock."""
-        ...
-
-    @property
-    def transport_nbytes(self) -> int | None:
-        """Bytes that really moved between processes so far; ``None`` where nothing does."""
-        ...
+class Processes(Protocol):
+    """The processes that host nodes: started, checked, and struck by faults."""
 
     @property
     def num_spares(self) -> int:
-        """Processes that stand by, or are being started for that."""
-        ...
-
-    def start(self) -> list[NodeFacts]:
-        """Bring nodes up with their initial state: those for which there is room, at least ``cluster.nodes.min``.
-
-        ``Up`` comes later for the others.
-
-        Raises:
-            StarlingError: they cannot be brought up.
-        """
+        """Number of processes that stand by, or are being started to."""
         ...
 
     def launch(self, nodes: Sequence[NodeId]) -> None:
-        """Start nodes, elsewhere if need be; a process that stands by is used if there is one.
+        """Start nodes, in a spare process if there is one, else in new ones.
 
-        ``Up`` comes for each, or ``NotUp``. One that had ``Notice`` and is there still goes on until it is retired.
+        ``Up`` or ``NotUp`` is reported for each. A node that had ``Notice`` goes on until it is retired.
         """
         ...
 
     def stand_by(self, count: int) -> None:
-        """Start so many processes that can take the place of lost ones; ``SpareLost`` comes for those that die."""
+        """Start ``count`` spare processes; ``SpareLost`` is reported for those that die."""
         ...
 
     def probe(self, nodes: Sequence[NodeId]) -> None:
-        """Ask the processes of ``nodes`` whether they live; ``Died`` comes of those that do not answer in time.
+        """Ping the processes of ``nodes``; ``Died`` is reported for those that do not answer in time.
 
         A node that computes, for however long, does answer.
         """
         ...
 
-    def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
-        """Let nodes that stand still leave; ``Retired`` comes for each, or ``Died``.
-
-        What they have committed is kept. Those in ``empty`` have nothing: what is kept of their places stays.
-        """
-        ...
-
     def kill(self, node: NodeId) -> None:
-        """End a node's process, as a fault would."""
+        """End a node's process, as a scheduled fault."""
         ...
 
     def hang(self, node: NodeId) -> None:
-        """Let a node's process stand still and answer nothing, as a fault would."""
+        """Stop a node's process, so that it answers nothing, as a scheduled fault."""
         ...
 
     def preempt(self, node: NodeId) -> None:
-        """Give a node notice, and end its process when ``cluster.drain_s`` is over, as a cloud would."""
+        """Give a node notice, and end its process after ``cluster.drain_s``, as a cloud would."""
         ...
+
+
+class Programs(Protocol):
+    """The programs of a round: begun, and cancelled."""
 
     def begin(
         self,
@@ -146,50 +108,64 @@ class Runtime(Protocol):
         places: Mapping[NodeId, Place] = NOTHING_NEW,
         seen: Sequence[float] = (),
     ) -> None:
-        """Begin a round on ``nodes``; ``committed`` is the last committed round.
+        """Begin a round on ``nodes``.
 
-        With ``repair`` programs begin with ``on_view_change``; those of ``joiners``, which were given another node's
-        state, with ``join`` before it. ``places`` says of whom there is news what it is to draw; ``seen``, what the
-        programs of one node have ``Seen`` in this round before, and see again.
+        Args:
+            epoch: counts attempts; events of an earlier one are dropped.
+            number: of the round.
+            view: its members.
+            committed: the last committed round, which nodes apply first.
+            nodes: those that begin.
+            repair: programs begin with ``on_view_change``.
+            joiners: nodes with another node's state, whose programs begin with ``join``.
+            places: sampling plans and positions that have changed.
+            seen: clock readings of an earlier attempt, which the programs see again.
         """
         ...
 
-    def perform(self, decisions: Sequence[Decision]) -> None:
-        """Carry out what the rendezvous decided at one moment."""
+    def halt(self, nodes: Sequence[NodeId]) -> None:
+        """Cancel programs; ``Halted`` is reported for each node, or ``Died`` if it does not stop in time."""
         ...
 
+
+class Messages(Protocol):
+    """Payloads between ``Send`` and ``Receive``."""
+
+    keeps_delivered: bool
+    """Keep every delivered payload until ``discard``; otherwise only the server's are kept."""
+
     def dispatch(self, envelope: Envelope) -> None:
-        """Carry a message that was ``Sent`` to where its receiver is; ``Arrived`` says when it is there."""
+        """Carry a message to its receiver's machine; ``Arrived`` or ``Vanished`` is reported."""
         ...
 
     def discard(self, node: NodeId, letter: int) -> None:
-        """Nobody is to have what ``node`` sent."""
+        """Drop a payload that ``node`` sent."""
         ...
 
     def hand_over(self, handover: Handover) -> None:
-        """Let a node that ``Receives`` run on. A payload for the server is kept until it is told to ``discard`` it."""
+        """Resume a node that waits in ``Receive`` with the outcome."""
         ...
 
-    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
-        """The payloads of messages that wait, as one export, which may be taken in another thread as a ``snapshot``."""
+    def export(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+        """Yield the payloads of waiting messages as one export. May be consumed in another thread."""
         ...
 
     def put_back(self, envelopes: Sequence[Envelope], letters: StateExport) -> None:
-        """Have again what ``letters`` gave; ``envelopes`` name their places in it, -1 is the first."""
+        """Restore payloads from an export; the ``letter`` of each envelope is -1 for the first, -2 for the next."""
         ...
 
-    def halt(self, nodes: Sequence[NodeId]) -> None:
-        """Cancel the programs of ``nodes``; ``Halted`` comes for each, or ``Died`` if it does not stand still."""
-        ...
+
+class States(Protocol):
+    """Committed state of nodes: applied, copied between nodes, kept, and exported."""
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:
         """Apply the commits up to the given round of each node; ``begin`` does so too."""
         ...
 
     def transfer(self, joiner: NodeId, donor: NodeId, position: Position | None = None) -> None:
-        """Give ``joiner`` the committed parameters and shared state of ``donor``; its data go on at ``position``.
+        """Copy the committed parameters and shared state of ``donor`` to ``joiner``, whose local state stays.
 
-        Its local state stays. ``Loaded`` comes, or ``NotLoaded``, or ``Died`` for the joiner.
+        ``Loaded``, ``NotLoaded``, or ``Died`` of the joiner is reported. Its data go on at ``position``.
         """
         ...
 
@@ -201,72 +177,157 @@ class Runtime(Protocol):
         base: bytes | None,
         position: Position | None = None,
     ) -> None:
-        """Let ``joiner`` catch up by itself instead, with the records of the rounds that it has missed.
+        """Let ``joiner`` compute the committed state from the records of the rounds that it missed.
 
-        ``base`` is the model before the first of them. It ends as a transfer from ``donor``, which does nothing, would.
+        ``base`` is the model before the first of them. Events are those of a transfer from ``donor``, which does
+        nothing.
         """
         ...
 
     def keep(self, node: NodeId, number: int) -> None:
-        """Keep what ``node`` committed in round ``number``, where it outlives the node's machine; ``Kept`` comes then.
+        """Copy what ``node`` committed in round ``number`` to where it outlives its machine; ``Kept`` is reported.
 
-        What was kept before is kept until then.
+        The copy before stays until then.
         """
         ...
 
     def release(self, node: NodeId) -> None:
-        """What was kept of ``node`` is not needed any more."""
+        """Drop the kept copy of ``node``."""
         ...
 
     def restore(self, node: NodeId) -> bool:
-        """Give ``node`` all that was kept of it; say whether there is anything. Otherwise as ``transfer``."""
+        """Load a node's own kept copy into it; return False without one. Events are those of ``transfer``."""
         ...
 
     def snapshot(
         self, nodes: Sequence[NodeId], shared: NodeId | None, kept: Collection[NodeId] = ()
     ) -> Iterator[tuple[NodeId, StateExport]]:
-        """All that ``nodes`` have committed, as it is now; those that have left, and ``kept``, as it was kept.
+        """Yield all that nodes have committed, as of now. May be consumed in another thread, while rounds go on.
 
-        It may be taken in another thread, while rounds go on; who dies before is left out. The shared state comes from
-        ``shared`` alone, unless that is ``None``.
+        Args:
+            nodes: a node that dies before its copy is fetched is left out.
+            shared: the only node that gives the shared state; None: every node gives its own.
+            kept: nodes of which the kept copy is yielded, as it is of nodes that have left.
         """
         ...
 
     def adopt(self, saved: Mapping[NodeId, StateExport]) -> None:
-        """Keep what a ``snapshot`` has given, as that of these nodes: ``restore`` gives it to them."""
+        """Keep the exports of a ``snapshot``, for ``restore``."""
         ...
 
-    def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
-        """The run has gone on for so long before, and moved so many bytes; a virtual clock shows it."""
-        ...
 
-    def next(self, until: float) -> Happening | None:
-        """Wait for something to happen, until ``now`` reaches ``until`` (``None`` then)."""
-        ...
+class Models(Protocol):
+    """Committed models, evaluated and fetched; programs may run."""
 
     def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
-        """The metrics, on held-out data, of the mean of what ``Algorithm.model`` gives on ``nodes``.
+        """Return metrics on held-out data of the mean of what ``Algorithm.model`` gives on ``nodes``.
 
-        That of committed state, also of nodes whose program runs. The first of them computes it; if it is the only one,
-        its program is between two rounds.
+        The first node computes them; if it is the only one, its program is between two rounds.
 
         Raises:
-            NodeGoneError: one of them died meanwhile, which ``Died`` tells too.
+            NodeGoneError: one of them died meanwhile; ``Died`` is reported too.
         """
         ...
 
-    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
-        """Fetch the mean model of ``nodes``; no program runs any more. Raises as ``evaluate``."""
+    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
+        """Return the mean model of ``nodes``; no program runs any more. Raises as ``evaluate``."""
+        ...
+
+
+class Runtime(Protocol):
+    """Carries out the controller's decisions and reports events."""
+
+    virtual: bool
+    """``now`` is a virtual clock."""
+    num_parts: int | None
+    """Number of parts into which the data are divided: set before ``start``, or chosen by it."""
+
+    layout: Layout
+    """Of the parameters; known once ``start`` has returned, as are the next three."""
+    baselines: dict[str, float]
+    """Reference values of the task's validation loss."""
+    part_sizes: tuple[int, ...] | None
+    """Samples of each part, if other nodes may draw them while its own is away."""
+    fingerprint: Fingerprint
+    """Of the data."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that host nodes."""
+        ...
+
+    @property
+    def programs(self) -> Programs:
+        """The programs of the running round."""
+        ...
+
+    @property
+    def messages(self) -> Messages:
+        """Payloads on their way."""
+        ...
+
+    @property
+    def states(self) -> States:
+        """Committed state."""
+        ...
+
+    @property
+    def models(self) -> Models:
+        """Committed models."""
+        ...
+
+    @property
+    def standing(self) -> Standing | None:
+        """The processes, to be saved and restored exactly; None where time is not the runtime's own."""
+        ...
+
+    @property
+    def now(self) -> float:
+        """Seconds on the runtime's clock."""
+        ...
+
+    @property
+    def transport_nbytes(self) -> int | None:
+        """Bytes that moved between processes so far; None in the simulator."""
+        ...
+
+    def start(self) -> list[NodeFacts]:
+        """Bring up the nodes for which there is room, at least ``cluster.nodes.min``, in the initial state.
+
+        ``Up`` is reported later for the others.
+
+        Raises:
+            StarlingError: they cannot be brought up.
+        """
+        ...
+
+    def perform(self, decisions: Sequence[Decision]) -> None:
+        """Carry out what the rendezvous decided at one moment."""
+        ...
+
+    def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
+        """Keep what idle nodes have committed, and let them leave; ``Retired`` or ``Died`` is reported for each.
+
+        Nodes in ``empty`` have committed nothing; what is kept of their predecessors stays.
+        """
+        ...
+
+    def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
+        """Let a resumed run's clock and byte count go on from where they were; only a virtual clock moves."""
+        ...
+
+    def next(self, until: float) -> Happening | None:
+        """Wait for the next event; return None when ``now`` has reached ``until``."""
         ...
 
     def check(self) -> None:
-        """Look whether a failure is but a consequence.
+        """Look for the cause behind an error that is about to end the run.
 
         Raises:
-            RunError: it is; this says of what.
+            RunError: there is one; the message names it.
         """
         ...
 
     def close(self) -> None:
-        """Leave nothing behind: no process, no actor, no temporary file. Idempotent; never raises."""
+        """End all processes and remove temporary files. Idempotent; never raises."""
         ...

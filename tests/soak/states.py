@@ -140,7 +140,7 @@ class Synchronous(Watched):
         number, view = cast("int", event["round"]), event["view"]
         kept.begin = event
         bodies = {node: self.bodies[node] for node in view}
-        self.runtime.settle(dict.fromkeys(view, number - 1))
+        self.runtime.states.settle(dict.fromkeys(view, number - 1))
         if isinstance(self.config.algorithm, Mixer):
             kept.before = {node: one.committed.double() for node, one in bodies.items()}
         if number == 0:

@@ -7,7 +7,7 @@ exchange, and this one has messages, state transfer and results.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 import ray.exceptions
@@ -64,9 +64,16 @@ class Cluster(DataPlane):
         self._loading: dict[NodeId, NodeId] = {}
         """Who is being given state, and whose."""
         self._num_snapshots = 0
-        self.keeps_letters = False
+        self.keeps_delivered = False
         self._base: tuple[int, ObjectRef[Any]] | None = None
         """The first round that is replayed, and where the model before it is in the store."""
+
+    @property
+    def processes(self) -> Self:
+        """Itself, as each of its parts."""
+        return self
+
+    programs = messages = states = models = processes
 
     def close(self) -> None:
         self._contributions, self._reduced, self._kept, self._letters = {}, {}, {}, {}
@@ -109,7 +116,7 @@ class Cluster(DataPlane):
         envelope = outcome.envelope
         key = envelope.sender, envelope.letter
         # It may have to be handed over again.
-        keeps = node == SERVER or self.keeps_letters
+        keeps = node == SERVER or self.keeps_delivered
         sending, data = self._letters[key] if keeps else self._letters.pop(key)
         self.transport_nbytes += envelope.nbytes
         letter = Letter(
@@ -129,7 +136,7 @@ class Cluster(DataPlane):
 
         self._call(actor, actor.handle.receive.remote(self._epoch, node, letter), done)
 
-    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+    def export(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
         kept = [self._letters[one.sender, one.letter] for one in envelopes]
         return _gathered(kept)
 
@@ -340,7 +347,7 @@ class Cluster(DataPlane):
             self._ask(node, done)
         return [model for _, model in answers]
 
-    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
+    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
         first, *others = nodes
         digest, data = self._ask(first, self._home[first].handle.model.remote(first, self._models(others)))
         return FinalModel(digest, data)

@@ -104,6 +104,8 @@ class SimulatedProcesses:
         """Itself: its clock can be set."""
         return self
 
+    processes = programs = messages = states = models = standing
+
     @property
     def now(self) -> float:
         return self._now

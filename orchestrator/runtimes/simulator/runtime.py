@@ -115,7 +115,7 @@ class Simulator(SimulatedProcesses):
         self._large: dict[int, Buffer] = {}
         self._threads = torch.get_num_threads()
         self._is_synchronous = config.algorithm.synchronous
-        self.keeps_letters = False
+        self.keeps_delivered = False
 
     def start(self) -> list[NodeFacts]:
         # One thread, as a node actor has: the order of additions inside a matrix product depends on their number.
@@ -271,13 +271,13 @@ class Simulator(SimulatedProcesses):
             envelope = outcome.envelope
             sending = self._letters[envelope.letter]
             data = self.host.outbox[envelope.letter] if sending.inline is None else sending.inline
-            if handover.node != SERVER and not self.keeps_letters:  # else it may have to be handed over again
+            if handover.node != SERVER and not self.keeps_delivered:  # else it may have to be handed over again
                 self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
             result = Message(envelope.sender, payload, outcome.staleness, envelope.round)
         self._resume_at(self._now, handover.node, result)
 
-    def letters(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
+    def export(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
         sendings = [self._letters[one.letter] for one in envelopes]
         data = [
             self.host.outbox[one.letter] if sending.inline is None else sending.inline
@@ -423,7 +423,7 @@ class Simulator(SimulatedProcesses):
             return None, None
         return mean_model(self.host.replicas[node].committed_model() for node in nodes)
 
-    def finish(self, nodes: Sequence[NodeId]) -> FinalModel:
+    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
         replica = self.host.replicas[nodes[0]]
         mean = self._mean(nodes)
         return FinalModel(replica.model_digest(*mean), save(replica.model_tensors(*mean)))
