@@ -1,22 +1,26 @@
-"""The host: the nodes of one process, and their programs of the running round.
+"""The host runs the programs of all nodes in one process.
 
 Both runtimes use it: the simulator hosts all nodes, a Ray actor hosts one or several. A host never decides anything;
-it runs programs to their next operation, computes, and (``actors.host.exchanges``) moves bytes as it is told.
+it runs programs to their next operation. It owns the exchanges, the computation, the outbox and the logs of its nodes,
+which the runtimes call directly.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
 from starling.actors.data.plans import NOTHING_NEW
 from starling.actors.host import batched
-from starling.actors.host.exchanges import Exchanges, Shared
-from starling.actors.host.failures import UnfinishedExchange, failure
+from starling.actors.host.computation import Computation
+from starling.actors.host.exchanges import Exchanges
+from starling.actors.host.failures import failure
+from starling.actors.host.node_log import NodeLogs
+from starling.actors.host.outbox import Outbox
 from starling.actors.host.programs import Program
 from starling.actors.host.recorded_clock import Times
-from starling.actors.replica.replica import Interrupted, NonFiniteLossError
+from starling.actors.host.results import SharedResult
+from starling.actors.replica.replica import NonFiniteLossError
 from starling.actors.replica.staged_state import same_bits
 from starling.actors.wire import buffers
 from starling.actors.wire.finite import trouble
@@ -27,7 +31,6 @@ from starling.actors.wire.tickets import (
     Posted,
     Receiving,
     Returned,
-    Sending,
     Sleeping,
     Stale,
     Ticket,
@@ -35,7 +38,6 @@ from starling.actors.wire.tickets import (
     mean_loss,
 )
 from starling.algorithms.api import (
-    INLINE_LIMIT_BYTES,
     SERVER,
     AllGather,
     AllReduce,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
     from starling.actors.data import Place
     from starling.actors.replica.replica import Replica
+    from starling.actors.wire.buffers import Buffer, TensorSpec
     from starling.actors.wire.tickets import Compute
     from starling.algorithms.api import NodeId, Payload, State, View
 
@@ -72,37 +75,37 @@ _COMPUTE = frozenset({Train, Batch, Gradient, Step, Loss, Evaluate})
 _COLLECTIVE = frozenset({AllReduce, AllGather, NeighborAllGather})
 
 
-class Host(Exchanges):
-    """Several nodes in one process; see the module's docstring."""
+class Host:
+    """The programs of several nodes in one process.
 
-    def __init__(self, replicas: Iterable[Replica]) -> None:
-        super().__init__({replica.id: replica for replica in replicas})
+    Args:
+        replicas: of the nodes, each once.
+        alone: whether all nodes of the run are in this process: then nothing travels, and nobody reads logs.
+    """
+
+    def __init__(self, replicas: Iterable[Replica], *, alone: bool = False) -> None:
+        self.replicas = {replica.id: replica for replica in replicas}
+        self._programs: dict[NodeId, Program] = {}
+        self._alone = alone
+        first, *_ = self.replicas.values()
+        self._algorithm, self._seed = first.spec.algorithm, first.spec.seed
         self.fences = {node: threading.Event() for node in self.replicas}
-        """Told to stop, a node ends its round at its next step."""
-        self._digests: list[tuple[dict[str, State], str]] = []
-        """Of the replicas that have staged the running round."""
-        self.current = next(iter(self.replicas))
-        """Whose code is running, or ran last: what it prints goes to that node's log."""
-        self._logs: dict[NodeId, list[str]] = {}
-        # No other incarnation of these nodes, whose letters may still be on their way, has the same names for its own.
-        self._letters = itertools.count(max(replica.incarnation for replica in self.replicas.values()) << 32)
+        """A raised fence ends a node's round at its next step."""
         self.times = Times()
+        self.logs = NodeLogs(first.id)
+        self.exchanges = Exchanges(self.replicas, self._seed, alone=alone)
+        self.computation = Computation(self.replicas, self.fences, self.times, self.logs)
+        # No other incarnation of these nodes, whose letters may still be on their way, has the same names for its own.
+        self.outbox = Outbox(max(replica.incarnation for replica in self.replicas.values()) << 32)
+        self._digests: list[tuple[dict[str, State], str]] = []
+        """Shared states, with their digests, that nodes have staged in the running round."""
         for replica in self.replicas.values():
             replica.clock = self.times.watched(replica.id, replica.clock)
-
-    def log(self, node: NodeId, line: str) -> None:
-        """Add a line to a node's log."""
-        self._logs.setdefault(node, []).append(line)
-
-    def drain_logs(self) -> dict[NodeId, list[str]]:
-        """Take what was logged since the last call."""
-        logs, self._logs = self._logs, {}
-        return logs
 
     def init(self) -> None:
         """Make the initial state of all nodes, before round 0."""
         for replica in self.replicas.values():
-            replica.spec.algorithm.init(replica)
+            self._algorithm.init(replica)
             replica.commit()
         members = [replica for node, replica in self.replicas.items() if node != SERVER]
         # What is unequal from the start stays, and the first commit's digests tell of it, as they do across processes.
@@ -116,12 +119,12 @@ class Host(Exchanges):
         self.replicas[replica.id] = replica
         self.fences[replica.id] = threading.Event()
         replica.clock = self.times.watched(replica.id, replica.clock)
-        replica.spec.algorithm.init(replica)
+        self._algorithm.init(replica)
         replica.commit()
 
     def drop(self, node: NodeId) -> None:
-        """``node`` is gone. What it has contributed stays: it may be in an exchange that is not closed yet."""
-        program = self.programs.get(node)
+        """Close the program of a node that is gone; its contributions stay for exchanges that are not closed yet."""
+        program = self._programs.get(node)
         if program is not None:
             program.over = True
             program.coroutine.close()
@@ -140,18 +143,23 @@ class Host(Exchanges):
         places: Mapping[NodeId, Place] = NOTHING_NEW,
         seen: Sequence[float] = (),
     ) -> None:
-        """Apply what is committed and make the programs of a new round; ``resume`` runs them.
+        """Apply a commit and make the programs of a new round; ``resume`` runs them.
 
-        With ``repair`` they begin with ``on_view_change``, those of ``joiners`` with ``join`` before it. ``places``
-        says of whom there is news what it is to draw, from the last commit on; ``seen``, what the nodes' clocks have
-        shown in this round before.
+        Args:
+            number: of the round.
+            view: its members.
+            committed: the last committed round.
+            nodes: those of this process whose programs begin.
+            repair: whether programs begin with ``on_view_change``.
+            joiners: nodes whose programs begin with ``join``.
+            places: new sampling plans, valid from the last commit on.
+            seen: readings of the nodes' clocks in an earlier attempt at this round.
         """
         self.settle(dict.fromkeys(nodes, committed))
         self._digests = []
-        self.forget(number, view.members)
-        algorithm = self.replicas[self.current].spec.algorithm
-        cohort = algorithm.participants(view, generator(self.replicas[self.current].spec.seed, number, "participants"))
-        members = frozenset(cohort)
+        self.exchanges.begin(number, view.members)
+        algorithm = self._algorithm
+        members = frozenset(algorithm.participants(view, generator(self._seed, number, "participants")))
         for node in nodes:
             replica = self.replicas[node]
             fence = self.fences[node]
@@ -167,19 +175,19 @@ class Host(Exchanges):
                 joins = node in joiners
                 coroutine = _prepared(replica, repair, joins) if repair or joins else algorithm.round(replica)
             self.drop(node)  # one that never ran would complain
-            self.programs[node] = Program(coroutine)
+            self._programs[node] = Program(coroutine)
+            self.exchanges.reset(node)
 
     def settle(self, committed: Mapping[NodeId, int]) -> None:
-        """Apply the controller's commits up to the given round of each node."""
+        """Commit each node's staged round, if the controller has committed up to it."""
         rounds = set(committed.values())
         for number in rounds:
             due = [self.replicas[node] for node, last in committed.items() if last == number]
             self._alias(batched.settle_all(due, number))
 
-    @staticmethod
-    def _alias(replicas: Sequence[Replica]) -> None:
-        """Keep one copy of the replicated state of nodes that agree, as digests show of those that commit."""
-        if not replicas or not replicas[0].spec.algorithm.replicated:
+    def _alias(self, replicas: Sequence[Replica]) -> None:
+        """Keep one copy of the shared state of nodes that agree; the digests of nodes that commit do."""
+        if not replicas or not self._algorithm.replicated:
             return
         for replica in replicas[1:]:
             if replica.device == replicas[0].device:
@@ -187,20 +195,20 @@ class Host(Exchanges):
 
     def is_over(self, node: NodeId) -> bool:
         """Whether the program of ``node`` has returned or was closed: ``resume`` then does nothing."""
-        return self.programs[node].over
+        return self._programs[node].over
 
     def resume(self, node: NodeId, result: object = None) -> Ticket:
         """Run a program to its next operation, or to its end."""
-        program = self.programs[node]
+        program = self._programs[node]
         if program.over:
             return Stale()
-        self.current = node
+        self.logs.current = node
         if isinstance(result, TrainReport):
             program.reports.append(result)
         elif isinstance(result, Message):
             if result.sender == SERVER:
                 self.replicas[node].hear(result.round)
-        elif isinstance(result, Shared):
+        elif isinstance(result, SharedResult):
             result = result.own(self.replicas[node].device)
         elif program.handle is not None:
             result, program.handle = program.handle, None
@@ -229,7 +237,7 @@ class Host(Exchanges):
                     computing.append((node, ticket.operation))
                 else:
                     tickets.append((node, ticket))
-            done = list(zip((node for node, _ in computing), self.compute(computing), strict=True))
+            done = list(zip((node for node, _ in computing), self.computation.run(computing), strict=True))
             tickets += [(node, result) for node, result in done if isinstance(result, Failed | Stale)]
             items = [(node, result) for node, result in done if not isinstance(result, Failed | Stale)]
         return tickets
@@ -243,16 +251,9 @@ class Host(Exchanges):
                 message = f"Start takes an AllReduce, AllGather or NeighborAllGather, not a {type(inner).__name__}"
                 raise ProgramError(message)
             case Wait(handle):
-                return self._wait(node, handle)
+                return Waiting(self.exchanges.wait(node, handle))
             case Send(to, payload):
-                specs = buffers.specs_of(payload)
-                if self._is_withheld(node, to, payload):
-                    return self._finish(node)
-                data = buffers.pack(payload).copy()
-                nbytes, letter = buffers.payload_nbytes(specs), next(self._letters)
-                if nbytes > INLINE_LIMIT_BYTES:
-                    self.outbox[letter] = data
-                return Sending(to, letter, specs, nbytes, data if nbytes <= INLINE_LIMIT_BYTES else None)
+                return self._finish(node) if self._is_withheld(node, to, payload) else self.outbox.send(to, payload)
             case Receive(until_s):
                 return Receiving(None if until_s is None else max(0.0, until_s - self.replicas[node].clock()))
             case Sleep(seconds):
@@ -264,12 +265,12 @@ class Host(Exchanges):
                 raise ProgramError(message)
 
     def _is_withheld(self, node: NodeId, to: NodeId, payload: Payload) -> bool:
-        """Whether a message is not to be sent, and its sender's round is over without it, as ``on_nan`` says.
+        """Whether a message is not finite and its sender's round ends without it, as ``on_nan`` says.
 
         Raises:
             NonFiniteLossError: it is not finite, and somebody waits for it.
         """
-        replica, program = self.replicas[node], self.programs[node]
+        replica, program = self.replicas[node], self._programs[node]
         found = trouble(payload, max(1, len(replica.view.members)))
         if found is None:
             return False
@@ -287,47 +288,28 @@ class Host(Exchanges):
         if node == SERVER:
             message = f"the server awaits {type(operation).__name__}; it meets the others in Send and Receive alone"
             raise ProgramError(message)
-        replica, program = self.replicas[node], self.programs[node]
-        if not replica.spec.algorithm.synchronous:
+        if not self._algorithm.synchronous:
             message = f"an asynchronous program awaits {type(operation).__name__}, for which all would have to be there"
             raise ProgramError(message)
-        posted = self.post(node, operation, started=started)
+        posted = self.exchanges.post(node, operation, started=started)
         if started:
-            program.handle = Handle(posted.seq, replica.round)
+            self._programs[node].handle = Handle(posted.seq, self.replicas[node].round)
         return posted
 
-    def _wait(self, node: NodeId, handle: Handle[Any]) -> Waiting:
-        program = self.programs[node]
-        if handle.round != self.replicas[node].round or handle.sequence >= len(program.exchanges):
-            message = f"Wait(exchange {handle.sequence} of round {handle.round}): a handle belongs to its round alone"
-            raise UnfinishedExchange(message)
-        exchange = program.exchanges[handle.sequence]
-        if not exchange.open:
-            message = f"Wait(exchange {handle.sequence}): it was waited for already; keep the result"
-            raise UnfinishedExchange(message)
-        exchange.open = False
-        exchange.check_unwritten(handle.sequence)
-        return Waiting(handle.sequence)
-
     def _finish(self, node: NodeId) -> Returned:
-        replica, program = self.replicas[node], self.programs[node]
+        replica, program = self.replicas[node], self._programs[node]
         program.over = True
-        for seq, exchange in enumerate(program.exchanges):
-            if exchange.open:
-                message = (
-                    f"the round ends while exchange {seq} ({exchange.signature.operation}) is in flight; Wait for it"
-                )
-                raise UnfinishedExchange(message)
+        self.exchanges.check_finished(node)
         reports = program.reports
-        if not self.alone:
+        if not self._alone:
             for report in reports:
                 done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
-                self.log(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
+                self.logs.add(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
         num_samples = sum(report.num_samples for report in reports)
-        record = replica.spec.algorithm.sealed(replica)
+        record = self._algorithm.sealed(replica)
         return Returned(
             digest=self._digest(replica, record),
-            num_collectives=len(program.exchanges),
+            num_collectives=self.exchanges.num_posted(node),
             loss=mean_loss([(report.loss, report.num_samples) for report in reports]),
             num_samples=num_samples,
             train_seconds=sum(report.seconds for report in reports),
@@ -335,15 +317,16 @@ class Host(Exchanges):
             position=replica.position if replica.position != replica.committed_position else None,
             num_drawn=replica.num_drawn - replica.num_void,
             num_void=replica.num_void,
-            unsent=replica.spec.algorithm.unsent(replica),
+            unsent=self._algorithm.unsent(replica),
         )
 
     def _digest(self, replica: Replica, record: bytes | None) -> str:
-        """Stage a node's round; bits that equal those of a node staged before need not be hashed again."""
+        """Stage a node's round; return the digest of its shared state, or "" if the state is not replicated."""
         replica.stage(record)
-        if not replica.spec.algorithm.replicated or replica.id == SERVER:
+        if not self._algorithm.replicated or replica.id == SERVER:
             return ""
         mine = replica.shared.leaves()
+        # Bits that equal those of a node staged before need not be hashed again.
         for known, digest in self._digests:
             if same_bits(mine, known):
                 return digest
@@ -352,76 +335,22 @@ class Host(Exchanges):
         return digest
 
     def cancel(self, nodes: Iterable[NodeId]) -> None:
-        """Close the programs of ``nodes``, drop what they staged, and go back to the last commit.
+        """Close the programs of ``nodes`` and roll the nodes back to their last commit.
 
-        What they have contributed stays: it may be in an exchange that is not closed yet.
+        Their contributions stay: they may be in exchanges that are not closed yet.
         """
         for node in nodes:
-            program = self.programs.get(node)
-            if program is not None:
-                program.over = True
-                program.coroutine.close()
-            self.detach(node)
+            self.drop(node)
+            self.exchanges.detach(node)
             self.replicas[node].rollback()
 
-    # --- compute -----------------------------------------------------------------------------------------------------
-
-    def compute(self, requests: Sequence[tuple[NodeId, Compute]]) -> list[Any]:
-        """Carry out compute operations of several nodes; a result is what the program gets, ``Failed`` or ``Stale``.
-
-        ``Train``s of one process are handed on batched, so that equal ones can be batched over replicas.
-        """
-        results: list[Any] = [None] * len(requests)
-        trains = [place for place, (_, operation) in enumerate(requests) if isinstance(operation, Train)]
-        if trains:
-            batch = [
-                (self.replicas[node], cast("Train", operation)) for node, operation in map(requests.__getitem__, trains)
-            ]
-            fenced = [(replica, operation, self.fences[replica.id]) for replica, operation in batch]
-            for place, outcome in zip(trains, batched.train_together(fenced, self._turn), strict=True):
-                node = requests[place][0]
-                is_done = isinstance(outcome, TrainReport)
-                results[place] = self.times.timed(node, outcome) if is_done else self._outcome(node, outcome)
-        for place, (node, operation) in enumerate(requests):
-            if not isinstance(operation, Train):
-                self.current = node
-                try:
-                    results[place] = self._carry_out(node, operation)
-                except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
-                    results[place] = self._outcome(node, error)
-        return results
-
-    def _turn(self, node: NodeId) -> None:
-        self.current = node
-
-    def _carry_out(self, node: NodeId, operation: Compute) -> object:
-        replica = self.replicas[node]
-        if self.fences[node].is_set():
-            return Stale()
-        match operation:
-            case Batch():
-                return replica.batch(operation)
-            case Gradient():
-                return replica.gradient(operation)
-            case Step():
-                return replica.step(operation)
-            case Loss():
-                return replica.loss(operation)
-            case Evaluate():
-                return replica.evaluate_at(operation)
-            case Train():
-                raise AssertionError
-
-    def _outcome(self, node: NodeId, outcome: object) -> object:
-        if isinstance(outcome, Interrupted):
-            return Stale()
-        if isinstance(outcome, Exception):
-            return failure(node, self.replicas[node].round, outcome)
-        return outcome
+    def unpack(self, node: NodeId, specs: tuple[TensorSpec, ...], data: Buffer) -> Payload:
+        """Decode a payload for ``node``."""
+        return buffers.unpack(specs, data, self.replicas[node].device)
 
 
 async def _prepared(replica: Replica, repair: bool, joins: bool) -> None:  # noqa: FBT001 - of this file alone
-    """The round of a node that was given another's state, or whose view has changed."""
+    """Do the round of a node that has just joined, or whose view has changed."""
     algorithm = replica.spec.algorithm
     if joins:
         await algorithm.join(replica)

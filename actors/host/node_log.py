@@ -1,4 +1,4 @@
-"""What nodes print, in the process's output and in their own logs."""
+"""Logs of single nodes: the host's own lines, and everything that nodes print."""
 
 from __future__ import annotations
 
@@ -7,15 +7,41 @@ import io
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starling.actors.host.host import Host
+    from starling.algorithms.api import NodeId
+
+
+class NodeLogs:
+    """Log lines of each node, until they are drained.
+
+    Args:
+        current: the node to which output goes until another node's turn.
+    """
+
+    def __init__(self, current: NodeId) -> None:
+        self.current = current
+        """The node whose code is running, or ran last."""
+        self._lines: dict[NodeId, list[str]] = {}
+
+    def turn_to(self, node: NodeId) -> None:
+        """Note that code of ``node`` runs from now on."""
+        self.current = node
+
+    def add(self, node: NodeId, line: str) -> None:
+        """Add a line to a node's log."""
+        self._lines.setdefault(node, []).append(line)
+
+    def drain(self) -> dict[NodeId, list[str]]:
+        """Return the lines since the last call, and forget them."""
+        lines, self._lines = self._lines, {}
+        return lines
 
 
 class Tee(io.TextIOBase):
-    """A text stream that also goes to the log of whichever node's code is running, line by line."""
+    """A text stream that copies complete lines to the log of the node whose code is running."""
 
-    def __init__(self, stream: Any, host: Host) -> None:  # noqa: ANN401 - any text stream
+    def __init__(self, stream: Any, logs: NodeLogs) -> None:  # noqa: ANN401 - any text stream
         self._stream = stream
-        self._host = host
+        self._logs = logs
         self._line = ""
 
     def write(self, text: str) -> int:
@@ -23,7 +49,7 @@ class Tee(io.TextIOBase):
             self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            self._host.log(self._host.current, line)
+            self._logs.add(self._logs.current, line)
         return len(text)
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""Programs of nodes under way, and the exchanges that they take part in."""
+"""Running programs of nodes, and the collective operations that they have called."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Collective: TypeAlias = "AllReduce[Any] | AllGather[Any] | NeighborAllGather[Any
 
 
 @dataclass(slots=True)
-class Exchange:
-    """A node's side of one collective operation."""
+class CollectiveCall:
+    """A node's side of one exchange: the operation, and its contribution."""
 
     operation: Collective
     """Its settings; of an AllReduce without the tensors, which are as large as the model."""
@@ -42,7 +42,7 @@ class Exchange:
     open: bool = False
     """It was started, and has not been waited for."""
     written: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    """What a started exchange contributes, and the version counters at its start."""
+    """Tensors that a started exchange contributes, with their version counters at its start."""
 
     def check_unwritten(self, seq: int) -> None:
         """Raise ``ProgramError`` if a tensor was written to between ``Start`` and ``Wait``."""
@@ -57,8 +57,7 @@ class Program:
     """One round of one node."""
 
     coroutine: Coroutine[Operation[Any], Any, None]
-    exchanges: list[Exchange] = field(default_factory=list)
     reports: list[TrainReport] = field(default_factory=list)
     handle: Handle[Any] | None = None
-    """What a ``Start`` returns when the program runs on."""
+    """The result of a ``Start``, until the program runs on with it."""
     over: bool = False

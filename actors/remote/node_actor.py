@@ -180,8 +180,8 @@ class NodeActor(StateCalls):
 
     def _redirect_output(self) -> None:
         """Copy what is printed to the log of the node whose code is running."""
-        sys.stdout = Tee(sys.stdout, self._host)
-        sys.stderr = Tee(sys.stderr, self._host)
+        sys.stdout = Tee(sys.stdout, self._host.logs)
+        sys.stderr = Tee(sys.stderr, self._host.logs)
 
     @ray.method(concurrency_group="compute")
     def begin(self, round_: Round, nodes: Sequence[NodeId], expected: Expected | None = None) -> Reply | list[Any]:
@@ -207,26 +207,26 @@ class NodeActor(StateCalls):
         """Run programs on with the result of a closed exchange."""
         if epoch != self._epoch:
             return self._with_parts(Reply([(node, Stale()) for node in nodes]), expected)
-        if not self._host.is_concluded(seq):
+        if not self._host.exchanges.is_concluded(seq):
             self._conclude(nodes[0], seq, result)
-        self._host.release(seq)
+        self._host.exchanges.release(seq)
         self._results.pop(seq, None)
         self._gathered.pop(seq, None)
         # The store's memory is free again as soon as nothing here refers to it.
         self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
-        reply = self._reply(self._host.drive([(node, self._host.take(node, seq)) for node in nodes]))
+        reply = self._reply(self._host.drive([(node, self._host.exchanges.take(node, seq)) for node in nodes]))
         return self._with_parts(reply, expected)
 
     def _conclude(self, node: NodeId, seq: int, result: Inline | Stored) -> None:
         if isinstance(result, Inline):
-            self._host.conclude_inline(node, seq, result.contributions, result.closed)
+            self._host.exchanges.conclude_inline(node, seq, result.contributions, result.closed)
         elif result.specs is not None:
-            self._host.conclude_reduce(node, seq, result.specs, result.weights, self._results[seq])
+            self._host.exchanges.conclude_reduce(node, seq, result.specs, result.weights, self._results[seq])
         else:
             kept = self._gathered[seq]
             specs = sorted(result.gathered.items())
             received = {one: self._host.unpack(node, form, kept[one]) for one, form in specs if one in kept}
-            self._host.conclude_gather(node, seq, received, result.weights)
+            self._host.exchanges.conclude_gather(node, seq, received, result.weights)
 
     @ray.method(concurrency_group="compute")
     def run_on(self, epoch: int, items: Sequence[tuple[NodeId, object]]) -> Reply:
@@ -263,12 +263,12 @@ class NodeActor(StateCalls):
         )
         if not as_expected:
             return [reply, *([None] * expected.num_values)]
-        contributions = [self._host.parts(node, expected.seq) for node in expected.nodes]
+        contributions = [self._host.exchanges.parts(node, expected.seq) for node in expected.nodes]
         values = [contribution[part] for contribution in contributions for part in expected.parts]
         return [replace(reply, posted=expected.seq), *values]
 
     def _reply(self, tickets: list[tuple[NodeId, Ticket]]) -> Reply:
-        return Reply(tickets, self._host.drain_logs(), self._host.times.drain())
+        return Reply(tickets, self._host.logs.drain(), self._host.times.drain())
 
     def _forget(self) -> None:
         self._reduced, self._results, self._gathered = {}, {}, {}
@@ -293,7 +293,7 @@ class NodeActor(StateCalls):
         """Put ``parts`` of contributions into the store: an acknowledgement, then each part of each node as a value."""
         if epoch != self._epoch:
             return [False, *([None] * (len(parts) * len(nodes)))]
-        contributions = [self._host.parts(node, seq) for node in nodes]
+        contributions = [self._host.exchanges.parts(node, seq) for node in nodes]
         return [True, *(contribution[part] for contribution in contributions for part in parts)]
 
     @ray.method(concurrency_group="exchange")
@@ -308,13 +308,13 @@ class NodeActor(StateCalls):
             fetched = self._fetch(job.refs)
             nbytes += sum(part.nbytes for part in fetched.values())
             for member in job.weights.keys() - job.refs.keys():
-                fetched[member] = self._host.parts(member, job.seq)[job.part]
+                fetched[member] = self._host.exchanges.parts(member, job.seq)[job.part]
             if job.specs is None:
                 self._gathered[job.seq] = fetched
                 parts.append(None)
             else:
                 contributions = {member: (part, job.weights[member]) for member, part in fetched.items()}
-                reduced = self._host.reduce(job.by, job.seq, job.part, job.specs, contributions)
+                reduced = self._host.exchanges.reduce(job.by, job.seq, job.part, job.specs, contributions)
                 self._reduced[job.seq, job.part] = reduced
                 parts.append(reduced)
             secured.append(Got(job.seq, job.part, job.by, job.generation, frozenset(fetched)))
@@ -355,17 +355,17 @@ class NodeActor(StateCalls):
 
         Not in the exchange group: two processes that fetch such parts from one another would wait for each other.
         """
-        return self._host.parts(node, seq)[part] if epoch == self._epoch else None
+        return self._host.exchanges.parts(node, seq)[part] if epoch == self._epoch else None
 
     @ray.method(concurrency_group="exchange")
     def outbox(self, letter: int) -> list[Any]:
         """Put a large message into the store: an acknowledgement, then the payload as a value of its own."""
-        return [True, self._host.outbox.pop(letter)]
+        return [True, self._host.outbox.take(letter)]
 
     @ray.method(concurrency_group="control")
     def discard(self, letter: int) -> None:
         """Nobody is to have a large message."""
-        self._host.outbox.pop(letter, None)
+        self._host.outbox.discard(letter)
 
     @ray.method(concurrency_group="control")
     def hang(self) -> None:

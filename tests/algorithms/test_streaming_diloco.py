@@ -449,9 +449,9 @@ def test_outer_state_is_on_the_cpu_wherever_the_node_computes(device: str):
                     tickets = dict(host.drive([(0, None), (1, None)]))
                     continue
             assert isinstance(ticket, Posted | Waiting)
-            host.conclude_inline(0, ticket.seq, inline[ticket.seq])
-            host.release(ticket.seq)
-            tickets = dict(host.drive([(node, host.take(node, ticket.seq)) for node in (0, 1)]))
+            host.exchanges.conclude_inline(0, ticket.seq, inline[ticket.seq])
+            host.exchanges.release(ticket.seq)
+            tickets = dict(host.drive([(node, host.exchanges.take(node, ticket.seq)) for node in (0, 1)]))
         assert isinstance(tickets[1], Returned)
         assert tickets[0].digest == tickets[1].digest
     host.settle({0: 3, 1: 3})

@@ -44,9 +44,9 @@ def test_two_nodes_train_on_a_gpu_and_agree(precision: str, compiled: bool):
             assert ticket.specs is not None
             assert ticket.inline is not None
             inline.append(Contributed(node, ticket.weight, ticket.specs, ticket.inline))
-        host.conclude_inline(0, 0, inline)
-        host.release(0)
-        ends = dict(host.drive([(node, host.take(node, 0)) for node in (0, 1)]))
+        host.exchanges.conclude_inline(0, 0, inline)
+        host.exchanges.release(0)
+        ends = dict(host.drive([(node, host.exchanges.take(node, 0)) for node in (0, 1)]))
         assert isinstance(ends[0], Returned)
         assert isinstance(ends[1], Returned)
         assert ends[0].digest == ends[1].digest

@@ -131,8 +131,7 @@ class Simulator(SimulatedProcesses):
             self.baselines = self._spec.task.baselines(num_nodes)
             cpu = torch.device("cpu")
             replicas = build_replicas(nodes, self._spec, data, [cpu] * len(nodes), clock=lambda: self._now)
-            self.host = Host(replicas)
-            self.host.alone = True
+            self.host = Host(replicas, alone=True)
             self.host.init()
         self._attempts = dict.fromkeys(nodes, 0)
         self._present = set(nodes)
@@ -204,10 +203,11 @@ class Simulator(SimulatedProcesses):
             if first is not None and first.signature.operation == "AllReduce":
                 assert first.specs is not None
                 contributions = {
-                    member: (self.host.parts(member, one.seq)[one.part], exchange.posted[member].weight)
+                    member: (self.host.exchanges.parts(member, one.seq)[one.part], exchange.posted[member].weight)
                     for member in one.members
                 }
-                exchange.reduced[one.part] = self.host.reduce(one.by, one.seq, one.part, first.specs, contributions)
+                reduced = self.host.exchanges.reduce(one.by, one.seq, one.part, first.specs, contributions)
+                exchange.reduced[one.part] = reduced
             got = Secured(one.seq, one.part, one.by, frozenset(one.members), one.generation)
             self._at(arrivals.get(one.by, self._now), one.by, got, self._epoch)
 
@@ -227,8 +227,8 @@ class Simulator(SimulatedProcesses):
         if decision.inline and not self._network.is_instant:
             exchange.arrivals = self._network.arrivals(self._now, traffic.inline(decision.closed, exchange.posted))
         if exchange.posted[first].signature.operation != "AllReduce":
-            self.host.conclude_here(decision.closed, seq)
-            self.host.release(seq)
+            self.host.exchanges.conclude_here(decision.closed, seq)
+            self.host.exchanges.release(seq)
             return
         posted = {node: exchange.posted[node] for node in decision.closed}
         if decision.inline:
@@ -237,14 +237,14 @@ class Simulator(SimulatedProcesses):
                 for node, one in posted.items()
                 if one.specs is not None and one.inline is not None
             ]
-            self.host.conclude_inline(first, seq, inline)
+            self.host.exchanges.conclude_inline(first, seq, inline)
         else:
             weights = {node: one.weight for node, one in posted.items()}
             parts = [exchange.reduced.pop(part) for part in sorted(exchange.reduced)]
             specs = posted[first].specs
             assert specs is not None
-            self.host.conclude_reduce(first, seq, specs, weights, parts)
-        self.host.release(seq)
+            self.host.exchanges.conclude_reduce(first, seq, specs, weights, parts)
+        self.host.exchanges.release(seq)
 
     def _advance(self, decision: Advance) -> None:
         now, arrivals = self._now, self._exchanges[decision.seq].arrivals
@@ -262,7 +262,7 @@ class Simulator(SimulatedProcesses):
         del node
         sending = self._letters.pop(letter)
         if sending.inline is None:
-            del self.host.outbox[letter]
+            self.host.outbox.discard(letter)
 
     def hand_over(self, handover: Handover) -> None:
         outcome = handover.outcome
@@ -270,7 +270,7 @@ class Simulator(SimulatedProcesses):
         if isinstance(outcome, Delivery):
             envelope = outcome.envelope
             sending = self._letters[envelope.letter]
-            data = self.host.outbox[envelope.letter] if sending.inline is None else sending.inline
+            data = self.host.outbox.read(envelope.letter) if sending.inline is None else sending.inline
             if handover.node != SERVER and not self.keeps_delivered:  # else it may have to be handed over again
                 self.discard(envelope.sender, envelope.letter)
             payload = self.host.unpack(handover.node, sending.specs, data)
@@ -280,7 +280,7 @@ class Simulator(SimulatedProcesses):
     def export(self, envelopes: Sequence[Envelope]) -> Iterator[StateExport]:
         sendings = [self._letters[one.letter] for one in envelopes]
         data = [
-            self.host.outbox[one.letter] if sending.inline is None else sending.inline
+            self.host.outbox.read(one.letter) if sending.inline is None else sending.inline
             for one, sending in zip(envelopes, sendings, strict=True)
         ]
         return iter([copied(packed([one.specs for one in sendings], data))])
@@ -292,7 +292,7 @@ class Simulator(SimulatedProcesses):
             is_inline = one.nbytes <= INLINE_LIMIT_BYTES
             self._letters[one.letter] = Sending(one.to, one.letter, specs, one.nbytes, data if is_inline else None)
             if not is_inline:
-                self.host.outbox[one.letter] = data
+                self.host.outbox.put(one.letter, data)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
@@ -323,14 +323,14 @@ class Simulator(SimulatedProcesses):
         for node, result, seq in resumes:
             if host.is_over(node):  # it has died, and what comes for it is told to nobody
                 continue
-            ticket = host.resume(node, result if seq is None else host.take(node, seq))
+            ticket = host.resume(node, result if seq is None else host.exchanges.take(node, seq))
             if isinstance(ticket, Computing):
                 computing.append((node, ticket.operation))
             else:
                 tickets.append((node, ticket))
         self._take_all(tickets)
         is_replay = host.times.is_replay
-        for (node, operation), result in zip(computing, host.compute(computing), strict=True):
+        for (node, operation), result in zip(computing, host.computation.run(computing), strict=True):
             if isinstance(result, TrainReport):
                 seconds = result.num_steps * self._step_ms / 1000 / self._speeds.get(node, 1.0)
                 self._resume_at(self._now + seconds, node, result if is_replay else virtual(result, seconds))
