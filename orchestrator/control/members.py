@@ -305,10 +305,15 @@ class Members:
         return self._kept.get(node, -1)
 
     def _is_kept(self, node: NodeId) -> bool:
-        """Whether the model is kept of somebody who has left, other than ``node``, and who will be there again."""
+        """Return whether another node than ``node`` will come back with the committed model from its kept state.
+
+        A donor that is told to leave while it gives is handing over: its transfer fails before its state is known to
+        be kept.
+        """
         last = self._progress.committed if self._progress.config.algorithm.synchronous else None
         others = self._kept.keys() - {node, SERVER}
-        return any(last in (None, self._kept[other]) for other in others)
+        handing_over = self._retiring - self.new - {node, SERVER}
+        return bool(handing_over) or any(last in (None, self._kept[other]) for other in others)
 
     def keeps(self, number: int | None) -> bool:
         """Whether anything is kept of nodes that have left: what they committed in round ``number``, if it is given."""

@@ -361,6 +361,14 @@ def test_top_k_takes_the_largest_in_each_block():
     assert TopK(fraction=0.5, block_size=4).encode(values)[:4].tolist() == [1, 0, 3, 0]
 
 
+def test_places_that_top_k_sends_ascend():
+    """``topk`` finds them in another order, which depends on what else is in the block."""
+    codec = TopK(fraction=0.25, block_size=256)
+    rows = codec.encode(draw(1024)).view(4, -1)
+    places = rows[:, : 2 * 64].contiguous().view(torch.int16)
+    assert (places.diff(dim=1) > 0).all()
+
+
 def test_both_ways_of_an_exchange_are_unbiased_in_the_mean():
     """With the same places both ways a value would come back as (n/k)² of itself, once in n/k exchanges."""
     values, codec = torch.tensor([1.0, -2.0, 3.0, 0.5]), RandomK(fraction=0.5, block_size=4)
@@ -418,6 +426,14 @@ def test_qsgd_is_one_of_the_two_levels_around(values: list[float], seed: int):
         step = float(there.double().norm()) / codec.levels
         error = (there_and_back(codec.at(seed), there) - there).double().abs()
         assert (error <= step * (1 + 1e-5)).all()
+
+
+def test_blocks_alike_but_in_size_are_rounded_independently_by_qsgd():
+    """Doubling leaves the ratios to the norm as they are, bit for bit: only the draw makes another rounding."""
+    values = draw(512)
+    twice = there_and_back(QSGD(), torch.cat([values, 2 * values])).view(2, -1)
+    assert torch.equal(twice[0] * 2, there_and_back(QSGD(), values) * 2)
+    assert (twice[1] != twice[0] * 2).sum() > 50
 
 
 def test_qsgd_variance_is_at_most_the_papers():

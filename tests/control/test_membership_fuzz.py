@@ -306,6 +306,25 @@ def test_the_last_who_has_the_model_may_leave():
     assert [one["round"] for one in ran.sought("commit")] == [*range(6)]
 
 
+def test_the_only_donor_may_leave_while_it_gives_to_a_late_node():
+    """Node 0 was late in the first round: node 1 alone has the model, and is told to leave as it gives it to node 0."""
+    ran = attempt(
+        {
+            "algorithm": "ddp",
+            "task": {"name": "tests.soak.programs:Unequal", "width": 3000},
+            "data": {"batch_size": 16},
+        },
+        nodes=2,
+        rounds=2,
+        network={"start_s": 0, "bandwidth_mbps": 2},
+        faults={"events": [fault(1, 1, "transfer", "preempt")]},
+        cluster={"nodes": {"min": 1, "target": 2}, "quorum_fraction": 0.5, "round_deadline_s": 0.02, "drain_s": 2},
+    )
+    assert ran.error is None
+    assert [one["node"] for one in ran.sought("late")] == [0, 0]
+    assert [(one["node"], one["donor"]) for one in ran.sought("transfer")] == [(1, 1), (0, 1)]
+
+
 def test_faults_at_one_moment_are_one_loss():
     twice = attempt(FEDAVG, nodes=3, rounds=4, faults={"events": [fault(1, 1), fault(1, 1), fault(1, 1, kind="hang")]})
     assert twice.error is None

@@ -196,6 +196,7 @@ def _check(ran: Watched) -> None:
         text, allowed = str(ran.error), LEGITIMATE + OF_SOME.get(ran.config.algorithm.name, ())
         if "\n" in text or not any(one in text for one in allowed):
             raise Wrong(f"error: {re.sub(r'[0-9.]+', '#', text)[:80]}", text)
+        _check_loss(ran, text)
     try:
         check_books(ran)
         (check_synchronous if ran.config.algorithm.synchronous else check_asynchronous)(ran)
@@ -212,6 +213,36 @@ def _check(ran: Watched) -> None:
         if ran.count != count:
             differ = {one: (ran.count[one], count[one]) for one in ran.count | count if ran.count[one] != count[one]}
             raise Wrong("broken: samples are not committed once", f"sample: (committed, booked) {differ}")
+
+
+def _check_loss(ran: Watched, text: str) -> None:
+    """A run that ends for want of nodes, or of the model, wants them by its own log.
+
+    Raises:
+        Wrong: the log says that they were there.
+    """
+    there: set[int] = set()
+    trained: set[int] = set()
+    """Nodes that have been there since they committed a round themselves."""
+    for event in ran.events:
+        match event["event"]:
+            case "start":
+                there.update(event["nodes"])
+            case "up":
+                there.add(event["node"])
+            case "lost" | "left":
+                there.discard(event["node"])
+                trained.discard(event["node"])
+            case "commit":
+                trained.update([event["node"]] if "node" in event else event["committed"])
+            case _:
+                pass
+    if "nodes are there, and" in text:
+        said = int(re.findall(r"(\d+) nodes are there", text)[0])
+        if said != len(there) or (said >= ran.config.cluster.nodes.min and "min is" in text):
+            raise Wrong("error: the nodes are there", f"{text}: {sorted(there)}")
+    elif "no node is left that has" in text and trained:
+        raise Wrong("error: a node is left that has the model", f"{text}: {sorted(trained)}")
 
 
 def _is_replayed(config: Config, ran: Watched) -> bool:
