@@ -243,13 +243,16 @@ class Runtime(Protocol):
     """Number of parts into which the data are divided: set before ``start``, or chosen by it."""
 
     layout: Layout
-    """Of the parameters; known once ``start`` has returned, as are the next three."""
+    """Of the parameters; known once ``start`` has returned, as are the next two."""
     baselines: dict[str, float]
     """Reference values of the task's validation loss."""
     part_sizes: tuple[int, ...] | None
     """Samples of each part, if other nodes may draw them while its own is away."""
-    fingerprint: Fingerprint
-    """Of the data."""
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Fingerprint of the data; known once ``start`` has returned."""
+        ...
 
     @property
     def processes(self) -> Processes:

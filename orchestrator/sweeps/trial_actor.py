@@ -24,6 +24,7 @@ from starling.orchestrator.config.sections import CheckpointConfig
 from starling.orchestrator.errors import StarlingError
 from starling.orchestrator.records import run_config
 from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster.placement import Placement
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.simulator.runtime import Simulator
 from starling.orchestrator.sweeps import trial_checkpoint as trial_state
@@ -181,7 +182,7 @@ class StarlingTrial(tune.Trainable):
         else:
             group = ray.util.get_current_placement_group()
             assert group is not None
-            runtime = TrialCluster(config, group=group, sys_path=tuple(facts["sys_path"]))
+            runtime = Cluster(config, TrialPlacement(config, group=group, sys_path=tuple(facts["sys_path"])))
 
         def track(config: Config, run_dir: Path) -> Observer | None:
             if not isinstance(config.tracking, MLflowTracking):
@@ -199,13 +200,13 @@ class StarlingTrial(tune.Trainable):
         return TrialRun(train, config.rounds, stepwise=spec["stepwise"], stop_file=folder / STOP_FILE)
 
 
-class TrialCluster(Cluster):
-    """The Ray runtime inside of a trial: all processes are in the trial's placement group.
+class TrialPlacement(Placement):
+    """Places all actors of a run in the placement group of its trial.
 
     Args:
         config: of the run.
         group: the trial's.
-        sys_path: where processes are to look for modules; empty if they bring their own.
+        sys_path: where actors look for modules; empty if they bring their own.
     """
 
     def __init__(self, config: Config, *, group: PlacementGroup, sys_path: tuple[str, ...]) -> None:
@@ -217,22 +218,26 @@ class TrialCluster(Cluster):
         del num_cpus
         return ray_session.connect("auto", num_cpus=0)  # as the actor that we are in is
 
-    def _strategy(self) -> PlacementGroupSchedulingStrategy:
+    def strategy(self) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group)
 
-    def _count_places(self, num_nodes: int, *, free: bool = False) -> int:
-        wanted = dict(zip(("CPU", "GPU"), self._each(num_nodes), strict=True))
+    def count(self, num_nodes: int) -> int:
+        wanted = dict(zip(("CPU", "GPU"), self.demand(num_nodes), strict=True))
         if not any(wanted.values()):
             return self._config.cluster.num_actors
         table = placement_group_table(self._group)
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         sizes = self._group.bundle_specs
-        there = sum(
+        return sum(
             table["bundles_to_node_id"].get(index) in alive
             and all(sizes[index].get(name, 0.0) + 1e-6 >= amount for name, amount in wanted.items())
             for index in range(1, len(sizes))
         )
-        return max(0, there - sum(actor.alive for actor in self._actors)) if free else there
 
-    def _sys_path(self) -> tuple[str, ...]:
+    def count_free(self, num_nodes: int, num_alive: int) -> int:
+        if not any(self.demand(num_nodes)):
+            return self._config.cluster.num_actors
+        return max(0, self.count(num_nodes) - num_alive)
+
+    def sys_path(self) -> tuple[str, ...]:
         return self._path

@@ -20,12 +20,19 @@ from pyarrow.fs import LocalFileSystem
 from starling.actors.data import contents
 from starling.actors.data.files import forget
 from starling.actors.data.fingerprint import difference, fingerprint
+from starling.actors.remote.messages import Ready
 from starling.actors.tasks import TensorSamples
 from starling.actors.tasks.parquet import Parquet
+from starling.algorithms.api import Layout
 from starling.orchestrator import api
+from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, DataError
-from starling.orchestrator.runtimes.cluster.processes import Processes
+from starling.orchestrator.runtimes.cluster.actors import ActorPool
+from starling.orchestrator.runtimes.cluster.placement import Placement
+from starling.orchestrator.runtimes.cluster.processes import Processes, SameData
+from starling.orchestrator.runtimes.events import NotUp
 from tests.conformance import StoppedError, Stopper
+from tests.fake_actors import Fakes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -203,36 +210,37 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Any, monkeypatch: pytest
 
 
 def test_processes_with_other_data_are_refused_by_name():
-    one = SimpleNamespace(fingerprint={"training samples": 100}, place="pid 1 on a")
-    other = SimpleNamespace(fingerprint={"training samples": 90}, place="pid 2 on b")
-    processes: Any = SimpleNamespace(_first=None, _config=SimpleNamespace(task=SimpleNamespace(name="mine")))
-    Processes._compare(processes, SimpleNamespace(nodes=(0,)), one)
-    Processes._compare(processes, SimpleNamespace(nodes=(1,)), one)
+    one: Any = SimpleNamespace(fingerprint={"training samples": 100}, place="pid 1 on a")
+    other: Any = SimpleNamespace(fingerprint={"training samples": 90}, place="pid 2 on b")
+    same_data = SameData("mine")
+    same_data.compare((0,), one)
+    same_data.compare((1,), one)
     with pytest.raises(
         DataError, match=r"task mine: the data of node 2, 3 \(pid 2 on b\) .* pid 1 on a: training samples: 100 and 90"
     ):
-        Processes._compare(processes, SimpleNamespace(nodes=(2, 3)), other)
+        same_data.compare((2, 3), other)
 
 
 def test_a_replacement_with_other_data_is_refused_alone_and_its_machine_avoided():
     """Before the run has begun it is the run that cannot begin; afterwards the others are at one, and go on."""
-    calls: list[tuple[Any, str]] = []
-    actor = SimpleNamespace(nodes=(2,), ready=None)
-    ready = SimpleNamespace(fingerprint={"x": "b"}, place="pid 2 on b", machine="b", devices={2: "cpu"})
-    processes: Any = SimpleNamespace(
-        _first=SimpleNamespace(fingerprint={"x": "a"}, place="pid 1 on a"),
-        _config=SimpleNamespace(task=SimpleNamespace(name="mine")),
-        _begun=False,
-        _avoided=set(),
-        _lost=lambda actor, error: calls.append((actor, str(error))),
-    )
-    processes._compare = lambda *both: Processes._compare(processes, *both)
+    fakes, config = Fakes(), parse({"algorithm": "fedavg", "task": "digits", "tracking": "none"})
+    pool = ActorPool(fakes.loop, lambda _: None, lambda _: [])
+    placement = Placement(config)
+    processes = Processes(config, fakes.loop, pool, placement)
+    first: Any = SimpleNamespace(fingerprint={"x": "a"}, place="pid 1 on a")
+    processes.same_data.compare((0,), first)
+    actor = fakes.add(pool, 2)
+    actor.ready = None
+    layout = Layout((), torch.float32)
+    ready = Ready("pid 2 on b", {2: "cpu"}, (), {2: 1}, layout, {}, (), 2, None, {"x": "b"}, "b")
     with pytest.raises(DataError, match="x differ"):
-        Processes._on_setup(processes, actor, ready)  # pyright: ignore[reportArgumentType]
-    assert Processes._strategy(processes) == "SPREAD"
-    processes._begun = True
-    Processes._on_setup(processes, actor, ready)  # pyright: ignore[reportArgumentType]
+        processes.on_setup(actor, ready)
+    assert placement.strategy() == "SPREAD"
+    processes.begun = True
+    processes.on_setup(actor, ready)
     assert actor.ready is None
-    assert [(one.nodes, "node 2 (pid 2 on b)" in said) for one, said in calls] == [((2,), True)]
-    soft: Any = Processes._strategy(processes).soft
+    (lost,) = fakes.at(0.0)
+    assert isinstance(lost, NotUp)
+    assert "node 2 (pid 2 on b)" in lost.reason
+    soft: Any = placement.strategy().soft
     assert [(one.key, one.operator.values) for one in soft] == [("ray.io/node-id", ["b"])]

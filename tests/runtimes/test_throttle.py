@@ -15,13 +15,14 @@ from starling.actors.wire.tickets import Pinging, Posted, Sending
 from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.protocol.events import Advance, Close, Deliver, Delivered, Secure
 from starling.orchestrator.protocol.mailboxes import Envelope
-from starling.orchestrator.runtimes.cluster.calls import Actor
+from starling.orchestrator.runtimes.cluster import store
+from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
-from starling.orchestrator.runtimes.events import Arrived, Loaded
+from starling.orchestrator.runtimes.cluster.transport import Transport
+from starling.orchestrator.runtimes.events import Arrived, Loaded, Sent
+from tests.fake_actors import Fakes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starling.algorithms.api import NodeId
 
 PART = 250_000
@@ -29,85 +30,35 @@ PART = 250_000
 NETWORK = {"bandwidth_mbps": 8, "latency_ms": 100}  # 1 MB/s
 
 
-class _Method:
-    """A remote method: each call is kept, and returns references that are names."""
-
-    def __init__(self, plane: Throttled, name: str) -> None:
-        self._plane, self._name, self._returns = plane, name, 1
-
-    def options(self, num_returns: int) -> _Method:
-        self._returns = num_returns
-        return self
-
-    def remote(self, *arguments: Any) -> Any:
-        self._plane.asked.append((self._name, arguments))
-        refs = [f"{self._name} {len(self._plane.asked)} {place}" for place in range(self._returns)]
-        return refs if self._returns > 1 else refs[0]
-
-
-class _Handle:
-    def __init__(self, plane: Throttled) -> None:
-        self._plane = plane
-
-    def __getattr__(self, name: str) -> _Method:
-        return _Method(self._plane, name)
-
-
-class Throttled(Cluster):
-    """Without Ray: a clock that is set, and calls that are answered by ``answer``."""
+class Throttled(Fakes):
+    """A cluster of four nodes."""
 
     def __init__(self, network: dict[str, Any], per_process: int = 1) -> None:
-        super().__init__(config(network))
-        self.clock = 0.0
-        self.asked: list[tuple[str, tuple[Any, ...]]] = []
-        self._waiting: dict[Any, Callable[[Any], None]] = {}
+        super().__init__()
+        self.cluster = Cluster(config(network), loop=self.loop)
         for first in range(0, 4, per_process):
-            nodes = tuple(range(first, first + per_process))
-            actor = Actor(len(self._actors), nodes, _Handle(self), 0.0)
-            self._actors.append(actor)
-            self._home |= dict.fromkeys(nodes, actor)
-        self._epoch, self._members = 0, (0, 1, 2, 3)
+            self.add(self.cluster.pool, *range(first, first + per_process))
+        self.cluster.attempt.begin(0, (0, 1, 2, 3), ())
 
-    @property
-    def now(self) -> float:
-        return self.clock
-
-    def _place(self, node: NodeId) -> tuple[str, int]:
-        return f"machine {self._home[node].index}", self._home[node].index
-
-    def _room_in_stores(self, needed: object, what: str) -> None:
-        """There is no store to ask."""
-
-    def _call(self, actor: Actor, ref: Any, handler: Any, on_error: Any = None) -> None:
-        self._waiting[ref] = lambda result: handler(actor, result)
-
-    def answer(self, name: str, *results: Any) -> None:
-        """Answer the calls of a method, in the order in which they were made; each process' by its first node."""
-        refs = [ref for ref in self._waiting if str(ref).startswith(name + " ")]
-        for ref, result in zip(refs, results, strict=True):
-            self._waiting.pop(ref)(result)
-
-    def at(self, clock: float) -> list[Any]:
-        """What has happened by then."""
-        self.clock = clock
-        found: list[Any] = []
-        while (happening := self.next(self.clock)) is not None:
-            found.append(happening)
-        return found
-
-    def post(self, *, inline: bool = False, wants: dict[NodeId, frozenset[NodeId]] | None = None) -> None:
-        """All have announced what they contribute to exchange 0."""
+    def post(self, *, inline: bool = False, wants: dict[NodeId, frozenset[NodeId]] | None = None, seq: int = 0) -> None:
+        """All have announced what they contribute to an exchange."""
         signature = Signature("AllReduce", "", None)
         sizes = (PART,) if inline else (PART,) * 4
         for node in range(4):
-            posted = Posted(0, signature, (), 1.0, sizes, sizes, None, None, None if wants is None else wants[node])
-            self._posted[0][node] = posted
+            wanted = None if wants is None else wants[node]
+            posted = Posted(seq, signature, (), 1.0, sizes, sizes, None, None, wanted)
+            self.cluster.exchanges.posted[seq][node] = posted
 
     def secure(self) -> None:
-        self.perform([Secure(0, part, part, (0, 1, 2, 3), 0) for part in range(4)])
+        self.cluster.perform([Secure(0, part, part, (0, 1, 2, 3), 0) for part in range(4)])
 
     def secured(self) -> None:
         self.answer("secure", *(([Got(0, part, part, 0, frozenset(range(4)))], 0) for part in range(4)))
+
+
+@pytest.fixture(autouse=True)
+def _no_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.ray, "nodes", list)
 
 
 def config(network: dict[str, Any]) -> Config:
@@ -123,7 +74,7 @@ def test_a_reduction_takes_as_long_as_the_links_say():
     assert plane.at(0.84) == []
     assert {one.by for one in plane.at(0.86)} == {0, 1, 2, 3}
     # And back: each sends the part that it has made to three others, from now on.
-    plane.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
+    plane.cluster.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
     plane.answer("deliver", *((frozenset[int](), 0) for _ in range(4)))
     assert plane.at(0.86 + 0.84) == []
     assert plane.at(0.86 + 0.86) == [Delivered(0, node, 0) for node in range(4)]
@@ -149,9 +100,9 @@ def test_what_really_takes_longer_is_not_held_back_besides():
 def test_a_link_that_is_busy_delays_what_comes_next():
     plane = Throttled({"bandwidth_mbps": 8})
     plane.post()
-    plane._posted[1] = plane._posted[0]
+    plane.post(seq=1)
     plane.secure()
-    plane.perform([Secure(1, 0, 0, (0, 1), 0)])  # another exchange, at the same time: 0.25 s behind 0.75
+    plane.cluster.perform([Secure(1, 0, 0, (0, 1), 0)])  # another exchange, at the same time: 0.25 s behind 0.75
     plane.answer(
         "secure",
         *(([Got(0, part, part, 0, frozenset(range(4)))], 0) for part in range(4)),
@@ -177,7 +128,7 @@ def test_nothing_of_an_older_attempt_arrives():
     plane.post()
     plane.secure()
     plane.secured()
-    plane._epoch += 1
+    plane.cluster.attempt.begin(1, (0, 1, 2, 3), ())
     assert plane.at(10.0) == []
 
 
@@ -185,7 +136,7 @@ def test_what_is_missing_is_told_at_once():
     plane = Throttled(NETWORK)
     plane.post()
     plane.secure()
-    plane.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
+    plane.cluster.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
     plane.answer("deliver", (frozenset((3,)), 0), *((frozenset[int](), 0) for _ in range(3)))
     assert plane.at(0.0) == [Delivered(0, 0, 0, frozenset((3,)))]
 
@@ -196,7 +147,7 @@ def test_small_contributions_arrive_where_they_are_wanted(per_process: int):
     # Node 0 hears three others, of which 1 and 2 send to it alone.
     others = {0: frozenset((1, 2, 3)), 1: frozenset[int](), 2: frozenset[int](), 3: frozenset((1,))}
     plane.post(inline=True, wants=others)
-    plane.perform([Close(0, (0, 1, 2, 3), inline=True), Advance(0, (0, 1, 2, 3), (0, 1, 2, 3), inline=True)])
+    plane.cluster.perform([Close(0, (0, 1, 2, 3), inline=True), Advance(0, (0, 1, 2, 3), (0, 1, 2, 3), inline=True)])
 
     def advanced() -> set[int]:
         return {node for name, arguments in plane.asked if name == "advance" for node in arguments[2]}
@@ -212,12 +163,12 @@ def test_small_contributions_arrive_where_they_are_wanted(per_process: int):
 
 def test_messages_and_state_arrive_late():
     plane = Throttled(NETWORK)
-    plane._letters[1, 7] = Sending(2, 7, (), PART, cast("Any", b"")), None
+    plane.cluster.programs.on_reply(plane.cluster.pool.home[1], Reply([(1, Sending(2, 7, (), PART, cast("Any", b"")))]))
     envelope = Envelope(sender=1, round=0, number=0, to=2, nbytes=PART, letter=7, heard=-1)
-    plane.dispatch(envelope)
-    plane.transfer(3, 0)
+    plane.cluster.messages.dispatch(envelope)
+    plane.cluster.states.transfer(3, 0)
     plane.answer("load", 2 * PART)
-    assert plane.at(0.34) == []
+    assert plane.at(0.34) == [Sent(1, 2, PART, 7)]
     assert plane.at(0.36) == [Arrived(envelope)]
     assert plane.at(0.59) == []
     assert plane.at(0.61) == [Loaded(3, 0, 2 * PART)]
@@ -225,15 +176,15 @@ def test_messages_and_state_arrive_late():
 
 def test_state_of_one_that_has_died_meanwhile_does_not_arrive():
     plane = Throttled(NETWORK)
-    plane.transfer(3, 0)
+    plane.cluster.states.transfer(3, 0)
     plane.answer("load", PART)
-    plane._home[3] = Actor(9, (3,), _Handle(plane), 0.0)
+    plane.cluster.pool.home[3] = plane.add(plane.cluster.pool)
     assert plane.at(9.0) == []
 
 
 def test_answers_take_their_time():
     plane = Throttled({"latency_ms": 100, "links": [{"between": [0, 3], "latency_ms": 400}]})
-    plane._on_reply(plane._home[0], Reply([(0, Pinging((1, 3), 0.5))]))
+    plane.cluster.programs.on_reply(plane.cluster.pool.home[0], Reply([(0, Pinging((1, 3), 0.5))]))
     plane.answer("ping", True, True)
     plane.at(0.45)
     assert "run_on" not in dict(plane.asked)
@@ -242,4 +193,4 @@ def test_answers_take_their_time():
 
 
 def test_speeds_are_the_simulators():
-    assert Throttled({"step_ms": 1000, "speeds": {0: 0.1}})._network.is_instant
+    assert not Transport(config({"step_ms": 1000, "speeds": {0: 0.1}}).network, EventLoop()).is_throttled

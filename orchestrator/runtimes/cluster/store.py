@@ -15,14 +15,24 @@ import ray
 from ray._private import internal_api, state
 
 from starling.orchestrator.errors import ClusterError
+from starling.orchestrator.runtimes.traffic import stored
 from starling.orchestrator.units import bytes_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from starling.actors.wire.tickets import Posted
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.runtimes.cluster.actors import ActorPool
+    from starling.orchestrator.runtimes.cluster.attempt import Attempt
+    from starling.orchestrator.runtimes.cluster.placement import Placement
 
 _LOG = logging.getLogger("starling")
 
 _RESOURCE = "object_store_memory"
+_MOST_KNOWN = 100
+"""Exchanges and messages that are known to fit."""
+
 _PERIOD_S = 5.0
 _TIMEOUT_S = 10.0
 
@@ -46,6 +56,58 @@ def check_room(needed: Mapping[str, int], what: str, *, is_local: bool) -> None:
                 f"cluster: {what} needs {bytes_text(wanted)} in Ray's object store on {machine['NodeManagerHostname']} "
                 f"({machine['NodeManagerAddress']}), which has {bytes_text(size)}; {remedy(is_local=is_local)}"
             )
+
+
+class StoreRoom:
+    """Checks exchanges and messages against the sizes of the stores; what fitted once is not computed again.
+
+    Args:
+        pool: where nodes are.
+        attempt: members of an exchange.
+        placement: whether the remedy is a configuration key or an option of ``ray start``.
+    """
+
+    def __init__(self, pool: ActorPool, attempt: Attempt, placement: Placement) -> None:
+        self._pool = pool
+        self._attempt = attempt
+        self._placement = placement
+        self._fits: set[tuple[object, ...]] = set()
+        """Keys of exchanges and messages that fit."""
+
+    def check(self, needed: Mapping[str, int], what: str) -> None:
+        """Raise ``ClusterError`` if a machine's store has no room for ``needed``, by Ray's names for machines."""
+        check_room(needed, what, is_local=self._placement.is_local)
+
+    def check_exchange(self, posted: Mapping[NodeId, Posted], givers: Sequence[NodeId]) -> None:
+        """Check that the stores have room for an exchange.
+
+        Args:
+            posted: announcements.
+            givers: nodes whose contributions go through the store, all alike.
+
+        Raises:
+            ClusterError: one has not; Ray would write to its disk, and nodes be late for no visible reason.
+        """
+        ticket, home = posted[givers[0]], self._pool.home
+        members = tuple(node for node in self._attempt.members if home[node].ready is not None)
+        homes = tuple(home[node].index for node in members)
+        key = ticket.part_nbytes, ticket.result_nbytes, members, tuple(givers), homes
+        if key in self._fits:
+            return
+        most = len(members) if ticket.wants is None else len(ticket.wants)
+        place_of = self._pool.place_of
+        needed = stored(ticket.part_nbytes, ticket.result_nbytes, most, members, givers, place_of)
+        self.check(needed, f"an exchange of {bytes_text(ticket.nbytes)} from each of {len(givers)} nodes")
+        self._remember(key)
+
+    def check_message(self, node: NodeId, nbytes: int) -> None:
+        """Check that a sender's store has room for a message; raises as ``check_exchange``."""
+        if (node, nbytes) not in self._fits:
+            self.check({self._pool.place_of(node)[0]: nbytes}, f"a message of {bytes_text(nbytes)}")
+            self._remember((node, nbytes))
+
+    def _remember(self, key: tuple[object, ...]) -> None:
+        self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
 
 
 def spilled_bytes() -> int:
