@@ -19,8 +19,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from starling.orchestrator.records.observers import Observer
+from starling.orchestrator.runtimes.cluster import ray_internals, watcher
 from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import watcher
 from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Machines:
                 ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # loopback
             }
         )
-        ray_session._read_authentication_again()
+        ray_internals.read_authentication_again()
         self._enabled = ray_constants.ENABLE_RAY_CLUSTER
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
@@ -77,7 +77,7 @@ class Machines:
     def _start(self) -> Cluster:
         # The address of the last cluster is written where other users of this machine would find it.
         with (
-            ray_session.bare(),
+            ray_internals.bare(),
             mock.patch("ray._private.utils.write_ray_address"),
             mock.patch("ray._private.worker.ray._private.utils.write_ray_address"),
         ):
@@ -95,7 +95,7 @@ class Machines:
         ray_constants.ENABLE_RAY_CLUSTER = self._enabled
         ray_session._restore(self._environment)
         ray_session._restore(self._before)
-        ray_session._read_authentication_again()
+        ray_internals.read_authentication_again()
 
     def provide(self, *sizes: int) -> list[Any]:
         """Machines with so many CPUs each, and no others."""
@@ -114,7 +114,7 @@ class Machines:
         return sorted(provided, key=lambda one: sizes.index(self._sizes[one]))
 
     def add(self, num_cpus: int) -> Any:
-        with ray_session.bare():
+        with ray_internals.bare():
             machine = self._cluster.add_node(num_cpus=num_cpus, temp_dir=str(self._folder))
         self._sizes[machine] = num_cpus
         return machine

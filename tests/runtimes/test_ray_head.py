@@ -15,7 +15,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ClusterError, ConfigError
-from starling.orchestrator.runtimes.cluster import head
+from starling.orchestrator.runtimes.cluster import head, ray_internals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ def grpc_server(code: grpc.StatusCode | None, *, has_service: bool = True) -> It
 @pytest.fixture(autouse=True)
 def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     # Ray puts this machine's own address in the place of 127.0.0.1.
-    monkeypatch.setattr(head.services, "resolve_ip_for_localhost", lambda host: host)
+    monkeypatch.setattr(ray_internals.services, "resolve_ip_for_localhost", lambda host: host)
     monkeypatch.setattr(head, "_ANSWER_TIMEOUT_S", 0.5)
 
 
@@ -109,12 +109,12 @@ def test_a_head_that_answers_is_left_to_ray():
 
 @pytest.mark.parametrize(("own", "found"), [("127.0.0.9", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
 def test_a_head_on_loopback_alone_is_asked_there(own: str, found: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(head.services, "resolve_ip_for_localhost", lambda host: own)
+    monkeypatch.setattr(ray_internals.services, "resolve_ip_for_localhost", lambda host: own)
     with grpc_server(None) as address:
         port = address.rpartition(":")[2]
         with head.as_written(address):
-            assert head.services.canonicalize_bootstrap_address(address) == f"{found}:{port}"
-    assert head.services.resolve_ip_for_localhost("127.0.0.1") == own
+            assert ray_internals.services.canonicalize_bootstrap_address(address) == f"{found}:{port}"
+    assert ray_internals.services.resolve_ip_for_localhost("127.0.0.1") == own
 
 
 def test_nothing_that_listens_is_said_at_once():

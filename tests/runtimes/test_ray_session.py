@@ -19,6 +19,7 @@ from ray._private import node, utils, worker
 
 from starling.orchestrator.errors import ClusterError
 from starling.orchestrator.runtimes.cluster import failures as ray_failure
+from starling.orchestrator.runtimes.cluster import ray_internals
 from starling.orchestrator.runtimes.cluster import session as ray_session
 from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
 from starling.orchestrator.runtimes.cluster.session import _owner, _remove_abandoned
@@ -78,7 +79,7 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(
 def test_of_a_ray_only_what_trains_is_started():
     servers = [getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")]
     ours: Any = SimpleNamespace()
-    with ray_session.bare():
+    with ray_internals.bare():
         for name in ("start_monitor", "start_log_monitor"):
             getattr(node.Node, name)(ours)
         node.Node.start_api_server(ours, include_dashboard=False, raise_on_failure=False)

@@ -15,7 +15,7 @@ from starling.orchestrator.analysis.plan import make_plan
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ClusterError, ConfigError
 from starling.orchestrator.runtimes import traffic
-from starling.orchestrator.runtimes.cluster import store
+from starling.orchestrator.runtimes.cluster import ray_internals, store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,7 +99,8 @@ def test_a_store_that_is_full_is_named_once(monkeypatch: pytest.MonkeyPatch, cap
     answers = itertools.chain([ConnectionError(), 500, 500, ConnectionError()], itertools.repeat(3_000_500))
     asked = threading.Event()
 
-    def spilled() -> int:
+    def spilled(timeout_s: float) -> int:
+        assert timeout_s > 0
         answer = next(answers)
         if isinstance(answer, Exception):
             raise answer
@@ -107,7 +108,7 @@ def test_a_store_that_is_full_is_named_once(monkeypatch: pytest.MonkeyPatch, cap
             asked.set()
         return answer
 
-    monkeypatch.setattr(store, "spilled_bytes", spilled)
+    monkeypatch.setattr(ray_internals, "spilled_bytes", spilled)
     monkeypatch.setattr(store, "_PERIOD_S", 0.01)
     with caplog.at_level(logging.WARNING, "starling"):
         watch = store.StoreWatch(is_local=True)

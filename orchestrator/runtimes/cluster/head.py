@@ -11,13 +11,12 @@ import re
 import socket
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import grpc
-from ray._private import grpc_utils, services
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from starling.orchestrator.errors import ClusterError
+from starling.orchestrator.runtimes.cluster import ray_internals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +45,7 @@ def probe(address: str) -> None:
     if address != "auto":
         _connect(address)
     with contextlib.suppress(ConnectionError, ValueError):  # which Ray raises again, at once
-        found: str | None = services.canonicalize_bootstrap_address(address)
+        found = ray_internals.bootstrap_address(address)
         if found is not None:
             _ask(address, found)
 
@@ -59,15 +58,12 @@ def as_written(address: str) -> Iterator[None]:
     start does, was not found there: the run waited until Ray gave up.
     """
     host, _, port = address.rpartition(":")
-    host, resolve = host.strip("[]"), services.resolve_ip_for_localhost
-    if not host or (own := resolve(host)) == host or _listens(own, port):
+    host = host.strip("[]")
+    if not host or (own := ray_internals.own_address(host)) == host or _listens(own, port):
         yield
-        return
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = resolve
+    else:
+        with ray_internals.addresses_as_written():
+            yield
 
 
 def _listens(host: str, port: str) -> bool:
@@ -93,11 +89,9 @@ def _connect(address: str) -> None:
 
 def _ask(address: str, found: str) -> None:
     where = f"cluster.address {address}" if address == found else f"cluster.address {address} ({found})"
-    services_pb2: Any = gcs_service_pb2
     try:
-        with quiet(), contextlib.closing(cast("grpc.Channel", grpc_utils.init_grpc_channel(found))) as channel:
-            stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            stub.GetClusterId(services_pb2.GetClusterIdRequest(), timeout=_ANSWER_TIMEOUT_S)
+        with quiet():
+            ray_internals.ask_cluster_id(found, _ANSWER_TIMEOUT_S)
     except grpc.RpcError as error:
         code: Callable[[], grpc.StatusCode] | None = getattr(error, "code", None)
         problem = _problem(None if code is None else code())

@@ -1,4 +1,4 @@
-"""Ray sessions: a Ray of our own on this machine, or a running one. Holds what we know of Ray's private parts."""
+"""Ray sessions: a Ray of our own on this machine, or a running one."""
 
 from __future__ import annotations
 
@@ -22,16 +22,12 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray import _raylet
-from ray._private import node, ray_constants, state, utils, worker
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from starling.orchestrator.errors import ClusterError, RunError
 from starling.orchestrator.process_identity import started_at
 from starling.orchestrator.runtimes.cluster import failures as ray_failure
-from starling.orchestrator.runtimes.cluster import head
+from starling.orchestrator.runtimes.cluster import head, ray_internals
 from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
 from starling.orchestrator.signals import ENDING
 
@@ -53,9 +49,6 @@ _RAYS = "r"
 
 _LOGS = f"{_RAYS}/session_latest/logs"
 _TOKEN_FILE = "auth_token"  # noqa: S105 - its name
-
-_VITAL = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
-"""Of the processes of a Ray."""
 
 _REMOVE_TIMEOUT_S = 5.0
 _MACHINES_PERIOD_S = 0.4
@@ -84,11 +77,7 @@ class Session:
         environment: dict[str, str | None],
         watcher: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        # Whatever `log_to_driver` says, Ray prints what it reports of machines, pages of it when one dies, to stdout,
-        # where our results and progress are.
-        self._printer = worker.print_to_stdstream
-        if owned:
-            worker.print_to_stdstream = _take_lines
+        self._printer = ray_internals.print_with(_take_lines) if owned else None
         self._folder = folder
         self._owned = owned
         self._environment = environment
@@ -115,10 +104,9 @@ class Session:
         Raises:
             ClusterError: one that a run cannot do without has ended.
         """
-        ours: Any = vars(worker)["_global_node"]
-        if self._folder is None or ours is None:
+        if self._folder is None:
             return
-        dead = [name for name, _ in ours.dead_processes() if name in _VITAL]
+        dead = ray_internals.ended_vital_processes()
         if dead:
             told = ray_failure.said_last(self._folder / _LOGS, dead)
             reason = f" ({told})" if told else ""
@@ -127,10 +115,7 @@ class Session:
     @property
     def vital(self) -> dict[str, int]:
         """The processes of our own Ray that a run cannot do without: their ids by name."""
-        ours: Any = vars(worker)["_global_node"]
-        if self._folder is None or ours is None:
-            return {}
-        return {name: process.pid for name, process in ours.live_processes() if name in _VITAL}
+        return {} if self._folder is None else ray_internals.vital_processes()
 
     def ended(self, name: str) -> RunError:
         """What to say when one of them has ended."""
@@ -142,10 +127,11 @@ class Session:
         """Disconnect; stop what was started."""
         if self._owned:
             ray.shutdown()
-            worker.print_to_stdstream = self._printer
+        if self._printer is not None:
+            ray_internals.print_with(self._printer)
         _restore(self._environment)
         if self._environment:
-            _read_authentication_again()
+            ray_internals.read_authentication_again()
         if self._folder is not None:
             # Nobody else ends the processes of a Ray that did not come up.
             ray_watcher.clean(self._folder, _REMOVE_TIMEOUT_S)
@@ -223,7 +209,7 @@ def machines() -> Machines:
     """What Ray knows now; about a millisecond."""
     dead = frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
     # Milliseconds of the wall clock; 0: nobody has said when.
-    deadlines: dict[str, int] = state.state.get_draining_nodes()
+    deadlines = ray_internals.draining_machines()
     now = time.time()
     draining = {name: max(0.0, at / 1000 - now) if at else None for name, at in deadlines.items()}
     return Machines(dead, draining)
@@ -235,11 +221,11 @@ def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
     Machines that are being drained count for nothing.
     """
     resources: dict[str, dict[str, float]] = (
-        state.state.available_resources_per_node()
+        ray_internals.free_resources()
         if free
         else {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     )
-    leaving = state.state.get_draining_nodes()
+    leaving = ray_internals.draining_machines()
     total = 0
     for name, there in resources.items():
         wanted = [(there.get("CPU", 0.0), num_cpus), (there.get("GPU", 0.0), num_gpus)]
@@ -260,7 +246,7 @@ def brings_machines() -> bool:
     Only version 2 says so: the one that ``ray up`` and KubeRay start.
     """
     with contextlib.suppress(Exception):
-        return is_autoscaler_v2(fetch_from_server=True, gcs_client=internal_kv.internal_kv_get_gcs_client())
+        return ray_internals.has_autoscaler_v2()
     return False
 
 
@@ -282,6 +268,7 @@ def connect(
     Raises:
         ClusterError: there is none, or it does not let us in.
     """
+    ray_internals.check_version()
     if address == "local":
         return _start(num_cpus, num_gpus, object_store_bytes, runtime_env)
     if ray.is_initialized():
@@ -335,18 +322,16 @@ def _start_once(
             "RAY_AUTH_TOKEN": None,  # it would be preferred
             "PYTHONOPTIMIZE": None,  # Ray's agents do not start without their docstrings
             "RAY_REDIS_ADDRESS": None,  # of another Ray
-            ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: None,  # any that is free
+            ray_internals.GCS_PORT_VARIABLE: None,  # any that is free
             "RAY_USAGE_STATS_ENABLED": "0",
             # Bind to loopback. Ray does so by itself on systems where it does not support clusters of machines.
-            ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+            ray_internals.CLUSTERS_VARIABLE: "0",
         }
     )
-    _read_authentication_again()
+    ray_internals.read_authentication_again()
     session = Session(folder, owned=True, environment=environment, watcher=ray_watcher.watch(folder))
-    enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _quiet(), bare():
+        with _quiet(), ray_internals.bare(), ray_internals.loopback_only():
             ray.init(
                 address="local",
                 num_cpus=max(1, math.ceil(num_cpus)),
@@ -368,8 +353,6 @@ def _start_once(
     except BaseException:
         session.close()
         raise
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
     return session
 
 
@@ -415,37 +398,6 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def bare() -> Iterator[None]:
-    """Start of a Ray what trains, and no more: no autoscaler, no dashboard, nobody who reads what workers print.
-
-    We use none of them. Each is a Python process that imports Ray, and Ray waits for the dashboard's before it starts
-    the raylet, also where that would only report its use; the raylet waits for its agent, which without a dashboard
-    serves nobody. On a busy machine these imports take longer than Ray waits.
-    """
-    kept = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
-    dependencies = utils.get_dashboard_dependency_error
-    for name in ("start_monitor", "start_log_monitor"):
-        setattr(node.Node, name, lambda _: None)
-    setattr(node.Node, "start_api_server", _without_dashboard)  # noqa: B010 - a type checker compares the signatures
-    utils.get_dashboard_dependency_error = _not_wanted
-    try:
-        yield
-    finally:
-        utils.get_dashboard_dependency_error = dependencies
-        for name, method in kept.items():
-            setattr(node.Node, name, method)
-
-
-def _without_dashboard(of: Any, **_: object) -> None:  # noqa: ANN401 - Ray's node
-    of._webui_url = ""  # noqa: SLF001 - as Ray has it where there is none
-
-
-def _not_wanted() -> ImportError:
-    """Let Ray take itself for an installation without ``ray[default]``, whose agents serve no dashboard."""
-    return ImportError("no dashboard is wanted")
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Ray's start-up messages for those who ask for them, and this process's signal handlers as they are.
 
@@ -473,13 +425,6 @@ def _set(variables: Mapping[str, str | None]) -> dict[str, str | None]:
     before = {name: os.environ.get(name) for name in variables}
     _restore(variables)
     return before
-
-
-def _read_authentication_again() -> None:
-    """Ray's core reads its mode and token from the environment once, when it is imported."""
-    core: Any = _raylet  # compiled, and without types
-    core.Config.initialize("")
-    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _restore(variables: Mapping[str, str | None]) -> None:

@@ -12,9 +12,9 @@ import threading
 from typing import TYPE_CHECKING
 
 import ray
-from ray._private import internal_api, state
 
 from starling.orchestrator.errors import ClusterError
+from starling.orchestrator.runtimes.cluster import ray_internals
 from starling.orchestrator.runtimes.traffic import stored
 from starling.orchestrator.units import bytes_text
 
@@ -110,11 +110,6 @@ class StoreRoom:
         self._fits = {key, *list(self._fits)[:_MOST_KNOWN]}
 
 
-def spilled_bytes() -> int:
-    """What Ray has written to disks because stores were full, since it began."""
-    return internal_api.get_memory_info_reply(state.state, timeout_seconds=_TIMEOUT_S).store_stats.spilled_bytes_total
-
-
 class StoreWatch:
     """Asks in a thread of its own whether stores are full, and says so, once."""
 
@@ -130,7 +125,7 @@ class StoreWatch:
         while not self._over.wait(_PERIOD_S if self._before is not None else 0.0):
             # A Ray that does not answer is told by whatever else is asked of it.
             with contextlib.suppress(Exception):
-                spilled = spilled_bytes()
+                spilled = ray_internals.spilled_bytes(_TIMEOUT_S)
                 if self._before is None:
                     self._before = spilled
                 if self._say(spilled - self._before):
