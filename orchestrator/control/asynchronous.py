@@ -91,7 +91,7 @@ class Asynchronous:
         self._idle: set[NodeId] = set()
         """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
         self._saving_since: float | None = None
-        self._mail.room.remembers = self._runtime.messages.keeps_delivered = True
+        self._mail.room.remembers = True
 
     def run(self) -> None:
         """Go on until the configured number of rounds is done, then let everybody stand still."""

@@ -228,7 +228,7 @@ class ReplayController(Controller):
         cluster = config.cluster.model_copy(update={"round_deadline_s": _NEVER_S})
         calm = config.model_copy(update={"faults": FaultsConfig(), "cluster": cluster})
         super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
-        runtime.initial = tuple(node for node in history.start if node != SERVER)
+        runtime.standing.initial = tuple(node for node in history.start if node != SERVER)
         runtime.num_parts = history.parts
         self._simulator = runtime
         self._history = history
@@ -332,7 +332,7 @@ class SynchronousReplay(Synchronous):
                     self._simulator.retire([node], empty=[node] if how == "left empty" else ())
                     self._mail.left(node)
                 case ("up", node):
-                    self._progress.back(self._simulator.embody_again(node))
+                    self._progress.back(self._simulator.processes.embody_again(node))
                     self._members.new.add(node)
                     self._mail.left(node)
                     self._mail.room.join(node)

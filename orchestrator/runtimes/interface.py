@@ -129,10 +129,11 @@ class Programs(Protocol):
 
 
 class Messages(Protocol):
-    """Payloads between ``Send`` and ``Receive``."""
+    """Payloads between ``Send`` and ``Receive``.
 
-    keeps_delivered: bool
-    """Keep every delivered payload until ``discard``; otherwise only the server's are kept."""
+    Delivered payloads of asynchronous algorithms, and the server's, are kept until ``discard``: their receivers may
+    begin the round again.
+    """
 
     def dispatch(self, envelope: Envelope) -> None:
         """Carry a message to its receiver's machine; ``Arrived`` or ``Vanished`` is reported."""

@@ -18,7 +18,7 @@ from starling.orchestrator.config.sections import CheckpointConfig
 from starling.orchestrator.errors import ConfigError, LeaseError, RunDirectoryError, StarlingError
 from starling.orchestrator.records.lease import Lease
 from starling.orchestrator.records.observers import Observer, RoundRecord, Summary
-from starling.orchestrator.runtimes.simulator.runtime import Simulator
+from starling.orchestrator.runtimes.simulator.states import SimulatedStates
 from tests.checkpoint_states import states
 from tests.conformance import StoppedError, Stopper
 
@@ -274,15 +274,15 @@ def test_a_checkpoint_is_given_up_when_those_are_gone_that_it_needs(
     whole: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: list[int]
 ):
     """Nodes may die after they were asked, all of them or only the one that was to give the shared state."""
-    snapshot = Simulator.snapshot
+    snapshot = SimulatedStates.snapshot
     asked: list[int] = []
 
-    def taken(self: Simulator, nodes: Any, shared: Any, kept: Any = ()) -> Any:
+    def taken(self: SimulatedStates, nodes: Any, shared: Any, kept: Any = ()) -> Any:
         asked.append(len(asked))
         there = snapshot(self, nodes, shared, kept)
         return ((node, export) for node, export in there if len(asked) != 2 or node not in gone)
 
-    monkeypatch.setattr(Simulator, "snapshot", taken)
+    monkeypatch.setattr(SimulatedStates, "snapshot", taken)
     path = stopped(tmp_path / "run", checkpoint={"every_rounds": 1, "keep": 9})
     (failed,) = [event for event in lines(path) if event["event"] == "checkpoint" and event["error"]]
     assert failed["round"] == 1

@@ -12,8 +12,8 @@ from starling.algorithms.api import SERVER, AllGather, AllReduce, Node, Train
 from starling.orchestrator.protocol.faults import Faults
 from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
 from starling.orchestrator.protocol.pool import Pool
-from starling.orchestrator.runtimes.simulator.processes import End
-from starling.orchestrator.runtimes.simulator.runtime import Simulator
+from starling.orchestrator.runtimes.simulator.processes import SimulatedProcesses
+from starling.orchestrator.runtimes.simulator.state import End
 from tests.soak.histories import algorithms, draw
 from tests.soak.shrink import shrink
 from tests.soak.watch import Wrong, live
@@ -97,15 +97,14 @@ def test_a_worker_that_is_always_late_does_not_end_a_run_that_goes_on():
 def test_a_server_that_is_given_up_ends_the_run(monkeypatch: pytest.MonkeyPatch):
     """Each that is started in its place dies as it comes."""
 
-    def launch(runtime: Simulator, nodes: Sequence[int]) -> None:
-        real(runtime, nodes)
+    def launch(processes: SimulatedProcesses, nodes: Sequence[int]) -> None:
+        real(processes, nodes)
         if SERVER in nodes:
-            runtime._at(
-                runtime.now + runtime._config.network.start_s, SERVER, End(SERVER, runtime._incarnations[SERVER])
-            )
+            when = processes._clock.now + processes._config.network.start_s
+            processes._clock.at(when, SERVER, End(SERVER, processes._incarnations[SERVER]))
 
-    real = Simulator.launch
-    monkeypatch.setattr(Simulator, "launch", launch)
+    real = SimulatedProcesses.launch
+    monkeypatch.setattr(SimulatedProcesses, "launch", launch)
     ran = attempt(history({"name": "fedbuff", "buffer_size": 2, "steps": 1}, ("kill", "server", 3, "train")))
     assert str(ran.error).startswith("the server (simulated) was lost in round 3: ")
     assert str(ran.error).endswith("it has died too often to be started again, and nobody else has the model")

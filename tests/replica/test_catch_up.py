@@ -163,7 +163,7 @@ def test_who_was_late_applies_the_round_that_it_missed():
 
 
 def test_a_joiner_whose_records_do_not_serve_is_given_a_donors_state(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("starling.orchestrator.runtimes.simulator.processes.catch_up", lambda *_: None)
+    monkeypatch.setattr("starling.orchestrator.runtimes.simulator.states.catch_up", lambda *_: None)
     ran = lost(0)
     (transfer,) = ran.sought("transfer")
     assert transfer["nbytes"] >= 4 * ran.replicas[0].layout.num_values

@@ -29,9 +29,10 @@ class Spared(Simulator):
 
     def lose_spare(self) -> None:
         """The spare that would be there first dies, if there is any."""
-        if self._spares:
-            self._spares.remove(min(self._spares))
-            self._ready.append(SpareLost("its process died"))
+        spares = self.processes.spares
+        if spares:
+            spares.remove(min(spares))
+            self.clock.ready.append(SpareLost("its process died"))
 
 
 class Killed(BaseException):

@@ -76,6 +76,8 @@ class Messages:
         outbox: the payloads.
         programs: takes the replies of receivers.
         transport: counts and throttles payloads.
+        keeps: hold delivered payloads until they are discarded, as they may have to be delivered again; the server's
+            are held in any case.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Messages:
         outbox: Outbox,
         programs: ProgramDriver,
         transport: Transport,
+        *,
+        keeps: bool,
     ) -> None:
         self._loop = loop
         self._pool = pool
@@ -93,7 +97,7 @@ class Messages:
         self._letters = outbox.letters
         self._programs = programs
         self._transport = transport
-        self.keeps_delivered = False
+        self._keeps = keeps
 
     def dispatch(self, envelope: Envelope) -> None:
         key = envelope.sender, envelope.letter
@@ -129,8 +133,7 @@ class Messages:
             return
         envelope = outcome.envelope
         key = envelope.sender, envelope.letter
-        # It may have to be handed over again.
-        keeps = node == SERVER or self.keeps_delivered
+        keeps = node == SERVER or self._keeps
         sending, data = self._letters[key] if keeps else self._letters.pop(key)
         self._transport.count(envelope.nbytes)
         letter = Letter(

@@ -67,7 +67,8 @@ class Cluster:
         self._outbox = outbox = Outbox(loop, transport, room)
         grace_s = cluster.cancel_grace_s
         self.programs = ProgramDriver(loop, pool, attempt, self.exchanges, outbox, transport, grace_s)
-        self.messages = Messages(loop, pool, attempt, outbox, self.programs, transport)
+        keeps = not config.algorithm.synchronous
+        self.messages = Messages(loop, pool, attempt, outbox, self.programs, transport, keeps=keeps)
         self.states = StateStore(loop, pool, transport, cluster.round_deadline_s)
         self.models = Models(pool)
 

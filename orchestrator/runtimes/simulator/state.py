@@ -1,4 +1,4 @@
-"""What the processes of a simulation are about to do, as plain data: a resumed one goes on at the same moment.
+"""Scheduled events of a simulation as plain data: a resumed simulation goes on at the same moment.
 
 Only what outlives a round is in it. Steps of exchanges, and state that is just being handed over, are begun again.
 """
