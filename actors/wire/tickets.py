@@ -60,6 +60,11 @@ class Posted(NamedTuple):
     """How many contributions the exchange has to have."""
 
     @property
+    def contributes(self) -> bool:
+        """Whether there is a contribution; False receives only."""
+        return self.specs is not None
+
+    @property
     def nbytes(self) -> int:
         """Booked bytes of all parts."""
         return sum(self.part_nbytes)

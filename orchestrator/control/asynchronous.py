@@ -6,22 +6,20 @@ import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, cast
 
-from starling.actors.wire.tickets import Returned
+from starling.actors.wire.tickets import Receiving, Returned, Sleeping
 from starling.algorithms.api import SERVER, View
 from starling.orchestrator.control.members import NOBODY_COMES, Members
 from starling.orchestrator.control.messaging import Mail
 from starling.orchestrator.errors import RunError
+from starling.orchestrator.protocol.events import Reached
 from starling.orchestrator.protocol.faults import Faults
 from starling.orchestrator.protocol.mailboxes import Delivery
 from starling.orchestrator.runtimes.events import (
     Died,
-    Finished,
     Halted,
     Kept,
-    Receives,
     Retired,
     Seen,
-    Sleeps,
     Unreadable,
 )
 
@@ -280,7 +278,7 @@ class Asynchronous:
 
     def _note(self, happening: Happening) -> None:
         match happening:
-            case Finished(node, report):
+            case Reached(node, Returned() as report):
                 # Who was told to stop in that moment goes back to the commit before, and does its round again.
                 if node not in self._halting:
                     self._commit(node, report)
@@ -297,9 +295,9 @@ class Asynchronous:
             case Seen(node, values):
                 self._readings[node] += values
                 self._progress.note(happening)
-            case Sleeps(node, until):
-                self._working[node] = until
-            case Receives(node) | Unreadable(node):
+            case Reached(node, Sleeping(seconds)):
+                self._working[node] = self._runtime.now + seconds
+            case Reached(node, Receiving()) | Unreadable(node):
                 self._working.pop(node, None)
                 self._mail.take(happening)
             case _:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from starling.actors.wire.tickets import Receiving, Sending
 from starling.algorithms.api import SERVER, Left
+from starling.orchestrator.protocol.events import Reached
 from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
-from starling.orchestrator.runtimes.events import Arrived, Receives, Sent, Unreadable, Vanished
+from starling.orchestrator.runtimes.events import Arrived, Unreadable, Vanished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -35,7 +37,7 @@ class Mail:
     def take(self, happening: Happening) -> bool:
         """Handle what concerns messages; say whether it was that."""
         match happening:
-            case Sent(node, to, nbytes, letter):
+            case Reached(node, Sending(to, letter, _, nbytes)):
                 envelope = self.room.send(node, to, nbytes, letter)
                 if envelope is None:
                     self._runtime.messages.discard(node, letter)
@@ -50,7 +52,7 @@ class Mail:
                 self._hand_over(self.room.receive(node, timeout_s, self._runtime.now))
             case Arrived(envelope):
                 self._hand_over(self.room.arrived(envelope))
-            case Receives(node, timeout_s):
+            case Reached(node, Receiving(timeout_s)):
                 self._hand_over(self.room.receive(node, timeout_s, self._runtime.now))
             case _:
                 return False

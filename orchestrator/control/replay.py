@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from starling.actors.data import Place, Position
+from starling.actors.wire.tickets import Posted, Returned
 from starling.algorithms.api import SERVER, Left, Timeout, View
 from starling.orchestrator.config.sections import FaultsConfig
 from starling.orchestrator.control.asynchronous import Asynchronous
 from starling.orchestrator.control.controller import Controller
 from starling.orchestrator.control.synchronous import Synchronous
 from starling.orchestrator.errors import ConfigError, RunError
-from starling.orchestrator.protocol.events import Post, Posts, Withdrawn
+from starling.orchestrator.protocol.events import Posts, Reached, Returns, Withdrawn
 from starling.orchestrator.protocol.exchange import Phase
 from starling.orchestrator.protocol.mailboxes import Envelope, Mailroom
 from starling.orchestrator.records import event_lines, run_files
-from starling.orchestrator.runtimes.events import AllFinished, Finished, Loaded, NotLoaded, Retired, Up
+from starling.orchestrator.runtimes.events import Loaded, NotLoaded, Retired, Up
 from starling.orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from starling.actors.wire.tickets import Returned
     from starling.algorithms.api import NodeId
     from starling.orchestrator.config.schema import Config
     from starling.orchestrator.control.run_state import Progress
@@ -70,14 +70,14 @@ class Done:
         """The exchanges to which ``node`` contributed."""
         return [seq for seq, nodes in self.closed.items() if node in nodes]
 
-    def holds_back(self, node: NodeId, seq: int, *, contributes: bool) -> bool:
-        """Whether ``node`` had not come to exchange ``seq`` when that closed, or was not there any more.
+    def holds_back(self, node: NodeId, post: Posted) -> bool:
+        """Whether ``node`` had not come to an exchange when that closed, or was not there any more.
 
         Who only receives is in no exchange's set: it was there if it contributed to a later one.
         """
-        if node not in self.late or node in self.closed.get(seq, ()):
+        if node not in self.late or node in self.closed.get(post.seq, ()):
             return False
-        return contributes or seq > max(self.given_by(node), default=-1)
+        return post.contributes or post.seq > max(self.given_by(node), default=-1)
 
 
 @dataclass
@@ -353,20 +353,19 @@ class SynchronousReplay(Synchronous):
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         done = self._done(attempt.number)
         match happening:
-            case Posts(first, wants):
-                held = {node for node in wants if done.holds_back(node, first.seq, contributes=first.contributes)}
-                allowed = {node: one for node, one in wants.items() if node not in held}
-                return Posts(first._replace(node=next(iter(allowed))), allowed) if allowed else None
-            case AllFinished(reports) if done.late & reports.keys():
+            case Posts(posts):
+                allowed = {node: post for node, post in posts.items() if not done.holds_back(node, post)}
+                return Posts(allowed) if allowed else None
+            case Returns(reports) if done.late & reports.keys():
                 punctual = {node: report for node, report in reports.items() if node not in done.late}
-                return super()._note(attempt, AllFinished(punctual)) if punctual else None
-            case Post(node, seq) if done.holds_back(node, seq, contributes=happening.contributes):
+                return super()._note(attempt, Returns(punctual)) if punctual else None
+            case Reached(node, Posted() as post) if done.holds_back(node, post):
                 return None
-            case Finished(node) if node in done.late:
+            case Reached(node, Returned()) if node in done.late:
                 return None
-            case Post():
+            case Reached(node, Posted() as post):
                 # The log knows when it closed; its policy is not asked again.
-                return happening._replace(close=None)
+                return Reached(node, post._replace(close=None))
             case Loaded() | NotLoaded() | Retired() | Up():
                 return None  # done before the round
             case _:

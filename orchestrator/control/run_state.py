@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starling.actors.replica.catch_up import Transcript
-from starling.actors.wire.tickets import mean_loss
+from starling.actors.wire.tickets import Failed, mean_loss
 from starling.algorithms.api import SERVER
 from starling.orchestrator.checkpoints.schedule import MAIL, complete
 from starling.orchestrator.control.samples import Samples
 from starling.orchestrator.errors import NodeFailedError, NodeGoneError
 from starling.orchestrator.protocol.byte_ledger import Ledger
+from starling.orchestrator.protocol.events import Reached
 from starling.orchestrator.records import round_log
 from starling.orchestrator.records.observers import RoundRecord, Summary
 from starling.orchestrator.records.round_log import Members, Sealed
-from starling.orchestrator.runtimes.events import Log, Raised, Seen, Used
+from starling.orchestrator.runtimes.events import Log, Seen, Used
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -135,7 +136,7 @@ class Progress:
                 self.observer.on_usage(node, values)
             case Seen(node, values):
                 self.record("seen", node=node, values=values)
-            case Raised(_, message, traceback):
+            case Reached(_, Failed(message, traceback)):
                 raise NodeFailedError(message, traceback)
             case _:
                 return False

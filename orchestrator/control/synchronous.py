@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from starling.actors.wire.tickets import Posted, Returned, Waiting
 from starling.algorithms.api import View
 from starling.algorithms.words import listed
 from starling.orchestrator.control.members import NOBODY_COMES, Members
@@ -22,26 +23,23 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     Elapsed,
     Lost,
-    Post,
     Posts,
     ProgramsDiverge,
-    Return,
+    Reached,
     Returns,
     Secure,
     Secured,
-    Waits,
     Withdrawn,
 )
 from starling.orchestrator.protocol.faults import Faults
 from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
 from starling.orchestrator.protocol.rendezvous import Rendezvous
-from starling.orchestrator.runtimes.events import AllFinished, Died, Finished, Halted, Retired
+from starling.orchestrator.runtimes.events import Died, Halted, Retired
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from starling.actors.wire.tickets import Returned
     from starling.algorithms.api import NodeId
     from starling.orchestrator.config.sections import FaultPhase
     from starling.orchestrator.control.run_state import Progress
@@ -354,26 +352,25 @@ class Synchronous:
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         """Keep what is for the controller; return what is for the rendezvous."""
         match happening:
-            case AllFinished(reports):
+            case Returns(reports):
                 attempt.reports.update(reports)
-                node, report = next(iter(reports.items()))
-                return Returns(Return(node, report.num_collectives, report.digest), tuple(reports))
-            case Posts():
+                return happening
+            case Posts(posts):
                 if self._faults.is_pending:
-                    for node in happening.wants:
+                    for node in posts:
                         self._strike("post", attempt.number, node)
                 return happening
-            case Finished(node, report):
+            case Reached(node, Returned() as report):
                 attempt.reports[node] = report
-                return Return(node, report.num_collectives, report.digest)
+                return happening
             case Died(node) | Retired(node):
                 self._between(attempt.number, happening)
                 attempt.disturbed = True
                 return Lost(node)
-            case Post(node):
+            case Reached(node, Posted()):
                 self._strike("post", attempt.number, node)
                 return happening
-            case Waits() | Secured() | Delivered():
+            case Reached(_, Waiting()) | Secured() | Delivered():
                 return happening
             case _:
                 self._between(attempt.number, happening)

@@ -6,48 +6,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from starling.actors.wire.buffers import Signature
-    from starling.actors.wire.tickets import Wants
+    from starling.actors.wire.tickets import Posted, Returned, Ticket
     from starling.algorithms.api import NodeId
-    from starling.algorithms.closing import ClosePolicy
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-class Post(NamedTuple):
-    """``node`` announces its contribution to exchange ``seq``; large ones are in the store by now."""
+class Reached(NamedTuple):
+    """A node's program has reached an operation, or its end. Large contributions are in the store by now."""
 
     node: NodeId
-    seq: int
-    signature: Signature
-    contributes: bool = True
-    """False receives only."""
-    weight: float = 1.0
-    part_nbytes: tuple[int, ...] = ()
-    """Booked size of each part; empty without a contribution."""
-    result_nbytes: tuple[int, ...] = ()
-    """Booked size of each part of the result."""
-    inline: bool = False
-    """The contribution came with the announcement."""
-    waits: bool = True
-    """The program is at the operation; false after a ``Start``."""
-    close: ClosePolicy | None = None
-    wants: Wants | None = None
-    """Of a neighbour gather: whose contributions ``node`` is to receive. ``None``: everybody's."""
-    skipped: str | None = None
-    """Why the node has nothing to contribute, though it takes part: its values are not finite."""
-    least: int = 1
-    """How many contributions there have to be."""
+    ticket: Ticket
 
 
-@dataclass(frozen=True)
-class Waits:
-    """``node`` waits for the result of a started exchange; its ``Post`` may still be on the way."""
+class Posts(NamedTuple):
+    """Several nodes post at one moment, one after the other: their tickets differ in nothing but ``wants``.
 
-    node: NodeId
-    seq: int
+    Their close policy is the usual one: no other word could close the exchange before the last of them.
+    """
+
+    tickets: dict[NodeId, Posted]
+
+
+class Returns(NamedTuple):
+    """Several nodes' programs end at one moment, one after the other, with one digest and number of collectives."""
+
+    tickets: dict[NodeId, Returned]
 
 
 @dataclass(frozen=True)
@@ -69,37 +53,6 @@ class Delivered:
     node: NodeId
     generation: int
     missing: frozenset[int] = frozenset()
-
-
-class Return(NamedTuple):
-    """``node``'s program is done and its state staged."""
-
-    node: NodeId
-    num_collectives: int
-    digest: str = ""
-    """Of the shared state; empty if it is not replicated."""
-
-
-class Posts(NamedTuple):
-    """Posts of several nodes at one moment, one after the other, that differ in nothing but the node and its wants.
-
-    Their close policy is the usual one: no other word could close the exchange before the last of them.
-    """
-
-    first: Post
-    wants: dict[NodeId, Wants | None]
-    """Of each of them, in order."""
-
-    def each(self) -> Iterator[Post]:
-        """The posts one by one."""
-        return (self.first._replace(node=node, wants=wants) for node, wants in self.wants.items())
-
-
-class Returns(NamedTuple):
-    """Returns of several nodes at one moment, one after the other, that differ in nothing but the node."""
-
-    first: Return
-    nodes: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True)
@@ -129,7 +82,7 @@ class Elapsed:
     seq: int
 
 
-Event: TypeAlias = Post | Waits | Secured | Delivered | Return | Posts | Returns | Lost | Withdrawn | Deadline | Elapsed
+Event: TypeAlias = Reached | Posts | Returns | Secured | Delivered | Lost | Withdrawn | Deadline | Elapsed
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------

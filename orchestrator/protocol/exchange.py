@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from starling.actors.wire.tickets import among
 
 if TYPE_CHECKING:
-    from starling.actors.wire.tickets import Wants
+    from starling.actors.wire.tickets import Posted
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.protocol.events import Post
 
 
 class Phase(enum.Enum):
@@ -34,10 +33,8 @@ class Exchange:
     first_s: float = 0.0
     """How long that took, from the round's begin or the last close before it."""
     phase: Phase = Phase.OPEN
-    posts: dict[NodeId, Post] = field(default_factory=dict)
-    """While open: of active members only. Members that post alike have one between them."""
-    wants: dict[NodeId, Wants | None] = field(default_factory=dict)
-    """``Post.wants`` of those that have posted."""
+    posts: dict[NodeId, Posted] = field(default_factory=dict)
+    """While open: of active members only."""
     waiting: set[NodeId] = field(default_factory=set)
     closed: tuple[NodeId, ...] = ()
     """The target while securing; who is in, afterwards."""
@@ -55,7 +52,7 @@ class Exchange:
     @property
     def inline(self) -> bool:
         """All contributions came with their announcements."""
-        return all(post.inline for post in self.posts.values() if post.contributes)
+        return all(post.inline is not None for post in self.posts.values() if post.contributes)
 
     @property
     def num_parts(self) -> int:
@@ -64,7 +61,7 @@ class Exchange:
 
     def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
         """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
-        wants = self.wants[by]
+        wants = self.posts[by].wants
         if wants is None:
             return self.closed
         those = among(wants, frozenset(self.closed))

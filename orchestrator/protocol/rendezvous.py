@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import among
+from starling.actors.wire.tickets import Posted, Returned, Waiting, among
 from starling.algorithms.closing import Quorum, Waited
 from starling.algorithms.words import listed
 from starling.orchestrator.protocol.events import (
@@ -43,20 +43,18 @@ from starling.orchestrator.protocol.events import (
     Event,
     GiveUp,
     Lost,
-    Post,
     Posts,
     ProgramsDiverge,
-    Return,
+    Reached,
     Returns,
     Secure,
     Secured,
-    Waits,
     Withdrawn,
 )
 from starling.orchestrator.protocol.exchange import Exchange, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from starling.algorithms.api import NodeId
 
@@ -85,7 +83,7 @@ class Rendezvous:
         self.need = need
         self.active = set(self.view)
         self.exchanges: dict[int, Exchange] = {}
-        self.returned: dict[NodeId, Return] = {}
+        self.returned: dict[NodeId, Returned] = {}
         """Of active members only."""
         self.over = False
         self.payload_nbytes = 0
@@ -109,20 +107,20 @@ class Rendezvous:
             return []
         self._now = now
         match event:
-            case Post():
-                self._post((event,))
-            case Posts():
-                self._posts(event)
-            case Waits(node, seq):
+            case Reached(node, Posted() as ticket):
+                self._post({node: ticket})
+            case Reached(node, Waiting(seq)):
                 self._waits(node, seq)
+            case Reached(node, Returned() as ticket):
+                self._return({node: ticket})
+            case Posts(tickets):
+                self._posts(tickets)
+            case Returns(tickets):
+                self._return(tickets)
             case Secured():
                 self._secured(event)
             case Delivered():
                 self._delivered(event)
-            case Return(node):
-                self._return(event, (node,))
-            case Returns(first, nodes):
-                self._return(first, nodes)
             case Lost(node):
                 self._lost(node)
             case Withdrawn(node, reason):
@@ -131,6 +129,8 @@ class Rendezvous:
                 self._deadline()
             case Elapsed(seq):
                 self._elapsed(seq)
+            case _:
+                pass  # an operation that the rendezvous has nothing to do with
         if not self.over:
             self._try_commit()
         decisions, self._out = self._out, []
@@ -138,33 +138,34 @@ class Rendezvous:
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def _post(self, posts: Sequence[Post]) -> None:
+    def _post(self, posts: Mapping[NodeId, Posted]) -> None:
         """Take contributions to one exchange, announced at one moment."""
-        active = [post for post in posts if post.node in self.active]
-        for post in active:
-            self._admit(post)
+        active = {node: post for node, post in posts.items() if node in self.active}
+        for node, post in active.items():
+            self._admit(node, post)
             if self.over:
                 return
-        if active:
-            self._try_close(self.exchanges[active[0].seq])
-
-    def _posts(self, posts: Posts) -> None:
-        """The same of posts that are alike."""
-        first, wants = posts
-        if self.returned or first.seq in self.exchanges or not self.active.issuperset(wants):
-            self._post(tuple(posts.each()))
+        for post in active.values():
+            self._try_close(self.exchanges[post.seq])
             return
-        self._admit(first)
+
+    def _posts(self, posts: Mapping[NodeId, Posted]) -> None:
+        """Take contributions that differ in nothing but ``wants``."""
+        node, first = next(iter(posts.items()))
+        if self.returned or first.seq in self.exchanges or not self.active.issuperset(posts):
+            self._post(posts)
+            return
+        self._admit(node, first)
         exchange = self.exchanges[first.seq]
-        exchange.posts, exchange.wants = dict.fromkeys(wants, first), dict(wants)
+        exchange.posts = dict(posts)
         if first.waits:
-            exchange.waiting.update(wants)
+            exchange.waiting.update(posts)
         self._try_close(exchange)
 
-    def _admit(self, post: Post) -> None:
+    def _admit(self, node: NodeId, post: Posted) -> None:
         done = next((node for node, one in self.returned.items() if one.num_collectives <= post.seq), None)
         if done is not None:
-            self._fail_programs(post.seq, done, post.node, f"the end of the program; {post.signature}")
+            self._fail_programs(post.seq, done, node, f"the end of the program; {post.signature}")
             return
         exchange = self.exchanges.get(post.seq)
         if exchange is None:
@@ -176,22 +177,22 @@ class Rendezvous:
         exchange.is_gather = post.signature.operation != "AllReduce"
         first = next(iter(exchange.posts.values()), post)
         # Nodes of one process have one signature.
-        if post.signature is not first.signature and not self._agrees(exchange, first, post):
+        if post.signature is not first.signature and not self._agrees(exchange, node, post):
             return
-        exchange.posts[post.node] = post
-        exchange.wants[post.node] = post.wants
+        exchange.posts[node] = post
         if post.waits:
-            exchange.waiting.add(post.node)
+            exchange.waiting.add(node)
 
-    def _agrees(self, exchange: Exchange, first: Post, post: Post) -> bool:
-        """Compare with what is there, all of which agrees already."""
+    def _agrees(self, exchange: Exchange, node: NodeId, post: Posted) -> bool:
+        """Compare a node's post with those that are there, all of which agree already."""
+        others = list(exchange.posts.items())
+        compared = others[:1]
         # The first contribution fixes what a receiver without one leaves open.
-        fixed = first
         if post.signature.tensors is not None:
-            fixed = next((one for one in exchange.posts.values() if one.signature.tensors is not None), first)
-        for other in (first, fixed):
-            if not post.signature.agrees_with(other.signature):
-                self._fail_programs(post.seq, other.node, post.node, other.signature.against(post.signature))
+            compared += [other for other in others if other[1].signature.tensors is not None][:1]
+        for other, known in compared:
+            if not post.signature.agrees_with(known.signature):
+                self._fail_programs(post.seq, other, node, known.signature.against(post.signature))
                 return False
         return True
 
@@ -238,17 +239,19 @@ class Rendezvous:
             self.payload_nbytes += sum(sizes[part] for part, by in exchange.makers.items() if by != event.node)
         self._try_finish(exchange)
 
-    def _return(self, event: Return, nodes: tuple[NodeId, ...]) -> None:
-        """Take what ``nodes`` say alike at the end of their programs."""
-        active = [node for node in nodes if node in self.active]
+    def _return(self, reports: Mapping[NodeId, Returned]) -> None:
+        """Take the ends of programs that had one number of collectives."""
+        active = {node: report for node, report in reports.items() if node in self.active}
         if not active:
             return
-        ahead = (exchange for exchange in self.exchanges.values() if exchange.seq >= event.num_collectives)
-        other = next((post for exchange in ahead for post in exchange.posts.values()), None)
+        first, report = next(iter(active.items()))
+        ahead = (exchange for exchange in self.exchanges.values() if exchange.seq >= report.num_collectives)
+        other = next((one for exchange in ahead for one in exchange.posts.items()), None)
         if other is not None:
-            self._fail_programs(other.seq, active[0], other.node, f"the end of the program; {other.signature}")
+            node, post = other
+            self._fail_programs(post.seq, first, node, f"the end of the program; {post.signature}")
             return
-        self.returned.update(dict.fromkeys(active, event))
+        self.returned |= active
 
     def _lost(self, node: NodeId) -> None:
         if node not in self.view:
@@ -374,9 +377,9 @@ class Rendezvous:
     def _inline_nbytes(self, exchange: Exchange) -> int:
         """What the contributions to a small exchange are, over all that they go to."""
         sizes = {node: sum(exchange.posts[node].part_nbytes) for node in exchange.closed}
-        if not any(exchange.wants[by] is not None for by in self.active):
+        if not any(exchange.posts[by].wants is not None for by in self.active):
             return sum(sizes.values()) * (len(self.active) - 1)
-        wanted = ((by, among(exchange.wants[by] or frozenset(), sizes)) for by in self.active)
+        wanted = ((by, among(exchange.posts[by].wants or frozenset(), sizes)) for by in self.active)
         return sum([sizes[node] for by, those in wanted for node in those if node != by])
 
     def _enough(self, exchange: Exchange, *, past_deadline: bool) -> bool:

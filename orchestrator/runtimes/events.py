@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from starling.orchestrator.protocol.events import Event
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from starling.actors.host.host import Returned
     from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.mailboxes import Envelope
 
@@ -26,15 +25,6 @@ class NodeFacts:
     num_samples: int
     gpus: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Raised:
-    """A node's program or task raised."""
-
-    node: NodeId
-    message: str
-    traceback: str | None
 
 
 @dataclass(frozen=True)
@@ -122,35 +112,11 @@ class SpareLost:
     reason: str
 
 
-class Finished(NamedTuple):
-    """A node's program is done."""
-
-    node: NodeId
-    report: Returned
-
-
-class AllFinished(NamedTuple):
-    """Several nodes' programs of a synchronous round are done at one moment, one after the other."""
-
-    reports: dict[NodeId, Returned]
-
-
 @dataclass(frozen=True)
 class Halted:
     """A cancelled node stands still."""
 
     node: NodeId
-
-
-@dataclass(frozen=True)
-class Sent:
-    """A node's program sends a message."""
-
-    node: NodeId
-    to: NodeId
-    nbytes: int
-    letter: int
-    """The runtime's name for the payload."""
 
 
 @dataclass(frozen=True)
@@ -174,22 +140,6 @@ class Unreadable:
     node: NodeId
     envelope: Envelope
     timeout_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Sleeps:
-    """A node's program lets time pass until then, on the runtime's clock."""
-
-    node: NodeId
-    until: float
-
-
-@dataclass(frozen=True)
-class Receives:
-    """A node's program waits for a message."""
-
-    node: NodeId
-    timeout_s: float | None
 
 
 @dataclass(frozen=True)
@@ -218,7 +168,6 @@ class Log:
 
 Happening: TypeAlias = (
     Event
-    | Raised
     | Died
     | Up
     | NotUp
@@ -229,15 +178,10 @@ Happening: TypeAlias = (
     | NotLoaded
     | Room
     | SpareLost
-    | Finished
-    | AllFinished
     | Halted
-    | Sent
     | Arrived
     | Vanished
     | Unreadable
-    | Receives
-    | Sleeps
     | Seen
     | Used
     | Log

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from starling.actors.wire.buffers import Signature, TensorSpec
+from starling.actors.wire.tickets import Posted, Returned, Waiting
 from starling.algorithms.closing import ClosePolicy
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -22,17 +23,16 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     GiveUp,
     Lost,
-    Post,
     Posts,
     ProgramsDiverge,
-    Return,
+    Reached,
     Returns,
     Secure,
     Secured,
-    Waits,
 )
 from starling.orchestrator.protocol.exchange import Exchange, Phase
 from starling.orchestrator.protocol.rendezvous import Rendezvous
+from tests.tickets import post, returned, waits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,22 +48,22 @@ def silent(signature: Signature) -> Signature:
     return Signature(signature.operation, signature.parts, None)
 
 
-def inline(node: int, seq: int = 0, *, nbytes: int = 40, signature: Signature = REDUCE, **keys: Any) -> Post:
-    return Post(node, seq, signature, part_nbytes=(nbytes,), result_nbytes=(nbytes,), inline=True, **keys)
+def inline(node: int, seq: int = 0, *, nbytes: int = 40, signature: Signature = REDUCE, **keys: Any) -> Reached:
+    return post(node, seq, signature, part_nbytes=(nbytes,), result_nbytes=(nbytes,), inline=True, **keys)
 
 
 def large(
     node: int, seq: int = 0, sizes: tuple[int, ...] = (400, 400), results: tuple[int, ...] | None = None, **keys: Any
-) -> Post:
-    return Post(node, seq, REDUCE, part_nbytes=sizes, result_nbytes=sizes if results is None else results, **keys)
+) -> Reached:
+    return post(node, seq, REDUCE, part_nbytes=sizes, result_nbytes=sizes if results is None else results, **keys)
 
 
-def gather(node: int, seq: int = 0, nbytes: int = 100_000, **keys: Any) -> Post:
-    return Post(node, seq, GATHER, part_nbytes=(nbytes,), **keys)
+def gather(node: int, seq: int = 0, nbytes: int = 100_000, **keys: Any) -> Reached:
+    return post(node, seq, GATHER, part_nbytes=(nbytes,), **keys)
 
 
-def nothing(node: int, seq: int = 0, signature: Signature = REDUCE, **keys: Any) -> Post:
-    return Post(node, seq, silent(signature), contributes=False, **keys)
+def nothing(node: int, seq: int = 0, signature: Signature = REDUCE, **keys: Any) -> Reached:
+    return post(node, seq, silent(signature), contributes=False, **keys)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Meeting:
 
     def end(self, num_collectives: int = 1, digest: str = "d") -> list[Decision]:
         """All that are active return."""
-        return self.tell(*(Return(node, num_collectives, digest) for node in sorted(self.machine.active)))
+        return self.tell(*(returned(node, num_collectives, digest) for node in sorted(self.machine.active)))
 
     @property
     def phase(self) -> Phase:
@@ -243,20 +243,20 @@ def test_who_waits_later_is_advanced_later():
     assert meeting.tell(inline(0, waits=False), inline(1), inline(2, waits=False)) == [
         Advance(0, (1,), (0, 1, 2), inline=True)
     ]
-    assert meeting.tell(Waits(2, 0)) == [Advance(0, (2,), (0, 1, 2), inline=True)]
-    assert meeting.tell(Waits(0, 0)) == [Advance(0, (0,), (0, 1, 2), inline=True)]
+    assert meeting.tell(waits(2, 0)) == [Advance(0, (2,), (0, 1, 2), inline=True)]
+    assert meeting.tell(waits(0, 0)) == [Advance(0, (0,), (0, 1, 2), inline=True)]
 
 
 def test_waiting_before_the_close():
     meeting = Meeting(2)
-    assert meeting.tell(inline(0, waits=False), Waits(0, 0)) == []
+    assert meeting.tell(inline(0, waits=False), waits(0, 0)) == []
     assert meeting.tell(inline(1)) == [Advance(0, (0, 1), (0, 1), inline=True)]
 
 
 def test_waiting_before_ones_own_announcement():
     meeting = Meeting(2)
     # The program is at its Wait while the contribution is still being put into the store.
-    assert meeting.tell(Waits(0, 0), inline(1, waits=False)) == []
+    assert meeting.tell(waits(0, 0), inline(1, waits=False)) == []
     assert meeting.tell(inline(0, waits=False)) == [Advance(0, (0,), (0, 1), inline=True)]
 
 
@@ -422,12 +422,12 @@ def test_lost_poster_of_a_closed_exchange_is_in_closed_and_not_committed():
 def test_lost_after_the_return():
     meeting = Meeting(3)
     meeting.tell(inline(0), inline(1), inline(2))
-    meeting.tell(Return(0, 1, "d"), Return(1, 1, "d"))
+    meeting.tell(returned(0, 1, "d"), returned(1, 1, "d"))
     assert meeting.tell(Lost(1)) == []
-    assert meeting.tell(Return(2, 1, "d")) == [Commit((0, 2))]
+    assert meeting.tell(returned(2, 1, "d")) == [Commit((0, 2))]
     # And when it was the last that the others waited for:
     meeting = Meeting(3)
-    meeting.tell(inline(0), inline(1), inline(2), Return(0, 1, "d"), Return(1, 1, "d"))
+    meeting.tell(inline(0), inline(1), inline(2), returned(0, 1, "d"), returned(1, 1, "d"))
     assert meeting.tell(Lost(2)) == [Commit((0, 1))]
 
 
@@ -444,7 +444,7 @@ def test_twice_lost_and_strangers():
     meeting.tell(Lost(3))
     assert meeting.tell(Lost(3)) == [GiveUp(3)]
     assert len(meeting.secure(requests)) == 1
-    assert meeting.tell(large(3, 1), Waits(3, 1), Waits(3, 7), Return(3, 1)) == []
+    assert meeting.tell(large(3, 1), waits(3, 1), waits(3, 7), returned(3, 1)) == []
 
 
 def test_give_up_only_while_something_is_fetched():
@@ -543,7 +543,7 @@ def test_deadline_leaves_behind_who_has_not_posted():
         Cancel(3, reason),
         Advance(0, (1, 2), (1, 2), inline=True),
     ]
-    assert meeting.tell(inline(0), Waits(3, 0), Return(3, 1)) == []  # late words of the cancelled
+    assert meeting.tell(inline(0), waits(3, 0), returned(3, 1)) == []  # late words of the cancelled
     assert meeting.end() == [Commit((1, 2))]
 
 
@@ -561,7 +561,7 @@ def test_deadline_cancels_nobody_while_nobody_waits():
     meeting = Meeting(4)
     meeting.tell(inline(0, waits=False), inline(1, waits=False), inline(2, waits=False))
     assert meeting.tell(Deadline()) == []
-    meeting.tell(Waits(1, 0))
+    meeting.tell(waits(1, 0))
     decisions = meeting.tell(Deadline())
     assert [type(one) for one in decisions] == [Cancel, Advance]
     assert decisions[1] == Advance(0, (1,), (0, 1, 2), inline=True)
@@ -628,9 +628,9 @@ def test_a_cancelled_reducer_is_replaced():
 def test_deadline_at_the_end_of_the_program():
     meeting = Meeting(4)
     meeting.tell(*(inline(node) for node in range(4)))
-    meeting.tell(Return(0, 1, "d"))
+    meeting.tell(returned(0, 1, "d"))
     assert meeting.tell(Deadline()) == []
-    meeting.tell(Return(1, 1, "d"))
+    meeting.tell(returned(1, 1, "d"))
     reason = "it had not finished the round"
     assert meeting.tell(Deadline()) == [Cancel(2, reason), Cancel(3, reason), Commit((0, 1))]
 
@@ -671,7 +671,7 @@ def test_close_policy_knows_how_long_it_took_and_may_not_go_below_need():
 def test_close_policy_is_asked_again_when_somebody_comes_to_wait():
     meeting = Meeting(4, need=1)
     assert meeting.tell(inline(3, close=FirstTwo(), waits=False), inline(1, close=FirstTwo(), waits=False)) == []
-    assert [type(one) for one in meeting.tell(Waits(1, 0))] == [Cancel, Cancel, Advance]
+    assert [type(one) for one in meeting.tell(waits(1, 0))] == [Cancel, Cancel, Advance]
 
 
 # --- programs match by position -------------------------------------------------------------------------------------
@@ -711,7 +711,7 @@ def test_who_fixed_the_signature_may_be_lost():
 
 def test_a_program_that_ends_early():
     meeting = Meeting(2)
-    meeting.tell(inline(0), inline(1), Return(0, 1, "d"))
+    meeting.tell(inline(0), inline(1), returned(0, 1, "d"))
     (diverge,) = meeting.tell(inline(1, 1))
     assert isinstance(diverge, ProgramsDiverge)
     assert (diverge.seq, diverge.first, diverge.second) == (1, 0, 1)
@@ -721,7 +721,7 @@ def test_a_program_that_ends_early():
 def test_a_program_that_goes_on():
     meeting = Meeting(2)
     meeting.tell(inline(0), inline(1), inline(1, 1))
-    (diverge,) = meeting.tell(Return(0, 1, "d"))
+    (diverge,) = meeting.tell(returned(0, 1, "d"))
     assert isinstance(diverge, ProgramsDiverge)
     assert (diverge.seq, diverge.first, diverge.second) == (1, 0, 1)
 
@@ -731,28 +731,28 @@ def test_a_program_that_goes_on():
 
 def test_commit_needs_everybody_active():
     meeting = Meeting(3, need=1)
-    assert meeting.tell(Return(0, 0), Return(2, 0)) == []
-    assert meeting.tell(Return(1, 0)) == [Commit((0, 1, 2))]
+    assert meeting.tell(returned(0, 0), returned(2, 0)) == []
+    assert meeting.tell(returned(1, 0)) == [Commit((0, 1, 2))]
     assert meeting.machine.over
 
 
 def test_digests_that_differ():
     meeting = Meeting(5)
     digests = {0: "a", 1: "b", 2: "b", 3: "c", 4: "b"}
-    assert meeting.tell(*(Return(node, 0, digest) for node, digest in digests.items())) == [
+    assert meeting.tell(*(returned(node, 0, digest) for node, digest in digests.items())) == [
         Diverged(((1, 2, 4), (0,), (3,)))
     ]
 
 
 def test_digests_of_the_dead_do_not_count():
     meeting = Meeting(3)
-    meeting.tell(Return(0, 0, "odd"), Return(1, 0, "d"), Lost(0))
-    assert meeting.tell(Return(2, 0, "d")) == [Commit((1, 2))]
+    meeting.tell(returned(0, 0, "odd"), returned(1, 0, "d"), Lost(0))
+    assert meeting.tell(returned(2, 0, "d")) == [Commit((1, 2))]
 
 
 def test_digests_do_not_matter_where_nothing_is_replicated():
     meeting = Meeting(2, replicated=False)
-    assert meeting.tell(Return(0, 0, "a"), Return(1, 0, "b")) == [Commit((0, 1))]
+    assert meeting.tell(returned(0, 0, "a"), returned(1, 0, "b")) == [Commit((0, 1))]
 
 
 # --- bytes ----------------------------------------------------------------------------------------------------------
@@ -812,31 +812,37 @@ def test_bytes_to_the_dead_are_booked_while_they_live():
 # --- many at once -----------------------------------------------------------------------------------------------------
 
 
-def neighbor(node: int, *wants: int) -> Post:
+def neighbor(node: int, *wants: int) -> Reached:
     gather = Signature("NeighborAllGather", "ring", None)
-    return Post(node, 0, gather, part_nbytes=(8,), inline=True, wants=frozenset(wants))
+    return post(node, 0, gather, part_nbytes=(8,), inline=True, wants=frozenset(wants))
 
 
 RING = [neighbor(0, 1, 2), neighbor(1, 0, 2), neighbor(2, 0, 1)]
 
 
-def together(posts: list[Post]) -> Posts:
-    return Posts(posts[0], {post.node: post.wants for post in posts})
+def together(posts: list[Reached]) -> Posts:
+    return Posts({node: ticket for node, ticket in posts if isinstance(ticket, Posted)})
 
 
-@pytest.mark.parametrize("before", [[], [Lost(2)], [neighbor(1, 0, 2)], [Waits(0, 0)]], ids=str)
+def returns(nodes: tuple[int, ...], *report: Any) -> Returns:
+    tickets = dict(returned(node, *report) for node in nodes)
+    return Returns({node: ticket for node, ticket in tickets.items() if isinstance(ticket, Returned)})
+
+
+@pytest.mark.parametrize("before", [[], [Lost(2)], [neighbor(1, 0, 2)], [waits(0, 0)]], ids=str)
 @pytest.mark.parametrize("gathers", [True, False])
 def test_posts_told_at_once_are_the_same_as_one_after_the_other(before: list[Event], *, gathers: bool):
     posts = RING if gathers else [inline(node) for node in range(3)]
-    before = [event for event in before if gathers or not isinstance(event, Post)]
+    before = [
+        event for event in before if gathers or not isinstance(event, Reached) or isinstance(event.ticket, Waiting)
+    ]
     alone, at_once = Meeting(3), Meeting(3)
     for meeting, told in ((alone, posts), (at_once, [together(posts)])):
         meeting.tell(*before, *told)
     assert at_once.decisions == alone.decisions
     assert any(isinstance(decision, Close) for decision in alone.decisions)
     assert at_once.nbytes == alone.nbytes
-    assert at_once.machine.exchanges[0].wants == alone.machine.exchanges[0].wants
-    assert at_once.machine.exchanges[0].posts.keys() == alone.machine.exchanges[0].posts.keys()
+    assert at_once.machine.exchanges[0].posts == alone.machine.exchanges[0].posts
 
 
 def test_a_node_lost_after_posts_at_once_leaves_the_exchange():
@@ -858,22 +864,22 @@ def test_posts_at_once_that_differ_from_what_is_there_name_both():
 def test_returns_told_at_once_commit():
     meeting = Meeting(3)
     meeting.tell(*(inline(node) for node in range(3)))
-    assert meeting.tell(Returns(Return(0, 1, "d"), (0, 1))) == []
-    assert meeting.tell(Return(2, 1, "d")) == [Commit((0, 1, 2))]
+    assert meeting.tell(returns((0, 1), 1, "d")) == []
+    assert meeting.tell(returned(2, 1, "d")) == [Commit((0, 1, 2))]
 
 
 def test_returns_told_at_once_are_of_active_members_only():
     meeting = Meeting(4)
     meeting.tell(Lost(1))
-    assert meeting.tell(Returns(Return(0, 0), (0, 1, 2))) == []
+    assert meeting.tell(returns((0, 1, 2), 0)) == []
     assert meeting.machine.returned.keys() == {0, 2}
-    assert meeting.tell(Return(3, 0)) == [Commit((0, 2, 3))]
+    assert meeting.tell(returned(3, 0)) == [Commit((0, 2, 3))]
 
 
 def test_returns_told_at_once_while_another_waits_name_both():
     meeting = Meeting(3)
     meeting.tell(inline(2))
-    (diverge,) = meeting.tell(Returns(Return(0, 0), (0, 1)))
+    (diverge,) = meeting.tell(returns((0, 1), 0))
     assert isinstance(diverge, ProgramsDiverge)
     assert (diverge.first, diverge.second) == (0, 2)
 
@@ -896,16 +902,17 @@ def test_all_parts_that_are_missing_are_made_again():
 
 def test_a_majority_heals_the_rest_if_it_is_enough_for_the_round():
     halves = Rendezvous(range(4), 2, heal=True)
-    decisions = [one for node in range(4) for one in halves.handle(Return(node, 0, "ab"[node > 1]))]
+    decisions = [one for node in range(4) for one in halves.handle(returned(node, 0, "ab"[node > 1]))]
     assert decisions == [Diverged(((0, 1), (2, 3)))]
     for need, healed in ((3, True), (4, False)):
         machine = Rendezvous(range(5), need, heal=True)
-        decisions = [one for node in range(5) for one in machine.handle(Return(node, 0, "ab"[node > 2]))]
+        decisions = [one for node in range(5) for one in machine.handle(returned(node, 0, "ab"[node > 2]))]
         assert decisions[0] == Diverged(((0, 1, 2), (3, 4)), healed)
         assert (Commit((0, 1, 2)) in decisions) is healed
 
 
 def test_what_a_member_is_to_have_includes_its_own():
-    exchange = Exchange(0, closed=(0, 1, 2), wants={0: None, 1: frozenset({0})})
+    exchange = Exchange(0, closed=(0, 1, 2))
+    exchange.posts = together([inline(0), neighbor(1, 0)]).tickets
     assert exchange.wanted(1) == (0, 1)
     assert exchange.wanted(0) == (0, 1, 2)

@@ -30,16 +30,15 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     GiveUp,
     Lost,
-    Post,
     ProgramsDiverge,
-    Return,
+    Reached,
     Secure,
     Secured,
-    Waits,
     Withdrawn,
 )
 from starling.orchestrator.protocol.exchange import Phase
 from starling.orchestrator.protocol.rendezvous import Rendezvous
+from tests.tickets import changed, post, returned, waits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,11 +65,11 @@ class Plan:
     """Of a neighbour gather: the in-neighbours of each node."""
     close: ClosePolicy | None = None
 
-    def post(self, node: int, seq: int) -> Post:
+    def post(self, node: int, seq: int) -> Reached:
         sizes = self.part_nbytes[node]
         tensors = None if self.is_gather or sizes is None else (TensorSpec("", torch.float32, (len(sizes),)),)
         name = "AllReduce" if not self.is_gather else "AllGather" if self.wants is None else "NeighborAllGather"
-        return Post(
+        return post(
             node,
             seq,
             Signature(name, "", tensors),
@@ -255,16 +254,15 @@ class World:
             return
         if member.place == len(member.steps):
             member.runnable = False
-            self.messages.append(Return(node, len(self.plans), self.digests[node]))
+            self.messages.append(returned(node, len(self.plans), self.digests[node]))
             return
         kind, seq = member.steps[member.place]
         member.place += 1
         if kind == "post":
-            post = self.plans[seq].post(node, seq)
-            self.messages.append(post)
-            member.runnable = not post.waits
+            self.messages.append(self.plans[seq].post(node, seq))
+            member.runnable = self.plans[seq].overlaps
         else:
-            self.messages.append(Waits(node, seq))
+            self.messages.append(waits(node, seq))
             member.runnable = False
 
     def _call(self, node: int) -> None:
@@ -472,13 +470,13 @@ def test_programs_that_differ_are_found_out(kind: str):
         for node in range(size):
             posts = [plan.post(node, seq) for seq, plan in enumerate(plans)]
             if node == odd and kind == "more":
-                posts.append(posts[0]._replace(seq=len(posts)))
+                posts.append(changed(posts[0], seq=len(posts)))
             elif node == odd and kind == "less":
                 posts.pop()
             elif node == odd:
                 place = rng.randrange(len(posts))
-                posts[place] = posts[place]._replace(signature=Signature("AllReduce", "another", None))
-            programs.append(deque([*posts, Return(node, len(posts), "d")]))
+                posts[place] = changed(posts[place], signature=Signature("AllReduce", "another", None))
+            programs.append(deque([*posts, returned(node, len(posts), "d")]))
         (end,) = [one for one in _drive(programs, rng) if isinstance(one, Abort | Commit | ProgramsDiverge)]
         if isinstance(end, ProgramsDiverge):
             assert odd in (end.first, end.second)

@@ -13,20 +13,21 @@ from starling.orchestrator.protocol.events import (
     Deliver,
     Delivered,
     Elapsed,
-    Post,
+    Reached,
     Secure,
     Secured,
 )
 from tests.protocol.test_rendezvous import Meeting, inline, large, nothing
+from tests.tickets import post
 
 NEIGHBORS = Signature("NeighborAllGather", "ring", None)
 
 
-def neighbor(node: int, wants: set[int], *, nbytes: int = 100, small: bool = True) -> Post:
-    return Post(node, 0, NEIGHBORS, part_nbytes=(nbytes,), inline=small, wants=frozenset(wants))
+def neighbor(node: int, wants: set[int], *, nbytes: int = 100, small: bool = True) -> Reached:
+    return post(node, 0, NEIGHBORS, part_nbytes=(nbytes,), inline=small, wants=frozenset(wants))
 
 
-def ring(node: int, size: int = 4, **keys: bool) -> Post:
+def ring(node: int, size: int = 4, **keys: bool) -> Reached:
     return neighbor(node, {(node - 1) % size, (node + 1) % size}, **keys)
 
 

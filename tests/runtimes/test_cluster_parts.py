@@ -14,7 +14,7 @@ from starling.actors.wire.tickets import Failed, Posted, Sending
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.errors import ClusterError, NodeLostError
-from starling.orchestrator.protocol.events import Post, Secure
+from starling.orchestrator.protocol.events import Reached, Secure
 from starling.orchestrator.runtimes.cluster import actors, start_up, store
 from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
 from starling.orchestrator.runtimes.cluster.placement import Placement
@@ -263,7 +263,7 @@ def test_parts_are_put_into_the_store_before_a_contribution_is_announced():
     # The part that its own process will reduce stays in its memory.
     assert [call[3] for call in made.calls("post")] == [(1, 2), (0, 2), (0, 1)]
     made.answer("post", True, True, True)
-    assert [(one.node, type(one)) for one in made.at(0.0)] == [(node, Post) for node in range(3)]
+    assert made.at(0.0) == [Reached(node, _posted()) for node in range(3)]
 
 
 def test_parts_come_along_with_the_reply_where_they_did_in_the_round_before():

@@ -13,13 +13,13 @@ from starling.actors.remote.messages import Got, Reply
 from starling.actors.wire.buffers import Signature
 from starling.actors.wire.tickets import Pinging, Posted, Sending
 from starling.orchestrator.config.schema import Config, parse
-from starling.orchestrator.protocol.events import Advance, Close, Deliver, Delivered, Secure
+from starling.orchestrator.protocol.events import Advance, Close, Deliver, Delivered, Reached, Secure
 from starling.orchestrator.protocol.mailboxes import Envelope
 from starling.orchestrator.runtimes.cluster import store
 from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.cluster.transport import Transport
-from starling.orchestrator.runtimes.events import Arrived, Loaded, Sent
+from starling.orchestrator.runtimes.events import Arrived, Loaded
 from tests.fake_actors import Fakes
 
 if TYPE_CHECKING:
@@ -163,12 +163,13 @@ def test_small_contributions_arrive_where_they_are_wanted(per_process: int):
 
 def test_messages_and_state_arrive_late():
     plane = Throttled(NETWORK)
-    plane.cluster.programs.on_reply(plane.cluster.pool.home[1], Reply([(1, Sending(2, 7, (), PART, cast("Any", b"")))]))
+    message = Sending(2, 7, (), PART, cast("Any", b""))
+    plane.cluster.programs.on_reply(plane.cluster.pool.home[1], Reply([(1, message)]))
     envelope = Envelope(sender=1, round=0, number=0, to=2, nbytes=PART, letter=7, heard=-1)
     plane.cluster.messages.dispatch(envelope)
     plane.cluster.states.transfer(3, 0)
     plane.answer("load", 2 * PART)
-    assert plane.at(0.34) == [Sent(1, 2, PART, 7)]
+    assert plane.at(0.34) == [Reached(1, message)]
     assert plane.at(0.36) == [Arrived(envelope)]
     assert plane.at(0.59) == []
     assert plane.at(0.61) == [Loaded(3, 0, 2 * PART)]

@@ -13,9 +13,8 @@ import ray
 
 from starling.actors.remote.messages import Expected, Inline, SecureJob, Stored
 from starling.actors.wire.tickets import Contributed, among
-from starling.orchestrator.protocol.events import Delivered, Secured
+from starling.orchestrator.protocol.events import Delivered, Reached, Secured
 from starling.orchestrator.runtimes import traffic
-from starling.orchestrator.runtimes.tickets import post_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,7 +82,7 @@ class ObjectExchange:
         if ticket.specs is not None and ticket.inline is None:
             return True
         self._transport.count(ticket.nbytes)
-        self._loop.report(post_event(node, ticket))
+        self._loop.report(Reached(node, ticket))
         return False
 
     def collect(self, actor: Actor, seq: int, nodes: Sequence[NodeId], *, came_along: bool) -> Expected:
@@ -117,7 +116,7 @@ class ObjectExchange:
         self._pool.call(actor, done, announce)
 
     def _announce(self, seq: int, nodes: Iterable[NodeId]) -> None:
-        self._loop.report(*(post_event(node, self.posted[seq][node]) for node in nodes))
+        self._loop.report(*(Reached(node, self.posted[seq][node]) for node in nodes))
 
     def parts_for_others(self, actor: Actor, num_parts: int) -> tuple[int, ...]:
         """Return the parts that other processes reduce if everybody contributes; the actor's own stay in its memory."""

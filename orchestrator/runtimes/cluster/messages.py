@@ -14,7 +14,7 @@ from starling.algorithms.api import INLINE_LIMIT_BYTES, SERVER
 from starling.orchestrator.errors import RunError
 from starling.orchestrator.protocol.mailboxes import Delivery
 from starling.orchestrator.runtimes.cluster.session import reason_of
-from starling.orchestrator.runtimes.events import Arrived, Sent, Unreadable, Vanished
+from starling.orchestrator.runtimes.events import Arrived, Unreadable, Vanished
 from starling.orchestrator.runtimes.network import Cast
 
 if TYPE_CHECKING:
@@ -40,20 +40,18 @@ class Outbox:
     """Payloads that were sent and not delivered, by sender and number.
 
     Args:
-        loop: reports what is sent.
         transport: counts small payloads.
         room: checks that a large payload fits into its sender's object store.
     """
 
-    def __init__(self, loop: EventLoop, transport: Transport, room: StoreRoom) -> None:
-        self._loop = loop
+    def __init__(self, transport: Transport, room: StoreRoom) -> None:
         self._transport = transport
         self._room = room
         self.letters: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
         """Each with its reference, once a large payload is in the store."""
 
     def add(self, node: NodeId, sending: Sending) -> None:
-        """Take a message, and report it.
+        """Take a message.
 
         Raises:
             ClusterError: it does not fit into the store.
@@ -63,7 +61,6 @@ class Outbox:
             self._room.check_message(node, sending.nbytes)
         else:
             self._transport.count(sending.nbytes)
-        self._loop.report(Sent(node, sending.to, sending.nbytes, sending.letter))
 
 
 class Messages:

@@ -15,7 +15,8 @@ from starling.algorithms.api import SERVER
 from starling.algorithms.registry import carried
 from starling.algorithms.words import listed
 from starling.orchestrator.errors import DataError
-from starling.orchestrator.runtimes.events import Log, Notice, Raised, Up
+from starling.orchestrator.protocol.events import Reached
+from starling.orchestrator.runtimes.events import Log, Notice, Up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -233,7 +234,7 @@ class Processes:
         elif failed.traceback is None:
             raise DataError(failed.message)
         else:
-            self._loop.report(Raised(actor.nodes[0] if actor.nodes else 0, failed.message, failed.traceback))
+            self._loop.report(Reached(actor.nodes[0] if actor.nodes else 0, failed))
 
     # --- notice ------------------------------------------------------------------------------------------------------
 

@@ -8,19 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from starling.actors.data.plans import NOTHING_NEW
 from starling.actors.remote.messages import Expected, Reply, Round
-from starling.actors.wire.tickets import (
-    Failed,
-    Pinging,
-    Posted,
-    Receiving,
-    Returned,
-    Sending,
-    Sleeping,
-    Stale,
-    Waiting,
-)
-from starling.orchestrator.protocol.events import Waits
-from starling.orchestrator.runtimes.events import Finished, Halted, Log, Raised, Receives, Seen, Sleeps
+from starling.actors.wire.tickets import Pinging, Posted, Sending, Sleeping, Stale
+from starling.orchestrator.protocol.events import Reached
+from starling.orchestrator.runtimes.events import Halted, Log, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -173,24 +163,20 @@ class ProgramDriver:
             self.run_on(actor, [(node, None) for node in moving])
 
     def _take(self, actor: Actor, node: NodeId, ticket: Ticket) -> None:
+        """Do a runtime's part of an operation; all but pings are the controller's too."""
         match ticket:
-            case Waiting(seq):
-                self._loop.report(Waits(node, seq))
-            case Sending():
-                self._outbox.add(node, ticket)
-            case Receiving(timeout_s):
-                self._loop.report(Receives(node, timeout_s))
-            case Sleeping(seconds):
-                self._loop.report(Sleeps(node, self._loop.now + seconds))
-                self._loop.after(seconds, self._attempt.still(node, lambda: self.run_on(actor, [(node, None)])))
+            case Stale():
+                return
             case Pinging():
                 self._ping(actor, node, ticket)
-            case Returned():
-                self._loop.report(Finished(node, ticket))
-            case Failed(message, traceback):
-                self._loop.report(Raised(node, message, traceback))
+                return
+            case Sending():
+                self._outbox.add(node, ticket)
+            case Sleeping(seconds):
+                self._loop.after(seconds, self._attempt.still(node, lambda: self.run_on(actor, [(node, None)])))
             case _:
-                assert isinstance(ticket, Stale)
+                pass
+        self._loop.report(Reached(node, ticket))
 
     def _ping(self, home: Actor, node: NodeId, ticket: Pinging) -> None:
         """Ping the processes of nodes; the program runs on with those that answered in time."""

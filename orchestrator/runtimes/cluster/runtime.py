@@ -64,7 +64,7 @@ class Cluster:
         self._transport = transport = Transport(config.network, loop)
         self._room = room = StoreRoom(pool, attempt, self._placement)
         self.exchanges = ObjectExchange(loop, pool, attempt, transport, room)
-        self._outbox = outbox = Outbox(loop, transport, room)
+        self._outbox = outbox = Outbox(transport, room)
         grace_s = cluster.cancel_grace_s
         self.programs = ProgramDriver(loop, pool, attempt, self.exchanges, outbox, transport, grace_s)
         keeps = not config.algorithm.synchronous

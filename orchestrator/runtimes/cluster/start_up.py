@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from starling.actors.wire.tickets import Failed
 from starling.algorithms.api import SERVER
 from starling.algorithms.words import listed
 from starling.orchestrator.errors import ClusterError, NodeFailedError, NodeLostError
+from starling.orchestrator.protocol.events import Reached
 from starling.orchestrator.runtimes.cluster import session as ray_session
 from starling.orchestrator.runtimes.cluster.event_loop import POLL_S
-from starling.orchestrator.runtimes.events import Died, Happening, Log, Notice, NotUp, Raised
+from starling.orchestrator.runtimes.events import Died, Happening, Log, Notice, NotUp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +135,7 @@ class StartUp:
             match happening:
                 case Log() | Notice():
                     later.append(happening)
-                case Raised(_, message, traceback):
+                case Reached(_, Failed(message, traceback)):
                     raise NodeFailedError(message, traceback)
                 case NotUp(node, reason) | Died(node, reason):
                     later.append(self._start_again(places, node, reason))

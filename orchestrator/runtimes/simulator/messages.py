@@ -9,7 +9,7 @@ from starling.actors.replica.state_transfer import copied
 from starling.actors.wire.tickets import Sending
 from starling.algorithms.api import INLINE_LIMIT_BYTES, SERVER, Message
 from starling.orchestrator.protocol.mailboxes import Delivery
-from starling.orchestrator.runtimes.events import Arrived, Sent
+from starling.orchestrator.runtimes.events import Arrived
 from starling.orchestrator.runtimes.network import Cast
 
 if TYPE_CHECKING:
@@ -42,11 +42,9 @@ class SimulatedMessages:
         self._letters: dict[int, Sending] = {}
         self._keeps = keeps
 
-    def add(self, node: NodeId, sending: Sending) -> None:
-        """Take a message, and report it; its sender runs on."""
+    def add(self, sending: Sending) -> None:
+        """Take a message."""
         self._letters[sending.letter] = sending
-        self._clock.ready.append(Sent(node, sending.to, sending.nbytes, sending.letter))
-        self._clock.resume_at(self._clock.now, node)
 
     def dispatch(self, envelope: Envelope) -> None:
         now, phase = self._clock.now, [Cast({envelope.sender: envelope.nbytes}, [envelope.to])]

@@ -11,18 +11,15 @@ from starling.actors.wire.tickets import (
     Failed,
     Pinging,
     Posted,
-    Receiving,
     Returned,
     Sending,
     Sleeping,
     Stale,
     Ticket,
-    Waiting,
 )
 from starling.algorithms.api import Evaluate, Gradient, Loss, TrainReport
-from starling.orchestrator.protocol.events import Posts, Waits
-from starling.orchestrator.runtimes.events import AllFinished, Finished, Halted, Raised, Receives, Sleeps
-from starling.orchestrator.runtimes.tickets import post_event
+from starling.orchestrator.protocol.events import Posts, Reached, Returns
+from starling.orchestrator.runtimes.events import Halted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -155,49 +152,44 @@ class SimulatedPrograms:
     def _take_all(self, tickets: Sequence[tuple[NodeId, Ticket]]) -> None:
         """Take tickets; runs of equal ones are reported as one event."""
         posts: tuple[Posted, Posts] | None = None
-        reports: AllFinished | None = None
+        returns: tuple[Returned, Returns] | None = None
         ready = self._clock.ready
         for node, ticket in tickets:
             if isinstance(ticket, Posted) and self._is_synchronous and ticket.close is None:
                 self._exchanges.take(node, ticket)
                 if posts is None or not _alike(ticket, posts[0]):
-                    posts = ticket, Posts(post_event(node, ticket), {})
+                    posts = ticket, Posts({})
                     ready.append(posts[1])
-                posts[1].wants[node] = ticket.wants
-                reports = None
+                posts[1].tickets[node] = ticket
+                returns = None
             elif isinstance(ticket, Returned) and self._is_synchronous:
-                if reports is None or not _alike_ends(ticket, next(iter(reports.reports.values()))):
-                    reports = AllFinished({})
-                    ready.append(reports)
-                reports.reports[node] = ticket
+                if returns is None or not _alike_ends(ticket, returns[0]):
+                    returns = ticket, Returns({})
+                    ready.append(returns[1])
+                returns[1].tickets[node] = ticket
                 posts = None
             else:
                 self._take(node, ticket)
-                posts, reports = None, None
+                posts, returns = None, None
 
     def _take(self, node: NodeId, ticket: Ticket) -> None:
-        ready = self._clock.ready
+        """Do a runtime's part of an operation; all but pings are the controller's too."""
         match ticket:
-            case Posted():
-                self._exchanges.take(node, ticket)
-                ready.append(post_event(node, ticket))
-            case Waiting(seq):
-                ready.append(Waits(node, seq))
-            case Returned():
-                ready.append(Finished(node, ticket))
-            case Sending():
-                self._messages.add(node, ticket)
-            case Receiving(timeout_s):
-                ready.append(Receives(node, timeout_s))
-            case Sleeping(seconds):
-                ready.append(Sleeps(node, self._clock.now + seconds))
-                self._resume_in(seconds, node)
+            case Computing() | Stale():
+                return
             case Pinging():
                 self._ping(node, ticket)
-            case Failed(message, traceback):
-                ready.append(Raised(node, message, traceback))
-            case Computing() | Stale():
+                return
+            case Posted():
+                self._exchanges.take(node, ticket)
+            case Sending():
+                self._messages.add(ticket)
+                self._resume_in(0.0, node)
+            case Sleeping(seconds):
+                self._resume_in(seconds, node)
+            case _:
                 pass
+        self._clock.ready.append(Reached(node, ticket))
 
     def _ping(self, node: NodeId, ticket: Pinging) -> None:
         """Let those answer that are present, and near enough for a round trip within the timeout."""
