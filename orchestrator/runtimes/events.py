@@ -1,4 +1,4 @@
-"""Events: what a runtime tells the controller."""
+"""Events that a runtime reports to the controller."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What is known of a node once it is up."""
+    """Facts of a node that is up."""
 
     node: NodeId
     place: str
-    """Where it lives, for people: ``pid 4711 on 10.0.0.3``."""
+    """Process and machine, for people: ``pid 4711 on 10.0.0.3``."""
     device: str
     num_samples: int
     gpus: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class Up:
 
     facts: NodeFacts
     import_s: float = 0.0
-    """Of the time since it was launched: what its process took once it ran, for imports, data and model."""
+    """Seconds that its process took for imports, data and model, once it ran."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,26 @@ class NotUp:
 
 @dataclass(frozen=True)
 class Notice:
-    """A node is told to leave, by SIGTERM or by its machine's end being announced."""
+    """A node has to leave: its process got SIGTERM, or its machine's end was announced."""
 
     node: NodeId
     deadline: float
-    """When it will be gone, on the runtime's clock."""
+    """When its process ends, on the runtime's clock."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Retired:
-    """A node that was told to ``retire`` is gone; what it had committed is kept for who takes its place."""
+    """A node that was told to ``retire`` is gone; its committed state is kept for its successor."""
 
     node: NodeId
     nbytes: int
-    """Of what is kept."""
+    """Bytes of the kept state."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """All that a node committed in a round is kept, should it die."""
+    """A copy of all that a node committed in a round is kept, should the node die."""
 
     node: NodeId
     number: int
@@ -82,17 +82,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A node has taken over committed state."""
+    """A node has loaded committed state."""
 
     node: NodeId
     source: NodeId
-    """Whose: a donor's, or its own, kept from before."""
+    """The donor, or the node itself if the state is its own kept copy."""
     nbytes: int
 
 
 @dataclass(frozen=True)
 class NotLoaded:
-    """State could not be had: whoever held it is gone."""
+    """Committed state could not be loaded: its holder is gone."""
 
     node: NodeId
     source: NodeId
@@ -100,42 +100,42 @@ class NotLoaded:
 
 @dataclass(frozen=True)
 class Room:
-    """There is room for so many processes more."""
+    """The cluster has room for ``places`` more processes."""
 
     places: int
 
 
 @dataclass(frozen=True)
 class SpareLost:
-    """A process that stood by, or was being started to stand by, is gone."""
+    """A spare process is gone, or one that was being started as a spare."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Halted:
-    """A cancelled node stands still."""
+    """A cancelled program has stopped."""
 
     node: NodeId
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A message has come to its receiver."""
+    """A message has arrived at its receiver."""
 
     envelope: Envelope
 
 
 @dataclass(frozen=True)
 class Vanished:
-    """A message will not arrive: its payload was lost with its sender."""
+    """A message will never arrive: its payload was lost with its sender."""
 
     envelope: Envelope
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What a node was handed is nowhere to be had any more; it waits for something else, still for ``timeout_s``."""
+    """A delivered payload could not be fetched; the node waits for another message, for up to ``timeout_s``."""
 
     node: NodeId
     envelope: Envelope
@@ -144,7 +144,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Seen:
-    """Times that a node's program saw, on which its results may depend."""
+    """Clock readings of a node's program, on which its results may depend."""
 
     node: NodeId
     values: tuple[float, ...]
@@ -152,7 +152,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Used:
-    """What a node's process and machine use, by name."""
+    """System metrics of a node's process and machine, by name."""
 
     node: NodeId
     values: Mapping[str, float]
@@ -160,7 +160,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Log:
-    """Lines for a node's log."""
+    """Lines to be added to a node's log."""
 
     node: NodeId
     lines: tuple[str, ...]
@@ -186,12 +186,12 @@ Happening: TypeAlias = (
     | Used
     | Log
 )
-"""What a runtime reports: an event for the rendezvous, or something that only the controller understands."""
+"""Anything that a runtime reports; an ``Event`` may be meant for the rendezvous."""
 
 
 @dataclass(frozen=True)
 class FinalModel:
-    """The tensors that a run ends with."""
+    """The model that a run ends with."""
 
     digest: str
     safetensors: bytes | memoryview

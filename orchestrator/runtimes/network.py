@@ -1,11 +1,11 @@
-"""The network of a run: how long it takes until everybody has what is sent to them.
+"""Model of a run's network: computes when transfers arrive.
 
 Each node has an access link with the same bandwidth each way; single pairs may be slower. A *phase* is a set of casts
 that begin together (all contributions to a reduction, say). A receiver is done when its own link, the links of those
 that send to it, and the pairs in between have carried what the phase put on them, plus the longest latency. A link
 that still carries an earlier phase delays the next one.
 
-The simulator's clock goes by it; a cluster that is to be slower than it is holds back by it what has come.
+The simulator's clock follows it. On a cluster, a throttle holds back what arrives earlier than it says.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _Link: TypeAlias = "tuple[NodeId, NodeId | str]"
 
 @dataclass(frozen=True)
 class Cast:
-    """Each source sends its bytes to each target but itself. As one cast, so that N² flows need not be listed."""
+    """Each source sends its bytes to each target but itself. One cast stands for up to N² flows."""
 
     sources: Mapping[NodeId, int]
     targets: Sequence[NodeId]
 
 
 class Network:
-    """Turns phases of casts into times of arrival, in seconds of the runtime's clock."""
+    """Computes arrival times of phases, in seconds of the runtime's clock."""
 
     def __init__(self, config: NetworkConfig) -> None:
         self._rate = (config.bandwidth_mbps or 0) * _BYTES_PER_MEGABIT
@@ -53,23 +53,23 @@ class Network:
 
     @property
     def is_instant(self) -> bool:
-        """Whether everything arrives when it is sent."""
+        """Whether transfers take no time."""
         return not (self._rate or self._latency_s or self._pair_latencies)
 
     def to_json(self) -> list[Any]:
-        """Until when each link carries what was put on it, as plain data."""
+        """Return until when each link is busy, as plain data."""
         return [[*link, until] for link, until in self._free_at.items()]
 
     def revive(self, state: Sequence[Any]) -> None:
-        """Go on from what ``to_json`` gave."""
+        """Restore what ``to_json`` returned."""
         self._free_at.update({(source, target): until for source, target, until in state})
 
     def latency_s(self, one: NodeId, other: NodeId) -> float:
-        """How long nothing at all takes between two nodes, one way."""
+        """Return the one-way latency between two nodes."""
         return 0.0 if one == other else self._pair_latencies.get((one, other), self._latency_s)
 
     def arrivals(self, now: float, phase: Sequence[Cast]) -> dict[NodeId, float]:
-        """When each receiver of a phase that begins ``now`` has all that is sent to it."""
+        """Return when each receiver of a phase that begins ``now`` has everything that is sent to it."""
         if not self._rate and not self._pair_latencies:
             receivers = (node for cast in phase for node in cast.targets if len(cast.sources) > (node in cast.sources))
             return dict.fromkeys(receivers, now + self._latency_s)
@@ -92,7 +92,7 @@ class Network:
         return arrivals
 
     def _load(self, phase: Sequence[Cast]) -> dict[_Link, int]:
-        """The bytes that a phase puts on each link."""
+        """Return the bytes that a phase puts on each link."""
         load: defaultdict[_Link, int] = defaultdict(int)
         for cast in phase:
             targets = frozenset(cast.targets)

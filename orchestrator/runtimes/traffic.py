@@ -1,4 +1,4 @@
-"""What the steps of an exchange put on the network, in the simulator and, where it is throttled, on a cluster."""
+"""Traffic of the steps of an exchange: casts on the network, and bytes in object stores."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
     Announced = Mapping[NodeId, Posted]
     Home = Callable[[NodeId], tuple[str, int]]
-    """A node's machine, and its process."""
+    """Returns a node's machine and process."""
 
 
 def securing(secures: Sequence[Secure], posted: Callable[[int], Announced]) -> list[Cast]:
-    """Each member's part goes to whoever reduces it; ``posted`` gives what was announced of an exchange."""
+    """Return the casts of a securing phase: each member's part goes to its reducer.
+
+    ``posted`` returns the announcements of an exchange.
+    """
     return [
         Cast({node: posted(one.seq)[node].part_nbytes[one.part] for node in one.members}, [one.by]) for one in secures
     ]
 
 
 def delivering(decision: Deliver, posted: Announced) -> list[Cast]:
-    """Each reduced part goes from its maker to everybody."""
+    """Return the casts of a delivering phase: each reduced part goes from its maker to everybody."""
     sizes = posted[decision.closed[0]].result_nbytes
     made: Counter[NodeId] = Counter()
     for part, maker in enumerate(decision.makers):
@@ -38,7 +41,7 @@ def delivering(decision: Deliver, posted: Announced) -> list[Cast]:
 
 
 def inline(closed: Sequence[NodeId], posted: Announced) -> list[Cast]:
-    """Each small contribution of ``closed`` goes to everybody, or to those that want it."""
+    """Return the casts of small contributions: each goes to everybody, or to those that want it."""
     sizes = {node: posted[node].nbytes for node in closed}
     receivers = sorted(posted)
     if posted[closed[0]].wants is None:
@@ -87,7 +90,7 @@ def stored(
 
 
 def contribution_bytes(algorithm: Algorithm, layout: Layout, num_nodes: int) -> int:
-    """Return what a node gives to an exchange at most, as far as the algorithm says; 0: it travels with the messages.
+    """Return an upper bound of a node's contribution to an exchange; 0 if unknown, or small enough to travel inline.
 
     ``expected_bytes`` are those of all exchanges of a round: one of them has no more than that, nor than the model.
     """

@@ -1,4 +1,4 @@
-"""Errors of a user's code, told with node and round."""
+"""Errors of a user's code, reported with node and round."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def user_code(node: NodeId, number: int) -> Iterator[None]:
-    """Turn what a user's task raises outside of a program into the error that names the node."""
+    """Raise ``NodeFailedError``, which names the node, for an exception of a user's task outside of a program."""
     try:
         yield
     except StarlingError:

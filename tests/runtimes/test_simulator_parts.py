@@ -137,6 +137,7 @@ def test_who_hangs_is_ended_when_it_is_probed_or_halted():
 
 def test_state_arrives_when_the_network_has_brought_it():
     simulator = started()
+    simulator.host.replicas[0].committed_round = 0  # else it has nothing to give
     simulator.states.transfer(1, 0)
     assert at(simulator, 0.4) == []
     (loaded,) = at(simulator, 0.6)
@@ -146,6 +147,7 @@ def test_state_arrives_when_the_network_has_brought_it():
 
 def test_state_of_a_donor_that_is_gone_meanwhile_does_not_arrive():
     simulator = started()
+    simulator.host.replicas[0].committed_round = 0  # else it has nothing to give
     simulator.states.transfer(1, 0)
     simulator.processes.kill(0)
     assert [type(one) for one in at(simulator, 9.0)] == [Died, NotLoaded]

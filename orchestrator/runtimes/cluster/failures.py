@@ -1,4 +1,4 @@
-"""Why a Ray of our own does not start, or is gone, in one line: from what it says, its files, and the machine."""
+"""One-line reasons why a Ray of our own does not start, or has ended: from its output, its files, and the machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _LEAST_FREE = 64 * 1024 * 1024
-"""Bytes of a disk on which Ray can put its logs."""
+"""Bytes that a disk must have free for Ray's logs."""
 
 _MOST = 200
-"""Characters of a reason."""
+"""Longest reason, in characters."""
 _LAST_LINES = 200
 
 _FATAL = re.compile(r"^\[.*? C \d+ \d+\] (?:\([^)]*\) )?(?:\S+:\d+: )?\s*(?P<text>.*)")
-"""What Ray's C++ processes say before they give up."""
+"""Last words of Ray's C++ processes before they abort."""
 _WORDY = re.compile(r".*Check failed:\s*(?:\w+\.has_value\(\)\s*)?")
 _EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*")
 
@@ -34,7 +34,7 @@ class TimedOutError(ClusterError):
 
 
 def not_writable(folder: Path | str, error: OSError) -> ClusterError:
-    """There is no place for Ray's files."""
+    """Return the error for a folder to which Ray's files cannot be written."""
     return ClusterError(
         f"cluster.address local: Ray does not start: its files cannot be written to {folder} "
         f"({error.strerror or error}); make room there, or set TMPDIR to a folder with a short path (20 characters)"
@@ -42,7 +42,7 @@ def not_writable(folder: Path | str, error: OSError) -> ClusterError:
 
 
 def not_started(error: Exception, logs: Path) -> ClusterError:
-    """What to raise when Ray has raised while it was started; its processes' files are in ``logs``."""
+    """Return the error to raise for an exception of Ray's start; its processes' files are in ``logs``."""
     if isinstance(error, ClusterError):
         return error
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -56,7 +56,7 @@ def not_started(error: Exception, logs: Path) -> ClusterError:
 
 
 def said_last(logs: Path, servers: Sequence[str] = _SERVERS) -> str | None:
-    """What one of Ray's servers said before it gave up; ``None`` if none did."""
+    """Return the last words of the first of Ray's servers that gave up; None if none did."""
     for server in servers:
         for suffix in ("err", "out", "log"):
             text = _last_words(logs / f"{server}.{suffix}")
@@ -89,5 +89,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_paths(text: str) -> str:
-    """Paths of the folder that is removed right after this help nobody."""
+    """Remove paths of the temporary folder, which is gone by the time they are read."""
     return re.sub(r"\s*\(?\S*/starling-\S*", "", text)[:_MOST]

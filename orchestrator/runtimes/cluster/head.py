@@ -1,4 +1,4 @@
-"""Asks whether Ray's head answers at an address, before Ray tries to connect to it.
+"""Probes whether Ray's head answers at an address, before Ray tries to connect to it.
 
 Ray itself tries for a quarter of an hour, and writes to the terminal meanwhile, below Python.
 """
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _TIMEOUT_S = 3.0
-"""Of a connection."""
+"""Timeout of a connection."""
 _ANSWER_TIMEOUT_S = 30.0
-"""Of a call: a head on the other side of the world, or on a machine that is busy."""
+"""Timeout of a call: to a head on the other side of the world, or on a busy machine."""
 
 _TOKEN = "RAY_AUTH_MODE=token with the same RAY_AUTH_TOKEN or ~/.ray/auth_token as the head"  # noqa: S105 - what to set
 _OTHER = (
@@ -33,7 +33,7 @@ _OTHER = (
 )
 
 _NATIVE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\]|[A-Z]\d{4} [\d:.]+ +\d+ \S+:\d+\]|WARNING: All log")
-"""How lines begin that Ray's C++ code, and that of gRPC, write."""
+"""Beginnings of lines that the C++ code of Ray and gRPC writes."""
 
 
 def probe(address: str) -> None:
@@ -119,7 +119,7 @@ def _problem(code: grpc.StatusCode | None) -> str | None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Take what native code writes to the terminal; what others write to stderr meanwhile is written after all."""
+    """Capture what native code writes to the terminal; what other code writes to stderr meanwhile is passed on."""
     with contextlib.ExitStack() as stack:
         try:
             taken = stack.enter_context(tempfile.TemporaryFile())

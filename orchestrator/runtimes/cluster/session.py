@@ -34,7 +34,7 @@ from starling.orchestrator.signals import ENDING
 _LOG = logging.getLogger("starling")
 
 _TOKEN = secrets.token_hex(32)
-"""Of every Ray that this process starts: Ray reads it once per process."""
+"""Token of every Ray that this process starts: Ray reads it once per process."""
 
 _PROBE_TIMEOUT_S = 3
 
@@ -42,10 +42,10 @@ _MAX_BASE_LENGTH = 20
 
 _PREFIX = "starling-"
 _OWNER = "owner"
-"""Of our temporary folder: the process that made it, and when that began."""
+"""File in our temporary folder that names the process that made it, and when that began."""
 
 _RAYS = "r"
-"""Ray's part of our temporary folder: it lets everybody write to its own."""
+"""Ray's subfolder of our temporary folder: Ray lets everybody write to its own folder."""
 
 _LOGS = f"{_RAYS}/session_latest/logs"
 _TOKEN_FILE = "auth_token"  # noqa: S105 - its name
@@ -67,7 +67,7 @@ _SYSTEM_CONFIG = {
 
 
 class Session:
-    """A connection to Ray; ``close`` leaves nothing behind of what it started."""
+    """A connection to Ray; ``close`` ends everything that the session started."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Session:
         return self._folder is not None
 
     def worker_output(self, pid: int, num_lines: int = 20) -> list[str]:
-        """The end of what a worker process of our own Ray wrote to stderr."""
+        """Return the last lines that a worker process of our own Ray wrote to stderr; empty for other Rays."""
         if self._folder is None:
             return []
         lines: list[str] = []
@@ -99,7 +99,7 @@ class Session:
         return lines
 
     def check(self) -> None:
-        """Look after the processes of our own Ray.
+        """Check the processes of our own Ray.
 
         Raises:
             ClusterError: one that a run cannot do without has ended.
@@ -114,17 +114,17 @@ class Session:
 
     @property
     def vital(self) -> dict[str, int]:
-        """The processes of our own Ray that a run cannot do without: their ids by name."""
+        """Ids by name of the processes of our own Ray that a run cannot do without."""
         return {} if self._folder is None else ray_internals.vital_processes()
 
     def ended(self, name: str) -> RunError:
-        """What to say when one of them has ended."""
+        """Return the error that says that a vital process has ended."""
         told = None if self._folder is None else ray_failure.said_last(self._folder / _LOGS, [name])
         reason = f" ({told})" if told else ""
         return RunError(f"the run's own Ray is gone: its {name} ended{reason}; starling resume goes on")
 
     def close(self) -> None:
-        """Disconnect; stop what was started."""
+        """Disconnect, and end a Ray of our own."""
         if self._owned:
             ray.shutdown()
         if self._printer is not None:
@@ -142,7 +142,7 @@ class Session:
 
 
 def _remove_abandoned(base: Path) -> None:
-    """Remove the folders of processes that were killed, and could not."""
+    """Remove folders whose processes were killed before they could remove them."""
     for owner in base.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError):
             facts = owner.read_text(encoding="ascii")
@@ -156,13 +156,13 @@ def _remove_abandoned(base: Path) -> None:
 
 
 def _owner(pid: int) -> str:
-    """What tells a process of this machine from all others, also from those that have its number later."""
+    """Return a name of a process that no later process with its id has."""
     machine = f"{platform.node()}/{Path('/proc/self/ns/pid').stat().st_ino}"
     return f"{machine} {pid} {started_at(pid)}"
 
 
 def _take_lines(data: dict[str, Any], *_: object, **__: object) -> None:
-    """What Ray would print, for our log."""
+    """Log lines of workers that Ray would print."""
     for line in data["lines"]:
         _LOG.debug("ray: %s", line)
 
@@ -173,15 +173,15 @@ class MachineLostError(Exception):
 
 @dataclass(frozen=True)
 class Machines:
-    """What Ray knows of the machines of a cluster, by its names for them."""
+    """Machines of a cluster, by Ray's names."""
 
     dead: frozenset[str]
     draining: dict[str, float | None]
-    """Those that are to be taken away, and in how many seconds, if that is known."""
+    """Machines that are about to be removed, and seconds until then; None if unknown."""
 
 
 class MachineWatch:
-    """Asks Ray for its machines, again and again, in a thread of its own: Ray tells nobody by itself.
+    """Polls Ray's machines in a thread of its own: Ray itself notifies nobody.
 
     Args:
         report: called in that thread, with every answer.
@@ -200,13 +200,13 @@ class MachineWatch:
                 self._report(machines())
 
     def stop(self) -> None:
-        """Ask no more. Never raises."""
+        """Stop polling. Never raises."""
         self._over.set()
         self._thread.join(timeout=_PROBE_TIMEOUT_S)
 
 
 def machines() -> Machines:
-    """What Ray knows now; about a millisecond."""
+    """Ask Ray for its machines; takes about a millisecond."""
     dead = frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"])
     # Milliseconds of the wall clock; 0: nobody has said when.
     deadlines = ray_internals.draining_machines()
@@ -216,7 +216,7 @@ def machines() -> Machines:
 
 
 def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
-    """How many processes of this size the machines of the cluster have room for, or (``free``) room left for.
+    """Count the processes of this size that fit on the cluster, or (``free``) still fit.
 
     Machines that are being drained count for nothing.
     """
@@ -236,12 +236,12 @@ def places(num_cpus: float, num_gpus: float, *, free: bool = False) -> int:
 
 
 def elsewhere(machines: Collection[str]) -> NodeLabelSchedulingStrategy:
-    """Place processes on other machines than these, by Ray's names, while others have room."""
+    """Return a strategy that places processes on other machines than these, while others have room."""
     return NodeLabelSchedulingStrategy({}, soft={"ray.io/node-id": NotIn(*sorted(machines))})
 
 
 def brings_machines() -> bool:
-    """Whether Ray's autoscaler looks after this cluster, and may bring machines for processes without a place.
+    """Return whether Ray's autoscaler may add machines for processes without a place.
 
     Only version 2 says so: the one that ``ray up`` and KubeRay start.
     """
@@ -357,7 +357,7 @@ def _start_once(
 
 
 def _folder() -> Path:
-    """A new temporary folder for a Ray of our own, with the token in it.
+    """Make a temporary folder for a Ray of our own, with the token in it.
 
     Raises:
         ClusterError: none can be made.
@@ -383,7 +383,7 @@ def _folder() -> Path:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a call failed, in one line."""
+    """Return why a call failed, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     if isinstance(error, MachineLostError | TimeoutError) or type(error) is RuntimeError:
         return lines[0]
@@ -399,7 +399,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's start-up messages for those who ask for them, and this process's signal handlers as they are.
+    """Hold back Ray's start-up messages, and keep this process's signal handlers.
 
     What is started meanwhile is deaf to SIGHUP: a terminal that goes away tells all processes that were begun in it,
     and we need those of Ray to save what the nodes have. They end with us.
@@ -421,7 +421,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _set(variables: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set environment variables, or take them away; return what they were."""
+    """Set or remove environment variables; return their previous values."""
     before = {name: os.environ.get(name) for name in variables}
     _restore(variables)
     return before

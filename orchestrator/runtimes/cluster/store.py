@@ -1,4 +1,4 @@
-"""Ray's object stores: whether what an exchange keeps in them fits, and whether they are full.
+"""Ray's object stores: checks that exchanges fit, and warns when a store is full.
 
 A store that is full loses nothing: Ray writes to the disk what is in it. But that takes long, nodes are late, and a run
 that leaves out who is late would say everything but why.
@@ -38,13 +38,13 @@ _TIMEOUT_S = 10.0
 
 
 def remedy(*, is_local: bool) -> str:
-    """What gives a store more room."""
+    """Return advice that gives a store more room."""
     where = "cluster.object_store_gb" if is_local else "ray start --object-store-memory"
     return f"raise {where}, have fewer nodes on that machine, or exchange less (a codec, a smaller model)"
 
 
 def check_room(needed: Mapping[str, int], what: str, *, is_local: bool) -> None:
-    """Compare what the machines' stores will have to keep, by Ray's names for machines, with the stores' sizes.
+    """Check that the stores are large enough for ``needed``, by Ray's names for machines.
 
     Raises:
         ClusterError: it does not fit into one of them.
@@ -111,12 +111,12 @@ class StoreRoom:
 
 
 class StoreWatch:
-    """Asks in a thread of its own whether stores are full, and says so, once."""
+    """Polls Ray in a thread of its own, and warns once when a store is full."""
 
     def __init__(self, *, is_local: bool) -> None:
         self._is_local = is_local
         self._before: int | None = None
-        """What others had written before this run."""
+        """Bytes that had been written before this run."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="starling-stores", daemon=True)
         self._thread.start()
@@ -145,6 +145,6 @@ class StoreWatch:
         return True
 
     def stop(self) -> None:
-        """Ask no more. Never raises."""
+        """Stop polling. Never raises."""
         self._over.set()
         self._thread.join(timeout=1.0)  # of a call that is on its way, nobody waits for the answer

@@ -1,8 +1,7 @@
-"""Looks after the processes of a Ray of our own that a run cannot do without: one that ends or stands still is said.
+"""Watches the processes of a Ray of our own that a run cannot do without, and reports one that ends or is stopped.
 
-Whoever is stopped (SIGSTOP, a debugger, a machine that swaps) may block the controller in the midst of a call of Ray's,
-where no signal reaches it. So that every wait ends, it is ended itself after a while, as a node that hangs is: that
-call fails then.
+A stopped process (SIGSTOP, a debugger, a machine that swaps) may block the controller inside a call of Ray's, where no
+signal reaches it. So that every wait ends, it is killed after a while, as a node that hangs is: that call fails then.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class Vitals:
         self._patience_s = patience_s
         self._on_end = on_end
         self._stopped: dict[str, float] = {}
-        """Since when."""
+        """When each process was first seen stopped."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="starling-vitals", daemon=True)
         self._thread.start()
@@ -70,17 +69,17 @@ class Vitals:
                 os.kill(pid, signal.SIGKILL)
 
     def hasten(self) -> None:
-        """From now on end at once whoever stands still: nothing is to be waited for any more."""
+        """From now on kill stopped processes at once: nothing is waited for any more."""
         self._patience_s = 0.0
 
     def stop(self) -> None:
-        """Look no more. Never raises."""
+        """Stop watching. Never raises."""
         self._over.set()
         self._thread.join(timeout=2 * _PERIOD_S)
 
 
 def state_of(pid: int) -> str | None:
-    """The system's letter for what a process does; ``None`` if there is none, ``"?"`` where nobody says."""
+    """Return the system's letter for a process's state; None without such a process, ``"?"`` if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Cleans up after a process that began a Ray of its own and was killed before it could: run as a script.
+"""Cleans up after a process that started a Ray of its own and was killed before it could end it. Run as a script.
 
-It waits until its standard input ends, which that process alone holds open. Then it ends whatever still runs for the
-folder that it is given, and removes that. Nothing but the standard library is imported: it is there in milliseconds.
+It waits until its standard input ends, which only that process holds open. Then it kills every process that still runs
+for the given folder, and removes the folder. It imports the standard library alone, and is up in milliseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TITLE = b"ray::"
 
 
 def watch(folder: Path) -> subprocess.Popen[bytes] | None:
-    """Have somebody clean up if this process is killed; ``None``: then the next Ray that is started here does."""
+    """Start a watcher; return None if it cannot be started: then the next Ray that is started here cleans up."""
     with contextlib.suppress(OSError):
         return subprocess.Popen(  # noqa: S603 - this file
             [sys.executable, "-I", "-S", __file__, str(folder)],
@@ -37,7 +37,7 @@ def watch(folder: Path) -> subprocess.Popen[bytes] | None:
 
 
 def dismiss(watcher: subprocess.Popen[bytes]) -> None:
-    """The folder is gone, and nobody needs to watch; bounded."""
+    """End a watcher whose folder is gone, in bounded time."""
     if watcher.stdin is not None:
         with contextlib.suppress(OSError):
             watcher.stdin.close()
@@ -49,7 +49,7 @@ def dismiss(watcher: subprocess.Popen[bytes]) -> None:
 
 
 def clean(folder: Path, timeout_s: float = _TIMEOUT_S) -> None:
-    """End Ray's own processes of a folder, and remove it; both again until nothing is left, or the time is over."""
+    """Kill Ray's processes of a folder and remove it, again and again until nothing is left or the time is over."""
     deadline = time.monotonic() + timeout_s
     while folder.exists() and time.monotonic() < deadline:
         for number in processes_of(folder):
@@ -61,7 +61,7 @@ def clean(folder: Path, timeout_s: float = _TIMEOUT_S) -> None:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """The processes of the Ray whose files are in the folder: its servers, its agents and its workers.
+    """Return the ids of the servers, agents and workers of the Ray whose files are in the folder.
 
     Servers were started with a path in it. Agents and workers show a title in place of their arguments, which also
     overwrites their variables, but write logs there. So may what others have started with such a log for its output.

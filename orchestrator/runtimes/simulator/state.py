@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class End(NamedTuple):
-    """A process is ended: it has not stopped in time, or (with its ``incarnation``) was given notice of this."""
+    """A process ends: it has not stopped in time, or (with its ``incarnation``) its notice is over."""
 
     node: NodeId
     incarnation: int | None
@@ -41,7 +41,7 @@ _PLAIN: Mapping[str, type[Any]] = {one.__name__: one for one in (Died, Retired, 
 
 
 def written(what: Coming) -> list[Any] | None:
-    """One thing that is to happen; ``None``: it is of a round that is over, or is begun again."""
+    """Return an event as plain data; None if it belongs to a round, or is begun again."""
     match what:
         case End():
             return ["End", what.node, what.incarnation]
@@ -56,7 +56,10 @@ def written(what: Coming) -> list[Any] | None:
 
 
 def read(form: list[Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> Coming:
-    """What ``written`` gave; ``in_flight`` are the messages that have not arrived, by key and attempt."""
+    """Return the event of which ``written`` returned the data.
+
+    ``in_flight`` are the messages that have not arrived, by key and attempt.
+    """
     kind, *content = form
     match kind:
         case "End":
@@ -70,5 +73,5 @@ def read(form: list[Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> Comi
 
 
 def facts(form: Mapping[str, Any]) -> NodeFacts:
-    """What is known of a node, of what ``asdict`` made of it."""
+    """Return the facts of which ``asdict`` returned the data."""
     return NodeFacts(**{**form, "gpus": tuple(form["gpus"]), "warnings": tuple(form["warnings"])})
