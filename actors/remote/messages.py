@@ -135,17 +135,6 @@ class SecureJob:
 
 
 @dataclass(frozen=True)
-class Got:
-    """What a ``SecureJob`` got."""
-
-    seq: int
-    part: int
-    by: NodeId
-    generation: int
-    members: frozenset[NodeId]
-
-
-@dataclass(frozen=True)
 class Inline:
     """A closed exchange whose contributions came with their announcements.
 

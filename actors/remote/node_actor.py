@@ -32,13 +32,13 @@ from starling.actors.host.compatibility import difference
 from starling.actors.host.failures import failure
 from starling.actors.host.host import Host
 from starling.actors.host.node_log import Tee
-from starling.actors.remote.messages import Expected, Got, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
+from starling.actors.remote.messages import Expected, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
 from starling.actors.remote.state_calls import StateCalls
 from starling.actors.remote.system_metrics import Usage
 from starling.actors.replica.replica import Replica, ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
-from starling.actors.wire.tickets import Failed, Posted, Stale, Ticket
+from starling.actors.wire.tickets import Failed, Posted, Secured, Stale, Ticket
 from starling.algorithms.api import Algorithm, Layout, Message
 from starling.algorithms.errors import StarlingError
 from starling.algorithms.registry import carry, problems
@@ -301,7 +301,7 @@ class NodeActor(StateCalls):
         """Fetch and reduce: what each job got and the bytes fetched, then each reduced part as a value of its own."""
         if epoch != self._epoch:
             return [([], 0), *([None] * len(jobs))]
-        secured: list[Got] = []
+        secured: list[Secured] = []
         parts: list[Buffer | None] = []
         nbytes = 0
         for job in jobs:
@@ -317,7 +317,7 @@ class NodeActor(StateCalls):
                 reduced = self._host.exchanges.reduce(job.by, job.seq, job.part, job.specs, contributions)
                 self._reduced[job.seq, job.part] = reduced
                 parts.append(reduced)
-            secured.append(Got(job.seq, job.part, job.by, job.generation, frozenset(fetched)))
+            secured.append(Secured(job.seq, job.part, job.by, frozenset(fetched), job.generation))
         return [(secured, nbytes), *parts]
 
     @ray.method(concurrency_group="exchange")

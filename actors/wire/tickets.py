@@ -178,3 +178,14 @@ class Contributed:
     weight: float
     specs: tuple[TensorSpec, ...]
     data: Buffer
+
+
+@dataclass(frozen=True)
+class Secured:
+    """``by`` has fetched the contributions of ``got``, and (AllReduce) reduced them to one part."""
+
+    seq: int
+    part: int
+    by: NodeId
+    got: frozenset[NodeId]
+    generation: int

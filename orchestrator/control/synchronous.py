@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import Posted, Returned, Waiting
+from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
 from starling.algorithms.api import View
 from starling.algorithms.words import listed
 from starling.orchestrator.control.members import NOBODY_COMES, Members
@@ -28,7 +28,6 @@ from starling.orchestrator.protocol.events import (
     Reached,
     Returns,
     Secure,
-    Secured,
     Withdrawn,
 )
 from starling.orchestrator.protocol.faults import Faults

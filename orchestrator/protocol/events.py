@@ -1,9 +1,11 @@
-"""What the rendezvous is told, and what it answers: plain data, shared by it, the controller and the runtimes."""
+"""Events that the rendezvous takes and decisions that it returns: plain data, shared with controller and runtimes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from starling.actors.wire.tickets import Secured
 
 if TYPE_CHECKING:
     from starling.actors.wire.tickets import Posted, Returned, Ticket
@@ -32,17 +34,6 @@ class Returns(NamedTuple):
     """Several nodes' programs end at one moment, one after the other, with one digest and number of collectives."""
 
     tickets: dict[NodeId, Returned]
-
-
-@dataclass(frozen=True)
-class Secured:
-    """``by`` fetched the contributions of ``got``, and (AllReduce) reduced them to one part."""
-
-    seq: int
-    part: int
-    by: NodeId
-    got: frozenset[NodeId]
-    generation: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ class Deliver:
     nodes: tuple[NodeId, ...]
     closed: tuple[NodeId, ...]
     makers: tuple[NodeId, ...]
-    """Who made each part; empty for a gather, whose members hold everything already."""
+    """Maker of each part; empty for a gather, whose members hold everything already."""
     generation: int
 
 

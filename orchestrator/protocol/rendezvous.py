@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import Posted, Returned, Waiting, among
+from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting, among
 from starling.algorithms.closing import Quorum, Waited
 from starling.algorithms.words import listed
 from starling.orchestrator.protocol.events import (
@@ -48,7 +48,6 @@ from starling.orchestrator.protocol.events import (
     Reached,
     Returns,
     Secure,
-    Secured,
     Withdrawn,
 )
 from starling.orchestrator.protocol.exchange import Exchange, Phase

@@ -178,7 +178,7 @@ class States(Protocol):
         base: bytes | None,
         position: Position | None = None,
     ) -> None:
-        """Let ``joiner`` compute the committed state from the records of the rounds that it missed.
+        """Have ``joiner`` compute the committed state from the records of the rounds that it missed.
 
         ``base`` is the model before the first of them. Events are those of a transfer from ``donor``, which does
         nothing.
@@ -244,7 +244,7 @@ class Runtime(Protocol):
     """Number of parts into which the data are divided: set before ``start``, or chosen by it."""
 
     layout: Layout
-    """Of the parameters; known once ``start`` has returned, as are the next two."""
+    """Layout of the parameters; known once ``start`` has returned, as are the next two."""
     baselines: dict[str, float]
     """Reference values of the task's validation loss."""
     part_sizes: tuple[int, ...] | None
@@ -317,7 +317,7 @@ class Runtime(Protocol):
         ...
 
     def set_forward(self, seconds: float, transport_nbytes: int | None) -> None:
-        """Let a resumed run's clock and byte count go on from where they were; only a virtual clock moves."""
+        """Set the byte count of a resumed run, and a virtual clock, to their saved values."""
         ...
 
     def next(self, until: float) -> Happening | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starling.actors.wire.buffers import Signature, TensorSpec
-from starling.actors.wire.tickets import Posted, Returned, Waiting
+from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
 from starling.algorithms.closing import ClosePolicy
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -28,7 +28,6 @@ from starling.orchestrator.protocol.events import (
     Reached,
     Returns,
     Secure,
-    Secured,
 )
 from starling.orchestrator.protocol.exchange import Exchange, Phase
 from starling.orchestrator.protocol.rendezvous import Rendezvous

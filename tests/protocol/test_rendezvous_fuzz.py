@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.actors.wire.buffers import Signature, TensorSpec
+from starling.actors.wire.tickets import Secured
 from starling.algorithms.closing import FirstK
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -33,7 +34,6 @@ from starling.orchestrator.protocol.events import (
     ProgramsDiverge,
     Reached,
     Secure,
-    Secured,
     Withdrawn,
 )
 from starling.orchestrator.protocol.exchange import Phase

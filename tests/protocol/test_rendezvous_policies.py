@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from starling.actors.wire.buffers import Signature
+from starling.actors.wire.tickets import Secured
 from starling.algorithms.closing import Everyone, FirstK, Grace, OneOfEach
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -15,7 +16,6 @@ from starling.orchestrator.protocol.events import (
     Elapsed,
     Reached,
     Secure,
-    Secured,
 )
 from tests.protocol.test_rendezvous import Meeting, inline, large, nothing
 from tests.tickets import post

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from starling.actors.remote.messages import Got, Reply
+from starling.actors.remote.messages import Reply
 from starling.actors.wire.buffers import Signature
-from starling.actors.wire.tickets import Pinging, Posted, Sending
+from starling.actors.wire.tickets import Pinging, Posted, Secured, Sending
 from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.protocol.events import Advance, Close, Deliver, Delivered, Reached, Secure
 from starling.orchestrator.protocol.mailboxes import Envelope
@@ -53,7 +53,7 @@ class Throttled(Fakes):
         self.cluster.perform([Secure(0, part, part, (0, 1, 2, 3), 0) for part in range(4)])
 
     def secured(self) -> None:
-        self.answer("secure", *(([Got(0, part, part, 0, frozenset(range(4)))], 0) for part in range(4)))
+        self.answer("secure", *(([Secured(0, part, part, frozenset(range(4)), 0)], 0) for part in range(4)))
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +105,8 @@ def test_a_link_that_is_busy_delays_what_comes_next():
     plane.cluster.perform([Secure(1, 0, 0, (0, 1), 0)])  # another exchange, at the same time: 0.25 s behind 0.75
     plane.answer(
         "secure",
-        *(([Got(0, part, part, 0, frozenset(range(4)))], 0) for part in range(4)),
-        ([Got(1, 0, 0, 0, frozenset((0, 1)))], 0),
+        *(([Secured(0, part, part, frozenset(range(4)), 0)], 0) for part in range(4)),
+        ([Secured(1, 0, 0, frozenset((0, 1)), 0)], 0),
     )
     assert [one.seq for one in plane.at(0.76)] == [0, 0, 0, 0]
     assert plane.at(0.99) == []

@@ -99,7 +99,7 @@ class ActorPool:
         return actor
 
     def host(self, actor: Actor, nodes: Iterable[NodeId]) -> None:
-        """Let an actor host those of ``nodes`` that no other hosts."""
+        """Make an actor the host of those of ``nodes`` that have none."""
         for node in nodes:
             self.home.setdefault(node, actor)
 
@@ -111,7 +111,7 @@ class ActorPool:
             self.home[node] = actor
 
     def is_there(self, actor: Actor, node: NodeId) -> bool:
-        """Whether a live actor still hosts ``node``, which has not left it."""
+        """Return whether a live actor still hosts ``node``."""
         return actor.alive and self.home[node] is actor and (actor.index, node) not in self._retired
 
     def by_actor(self, nodes: Iterable[NodeId]) -> list[tuple[Actor, list[NodeId]]]:
@@ -158,7 +158,7 @@ class ActorPool:
         self._loop.after(seconds, check)
 
     def give_up(self, epoch: int, node: NodeId) -> None:
-        """Let fetches of what ``node`` contributed fail now instead of at their time limit."""
+        """Have all actors stop fetching contributions of ``node``, which would fail at their time limit."""
         for actor in self.actors:
             if actor.alive:
                 actor.handle.give_up.remote(epoch, node)
@@ -200,7 +200,7 @@ class ActorPool:
             self._succeed(node)
 
     def retire(self, actor: Actor, node: NodeId) -> None:
-        """Let ``node`` leave its actor, which is ended with its last node."""
+        """Remove ``node`` from its actor, which is ended with its last node."""
         self.retiring.discard(node)
         self._retired.add((actor.index, node))
         if all((actor.index, other) in self._retired for other in actor.nodes):

@@ -7,13 +7,14 @@ owned by this process: it outlives the actor that made it, and goes to its consu
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from starling.actors.remote.messages import Expected, Inline, SecureJob, Stored
 from starling.actors.wire.tickets import Contributed, among
-from starling.orchestrator.protocol.events import Delivered, Reached, Secured
+from starling.orchestrator.protocol.events import Delivered, Reached
 from starling.orchestrator.runtimes import traffic
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
-    from starling.actors.wire.tickets import Posted
+    from starling.actors.wire.tickets import Posted, Secured
     from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
@@ -58,9 +59,9 @@ class ObjectExchange:
         self._contributions: dict[tuple[int, NodeId], dict[int, ObjectRef[Any]]] = {}
         self._reduced: dict[tuple[int, int], ObjectRef[Any]] = {}
         self._fetching: dict[tuple[int, int, NodeId], frozenset[NodeId]] = {}
-        """Of a gather: whose contributions each node is to have, by exchange and generation."""
+        """Members whose contributions to a gather a node is to have, by exchange, generation and node."""
         self._inline_due: dict[int, dict[NodeId, float]] = {}
-        """When the network brings small contributions, by exchange and receiver."""
+        """Arrival times of small contributions, by exchange and receiver."""
         self._looked_at: set[int] = set()
         """Exchanges that the stores have room for."""
 
@@ -71,7 +72,7 @@ class ObjectExchange:
         self._fetching, self._inline_due, self._looked_at = {}, {}, set()
 
     def release(self) -> None:
-        """Let all contributions and results leave the store."""
+        """Drop the references of all contributions and results, so that they leave the store."""
         self._contributions, self._reduced = {}, {}
 
     # --- posts -------------------------------------------------------------------------------------------------------
@@ -193,19 +194,17 @@ class ObjectExchange:
             refs[part] = late.remote(self._attempt.epoch, seq, node, part) if inline is None else ray.put(inline)
         return refs[part]
 
-    def _on_secured(self, actor: Actor, result: tuple[list[Any], int], due: Mapping[NodeId, float]) -> None:
+    def _on_secured(self, actor: Actor, result: tuple[list[Secured], int], due: Mapping[NodeId, float]) -> None:
         jobs, nbytes = result
         self._transport.count(nbytes)
         for one in jobs:
             if self.posted[one.seq][one.by].signature.operation == "AllReduce":
-                secured = Secured(one.seq, one.part, one.by, one.members, one.generation)
-                self._attempt.report_at(due.get(one.by), secured)
+                self._attempt.report_at(due.get(one.by), one)
                 continue
             for by in actor.nodes:
                 wanted = self._fetching.get((one.seq, one.generation, by))
                 if wanted is not None:
-                    secured = Secured(one.seq, one.part, by, one.members & wanted, one.generation)
-                    self._attempt.report_at(due.get(by), secured)
+                    self._attempt.report_at(due.get(by), replace(one, by=by, got=one.got & wanted))
 
     # --- delivering --------------------------------------------------------------------------------------------------
 
@@ -235,7 +234,7 @@ class ObjectExchange:
             self._pool.call(actor, call, self._attempt.timely(done))
 
     def close(self, decision: Close) -> None:
-        """Every member holds the result: let contributions and parts of the exchange leave the store."""
+        """Drop the references of a closed exchange, of which every member holds the result."""
         seq = decision.seq
         if decision.inline:
             posted = self.posted[seq]

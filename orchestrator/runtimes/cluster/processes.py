@@ -87,7 +87,7 @@ class Processes:
         self.begun = False
         """All initial nodes are up: a process that fails is lost, and no longer an error of the run."""
         self.num_starts: Counter[NodeId] = Counter()
-        """How often each node has been given a process."""
+        """Number of processes that each node has been given."""
 
     # --- launch ------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Processes:
         return max((self.num_starts[node] for node in nodes), default=1) - 1
 
     def _take_place(self, spare: Actor, nodes: tuple[NodeId, ...], incarnation: int) -> None:
-        """Let a spare, which may still be starting, host ``nodes``."""
+        """Give ``nodes`` to a spare, which may still be starting."""
         is_ready = spare.ready is not None
         spare.nodes, spare.ready, spare.launched, spare.incarnation = nodes, None, self._loop.now, incarnation
         self._pool.host(spare, nodes)
@@ -175,7 +175,7 @@ class Processes:
         self._pool.call(spare, spare.handle.embody.remote(spare.nodes, spare.incarnation), self.on_setup)
 
     def _relieve(self, spare: Actor) -> None:
-        """Let a spare that came up take over nodes whose own actor finds no place: the spare may have had the last."""
+        """Give a spare that came up the nodes of an actor that finds no place: the spare may have taken the last."""
         for one in self._pool.actors:
             if one.alive and one.nodes and not one.placed and SERVER not in one.nodes:
                 one.alive = False

@@ -229,5 +229,5 @@ class ProgramDriver:
 
 
 def _runs_on(ticket: Ticket) -> bool:
-    """Whether the program runs on at once."""
+    """Return whether the program runs on at once."""
     return isinstance(ticket, Sending) or (isinstance(ticket, Posted) and not ticket.waits)

@@ -48,7 +48,7 @@ class StateStore:
         self._transport = transport
         self._deadline_s = deadline_s
         self._kept: dict[NodeId, list[ObjectRef[Any]]] = {}
-        """All that a node had committed; of two references the second has the shared state."""
+        """References to all that each node had committed; the second of two has the shared state."""
         self._loading: dict[NodeId, NodeId] = {}
         """Nodes that are being given state, and whose."""
         self._num_snapshots = 0
@@ -219,7 +219,7 @@ class StateStore:
             )
 
     def close(self) -> None:
-        """Let all kept states leave the store."""
+        """Drop all kept states."""
         self._kept = {}
 
 

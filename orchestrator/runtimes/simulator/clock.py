@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.simulator.state import Coming
 
 Item: TypeAlias = "tuple[NodeId, int, Coming | None, int, object, int | None]"
-"""What is due at one moment, in the order of (node, arrival).
+"""An event or a resumption that is due at one moment; sorted by (node, arrival).
 
 Of an event, the third is the event and the fourth its epoch, or ``ALWAYS``. Where a program runs on, the third is None,
 the fourth the node's attempt, the fifth the result; the sixth names the exchange whose result it is instead.
@@ -36,7 +36,7 @@ class VirtualClock:
         self.epoch = ALWAYS
         """Counts attempts at rounds: steps of exchanges of an earlier one are void."""
         self.attempts: dict[NodeId, int] = {}
-        """Of each node, how often its program was begun or stopped: resumptions of an earlier one are void."""
+        """Number of times that each node's program was begun or stopped; resumptions of an earlier attempt are void."""
         self.ready: deque[Happening] = deque()
         """Events to be reported now."""
         self._times: list[float] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import Contributed
-from starling.orchestrator.protocol.events import Delivered, Secured
+from starling.actors.wire.tickets import Contributed, Secured
+from starling.orchestrator.protocol.events import Delivered
 from starling.orchestrator.runtimes import traffic
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class _Exchange:
     posted: dict[NodeId, Posted] = field(default_factory=dict)
     reduced: dict[int, Buffer] = field(default_factory=dict)
     arrivals: dict[NodeId, float] = field(default_factory=dict)
-    """When each member has what travels inline, also those that are not there yet to take it."""
+    """Arrival times of small contributions at each member, also at members that have not come to take them."""
 
 
 class SimulatedExchanges:

@@ -43,7 +43,7 @@ class SimulatedProcesses:
         self._coming: dict[NodeId, Replica] = {}
         """Replicas of nodes that are being started."""
         self._up: set[NodeId] = set()
-        """Those of them that are ready, and take the place when the one before is gone."""
+        """Coming nodes that are ready, and take their places when their predecessors are gone."""
 
     # --- starts ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class SimulatedProcesses:
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def happens(self, what: Coming) -> None:
-        """Let an event happen that is due, and report it if it still concerns anybody."""
+        """Apply a due event to the processes, and report it unless it is void."""
         match what:
             case End(node, None):
                 if node in self._nodes.hung:
@@ -186,7 +186,7 @@ class SimulatedProcesses:
         }
 
     def bring_back(self, state: Mapping[str, Any], present: Collection[NodeId]) -> None:
-        """Let there be the processes of ``to_json``."""
+        """Restore the processes that ``to_json`` described."""
         self._nodes.present, self._nodes.hung = set(present), set(state["hung"])
         self._incarnations = {int(node): count for node, count in state["incarnations"].items()}
         for node in state["coming"]:

@@ -192,7 +192,7 @@ class SimulatedPrograms:
         self._clock.ready.append(Reached(node, ticket))
 
     def _ping(self, node: NodeId, ticket: Pinging) -> None:
-        """Let those answer that are present, and near enough for a round trip within the timeout."""
+        """Resume a program with the present nodes whose round trip is within the timeout."""
         there = (other for other in ticket.nodes if other in self._nodes.present)
         trips = {other: 2 * self._network.latency_s(node, other) for other in there}
         answers = {other: seconds for other, seconds in trips.items() if seconds <= ticket.timeout_s}
@@ -202,7 +202,7 @@ class SimulatedPrograms:
 
 
 def _alike(one: Posted, other: Posted) -> bool:
-    """Whether two announcements differ in nothing that the rendezvous is told but ``wants``."""
+    """Return whether two posts differ, for the rendezvous, in nothing but ``wants``."""
     return (
         one.seq == other.seq
         and one.signature is other.signature
