@@ -7,22 +7,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.exceptions
 
 from starling.actors.remote.messages import Expected, Reply
 from starling.actors.wire.buffers import Signature
 from starling.actors.wire.tickets import Failed, Posted, Sending
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import Config, parse
-from starling.orchestrator.errors import ClusterError, NodeLostError
+from starling.orchestrator.errors import ClusterError, NodeFailedError, NodeGoneError, NodeLostError
 from starling.orchestrator.protocol.events import Reached, Secure
-from starling.orchestrator.runtimes.cluster import actors, start_up, store
+from starling.orchestrator.protocol.mailboxes import Delivery, Envelope, Handover
+from starling.orchestrator.runtimes.cluster import actors, models, monitors, start_up, store
 from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
 from starling.orchestrator.runtimes.cluster.placement import Placement
 from starling.orchestrator.runtimes.cluster.processes import Processes
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.cluster.start_up import StartUp
 from starling.orchestrator.runtimes.events import (
+    Arrived,
     Died,
+    FinalModel,
     Halted,
     Kept,
     Loaded,
@@ -31,8 +35,12 @@ from starling.orchestrator.runtimes.events import (
     NotLoaded,
     NotUp,
     Retired,
+    Room,
     SpareLost,
+    Unreadable,
     Up,
+    Used,
+    Vanished,
 )
 from tests.fake_actors import Fakes, Ref
 
@@ -417,3 +425,124 @@ def test_a_process_that_fails_to_start_is_not_up():
     actor.ready = None
     made.cluster.processes.on_setup(actor, Failed("its torch is another", None))
     assert made.at(0.0) == [NotUp(9, "its torch is another")]
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def _message(made: Made, *, nbytes: int = 3, data: bytes | None = b"abc", letter: int = 5) -> Envelope:
+    """Node 1 has sent a message to node 2."""
+    sending: Any = Sending(2, letter, (), nbytes, data)  # pyright: ignore[reportArgumentType]
+    made.cluster.programs.on_reply(made.actor(1), Reply([(1, sending)]))
+    made.at(0.0)
+    return Envelope(sender=1, round=0, number=0, to=2, nbytes=nbytes, letter=letter, heard=-1)
+
+
+def test_a_small_message_is_there_at_once_and_travels_with_the_call():
+    made = Made()
+    envelope = _message(made)
+    made.cluster.messages.dispatch(envelope)
+    assert made.at(0.0) == [Arrived(envelope)]
+    made.cluster.messages.hand_over(Handover(2, Delivery(envelope, staleness=0)))
+    ((_, node, letter),) = made.calls("receive")
+    assert (node, letter.sender, letter.inline, letter.ref) == (2, 1, b"abc", ())
+
+
+def test_a_large_message_arrives_when_it_is_in_the_store_unless_its_sender_dies():
+    made = Made()
+    envelope = _message(made, nbytes=100_000, data=None)
+    made.cluster.messages.dispatch(envelope)
+    assert made.at(0.0) == []
+    made.answer("outbox", True)
+    assert made.at(0.0) == [Arrived(envelope)]
+    other = _message(made, nbytes=100_000, data=None, letter=6)
+    made.cluster.messages.dispatch(other)
+    made.answer("outbox", ValueError("broken"))
+    died, vanished = made.at(0.0)
+    assert isinstance(died, Died)
+    assert vanished == Vanished(other)
+
+
+def test_a_payload_that_is_nowhere_to_be_had_leaves_its_receiver_waiting():
+    made = Made()
+    envelope = _message(made)
+    made.cluster.messages.hand_over(Handover(2, Delivery(envelope, staleness=0)))
+    made.answer("receive", None)
+    assert made.at(0.0) == [Unreadable(2, envelope)]
+
+
+@pytest.mark.parametrize(("algorithm", "keeps"), [("fedavg", False), ("random_walk", True)])
+def test_delivered_payloads_are_kept_where_rounds_begin_again_one_by_one(algorithm: str, keeps: bool):
+    made = Made(algorithm=algorithm)
+    envelope = _message(made)
+    for _ in range(1 + keeps):
+        made.cluster.messages.hand_over(Handover(2, Delivery(envelope, staleness=0)))
+    if not keeps:
+        with pytest.raises(KeyError):
+            made.cluster.messages.discard(1, 5)
+
+
+def test_a_large_message_that_nobody_is_to_have_is_dropped_where_it_lies():
+    made = Made()
+    _message(made, nbytes=100_000, data=None)
+    made.cluster.messages.discard(1, 5)
+    assert made.calls("discard") == [(5,)]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_node_computes_the_metrics_and_the_others_give_their_models(monkeypatch: pytest.MonkeyPatch):
+    made = Made()
+    answers: dict[str, Any] = {"committed_model": True, "evaluate": {"loss": 0.5}, "model": ("digest", b"tensors")}
+    monkeypatch.setattr(models.ray, "get", lambda ref, timeout: answers[ref.name.split()[0]])
+    assert made.cluster.models.evaluate([2, 0], None) == {"loss": 0.5}
+    ((node, others, _),) = made.calls("evaluate")
+    assert (node, len(others)) == (2, 1)
+    assert made.cluster.models.fetch([1]) == FinalModel("digest", b"tensors")
+    answers["evaluate"] = Failed("node 2, round 3: no", None)
+    with pytest.raises(NodeFailedError, match="node 2, round 3: no"):
+        made.cluster.models.evaluate([2], None)
+
+
+def test_a_node_that_dies_while_it_is_asked_is_named_and_lost(monkeypatch: pytest.MonkeyPatch):
+    def get(ref: Ref, timeout: float) -> Any:
+        raise ray.exceptions.GetTimeoutError(f"{ref} in {timeout:g} s")
+
+    made = Made()
+    monkeypatch.setattr(models.ray, "get", get)
+    with pytest.raises(NodeGoneError, match=r"node 1 \(pid 1\) was lost") as caught:
+        made.cluster.models.evaluate([1], None)
+    assert caught.value.node == 1
+    assert [type(one) for one in made.at(0.0)] == [Died]
+
+
+# --- monitors ---------------------------------------------------------------------------------------------------------
+
+
+def test_machines_that_die_or_drain_take_their_nodes_along(monkeypatch: pytest.MonkeyPatch):
+    reports: list[Any] = []
+    monkeypatch.setattr(
+        monitors.ray_session, "MachineWatch", lambda report: reports.append(report) or SimpleNamespace()
+    )
+    monkeypatch.setattr(monitors.store, "StoreWatch", lambda is_local: SimpleNamespace(local=is_local))
+    monkeypatch.setattr(Placement, "count_free", lambda *_: 7)
+    made = Made(cluster={"nodes": {"target": "auto", "min": 1, "max": 4}, "drain_s": 30})
+    made.cluster._monitors.watch_run()
+    dead, draining = frozenset({"machine 0"}), {"machine 1": None, "machine 2": 5.0}
+    reports[0](SimpleNamespace(dead=dead, draining=draining))
+    reason = "its machine is to be taken away (drain)"
+    assert made.at(1.0) == [Died(0, "its machine is gone"), Notice(1, 31.0, reason), Notice(2, 6.0, reason), Room(7)]
+
+
+def test_a_process_that_has_not_answered_is_not_asked_for_its_metrics_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(monitors.ray_session, "MachineWatch", lambda _: SimpleNamespace())
+    monkeypatch.setattr(monitors.store, "StoreWatch", lambda is_local: SimpleNamespace(local=is_local))
+    made = Made()
+    made.cluster._monitors.watch_run()
+    assert made.at(2.0) == []
+    for ref in made.waiting["usage"][:2]:
+        ref.future().set_result({"cpu": 0.5})
+    assert made.at(3.0) == [Used(0, {"cpu": 0.5}), Used(1, {"cpu": 0.5})]
+    made.at(12.5)
+    assert len(made.calls("usage")) == 3 + 2
