@@ -97,8 +97,9 @@ def test_a_run_can_be_interrupted_while_its_ray_stands_still(
 
 
 def test_a_killed_driver_leaves_no_actor_on_a_ray_of_others(tmp_path: Path, shared_ray: str, processes: Processes):
+    settings = ("--set", f"cluster.address={shared_ray}", "--set", "cluster.num_cpus=1")
     program = processes.start(
-        *("run", str(write(tmp_path, ROUNDS)), "--set", f"cluster.address={shared_ray}"),
+        *("run", str(write(tmp_path, ROUNDS)), "--json", *settings),
         cwd=tmp_path,
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=os.environ["RAY_AUTH_TOKEN_PATH"],
