@@ -378,9 +378,9 @@ class NodeActor(StateCalls):
         os.kill(os.getpid(), signal.SIGTERM)
 
     @ray.method(concurrency_group="control")
-    def ping(self) -> bool:
-        """Answer."""
-        return True
+    def ping(self) -> str:
+        """Answer with Ray's name of this machine."""
+        return ray.get_runtime_context().get_node_id()
 
     @ray.method(concurrency_group="control")
     def usage(self) -> dict[str, float]:

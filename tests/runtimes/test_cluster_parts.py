@@ -17,7 +17,7 @@ from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.errors import ClusterError, NodeFailedError, NodeGoneError, NodeLostError
 from starling.orchestrator.protocol.events import Reached, Secure
 from starling.orchestrator.protocol.mailboxes import Delivery, Envelope, Handover
-from starling.orchestrator.runtimes.cluster import actors, models, monitors, start_up, store
+from starling.orchestrator.runtimes.cluster import actors, models, monitors, placement, processes, start_up, store
 from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
 from starling.orchestrator.runtimes.cluster.placement import Placement
 from starling.orchestrator.runtimes.cluster.processes import Processes
@@ -168,9 +168,9 @@ def test_an_actor_that_does_not_answer_within_its_limit_is_lost():
 
 
 def test_nodes_share_a_process_with_the_same_others_whenever_they_are_started():
-    processes = Made(cluster={"nodes": {"target": 6}, "nodes_per_actor": 2}).cluster.processes
-    assert processes.groups([0, 1, 2, 3]) == [(0, 1), (2, 3)]
-    assert processes.groups([3, 1, -1]) == [(3,), (1,), (-1,)]
+    groups = Made(cluster={"nodes": {"target": 6}, "nodes_per_actor": 2}).cluster.processes.groups
+    assert groups([0, 1, 2, 3]) == [(0, 1), (2, 3)]
+    assert groups([3, 1, -1]) == [(3,), (1,), (-1,)]
 
 
 def test_a_process_that_stands_by_takes_the_place_of_a_lost_one():
@@ -210,6 +210,24 @@ def test_who_does_not_answer_a_probe_in_time_is_lost():
     assert (died.node, died.reason) == (1, "it did not answer within 2 s (cluster.cancel_grace_s)")
 
 
+def test_a_replacement_without_its_data_is_started_again_on_another_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(placement.ray_session, "elsewhere", sorted)
+    made, placed = Made(), list[object]()
+    handles = SimpleNamespace(remote=lambda: made.actor(0).handle)
+    options = SimpleNamespace(options=lambda **those: placed.append(those["scheduling_strategy"]) or handles)
+    monkeypatch.setattr(processes, "remote_class", lambda: options)
+    made.cluster.pool.lost(made.actor(1), ValueError("broken"))
+    made.at(0.0)
+    for machine in ("first", "second", "third"):
+        made.cluster.processes.launch([1])
+        made.answer("ping", machine)
+        made.answer("setup", Failed("task parquet: path /data/site-1.parquet: there is no such file", None))
+        (failed,) = made.at(0.0)
+        assert isinstance(failed, NotUp)
+        assert "no such file" in failed.reason
+    assert placed == ["SPREAD", ["first"], ["first", "second"]]
+
+
 class _Everywhere(Placement):
     def count(self, num_nodes: int) -> int:
         del num_nodes
@@ -233,11 +251,11 @@ class _Lost(Processes):
 
 def test_a_node_that_is_lost_while_it_starts_is_started_again_but_not_for_ever():
     fakes, one = Fakes(), config(cluster={"nodes": {"target": 2}})
-    pool, placement = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
-    processes = _Lost(fakes, one, fakes.loop, pool, placement)
+    pool, places = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
+    started = _Lost(fakes, one, fakes.loop, pool, places)
     with pytest.raises(NodeLostError, match="node 1 was lost while it started, 3 times"):
-        StartUp(one, fakes.loop, pool, placement, processes).run(None)
-    assert processes.num_starts == {0: 1, 1: 3}
+        StartUp(one, fakes.loop, pool, places, started).run(None)
+    assert started.num_starts == {0: 1, 1: 3}
 
 
 def test_too_little_room_is_one_line_that_names_the_resource(monkeypatch: pytest.MonkeyPatch):
@@ -245,10 +263,10 @@ def test_too_little_room_is_one_line_that_names_the_resource(monkeypatch: pytest
     monkeypatch.setattr(start_up.ray_session, "brings_machines", lambda: False)
     monkeypatch.setattr(start_up.ray, "cluster_resources", lambda: {"CPU": 1.0})
     fakes, one = Fakes(), config(cluster={"nodes": {"target": 2, "min": 2}})
-    pool, placement = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
-    processes = Processes(one, fakes.loop, pool, placement)
+    pool, places = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
+    started = Processes(one, fakes.loop, pool, places)
     with pytest.raises(ClusterError, match=r"2 nodes ask for 0.25 CPU each, the cluster has 1 \(ray status\)"):
-        StartUp(one, fakes.loop, pool, placement, processes).run(None)
+        StartUp(one, fakes.loop, pool, places, started).run(None)
 
 
 # --- programs and exchanges -------------------------------------------------------------------------------------------

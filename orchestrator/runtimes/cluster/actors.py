@@ -38,8 +38,8 @@ class Actor:
     launched: float
     incarnation: int = 0
     """Number of earlier processes of its nodes."""
-    placed: bool = False
-    """Ray has found room for it."""
+    machine: str = ""
+    """Ray's name of its machine; empty until Ray has found room for it."""
     ready: Ready | None = None
     alive: bool = True
     leaving: bool = False

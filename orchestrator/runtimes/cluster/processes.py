@@ -169,7 +169,7 @@ class Processes:
         self._pool.host(spare, nodes)
         if is_ready:
             self._embody(spare)
-            self._on_place(spare, None)  # it has had one all the time
+            self._on_place(spare, spare.machine)  # it has had one all the time
 
     def _embody(self, spare: Actor) -> None:
         self._pool.call(spare, spare.handle.embody.remote(spare.nodes, spare.incarnation), self.on_setup)
@@ -177,15 +177,15 @@ class Processes:
     def _relieve(self, spare: Actor) -> None:
         """Give a spare that came up the nodes of an actor that finds no place: the spare may have taken the last."""
         for one in self._pool.actors:
-            if one.alive and one.nodes and not one.placed and SERVER not in one.nodes:
+            if one.alive and one.nodes and not one.machine and SERVER not in one.nodes:
                 one.alive = False
                 self._pool.kill(one)
                 self._take_place(spare, one.nodes, one.incarnation)
                 return
 
-    def _on_place(self, actor: Actor, _: object) -> None:
+    def _on_place(self, actor: Actor, machine: str) -> None:
         timeout = self._config.cluster.start_timeout_s
-        actor.placed = True
+        actor.machine = machine
 
         def check() -> None:
             if actor.alive and actor.ready is None:
@@ -213,8 +213,7 @@ class Processes:
             if not self.begun:
                 raise
             # The others are at one, and go on; a replacement that draws other samples is not to join them.
-            self._placement.avoid(result.machine)
-            self._pool.lost(actor, RuntimeError(str(error)))
+            self._refuse(actor, result.machine, str(error))
             return
         actor.ready = result
         if actor.is_spare:
@@ -230,11 +229,18 @@ class Processes:
 
     def _on_failed(self, actor: Actor, failed: Failed) -> None:
         if self.begun:
-            self._pool.lost(actor, RuntimeError(failed.message))
+            # The others could begin with this configuration: it is the machine that lacks data or packages.
+            self._refuse(actor, actor.machine, failed.message)
         elif failed.traceback is None:
             raise DataError(failed.message)
         else:
             self._loop.report(Reached(actor.nodes[0] if actor.nodes else 0, failed))
+
+    def _refuse(self, actor: Actor, machine: str, reason: str) -> None:
+        """Take an actor for lost, and place no further ones on its machine if there is room elsewhere."""
+        if machine:
+            self._placement.avoid(machine)
+        self._pool.lost(actor, RuntimeError(reason))
 
     # --- notice ------------------------------------------------------------------------------------------------------
 
