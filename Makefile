@@ -77,9 +77,9 @@ coverage: install ## the tests of make test, and which lines and branches they l
 	@$(BIN)/coverage report
 
 .PHONY: test-ci
-test-ci: test ## what .ci/run runs: make test, the slow tests but the long ones, and of those on Ray that of TLS
+test-ci: test ## what .ci/run runs: make test, the slow tests but the long ones, and of those on Ray the marked ones (smoke)
 	OMP_NUM_THREADS=1 $(PYTEST) --ignore=tests/cluster -n auto -m "slow and not long and not soak"
-	$(BIN)/pytest tests/cluster/test_tls.py
+	$(BIN)/pytest tests/cluster $(TWO_RAYS) -m smoke
 
 .PHONY: test-slow
 test-slow: install ## all slow tests, but those of make soak

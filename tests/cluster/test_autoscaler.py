@@ -17,7 +17,7 @@ from tests.paths import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
 
 HEAD = "10.77.0.1"
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
