@@ -20,9 +20,10 @@ from starling.orchestrator import api
 from starling.orchestrator.checkpoints.schedule import Checkpointing
 from starling.orchestrator.checkpoints.store import CheckpointStore
 from starling.orchestrator.config.schema import parse
-from starling.orchestrator.control import resumption
+from starling.orchestrator.control.context import RunContext
 from starling.orchestrator.control.controller import Controller
-from starling.orchestrator.control.run_state import Progress
+from starling.orchestrator.control.restore import restoration
+from starling.orchestrator.control.run_state import RunState
 from starling.orchestrator.control.synchronous import Synchronous
 from starling.orchestrator.records.observers import Observer, RoundRecord
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
@@ -97,18 +98,16 @@ def going_on() -> Row:
     with TemporaryDirectory() as folder:
         path = Path(folder, "run")
         api.run(config, run_dir=path)
-        revival, _, _ = resumption.revival(path, ["rounds=3"])
-        runtime = Cluster(revival.config)
-        runtime.num_parts = revival.num_parts
+        restored, _, _ = restoration(path, ["rounds=3"])
+        runtime = Cluster(restored.config)
+        runtime.num_parts = restored.num_parts
         try:
-            facts = runtime.start()
-            progress = Progress(revival.config, runtime, Observer(), run_id="run", run_dir=str(path))
-            progress.facts = {one.node: one for one in facts}
-            progress.samples.start(runtime.num_parts, runtime.part_sizes)
+            state = RunState(RunContext(restored.config, runtime, Observer(), "run", str(path)))
+            state.start()
             began = time.perf_counter()
-            again, _, _ = resumption.revival(path, ["rounds=3"])
+            again, _, _ = restoration(path, ["rounds=3"])
             read = time.perf_counter() - began
-            again.revive(progress, Synchronous(progress))
+            again.restore(state, Synchronous(state))
             seconds = time.perf_counter() - began
         finally:
             runtime.close()

@@ -100,7 +100,7 @@ def resume(
     Raises:
         StarlingError: as for ``run``; also if there is no checkpoint that can be used.
     """
-    from starling.orchestrator.control import resumption
+    from starling.orchestrator.control.restore import restoration
     from starling.orchestrator.records import run_config
     from starling.orchestrator.records.lease import Lease
     from starling.orchestrator.records.run_directory import RunDirectory
@@ -111,19 +111,19 @@ def resume(
         return finished
     lease = Lease(path)
     try:
-        revival, store, is_virtual = resumption.revival(
+        restored, store, is_virtual = restoration(
             path, overrides, from_previous=from_previous, trust=trust, accept_changes=accept_changes
         )
-        directory = RunDirectory(revival.config, path, resumed=revival.checkpoint.controller)
+        directory = RunDirectory(restored.config, path, resumed=restored.checkpoint.controller)
         if is_virtual:
             from starling.orchestrator.runtimes.simulator.runtime import Simulator as Kind
         else:
             from starling.orchestrator.runtimes.cluster.runtime import Cluster as Kind
-        runtime = Kind(revival.config)
+        runtime = Kind(restored.config)
     except BaseException:
         lease.release()
         raise
-    return drive(revival.config, runtime, directory, observers, lease=lease, store=store, revival=revival)
+    return drive(restored.config, runtime, directory, observers, lease=lease, store=store, restoration=restored)
 
 
 def replay(

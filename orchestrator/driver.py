@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.checkpoints.store import CheckpointStore
     from starling.orchestrator.config.schema import Config
     from starling.orchestrator.control.controller import Controller
-    from starling.orchestrator.control.restore import Revival
+    from starling.orchestrator.control.restore import Restoration
     from starling.orchestrator.records.lease import Lease
     from starling.orchestrator.records.observers import Observer, Summary
     from starling.orchestrator.records.run_directory import RunDirectory
@@ -54,7 +54,7 @@ def drive(
     *,
     lease: Lease | None = None,
     store: CheckpointStore | None = None,
-    revival: Revival | None = None,
+    restoration: Restoration | None = None,
     track: Callable[[Config, Path], Observer | None] | None = None,
 ) -> Summary:
     """Run to the end, whatever that is; leave nothing behind but the run directory.
@@ -75,7 +75,7 @@ def drive(
         checkpoints = checkpointing(config, directory.path, directory.run_id, runtime, store)
         if checkpoints is not None:
             stack.callback(checkpoints.close)
-        more = {} if control else {"checkpoints": checkpoints, "revival": revival}
+        more = {} if control else {"checkpoints": checkpoints, "restoration": restoration}
         controller = (control or Controller)(config, runtime, everyone, **names, may_commit=lease.check, **more)
         stack.enter_context(_kept_handlers())
         try:

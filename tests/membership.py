@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from starling.actors.replica.replica import Replica
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.run_state import RunState
 
     Views = Sequence[tuple[NodeId, ...]]
     Watch = Callable[[int, Mapping[NodeId, Replica]], None]
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 class _Scripted(Synchronous):
     """A node that is not in a round's view stands still; when it comes back it gets the state of a member."""
 
-    def __init__(self, progress: Progress, views: Views, watch: Watch, simulator: Simulator) -> None:
-        super().__init__(progress)
+    def __init__(self, state: RunState, views: Views, watch: Watch, simulator: Simulator) -> None:
+        super().__init__(state)
         self._views, self._watch, self._simulator = views, watch, simulator
 
     def _attempt(self, number: int) -> Attempt:
         attempt = super()._attempt(number)
         assert attempt.aborted is None
-        self._runtime.states.settle(dict.fromkeys(self._progress.members, number))
+        self._runtime.states.settle(dict.fromkeys(self._state.members, number))
         self._watch(number, self._simulator.host.replicas)
         return attempt
 
     def _next_view(self) -> View:
-        progress, last = self._progress, self._view
-        members = self._views[progress.committed + 1]
-        joined = tuple(node for node in members if node not in progress.members)
+        state, last = self._state, self._view
+        members = self._views[state.committed + 1]
+        joined = tuple(node for node in members if node not in state.members)
         left = tuple(node for node in last.members if node not in members)
         for node in joined:
             if last.members and node not in last.members:
-                self._runtime.states.transfer(node, progress.members[0])
+                self._runtime.states.transfer(node, state.members[0])
         return View(last.number + bool(last.members and (joined or left)), members, joined, left)
 
 
@@ -57,7 +57,7 @@ class _ScriptedController(Controller):
         self._script = views, watch, simulator
 
     def _loop(self) -> Synchronous:
-        return _Scripted(self._progress, *self._script)
+        return _Scripted(self._state, *self._script)
 
 
 def scripted(views: Views, watch: Watch, **keys: Any) -> Ran:

@@ -11,16 +11,19 @@ import logging
 from typing import TYPE_CHECKING
 
 from starling.orchestrator.control.asynchronous import Asynchronous
-from starling.orchestrator.control.run_state import Progress
+from starling.orchestrator.control.context import RunContext
+from starling.orchestrator.control.run_state import RunState
 from starling.orchestrator.control.synchronous import Synchronous
-from starling.orchestrator.records.observers import Started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from starling.actors.data import Place
+    from starling.algorithms.api import NodeId
     from starling.orchestrator.checkpoints.schedule import Checkpointing
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.control.restore import Revival
+    from starling.orchestrator.control.loop import Loop
+    from starling.orchestrator.control.restore import Restoration
     from starling.orchestrator.records.observers import Observer, Status, Summary
     from starling.orchestrator.runtimes.interface import Runtime
 
@@ -40,19 +43,17 @@ class Controller:
         run_dir: str,
         may_commit: Callable[[], None] = lambda: None,
         checkpoints: Checkpointing | None = None,
-        revival: Revival | None = None,
+        restoration: Restoration | None = None,
+        script: Callable[[NodeId, int], Place | None] | None = None,
     ) -> None:
         """``may_commit`` raises if another controller decides by now; it is asked before each commit.
 
-        The run goes on from a ``revival``, if there is one.
+        The run goes on from a ``restoration``, if there is one. ``script`` says what nodes draw in a replay.
         """
-        self._progress = Progress(config, runtime, observer, run_id=run_id, run_dir=run_dir)
-        self._progress.may_commit = may_commit
-        self._progress.checkpoints = checkpoints
-        self._revival = revival
-        self._running: Synchronous | Asynchronous | None = None
-        self._run_id = run_id
-        self._run_dir = run_dir
+        self._run = RunContext(config, runtime, observer, run_id, run_dir, may_commit)
+        self._state = RunState(self._run, checkpoints, script)
+        self._restoration = restoration
+        self._running: Loop | None = None
 
     def run(self) -> Summary:
         """Start the nodes, do all rounds, fetch the model.
@@ -60,31 +61,16 @@ class Controller:
         Raises:
             StarlingError: the run failed; ``summary`` says how far it came.
         """
-        progress = self._progress
-        config, runtime = progress.config, progress.runtime
-        if self._revival is not None:
-            self._revival.prepare(runtime)
-        facts = runtime.start()
-        progress.facts = {one.node: one for one in facts}
-        progress.samples.start(runtime.num_parts, runtime.part_sizes)
-        progress.num_started = len(facts)
-        progress.zero = runtime.now
+        state, runtime = self._state, self._run.runtime
+        if self._restoration is not None:
+            self._restoration.prepare(runtime)
+        nodes = state.start()
         loop = self._loop()
-        if self._revival is None:
-            progress.record("start", nodes=sorted(progress.facts), parts=runtime.num_parts)
+        if self._restoration is None:
+            self._run.record("start", nodes=sorted(state.roster.facts), parts=runtime.num_parts)
         else:
-            self._revival.revive(progress, loop)
-        started = Started(
-            config=config,
-            run_id=self._run_id,
-            run_dir=self._run_dir,
-            nodes=facts,
-            layout=runtime.layout,
-            baselines=runtime.baselines,
-            virtual=runtime.virtual,
-            resumed_after=None if self._revival is None else progress.committed,
-        )
-        progress.observer.on_start(started)
+            self._restoration.restore(state, loop)
+        self._run.observer.on_start(state.started(nodes, is_resumed=self._restoration is not None))
         self._running = loop
         # Hundreds of thousands of objects are there to stay; each full collection would walk them all again.
         # What a round makes is freed by its reference counts; a thousand nodes of one process make enough of it to
@@ -101,42 +87,32 @@ class Controller:
             gc.set_threshold(*threshold)
             gc.unfreeze()
         self._running = None
-        self._save_end(loop)
-        model = progress.fetch(loop.result, alike=config.algorithm.replicated)
-        progress.digest = model.digest
-        progress.observer.on_model(model)
-        if progress.checkpoints is not None:
-            progress.checkpoints.join()
-            progress.note_checkpoints()
+        if state.saving.lacks_last():
+            loop.save()  # so that the run can be made longer
+        model = state.evaluation.fetch(loop.result, alike=self._run.config.algorithm.replicated)
+        state.digest = model.digest
+        self._run.observer.on_model(model)
+        state.saving.finish()
         return self.summary("finished")
 
-    def _save_end(self, loop: Synchronous | Asynchronous) -> None:
-        """Save what the run ends with, so that it can be made longer."""
-        checkpoints, last = self._progress.checkpoints, self._progress.committed
-        if checkpoints is not None and checkpoints.join() and not checkpoints.is_saved(last):
-            loop.save()
-
     def save(self) -> bool:
-        """After an interruption: have the last commit saved, in bounded time; say whether it is. Never raises."""
-        checkpoints, loop, progress = self._progress.checkpoints, self._running, self._progress
-        if checkpoints is None or loop is None or progress.committed < 0:
+        """After an interruption, save the last commit in bounded time. Return whether it is saved. Never raises."""
+        loop, state = self._running, self._state
+        if loop is None or state.committed < 0 or state.saving.counts is None:
             return False
         try:
-            checkpoints.hasten()
-            checkpoints.join()
-            if not checkpoints.is_saved(progress.committed):
+            state.saving.hasten()
+            if not state.saving.is_last_saved():
                 loop.stand_still()
                 loop.save()
-                checkpoints.join()
-                progress.note_checkpoints()
+                state.saving.finish()
         except Exception as error:  # noqa: BLE001 - what is saved already is worth more than why this failed
-            _LOG.warning("round %d could not be saved: %s", progress.committed, error)
-        return checkpoints.is_saved(progress.committed)
+            _LOG.warning("round %d could not be saved: %s", state.committed, error)
+        return state.saving.is_last_saved()
 
-    def _loop(self) -> Synchronous | Asynchronous:
-        progress = self._progress
-        return Synchronous(progress) if progress.config.algorithm.synchronous else Asynchronous(progress)
+    def _loop(self) -> Loop:
+        return (Synchronous if self._run.config.algorithm.synchronous else Asynchronous)(self._state)
 
     def summary(self, status: Status) -> Summary:
-        """Where the run stands."""
-        return self._progress.summary(status)
+        """Sum up the run as far as it has come."""
+        return self._state.summary(status)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from starling.actors.wire.tickets import Receiving, Sending
 from starling.algorithms.api import SERVER, Left
 from starling.orchestrator.protocol.events import Reached
-from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
+from starling.orchestrator.protocol.mailboxes import Delivery
 from starling.orchestrator.runtimes.events import Arrived, Unreadable, Vanished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.control.run_state import Progress
-    from starling.orchestrator.protocol.mailboxes import Handover
+    from starling.orchestrator.control.run_state import RunState
+    from starling.orchestrator.protocol.mailboxes import Envelope, Handover, Mailroom
     from starling.orchestrator.runtimes.events import Happening
 
 
@@ -24,15 +24,16 @@ class Mail:
 
     def __init__(
         self,
-        progress: Progress,
-        room: Mailroom | None = None,
-        on_handover: Callable[[Handover], None] = lambda _: None,
+        state: RunState,
+        room: Mailroom,
+        on_handover: Callable[[Handover], None],
     ) -> None:
         """``on_handover`` is told of every node that is handed something."""
-        self._progress = progress
+        self._run = state.run
+        self._runtime = state.run.runtime
+        self._ledger = state.ledger
         self._on_handover = on_handover
-        self._runtime = progress.runtime
-        self.room = room or Mailroom(progress.facts)
+        self.room = room
 
     def take(self, happening: Happening) -> bool:
         """Handle what concerns messages; say whether it was that."""
@@ -43,12 +44,12 @@ class Mail:
                     self._runtime.messages.discard(node, letter)
                 else:
                     if node != to:
-                        self._progress.ledger.book("server" if SERVER in (node, to) else "peer", nbytes)
+                        self._ledger.book("server" if SERVER in (node, to) else "peer", nbytes)
                     self._runtime.messages.dispatch(envelope)
             case Vanished(envelope):
                 self.room.vanished(envelope)
             case Unreadable(node, envelope, timeout_s):
-                self._progress.record("unreadable", node=node, message=envelope.key)
+                self._run.record("unreadable", node=node, message=envelope.key)
                 self._hand_over(self.room.receive(node, timeout_s, self._runtime.now))
             case Arrived(envelope):
                 self._hand_over(self.room.arrived(envelope))
@@ -62,9 +63,16 @@ class Mail:
         """When ``expire`` is due."""
         return self.room.next_timeout()
 
-    def expire(self) -> None:
-        """Let those run on that have waited long enough."""
-        self._hand_over(self.room.expired(self._runtime.now))
+    def expire(self) -> bool:
+        """Let those run on that have waited long enough; return whether there were any."""
+        expired = self.room.expired(self._runtime.now)
+        self._hand_over(expired)
+        return bool(expired)
+
+    def discard(self, envelopes: Iterable[Envelope]) -> None:
+        """Let the runtime forget messages that nobody will be handed again."""
+        for envelope in envelopes:
+            self._runtime.messages.discard(envelope.sender, envelope.letter)
 
     def left(self, node: NodeId) -> None:
         """Tell everybody that ``node`` is gone."""
@@ -80,6 +88,6 @@ class Mail:
                     what = {"left": node}
                 case _:
                     what = "timeout"
-            self._progress.record("received", node=handover.node, outcome=what)
+            self._run.record("received", node=handover.node, outcome=what)
             self._runtime.messages.hand_over(handover)
             self._on_handover(handover)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.context import RunContext
 
 
 @dataclass
@@ -32,36 +32,36 @@ class Recoveries:
     to the new process, ``import`` of code, data and model in it, ``transfer`` of state, ``first_commit`` from there.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
         self._open: dict[NodeId, _Recovery] = {}
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as plain data."""
         return {str(node): asdict(one) for node, one in self._open.items()}
 
-    def revive(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``to_json`` gave."""
         self._open = {int(node): _Recovery(**one) for node, one in state.items()}
 
     def struck(self, node: NodeId) -> None:
         """A scheduled fault happens to ``node`` now."""
-        self._open.setdefault(node, _Recovery()).struck = self._progress.runtime.now
+        self._open.setdefault(node, _Recovery()).struck = self._run.runtime.now
 
     def lost(self, node: NodeId) -> None:
         """``node`` is known to be gone."""
         struck = self._open.get(node, _Recovery()).struck
-        self._open[node] = _Recovery(struck=struck, lost=self._progress.runtime.now)
+        self._open[node] = _Recovery(struck=struck, lost=self._run.runtime.now)
 
     def launched(self, nodes: Iterable[NodeId]) -> None:
         """``nodes`` are being started."""
         for node in nodes:
-            self._open.setdefault(node, _Recovery()).launched = self._progress.runtime.now
+            self._open.setdefault(node, _Recovery()).launched = self._run.runtime.now
 
     def up(self, node: NodeId, import_s: float) -> None:
         """``node`` is there; ``import_s`` of the time was its own."""
         recovery = self._open.setdefault(node, _Recovery())
-        recovery.up, recovery.import_s = self._progress.runtime.now, import_s
+        recovery.up, recovery.import_s = self._run.runtime.now, import_s
 
     def transferred(self, node: NodeId, seconds: float) -> None:
         """``node`` has been given state, which took ``seconds``."""
@@ -72,7 +72,7 @@ class Recoveries:
         """``nodes`` have committed a round."""
         if not self._open:
             return
-        now = self._progress.runtime.now
+        now = self._run.runtime.now
         for node in [node for node in nodes if node in self._open and self._open[node].up is not None]:
             one = self._open.pop(node)
             assert one.up is not None
@@ -85,4 +85,4 @@ class Recoveries:
                 "first_commit": now - one.up - one.transfer_s,
             }
             seconds = {phase: None if value is None else round(max(value, 0.0), 6) for phase, value in phases.items()}
-            self._progress.record("recovered", round=number, node=node, seconds=seconds, total_s=round(now - began, 6))
+            self._run.record("recovered", round=number, node=node, seconds=seconds, total_s=round(now - began, 6))

@@ -22,6 +22,7 @@ from starling.algorithms.api import SERVER, Left, Timeout, View
 from starling.orchestrator.config.sections import FaultsConfig
 from starling.orchestrator.control.asynchronous import Asynchronous
 from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.control.node_rounds import NodeRounds
 from starling.orchestrator.control.synchronous import Synchronous
 from starling.orchestrator.errors import ConfigError, RunError
 from starling.orchestrator.protocol.events import Posts, Reached, Returns, Withdrawn
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
     from starling.algorithms.api import NodeId
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.loop import Loop
+    from starling.orchestrator.control.run_state import RunState
     from starling.orchestrator.control.synchronous import Attempt
     from starling.orchestrator.protocol.events import Event
     from starling.orchestrator.records.observers import Observer
@@ -111,6 +113,10 @@ class History:
     _begun: dict[str, Any] = field(default_factory=dict)
     _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
     """How many messages and readings of the clock belong to committed rounds of each node."""
+
+    def plan(self, node: NodeId, number: int) -> Place | None:
+        """Return what ``node`` draws from round ``number`` on; None if that is what it drew before."""
+        return self.plans.get((node, number))
 
     @staticmethod
     def read(run_dir: str | Path) -> History:
@@ -227,25 +233,26 @@ class ReplayController(Controller):
         # What happened is in the log: nothing else is to happen. Who was late was so by another clock.
         cluster = config.cluster.model_copy(update={"round_deadline_s": _NEVER_S})
         calm = config.model_copy(update={"faults": FaultsConfig(), "cluster": cluster})
-        super().__init__(calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit)
+        super().__init__(
+            calm, runtime, observer, run_id=run_id, run_dir=run_dir, may_commit=may_commit, script=history.plan
+        )
         runtime.standing.initial = tuple(node for node in history.start if node != SERVER)
         runtime.num_parts = history.parts
         self._simulator = runtime
         self._history = history
-        self._progress.samples.script = lambda node, number: history.plans.get((node, number))
 
-    def _loop(self) -> Synchronous | Asynchronous:
-        if self._progress.config.algorithm.synchronous:
-            return SynchronousReplay(self._progress, self._history, self._simulator)
+    def _loop(self) -> Loop:
+        if self._run.config.algorithm.synchronous:
+            return SynchronousReplay(self._state, self._history, self._simulator)
         self._simulator.host.times.replay(self._history.seen)
-        return AsynchronousReplay(self._progress, self._history)
+        return AsynchronousReplay(self._state, self._history)
 
 
 class ReplayRoom(Mailroom):
     """Hands messages over in the order of the log."""
 
     def __init__(self, history: History, nodes: tuple[NodeId, ...]) -> None:
-        super().__init__(nodes)
+        super().__init__(nodes, remembers=True)
         self._expected = history.received
 
     def receive(self, node: NodeId, timeout_s: float | None, now: float) -> list[Any]:
@@ -269,13 +276,28 @@ class ReplayRoom(Mailroom):
         return what
 
 
+class ReplayRounds(NodeRounds):
+    """Gives nodes the views that the log has."""
+
+    def __init__(self, history: History, nodes: tuple[NodeId, ...]) -> None:
+        super().__init__(nodes, has_server=SERVER in nodes)
+        self._history = history
+        self._views: dict[NodeId, View] = {}
+
+    def view_of(self, node: NodeId) -> View:
+        """Return the view of the node's next round, or that of the round before if the log has no other."""
+        logged = self._history.views.get((node, self.numbers[node]))
+        self._views[node] = known = logged or self._views.get(node) or super().view_of(node)
+        return known
+
+
 class AsynchronousReplay(Asynchronous):
     """Every node does the rounds that it committed, and what its last messages needed."""
 
-    def __init__(self, progress: Progress, history: History) -> None:
-        super().__init__(progress, ReplayRoom(history, tuple(progress.facts)))
+    def __init__(self, state: RunState, history: History) -> None:
+        nodes = tuple(state.roster.facts)
+        super().__init__(state, ReplayRoom(history, nodes), ReplayRounds(history, nodes))
         self._history = history
-        self._views: dict[NodeId, View] = {}
 
     @property
     def result(self) -> tuple[NodeId, ...]:
@@ -283,18 +305,13 @@ class AsynchronousReplay(Asynchronous):
             return (SERVER,)
         if self._config.algorithm.result == "last":
             return (self._history.last,)
-        return tuple(node for node in self._progress.nodes if node not in self._history.lost)
+        return tuple(node for node in self._roster.nodes if node not in self._history.lost)
 
     def _is_over(self) -> bool:
-        return all(self._rounds[node] >= count for node, count in self._history.rounds.items())
-
-    def _view_of(self, node: NodeId, number: int) -> View:
-        known = self._history.views.get((node, number)) or self._views.get(node) or super()._view_of(node, number)
-        self._views[node] = known
-        return known
+        return all(self._round_of(node) >= count for node, count in self._history.rounds.items())
 
     def _commit(self, node: NodeId, report: Returned) -> None:
-        if self._rounds[node] < self._history.rounds[node]:
+        if self._round_of(node) < self._history.rounds[node]:
             super()._commit(node, report)
 
     def _step(self) -> None:
@@ -309,8 +326,8 @@ class AsynchronousReplay(Asynchronous):
 class SynchronousReplay(Synchronous):
     """Who was too late, or lost, is so again: what it would contribute is held back until the others have posted."""
 
-    def __init__(self, progress: Progress, history: History, simulator: Simulator) -> None:
-        super().__init__(progress)
+    def __init__(self, state: RunState, history: History, simulator: Simulator) -> None:
+        super().__init__(state)
         self._history = history
         self._simulator = simulator
 
@@ -324,7 +341,7 @@ class SynchronousReplay(Synchronous):
         """Let happen what happened between the last round and this one."""
         done = self._done(number)
         while (happening := self._runtime.next(self._runtime.now)) is not None:
-            self._between(number, happening)
+            self._take(happening)
         self._settle()
         for step in done.steps:
             match step:
@@ -332,8 +349,8 @@ class SynchronousReplay(Synchronous):
                     self._simulator.retire([node], empty=[node] if how == "left empty" else ())
                     self._mail.left(node)
                 case ("up", node):
-                    self._progress.back(self._simulator.processes.embody_again(node))
-                    self._members.new.add(node)
+                    self._roster.back(self._simulator.processes.embody_again(node))
+                    self._members.holdings.new.add(node)
                     self._mail.left(node)
                     self._mail.room.join(node)
                 case ("transfer", node, donor, position) if node != donor:
@@ -345,10 +362,10 @@ class SynchronousReplay(Synchronous):
         # The clock may stand still meanwhile: what has been given is there already.
         while self._runtime.next(self._runtime.now) is not None:
             pass
-        self._members.loaded = set(done.joiners)
+        self._members.holdings.loaded = set(done.joiners)
 
     def _next_view(self) -> View:
-        return self._done(self._number).view
+        return self._done(self._state.committed + 1).view
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         done = self._done(attempt.number)

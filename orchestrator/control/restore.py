@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what must be as it was, what may differ, and how a run is brought back."""
+"""Restores a run from a checkpoint: checks what must be as it was, and gives nodes and controller their state."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 from starling.actors.data.fingerprint import difference
 from starling.algorithms.api import SERVER
+from starling.orchestrator.checkpoints import saved_state
 from starling.orchestrator.checkpoints.schedule import MAIL
+from starling.orchestrator.checkpoints.store import CheckpointStore
+from starling.orchestrator.config.schema import parse
 from starling.orchestrator.config.sections import FaultsConfig
-from starling.orchestrator.control.asynchronous import Asynchronous
 from starling.orchestrator.errors import ConfigError
-from starling.orchestrator.records.changes import FIXED
+from starling.orchestrator.records import changes, identity
+from starling.orchestrator.records.run_config import configuration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from starling.actors.replica.state_transfer import StateExport
-    from starling.algorithms.api import NodeId
     from starling.orchestrator.checkpoints.store import Checkpoint
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.control.run_state import Progress
-    from starling.orchestrator.control.synchronous import Synchronous
+    from starling.orchestrator.control.loop import Loop
+    from starling.orchestrator.control.run_state import RunState
     from starling.orchestrator.runtimes.interface import Runtime
 
 _DIVISION = ("data.partition", "data.sampler", "task")
@@ -27,7 +32,7 @@ _DIVISION = ("data.partition", "data.sampler", "task")
 
 
 @dataclass
-class Revival:
+class Restoration:
     """A checkpoint, and the configuration with which its run goes on."""
 
     checkpoint: Checkpoint
@@ -46,7 +51,7 @@ class Revival:
 
     def __post_init__(self) -> None:
         was, now = self.before.dump(), self.config.dump()
-        for key in FIXED:
+        for key in changes.FIXED:
             then, given = _at(was, key), _at(now, key)
             if then != given:
                 message = f"--set {key}={given}: the checkpoint is of a run with {key}: {then}"
@@ -76,16 +81,16 @@ class Revival:
             known = (one["node"] for one in self.checkpoint.controller["members"]["facts"])
             runtime.standing.initial = tuple(sorted(node for node in known if node != SERVER))
 
-    def revive(self, progress: Progress, loop: Synchronous | Asynchronous) -> None:
-        """Give all nodes that are there what the checkpoint has of them, and let the run stand where it stood.
+    def restore(self, state: RunState, loop: Loop) -> None:
+        """Give all nodes that are up their state from the checkpoint, and let the run stand where it stood.
 
         Raises:
             ConfigError: the model has other tensors than the checkpoint's.
             RunError: the nodes do not take it.
         """
-        runtime, saved = progress.runtime, self.checkpoint.controller
+        runtime, saved = state.run.runtime, self.checkpoint.controller
         states = {node: one for node, one in self.checkpoint.nodes.items() if node != MAIL}
-        states = {node: self._as_own(one) for node, one in states.items() if node < progress.config.num_nodes}
+        states = {node: self._as_own(one) for node, one in states.items() if node < self.config.num_nodes}
         there, here = next(iter(states.values())).meta["tensors"][0]["shape"][0], runtime.layout.num_values
         if there != here:
             where = f"{self.checkpoint.where}: the model has {there} trained values there"
@@ -93,26 +98,22 @@ class Revival:
         if not self.same_data:
             saved["progress"]["samples"]["parts"] = None
         self._refuse_other_data(runtime)
-        progress.revive(saved["progress"], same_processes=self.same_processes)
+        state.restore(saved["progress"], same_processes=self.same_processes)
         if self.same_processes:
+            envelopes = loop.restore(saved, None)
             members = saved["members"]
-            envelopes = loop.stand(saved["loop"], saved["mail"], members)
             kept = {int(node) for node in members["kept"]}
             new = set(members["new"]).difference(saved["loop"].get("entered", ()))
             assert runtime.standing is not None
             runtime.standing.bring_back(saved["processes"], states, kept, new, loop.in_flight)
         else:
             runtime.states.adopt(states)
-            rounds: dict[NodeId, int] = {node: one.meta["round"] for node, one in states.items()}
-            envelopes = loop.revive(saved["loop"], saved["mail"], rounds)
+            envelopes = loop.restore(saved, {node: one.meta["round"] for node, one in states.items()})
         if envelopes:
             runtime.messages.put_back(envelopes, self.checkpoint.nodes[MAIL])
-        progress.set_forward(saved["progress"])
-        if isinstance(loop, Asynchronous):
-            loop.go_on_from(saved["loop"]["mark"])
-        if progress.checkpoints is not None:
-            progress.checkpoints.go_on()
-        self._record(progress)
+        state.run.clock.restore(saved["progress"])
+        state.saving.restored()
+        self._record(state)
 
     def _refuse_other_data(self, runtime: Runtime) -> None:
         """Refuse data that are not what they were, where the same are asked for.
@@ -138,23 +139,59 @@ class Revival:
             meta |= {"position": None, "extras": []}  # in an order of samples that are not its own any more
         return replace(export, meta=meta)
 
-    def _record(self, progress: Progress) -> None:
-        last = progress.committed
-        progress.record(
+    def _record(self, state: RunState) -> None:
+        run, roster, last = state.run, state.roster, state.committed
+        run.record(
             "resume",
             round=last,
-            nodes=sorted(progress.facts),
+            nodes=sorted(roster.facts),
             checkpoint=self.checkpoint.where,
             same_processes=self.same_processes,
         )
         if self.same_processes:
             return
-        for node in sorted(progress.facts.keys() - self.checkpoint.nodes.keys()):
-            progress.num_joined += 1
-            progress.record("up", node=node, place=progress.facts[node].place)
-        for node in sorted(set(progress.members) - progress.facts.keys()):
-            progress.num_lost += 1
-            progress.record("lost", round=last + 1, node=node, reason="the run goes on without it")
+        for node in sorted(roster.facts.keys() - self.checkpoint.nodes.keys()):
+            roster.num_joined += 1
+            run.record("up", node=node, place=roster.facts[node].place)
+        for node in sorted(set(state.members) - roster.facts.keys()):
+            roster.num_lost += 1
+            run.record("lost", round=last + 1, node=node, reason="the run goes on without it")
+
+
+def restoration(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    from_previous: bool = False,
+    trust: bool = False,
+    accept_changes: bool = False,
+) -> tuple[Restoration, CheckpointStore, bool]:
+    """Read what the run in a directory goes on from, where its checkpoints are, and whether it runs in the simulator.
+
+    Raises:
+        ConfigError: there is no checkpoint, it cannot be used, or not with ``overrides``.
+    """
+    config = configuration(path, overrides, trust=trust)
+    store = CheckpointStore(config.checkpoint.uri, path, identity.run_id(path), keep=config.checkpoint.keep)
+    checkpoint = saved_state.check(store.read(from_previous=from_previous))
+    identity.require_own_checkpoint(path, checkpoint.where, has_mark=checkpoint.is_ours, trust=trust)
+    identity.require_trust(path, checkpoint.controller["config"], trust=trust, what="checkpoint")
+    before = parse(checkpoint.controller["config"], source=checkpoint.where)
+    if not accept_changes:
+        changes.refuse(path, before, config, overrides)
+    if checkpoint.number + 1 > config.rounds:
+        done = checkpoint.number + 1
+        raise ConfigError(
+            f"rounds: {config.rounds}: the checkpoint, of round {checkpoint.number}, has {done} done already; set more"
+        )
+    is_virtual = checkpoint.controller["progress"]["transport_nbytes"] is None
+    found = Restoration(checkpoint, config, before, accept_changes)
+    if from_previous:
+        # Before the records are taken back: whenever this ends, no other checkpoint is gone on from.
+        store.forget_after(checkpoint.number)
+    if not checkpoint.is_ours:
+        store.adopt(checkpoint.number)  # the directory is this user's from now on, and should this be interrupted
+    return found, store, is_virtual
 
 
 def _at(data: Any, key: str) -> Any:  # noqa: ANN401 - plain data

@@ -25,16 +25,21 @@ class Samples:
     Args:
         sampler: of the configuration.
         record: adds to the run's log of events.
+        script: says what a node is to draw from a round on, in a replay.
     """
 
-    def __init__(self, sampler: Sampler, record: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        sampler: Sampler,
+        record: Callable[..., None],
+        script: Callable[[NodeId, int], Place | None] | None = None,
+    ) -> None:
         self._law, self._is_epoch = sampler.name, type(sampler) is Epoch
         self._record = record
+        self._script = script
         self.num_parts: int | None = None
         self.ledger: DataLedger | None = None
         """Of parts that others may draw; ``None``: data stay with their nodes, or have another law."""
-        self.script: Callable[[NodeId, int], Place | None] | None = None
-        """What a log says that a node is to draw from a round on."""
         self._positions: dict[NodeId, Position] = {}
         self.num_drawn = 0
         self.num_committed = 0
@@ -48,11 +53,11 @@ class Samples:
         """Of which of ``nodes``, which begin round ``number``, there is news what they are to draw."""
         if self.ledger is None:
             return NOTHING_NEW
-        if self.script is None:
+        if self._script is None:
             there = [node for node in present if node != SERVER]
             places = self.ledger.begin((node for node in nodes if node != SERVER), there)
         else:
-            scripted = {node: self.script(node, number) for node in nodes}
+            scripted = {node: self._script(node, number) for node in nodes}
             places = {node: place for node, place in scripted.items() if place is not None}
             self.ledger.impose(places)
         for node, place in places.items():
@@ -117,7 +122,7 @@ class Samples:
             "committed": self.num_committed,
         }
 
-    def revive(self, state: Mapping[str, Any], *, same_processes: bool = False) -> None:
+    def restore(self, state: Mapping[str, Any], *, same_processes: bool = False) -> None:
         """Go on from what ``to_json`` gave, with other processes, or with the same at the same moment.
 
         If the data are divided into other parts now, all of them begin anew.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starling.actors.data import Position
     from starling.algorithms.api import NodeId
     from starling.orchestrator.control.recovery_times import Recoveries
-    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.run_state import RunState
     from starling.orchestrator.runtimes.events import Happening
 
 
@@ -42,20 +42,36 @@ class _Joiner:
 
 
 class Transfers:
-    """The transfers that are under way."""
+    """The transfers that are under way.
 
-    def __init__(self, progress: Progress, recoveries: Recoveries) -> None:
-        self._progress = progress
+    Args:
+        state: of the run.
+        recoveries: told how long each took.
+        replicated: what was kept of a node itself is old when others have committed since, and a donor's comes on top.
+        donors: who has what was committed last.
+        is_kept: whether somebody else than this node will come back with what was committed last, from what was kept.
+        on_begin: told of each transfer: to whom, and from whom.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        recoveries: Recoveries,
+        *,
+        replicated: bool,
+        donors: Callable[[], Sequence[NodeId]],
+        is_kept: Callable[[NodeId], bool],
+        on_begin: Callable[[NodeId, NodeId], None],
+    ) -> None:
+        self._state = state
+        self._run = state.run
+        self._runtime = state.run.runtime
         self._recoveries = recoveries
+        self._replicated = replicated
+        self._donors = donors
+        self._is_kept = is_kept
+        self._on_begin = on_begin
         self._joiners: dict[NodeId, _Joiner] = {}
-        self.donors: Sequence[NodeId] = ()
-        """Who has what was committed last."""
-        self.on_begin: Callable[[NodeId, NodeId], None] = lambda _, __: None
-        """Told of each transfer: to whom, and from whom."""
-        self.is_kept: Callable[[NodeId], bool] = lambda _: False
-        """Whether somebody else than this node will come back with what was committed last, from what was kept."""
-        self.replicated = True
-        """What was kept of a node itself is old when others have committed since, and a donor's comes on top."""
 
     @property
     def pending(self) -> tuple[NodeId, ...]:
@@ -73,32 +89,32 @@ class Transfers:
         Raises:
             RunError: nobody has it.
         """
-        joiner = _Joiner(number, self._progress.runtime.now, len(self._joiners), position, kept=kept)
+        joiner = _Joiner(number, self._runtime.now, len(self._joiners), position, kept=kept)
         self._joiners[node] = joiner
-        if kept is None or not self._progress.runtime.states.restore(node):
+        if kept is None or not self._runtime.states.restore(node):
             self._ask_donor(node, joiner)
 
     def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
-        donors = [donor for donor in self.donors if donor != node and donor not in joiner.refused]
-        joiner.waits = not donors and self.is_kept(node)
+        donors = [donor for donor in self._donors() if donor != node and donor not in joiner.refused]
+        joiner.waits = not donors and self._is_kept(node)
         if joiner.waits:
             joiner.refused.clear()  # who could not give may be who comes back
             return
         if not donors:
             del self._joiners[node]
-            committed = self._progress.committed
+            committed = self._state.committed
             which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
             raise RunError(f"round {joiner.number}: no node is left that has {which}")
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
         position = None if joiner.restored else joiner.position
-        transcript = None if joiner.refused else self._progress.transcript()
+        transcript = None if joiner.refused else self._state.sealed.transcript(self._state.committed)
         if transcript is None:
-            self._progress.runtime.states.transfer(node, donor, position)
+            self._runtime.states.transfer(node, donor, position)
         else:
             # Whoever cannot, says so, and is given a donor's state then.
-            self._progress.runtime.states.replay(node, donor, *transcript, position)
-        self.on_begin(node, donor)
+            self._runtime.states.replay(node, donor, *transcript, position)
+        self._on_begin(node, donor)
 
     def retry(self) -> None:
         """Ask again on behalf of those for whom there was no donor.
@@ -124,15 +140,14 @@ class Transfers:
         return None
 
     def gone(self, node: NodeId) -> None:
-        """``node`` is gone: it needs nothing, and gives nothing."""
+        """``node`` is gone, and needs nothing."""
         self._joiners.pop(node, None)
-        self.donors = [donor for donor in self.donors if donor != node]
 
     def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> tuple[NodeId, bool] | None:
-        joiner, progress = self._joiners[node], self._progress
-        seconds = round(progress.runtime.now - joiner.began, 6)
-        progress.ledger.book("recovery", nbytes)
-        progress.record(
+        joiner, state = self._joiners[node], self._state
+        seconds = round(self._runtime.now - joiner.began, 6)
+        state.ledger.book("recovery", nbytes)
+        self._run.record(
             "transfer",
             round=joiner.number,
             node=node,
@@ -143,11 +158,11 @@ class Transfers:
         )
         if source == node:
             joiner.restored = True
-            if self.replicated and joiner.kept != progress.committed:
+            if self._replicated and joiner.kept != state.committed:
                 self._ask_donor(node, joiner)
                 return None
         del self._joiners[node]
         self._recoveries.transferred(node, seconds)
         # Without a barrier everybody's last round is its own.
-        is_last = joiner.kept == progress.committed or not progress.config.algorithm.synchronous
+        is_last = joiner.kept == state.committed or not self._run.config.algorithm.synchronous
         return node, source == node and is_last

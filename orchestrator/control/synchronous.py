@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
 from starling.algorithms.api import View
 from starling.algorithms.words import listed
-from starling.orchestrator.control.members import NOBODY_COMES, Members
-from starling.orchestrator.control.messaging import Mail
+from starling.orchestrator.control.loop import Loop
+from starling.orchestrator.control.min_nodes import NOBODY_COMES, MinNodes
 from starling.orchestrator.errors import DivergedError, ProgramsDivergeError, RunError
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -30,27 +30,25 @@ from starling.orchestrator.protocol.events import (
     Secure,
     Withdrawn,
 )
-from starling.orchestrator.protocol.faults import Faults
-from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
+from starling.orchestrator.protocol.mailboxes import Mailroom
 from starling.orchestrator.protocol.rendezvous import Rendezvous
-from starling.orchestrator.runtimes.events import Died, Halted, Retired
+from starling.orchestrator.runtimes.events import Died, Retired
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.config.sections import FaultPhase
-    from starling.orchestrator.control.run_state import Progress
+    from starling.orchestrator.control.round_records import Cost
+    from starling.orchestrator.control.run_state import RunState
     from starling.orchestrator.protocol.events import Decision, Event
-    from starling.orchestrator.protocol.mailboxes import Envelope, Handover
     from starling.orchestrator.runtimes.events import Happening
 
 
 _MAX_ATTEMPTS = 10
+"""At one round."""
 _MOST_GROUPS = 4
 """Of replicas that differ, shown in a message."""
-"""At one round."""
 
 
 @dataclass
@@ -58,8 +56,10 @@ class Attempt:
     """One attempt at one round."""
 
     number: int
+    view: View
     rendezvous: Rendezvous
-    began: float
+    cost: Cost
+    """What the run had cost when it began."""
     deadline: float
     closed: dict[int, tuple[NodeId, ...]] = field(default_factory=dict)
     reports: dict[NodeId, Returned] = field(default_factory=dict)
@@ -77,40 +77,27 @@ class Attempt:
     """Why it cannot be finished."""
 
 
-class Synchronous:
+class Synchronous(Loop):
     """Rounds with a barrier at their end."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._runtime = progress.runtime
-        self._config = progress.config
-        self._mail = Mail(progress, Mailroom(progress.facts, lockstep=True), self._handed_over)
-        self._members = Members(progress)
-        self._members.transfers.replicated = self._config.algorithm.replicated
-        self._members.transfers.on_begin = self._transfers
+    def __init__(self, state: RunState) -> None:
+        room = Mailroom(state.roster.facts, lockstep=True)
+        super().__init__(state, room, replicated=state.run.config.algorithm.replicated)
+        self._min_nodes = MinNodes(state, self._members)
         self._view = View(0, ())
         """Of the last committed round."""
         self._epoch = -1
         self._late: set[NodeId] = set()
         """Cancelled in the last committed round, which they have missed, and not given its state since."""
-        self._halting: set[NodeId] = set()
-        """Cancelled, and not standing still yet."""
-        self._faults = Faults(self._config.faults)
-        self._number = 0
-        self._wanted = 0
-        """Nodes without which the round, begun once, could not be finished: its aggregator needs as many."""
-        self._is_revived = False
-        self._stands = False
-        """It goes on from a checkpoint, with the processes of then."""
 
     def run(self) -> None:
         """Do all rounds; one that cannot be finished begins again with whoever is there."""
-        if not self._stands:
+        if not self._same_processes:
             self._members.act()
-        if self._is_revived:
-            self._end_round(self._progress.committed)  # which a checkpoint is made before
-        for number in range(self._progress.committed + 1, self._config.rounds):
-            tries, was_silent, self._wanted = 1, False, 0
+        if self._is_restored:
+            self._end_round(self._state.committed)  # which a checkpoint is made before
+        for number in range(self._state.committed + 1, self._config.rounds):
+            tries, was_silent, self._min_nodes.wanted = 1, False, 0
             while (attempt := self._attempt(number)).aborted is not None:
                 if tries == _MAX_ATTEMPTS:
                     raise RunError(f"round {number} cannot be finished, tried {tries} times: {attempt.aborted}")
@@ -119,17 +106,15 @@ class Synchronous:
                     # With the same nodes and the same samples it would end in the same way.
                     raise RunError(f"round {number} cannot be finished: {attempt.aborted}")
                 tries, was_silent = tries + 1, attempt.is_silent
-        self._runtime.states.settle(dict.fromkeys(self._progress.members, self._progress.committed))
+        self._runtime.states.settle(dict.fromkeys(self._state.members, self._state.committed))
 
     @property
     def result(self) -> tuple[NodeId, ...]:
-        """Whose mean model is the run's; all are alike if the algorithm is replicated."""
-        return tuple(node for node in self._progress.members if self._is_sound(node))
-
-    # --- checkpoints -------------------------------------------------------------------------------------------------
+        """The nodes whose mean model is the run's; all are alike if the algorithm is replicated."""
+        return tuple(node for node in self._state.members if self._is_sound(node))
 
     def save(self) -> None:
-        """Have the last commit saved; no program of a round is open, or what it does is void."""
+        """Save the last commit; no program of a round is open, or what it does is void."""
         self._settle()
         view = self._view
         state = {
@@ -140,60 +125,58 @@ class Synchronous:
             "faults": self._faults.to_json(),
         }
         shared = min(self.result) if self._config.algorithm.replicated else None
-        self._progress.save(state, self._members.to_save(), shared, self._mail, self._members)
+        nodes = self._members.holdings.to_save(self._roster.nodes)
+        self._state.saving.save(state, nodes, shared, self._mail, self._members)
 
-    def revive(self, state: Mapping[str, Any], mail: Mapping[str, Any], rounds: Mapping[NodeId, int]) -> list[Envelope]:
-        """Go on from what ``save`` gave, and return the messages that wait; ``rounds`` are the nodes' last ones."""
-        self._go_on_from(state)
-        if not self._config.algorithm.replicated:
-            self._late = set(state.get("late", ())) & self._progress.facts.keys()
-        self._members.bring_back(rounds, self._late)
-        return self._mail.room.revive(mail)
-
-    def stand(self, state: Mapping[str, Any], mail: Mapping[str, Any], members: Mapping[str, Any]) -> list[Envelope]:
-        """The same where processes are what they were, and at the same moment; ``members`` are these nodes'."""
-        self._go_on_from(state)
-        self._stands = True
-        self._late, self._halting = set(state["late"]), set(state["halting"])
-        self._members.revive(members)
-        return self._mail.room.revive(mail, exactly=True)
-
-    def _go_on_from(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any], rounds: Mapping[NodeId, int] | None) -> None:
         self._view = View(state["view"][0], *map(tuple, state["view"][1:]))
         self._epoch = state["epoch"]
-        self._is_revived = True
+        if rounds is None:
+            self._late, self._halting = set(state["late"]), set(state["halting"])
+            return
+        if not self._config.algorithm.replicated:
+            self._late = set(state.get("late", ())) & self._roster.facts.keys()
+        self._members.restore_states(rounds, self._late)
 
-    @property
-    def in_flight(self) -> Sequence[Envelope]:
-        """Messages that were sent and have not arrived."""
-        return self._mail.room.in_flight
-
-    def stand_still(self) -> None:
-        """Cancel what runs, in bounded time: what was committed last can be saved then."""
+    def _cancel(self) -> None:
         self._settle()  # else what is cancelled goes back to the commit before
-        there = [node for node in self._progress.nodes if node in self._progress.members]
-        self._halting.update(there)
-        self._mail.room.forget(self._progress.committed + 1)
-        self._runtime.programs.halt(there)
-        deadline = self._runtime.now + self._config.cluster.cancel_grace_s + 1.0
-        while self._halting and self._runtime.now < deadline:
-            happening = self._runtime.next(deadline)
-            if happening is not None:
-                self._between(self._progress.committed + 1, happening)
+        self._mail.room.forget(self._state.committed + 1)
+        self._halt([node for node in self._roster.nodes if node in self._state.members])
+
+    def _round_of(self, node: NodeId) -> int:
+        del node
+        return self._state.committed + 1
 
     def _is_sound(self, node: NodeId) -> bool:
-        """Whether a node holds what was committed last, having been there."""
-        return node not in self._progress.down and node not in self._members.new and node not in self._late
+        """Whether ``node`` holds what was committed last, having been there."""
+        return node not in self._roster.down and node not in self._members.holdings.new and node not in self._late
 
     # --- one round ---------------------------------------------------------------------------------------------------
 
     def _attempt(self, number: int) -> Attempt:
-        progress = self._progress
+        attempt = self._begin(number)
+        rendezvous = attempt.rendezvous
+        try:
+            while not rendezvous.over:
+                event = self._next(attempt)
+                if event is not None:
+                    self._act(attempt, rendezvous.handle(event, self._runtime.now))
+        finally:
+            self._state.ledger.book("peer", rendezvous.payload_nbytes)
+        if attempt.aborted is None:
+            self._close(attempt)
+        else:  # all that are left go back to the last commit
+            self._mail.room.forget(number)
+            self._halt([node for node in rendezvous.view if node not in self._roster.down])
+        return attempt
+
+    def _begin(self, number: int) -> Attempt:
+        """Wait for enough nodes, and let them begin the round."""
+        state = self._state
         self._epoch += 1
-        self._number = number
         self._assemble(number)
         view = self._next_view()
-        joiners = tuple(node for node in view.members if node in self._members.loaded)
+        joiners = tuple(node for node in view.members if node in self._members.holdings.loaded)
         need = self._config.need_of(len(view.members))
         now = self._runtime.now
         rendezvous = Rendezvous(
@@ -203,10 +186,10 @@ class Synchronous:
             heal=self._config.on_divergence == "heal",
             began=now,
         )
-        attempt = Attempt(number, rendezvous, now, now + self._config.cluster.round_deadline_s, heard_at=now)
-        transport, booked = self._runtime.transport_nbytes, progress.ledger.payload
-        repair = view.changed and progress.committed >= 0
-        progress.record(
+        cost, deadline = state.recorder.cost(), now + self._config.cluster.round_deadline_s
+        attempt = Attempt(number, view, rendezvous, cost, deadline, heard_at=now)
+        repair = view.changed and state.committed >= 0
+        self._run.record(
             "begin",
             round=number,
             epoch=self._epoch,
@@ -224,80 +207,52 @@ class Synchronous:
             self._epoch,
             number,
             view,
-            progress.committed,
+            state.committed,
             view.members,
             repair=repair,
             joiners=joiners,
-            places=progress.samples.begin(number, view.members, view.members),
+            places=state.samples.begin(number, view.members, view.members),
         )
         self._strike("train", number)
-        try:
-            while not rendezvous.over:
-                event = self._next(attempt)
-                if event is not None:
-                    self._act(attempt, rendezvous.handle(event, self._runtime.now))
-        finally:
-            progress.ledger.book("peer", rendezvous.payload_nbytes)
-        if attempt.aborted is not None:
-            self._abandon(attempt)
-            return attempt
-        self._view, self._late = view, attempt.late - progress.down
+        return attempt
+
+    def _close(self, attempt: Attempt) -> None:
+        """Record the round, which is committed, and save it if that is due."""
+        state, number = self._state, attempt.number
+        self._view, self._late = attempt.view, attempt.late - self._roster.down
         contributors = attempt.closed[max(attempt.closed)] if attempt.closed else ()
-        progress.record("commit", round=number, closed=attempt.closed, committed=progress.members)
-        self._members.committed(number, {node: attempt.reports[node] for node in progress.members})
-        progress.seal(number, view, attempt.reports[progress.members[0]].record, self.result)
-        moved = self._runtime.transport_nbytes
-        progress.round_done(
-            [attempt.reports[node] for node in progress.members],
+        self._run.record("commit", round=number, closed=attempt.closed, committed=state.members)
+        reports = {node: attempt.reports[node] for node in state.members}
+        self._members.committed(number, reports)
+        state.sealed.seal(number, attempt.view, reports[state.members[0]].record, self.result)
+        state.recorder.done(
+            list(reports.values()),
             dict.fromkeys(self.result, number),
+            state.recorder.cost().since(attempt.cost),
             alike=self._config.algorithm.replicated,
             contributing=len(contributors),
-            in_view=len(view.members),
+            in_view=len(attempt.view.members),
             late=len(attempt.late),
-            payload_bytes=progress.ledger.payload - booked,
-            transport_bytes=None if moved is None else moved - (transport or 0),
-            seconds=self._runtime.now - attempt.began,
         )
-        if progress.checkpoints is not None and progress.checkpoints.is_due(number):
+        if state.saving.is_due():
             self.save()
         self._end_round(number)
-        return attempt
 
     def _end_round(self, number: int) -> None:
         """Let happen what is to happen when round ``number`` is committed, and say what could not happen in it."""
         self._strike("commit", number)
         for event in self._faults.missed(number):
             line = f"faults.events: round {number} has no moment {event.phase!r}; nothing happened to this node"
-            self._progress.observer.on_log(event.who, (line,))
+            self._run.say(event.who, line)
 
     def _next_view(self) -> View:
-        """All nodes that have what was committed last; a change counts against the last committed round."""
-        progress, last = self._progress, self._view
+        """Return the view of all nodes that have the last commit; changes count against the last committed round's."""
+        state, last = self._state, self._view
         lacking = self._lacking()
-        members = tuple(node for node in progress.nodes if node not in lacking)
-        joined = tuple(sorted(set(members).difference(progress.members) | (self._members.new & set(members))))
+        members = tuple(node for node in self._roster.nodes if node not in lacking)
+        joined = set(members).difference(state.members) | (self._members.holdings.new & set(members))
         left = tuple(sorted(set(last.members).difference(members)))
-        return View(last.number + bool(last.members and (joined or left)), members, joined, left)
-
-    def _abandon(self, attempt: Attempt) -> None:
-        """Cancel who is left of an attempt: all go back to the last commit."""
-        survivors = [node for node in attempt.rendezvous.view if node not in self._progress.down]
-        self._mail.room.forget(attempt.number)
-        self._halting.update(survivors)
-        self._runtime.programs.halt(survivors)
-
-    def _strike(self, phase: FaultPhase, number: int, node: NodeId | None = None) -> None:
-        """Let the scheduled faults of this moment happen."""
-        for event in self._faults.due(number, phase, node):
-            self._members.suffer(event, number)
-
-    def _transfers(self, joiner: NodeId, donor: NodeId) -> None:
-        for node in (joiner, donor):
-            self._strike("transfer", self._number, node)
-
-    def _handed_over(self, handover: Handover) -> None:
-        if isinstance(handover.outcome, Delivery):
-            self._strike("receive", self._number, handover.node)
+        return View(last.number + bool(last.members and (joined or left)), members, tuple(sorted(joined)), left)
 
     def _next(self, attempt: Attempt) -> Event | None:
         """Wait for what happens next; return what is for the rendezvous."""
@@ -306,47 +261,40 @@ class Synchronous:
             names = listed(sorted(active))
             message = f"round {attempt.number}: nodes {names} all wait for messages, and none is on its way"
             raise RunError(message)
-        timeout, elapsed = self._mail.next_timeout(), min(attempt.again, default=None)
-        moments = [
-            timeout,
-            None if elapsed is None else elapsed[0],
-            self._members.next_due(),
-            self._members.next_withdrawal() if self._members.leaving else None,
-        ]
-        until = min(moment for moment in (attempt.deadline, *moments) if moment is not None)
-        happening = self._runtime.next(until)
+        elapsed = min(attempt.again, default=None)
+        happening = self._wait(attempt.deadline, None if elapsed is None else elapsed[0])
         if happening is not None:
             return self._note(attempt, happening)
         if self._members.act():
             return None
-        for node in self._members.withdraw():
+        for node in self._members.departures.withdraw():
             return Withdrawn(node)
-        now = self._runtime.now
-        if timeout is not None and timeout <= now:
-            self._mail.expire()
+        if self._mail.expire():
             return None
-        if elapsed is not None and elapsed[0] <= now:
+        if elapsed is not None and elapsed[0] <= self._runtime.now:
             attempt.again.remove(elapsed)
             return Elapsed(elapsed[1])
-        if attempt.deadline > now:
-            return None
-        cluster = self._config.cluster
+        return self._past_deadline(attempt) if attempt.deadline <= self._runtime.now else None
+
+    def _past_deadline(self, attempt: Attempt) -> Event | None:
+        """Ask whether nodes live; give the attempt up if too few have been heard of for too long."""
+        now, cluster = self._runtime.now, self._config.cluster
         attempt.deadline = now + cluster.round_deadline_s
         # Whoever hangs is found also where nobody waits for it yet, or where too few would be left without it.
         self._runtime.processes.probe(sorted(attempt.rendezvous.active))
         patience = cluster.round_deadline_s + cluster.min_nodes_timeout_s
         if not attempt.rendezvous.is_waited_for:
             attempt.heard_at = now  # all of them compute, which may take as long as it takes
-        if now - attempt.heard_at >= patience:
-            attempt.is_silent = attempt.disturbed = True
-            attempt.rendezvous.over = True
-            reason = (
-                f"too few nodes have been heard of for {patience:g} s "
-                "(cluster.round_deadline_s + min_nodes_timeout_s); raise round_deadline_s if they are only slow"
-            )
-            self._act(attempt, [Abort(reason)])
-            return None
-        return Deadline()
+        if now - attempt.heard_at < patience:
+            return Deadline()
+        attempt.is_silent = attempt.disturbed = True
+        attempt.rendezvous.over = True
+        reason = (
+            f"too few nodes have been heard of for {patience:g} s "
+            "(cluster.round_deadline_s + min_nodes_timeout_s); raise round_deadline_s if they are only slow"
+        )
+        self._act(attempt, [Abort(reason)])
+        return None
 
     def _note(self, attempt: Attempt, happening: Happening) -> Event | None:
         """Keep what is for the controller; return what is for the rendezvous."""
@@ -363,7 +311,7 @@ class Synchronous:
                 attempt.reports[node] = report
                 return happening
             case Died(node) | Retired(node):
-                self._between(attempt.number, happening)
+                self._take(happening)
                 attempt.disturbed = True
                 return Lost(node)
             case Reached(node, Posted()):
@@ -372,29 +320,23 @@ class Synchronous:
             case Reached(_, Waiting()) | Secured() | Delivered():
                 return happening
             case _:
-                self._between(attempt.number, happening)
+                self._take(happening)
         return None
 
-    def _between(self, number: int, happening: Happening) -> None:
-        """Take what may happen at any time."""
-        progress, members = self._progress, self._members
-        if isinstance(happening, Died | Retired):
-            self._halting.discard(happening.node)
-            self._mail.left(happening.node)
-        if members.take(number, happening):
-            for node in progress.nodes:
-                self._mail.room.join(node)
-            return
-        match happening:
-            case Halted(node):
-                self._halting.discard(node)
-                members.stands_still(node)
-            case _:
-                _ = progress.note(happening) or self._mail.take(happening)
+    def _gone(self, node: NodeId) -> None:
+        self._mail.left(node)
+
+    def _changed(self, happening: Happening) -> None:
+        del happening
+        for node in self._roster.nodes:
+            self._mail.room.join(node)
+
+    def _stands_still(self, node: NodeId) -> None:
+        self._members.departures.stands_still(node)
 
     def _act(self, attempt: Attempt, decisions: list[Decision]) -> None:
         self._runtime.perform(decisions)
-        number, record = attempt.number, self._progress.record
+        number, record = attempt.number, self._run.record
         for decision in decisions:
             match decision:
                 case Close(seq, closed, inline):
@@ -408,8 +350,8 @@ class Synchronous:
                     attempt.again = [one for one in attempt.again if one[1] != seq]
                     attempt.again.append((self._runtime.now + after_s, seq))
                 case Commit(members):
-                    self._progress.may_commit()
-                    self._progress.committed, self._progress.members = number, members
+                    self._run.may_commit()
+                    self._state.committed, self._state.members = number, members
                 case Secure():
                     self._strike("secure", number)
                 case Deliver():
@@ -417,7 +359,7 @@ class Synchronous:
                 case Cancel(node, reason):
                     record("late", round=number, node=node, reason=reason)
                     advice = "; raise cluster.round_deadline_s if it is only slow" if "it had not" in reason else ""
-                    self._progress.observer.on_log(node, (f"round {number} was cancelled: {reason}{advice}",))
+                    self._run.say(node, f"round {number} was cancelled: {reason}{advice}")
                     self._mail.room.stop(node)
                     attempt.late.add(node)
                     attempt.disturbed = True
@@ -425,10 +367,10 @@ class Synchronous:
                 case Abort(reason, least):
                     record("abort", round=number, epoch=self._epoch, reason=reason)
                     attempt.aborted = reason
-                    self._wanted = max(self._wanted, self._config.nodes_for(least) or 0)
+                    self._min_nodes.wanted = max(self._min_nodes.wanted, self._config.nodes_for(least) or 0)
                 case Diverged(groups, healed):
                     record("diverged", round=number, groups=groups, healed=healed)
-                    self._progress.num_healed += healed
+                    self._state.num_healed += healed
                     if not healed:
                         raise DivergedError(_divergence(number, groups, self._config.on_divergence))
                 case ProgramsDiverge(seq, first, second, message):
@@ -442,12 +384,12 @@ class Synchronous:
     # --- between rounds ----------------------------------------------------------------------------------------------
 
     def _lacking(self) -> set[NodeId]:
-        """Nodes that have not got what was committed last."""
-        progress, members = self._progress, self._members
-        if progress.committed < 0:
+        """Return the nodes that have not got what was committed last."""
+        if self._state.committed < 0:
             return set()  # all are in the initial state, which is the same everywhere
-        lacking = members.new | (self._late if self._config.algorithm.replicated else set())
-        return lacking.difference(members.loaded).intersection(progress.nodes)
+        holdings = self._members.holdings
+        lacking = holdings.new | (self._late if self._config.algorithm.replicated else set())
+        return lacking.difference(holdings.loaded).intersection(self._roster.nodes)
 
     def _assemble(self, number: int) -> None:
         """Wait until there are enough nodes, and nobody moves any more.
@@ -464,36 +406,35 @@ class Synchronous:
         while True:
             happening = self._runtime.next(until)
             if happening is not None:
-                self._between(number, happening)
+                self._take(happening)
                 until = self._runtime.now
                 continue
             self._members.act()
             if not self._halting and self._is_assembled(number):
                 return
             if self._runtime.now >= deadline:
-                raise RunError(self._still_waiting(number))
+                self._min_nodes.give_up(number, self._halting)
             # Bounded also for those that halt, retire or load: a runtime ends who takes too long.
             until = min(deadline, self._members.next_due() or deadline)
 
     def _is_assembled(self, number: int) -> bool:
-        """Have done what is still to be done before a round; say whether that is nothing."""
-        progress, members = self._progress, self._members
-        leaving = [node for node in members.leaving if node not in progress.down]
+        """Do what is still to be done before a round; return whether that was nothing."""
+        transfers, departures = self._members.transfers, self._members.departures
+        leaving = [node for node in departures.leaving if node not in self._roster.down]
         if leaving:
             self._settle()
-            members.retire(leaving)
-        if not members.is_retiring and not members.transfers.pending:
+            departures.retire(leaving)
+        if not departures.is_retiring and not transfers.pending:
             self._check_hope(number)
-        if members.is_retiring or len(progress.nodes) < max(self._config.cluster.nodes.min, self._wanted):
+        if departures.is_retiring or self._min_nodes.are_missing:
             return False
-        members.transfers.donors = self.result
-        members.transfers.retry()
-        lacking = sorted(self._lacking().difference(members.transfers.pending))
+        transfers.retry()
+        lacking = sorted(self._lacking().difference(transfers.pending))
         if lacking:
             self._settle()
             for node in lacking:
-                members.give_state(number, node)
-        return not members.transfers.pending
+                self._members.give_state(number, node)
+        return not transfers.pending
 
     def _check_hope(self, number: int) -> None:
         """End a run that waits in vain: too few nodes can come, or whoever comes finds nobody who has the last commit.
@@ -503,34 +444,18 @@ class Synchronous:
         Raises:
             RunError: it is so.
         """
-        progress, members = self._progress, self._members
-        most = members.most_possible()
-        if most is not None and most < max(self._config.cluster.nodes.min, self._wanted):
-            raise RunError(f"round {number}: {self._too_few()}; {NOBODY_COMES}")
-        if progress.committed < 0 or self._lacking() != set(progress.nodes):
+        if self._min_nodes.are_out_of_reach:
+            raise RunError(f"round {number}: {self._min_nodes}; {NOBODY_COMES}")
+        committed = self._state.committed
+        if committed < 0 or self._lacking() != set(self._roster.nodes):
             return
-        if not members.keeps(None if not self._config.algorithm.replicated else progress.committed):
-            raise RunError(f"round {number}: no node is left that has the model of round {progress.committed}")
+        if not self._members.holdings.keeps(committed if self._config.algorithm.replicated else None):
+            raise RunError(f"round {number}: no node is left that has the model of round {committed}")
 
     def _settle(self) -> None:
-        """Let the last commit be applied by all that have it."""
-        sound = [node for node in self._progress.members if self._is_sound(node)]
-        self._runtime.states.settle(dict.fromkeys(sound, self._progress.committed))
-
-    def _still_waiting(self, number: int) -> str:
-        cluster, there = self._config.cluster, len(self._progress.nodes)
-        if there < max(cluster.nodes.min, self._wanted):
-            what = self._too_few()
-        else:
-            slow = self._halting | set(self._members.transfers.pending) | self._members.leaving.keys()
-            what = f"nodes {listed(sorted(slow))} do not become ready"
-        return f"round {number}: {what}; waited for {cluster.min_nodes_timeout_s:g} s (cluster.min_nodes_timeout_s)"
-
-    def _too_few(self) -> str:
-        least, there = self._config.cluster.nodes.min, len(self._progress.nodes)
-        if there < least:
-            return f"{there} nodes are there, and cluster.nodes.min is {least}"
-        return f"{there} nodes are there, and the round's aggregator needs {self._wanted}"
+        """Let all nodes that have the last commit apply it."""
+        sound = [node for node in self._state.members if self._is_sound(node)]
+        self._runtime.states.settle(dict.fromkeys(sound, self._state.committed))
 
 
 def _divergence(number: int, groups: Sequence[Sequence[NodeId]], mode: str) -> str:

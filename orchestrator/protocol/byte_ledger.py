@@ -34,9 +34,9 @@ class Ledger:
         return self["peer"] + self["server"]
 
     def to_json(self) -> dict[Kind, int]:
-        """Plain data, for ``revive``."""
+        """Plain data, for ``restore``."""
         return dict(self._booked)
 
-    def revive(self, booked: Mapping[Kind, int]) -> None:
+    def restore(self, booked: Mapping[Kind, int]) -> None:
         """Go on from what was booked before."""
         self._booked = Counter(booked)

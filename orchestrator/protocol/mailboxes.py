@@ -87,9 +87,11 @@ class _Box:
 class Mailroom:
     """See the module's docstring."""
 
-    def __init__(self, nodes: Iterable[NodeId], *, lockstep: bool = False) -> None:
+    def __init__(self, nodes: Iterable[NodeId], *, lockstep: bool = False, remembers: bool = False) -> None:
         self._lockstep = lockstep
         """All do the same round, so that everybody knows of everybody's."""
+        self._remembers = remembers
+        """Whether what anybody is handed is remembered until its round is committed; else only the server's."""
         self._boxes = {node: _Box() for node in nodes}
         self._until: dict[NodeId, float] = {}
         """Of those that wait with a limit."""
@@ -97,8 +99,6 @@ class Mailroom:
         self._attempt = 0
         self._in_flight: dict[tuple[NodeId, int, int, int], Envelope] = {}
         """Messages that were sent and have not arrived."""
-        self.remembers = False
-        """Whether what anybody is handed is remembered until its round is committed; else only the server's."""
 
     @property
     def num_in_flight(self) -> int:
@@ -267,7 +267,7 @@ class Mailroom:
         return [Handover(node, Delivery(what, box.round - what.heard))]
 
     def _note(self, node: NodeId, what: Envelope | Left | Timeout) -> None:
-        if self.remembers or node == SERVER:
+        if self._remembers or node == SERVER:
             box = self._boxes[node]
             box.log.append((box.round, what))
 
@@ -284,7 +284,7 @@ class Mailroom:
         return boxed + [envelope for envelope in self._in_flight.values() if self._counts(envelope)]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``revive``; each open round is one that has not begun.
+        """Plain data, for ``restore``; each open round is one that has not begun.
 
         Letters have other names in it: -1, -2, … in the order of ``waiting``.
         """
@@ -308,7 +308,7 @@ class Mailroom:
             },
         }
 
-    def revive(self, state: Mapping[str, Any], *, exactly: bool = False) -> list[Envelope]:
+    def restore(self, state: Mapping[str, Any], *, exactly: bool = False) -> list[Envelope]:
         """Go on from what ``to_json`` gave, for those who are there; return the messages that wait.
 
         What was on its way has arrived, unless it is to be ``exactly`` as it was: then whoever had a box has one.

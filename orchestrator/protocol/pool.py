@@ -176,7 +176,7 @@ class Pool:
             "spares": [self._spares.count, self._spares.due],
         }
 
-    def revive(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``to_json`` gave."""
         self._wanted, self._starting = set(state["wanted"]), set(state["starting"])
         self._crashes = {int(node): _Crashes(count, due) for node, (count, due) in state["crashes"].items()}

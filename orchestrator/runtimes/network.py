@@ -60,7 +60,7 @@ class Network:
         """Return until when each link is busy, as plain data."""
         return [[*link, until] for link, until in self._free_at.items()]
 
-    def revive(self, state: Sequence[Any]) -> None:
+    def restore(self, state: Sequence[Any]) -> None:
         """Restore what ``to_json`` returned."""
         self._free_at.update({(source, target): until for source, target, until in state})
 

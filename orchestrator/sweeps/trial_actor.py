@@ -191,10 +191,10 @@ class StarlingTrial(tune.Trainable):
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 
         def train(observer: Observer) -> Summary:
-            directory, lease, revival, store = trial_state.opened(config, run_dir, picture=not spec["simulated"])
-            resolved = config if revival is None else revival.config
+            directory, lease, restoration, store = trial_state.opened(config, run_dir, picture=not spec["simulated"])
+            resolved = config if restoration is None else restoration.config
             return driver.drive(
-                resolved, runtime, directory, [observer], lease=lease, store=store, revival=revival, track=track
+                resolved, runtime, directory, [observer], lease=lease, store=store, restoration=restoration, track=track
             )
 
         return TrialRun(train, config.rounds, stepwise=spec["stepwise"], stop_file=folder / STOP_FILE)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from starling.orchestrator.checkpoints import saved_state
 from starling.orchestrator.checkpoints.store import FOLDER, CheckpointStore
 from starling.orchestrator.config.schema import parse
-from starling.orchestrator.control.restore import Revival
+from starling.orchestrator.control.restore import Restoration
 from starling.orchestrator.errors import CheckpointReadError, ConfigError
 from starling.orchestrator.records import run_files
 from starling.orchestrator.records.lease import Lease
@@ -37,7 +37,7 @@ _WAIT_S = 30.0
 
 def opened(
     config: Config, run_dir: Path, *, picture: bool
-) -> tuple[RunDirectory, Lease | None, Revival | None, CheckpointStore | None]:
+) -> tuple[RunDirectory, Lease | None, Restoration | None, CheckpointStore | None]:
     """The run directory of a trial, and what it goes on from; made anew if there is nothing.
 
     Without ``picture`` none is drawn, which takes longer than a small simulated run.
@@ -49,9 +49,9 @@ def opened(
             store, checkpoint = _checkpoint(config, run_dir)
             before = parse(checkpoint.controller["config"], source=checkpoint.where)
             if checkpoint.number + 1 < config.rounds:
-                revival = Revival(checkpoint, config, before)
-                directory = RunDirectory(revival.config, run_dir, resumed=checkpoint.controller, picture=picture)
-                return directory, lease, revival, store
+                restoration = Restoration(checkpoint, config, before)
+                directory = RunDirectory(restoration.config, run_dir, resumed=checkpoint.controller, picture=picture)
+                return directory, lease, restoration, store
         except ConfigError:
             pass  # it has none, or none that can be used
         lease.release()

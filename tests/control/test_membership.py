@@ -206,6 +206,31 @@ def test_asynchronous_algorithms_live_through_joins_leaves_and_crashes(case: Cas
     assert again.events == ran.events
 
 
+@pytest.mark.parametrize(("phase", "number", "latency"), [("receive", 1, 0), ("commit", 1, 0), ("commit", 2, 30)])
+def test_a_worker_that_comes_back_while_the_server_is_away_waits_for_it(phase: str, number: int, latency: int):
+    """It is up before the server is, or was about to be given the server's state: nobody else has that."""
+    ran = attempt(
+        {
+            "algorithm": {"name": "fedbuff", "buffer_size": 2, "steps": 2},
+            "task": "test_toy",
+            "rounds": 12,
+            "evaluation": {"every_rounds": 0},
+            "network": {"step_ms": 10, "latency_ms": latency, "start_s": 0.05, "bandwidth_mbps": 1},
+            "faults": {
+                "events": [
+                    {"kind": "kill", "node": "server", "round": 3, "phase": phase},
+                    fault(1, number),
+                    fault(2, number + 1),
+                ]
+            },
+        },
+        nodes=3,
+    )
+    assert ran.error is None
+    assert ran.summary is not None
+    assert (ran.summary.rounds, ran.summary.nodes["lost"], ran.summary.nodes["joined"]) == (12, 3, 3)
+
+
 class Joining(Program, name="test_joining"):
     """Tells of its joins and of changes of the view."""
 

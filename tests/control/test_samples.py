@@ -54,7 +54,7 @@ class Recorded(Ran):
 
     @property
     def ledger(self) -> DataLedger:
-        found = self.controller._progress.samples.ledger
+        found = self.controller._state.samples.ledger
         assert found is not None
         return found
 

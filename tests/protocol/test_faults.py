@@ -50,6 +50,6 @@ def test_the_payload_is_what_peers_and_the_server_were_sent():
     assert [ledger[kind] for kind in ("peer", "server", "recovery", "evaluation")] == [12, 300, 1000, 3]
     assert ledger.payload == 312
     again = Ledger()
-    again.revive(ledger.to_json())
+    again.restore(ledger.to_json())
     again.book("peer", 1)
     assert (again.payload, again["recovery"]) == (313, 1000)

@@ -277,9 +277,8 @@ def test_what_a_kept_round_was_handed_is_needed_no_more():
 
 
 def test_only_the_server_is_handed_again_what_it_was_unless_all_are():
-    room = Mailroom([-1, 0])
     for remembers, again in ((False, []), (True, [5])):
-        room.remembers = remembers
+        room = Mailroom([-1, 0], remembers=remembers)
         room.arrived(sent(room, -1, 0, 5))
         assert handed(room, 0) == [5]
         room.rewind(0)
@@ -302,9 +301,9 @@ def test_a_checkpoint_has_what_is_in_boxes_and_what_is_on_its_way():
     room.arrived(sent(room, 0, 1, 1))
     sent(room, 0, 1, 2)
     assert [envelope.letter for envelope in room.waiting()] == [1, 2]
-    revived = Mailroom([0, 1])
-    assert [envelope.letter for envelope in revived.revive(room.to_json())] == [-1, -2]
-    assert handed(revived, 1) == [-1, -2]
+    restored = Mailroom([0, 1])
+    assert [envelope.letter for envelope in restored.restore(room.to_json())] == [-1, -2]
+    assert handed(restored, 1) == [-1, -2]
 
 
 def test_who_is_there_keeps_its_box():

@@ -133,20 +133,20 @@ def test_snapshots_lie_in_the_run_directory_and_not_in_the_controllers_memory(tm
     controller = Controller(config, runtime, directory, run_id="run", run_dir=str(directory.path))
     directory.on_end(controller.run())
     runtime.close()
-    progress = controller._progress
-    found = progress.transcript()
+    sealed = controller._state.sealed
+    found = sealed.transcript(4)
     assert found is not None
     transcript, base = found
     assert (transcript.first, len(transcript.records)) == (4, 1)
     assert base == (directory.path / "snapshots/round-000003.safetensors").read_bytes()
-    assert not any(isinstance(value, bytes) for value in vars(progress).values())
+    assert not any(isinstance(value, bytes) for value in vars(sealed).values())
     (directory.path / "snapshots/round-000003.safetensors").unlink()
-    assert progress.transcript() is None, "a donor's state is given instead"
+    assert sealed.transcript(4) is None, "a donor's state is given instead"
 
 
 def test_it_ends_as_a_run_in_which_a_donor_gave_its_state(monkeypatch: pytest.MonkeyPatch):
     by_log = lost(0)
-    monkeypatch.setattr("starling.orchestrator.control.run_state.Progress.transcript", lambda _: None)
+    monkeypatch.setattr("starling.orchestrator.control.sealed_rounds.SealedRounds.transcript", lambda *_: None)
     by_donor = lost(0)
     assert by_donor.sought("transfer")[0]["nbytes"] > by_log.sought("transfer")[0]["nbytes"]
     assert by_donor.digest == by_log.digest

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from starling.orchestrator.checkpoints import saved_state
 from starling.orchestrator.checkpoints.schedule import Checkpointing
 from starling.orchestrator.checkpoints.store import CheckpointStore
-from starling.orchestrator.control.restore import Revival
+from starling.orchestrator.control.restore import Restoration
 from starling.orchestrator.records import round_log
 from starling.orchestrator.runtimes.events import SpareLost
 from starling.orchestrator.runtimes.simulator.runtime import Simulator
@@ -90,9 +90,9 @@ class Directory:
         with (self.path / round_log.NAME).open("ab") as file:
             file.write(self._log.append(entry))
 
-    def revival(self) -> Revival:
+    def restoration(self) -> Restoration:
         """What the run goes on from."""
-        return Revival(saved_state.check(_store(self.path).read()), self._config, self._config)
+        return Restoration(saved_state.check(_store(self.path).read()), self._config, self._config)
 
 
 def _store(path: Path) -> CheckpointStore:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.control.restore import Revival
+    from starling.orchestrator.control.restore import Restoration
 
 MEMORY = Path("/dev/shm")
 ABOUT_SAVING = ("saving", "checkpoint", "resume")
@@ -117,7 +117,11 @@ def _watched(config: Config, spares: Iterable[int]) -> Watched:
 
 
 def _lived(
-    config: Config, ran: Watched, moment: int, directory: Directory | None = None, revival: Revival | None = None
+    config: Config,
+    ran: Watched,
+    moment: int,
+    directory: Directory | None = None,
+    restoration: Restoration | None = None,
 ) -> Watched:
     """A run from its start or from a checkpoint to its end.
 
@@ -129,7 +133,7 @@ def _lived(
     saves = Moment(config, runtime, moment, None if directory is None else directory.path)
     run_dir = RUN_ID if ran.directory is None else str(ran.directory.path)
     controller = ran.controller = Controller(
-        config, runtime, ran, run_id=RUN_ID, run_dir=run_dir, checkpoints=saves, revival=revival
+        config, runtime, ran, run_id=RUN_ID, run_dir=run_dir, checkpoints=saves, restoration=restoration
     )
     try:
         ran.summary = controller.run()
@@ -141,7 +145,7 @@ def _lived(
         raise
     except Exception as error:  # noqa: BLE001 - what a history must not lead to
         where = traceback.extract_tb(error.__traceback__)[-1]
-        what = "" if revival is None else "resume: "
+        what = "" if restoration is None else "resume: "
         kind = f"{what}{type(error).__name__} in {Path(where.filename).name}:{where.name}"
         raise Wrong(kind, traceback.format_exc(limit=-12)) from None
     finally:
@@ -158,10 +162,10 @@ def _killed_and_resumed(config: Config, ran: Watched, killed: int) -> None:
             _lived(config, ran, killed, directory)
         except Killed:
             try:
-                revival = directory.revival()
+                restoration = directory.restoration()
             except StarlingError as error:
                 raise Wrong("resume: refused", str(error)) from None
-            _lived(revival.config, ran, -1, revival=revival)
+            _lived(restoration.config, ran, -1, restoration=restoration)
 
 
 def _compare(once: Watched, again: Watched) -> None:
@@ -179,7 +183,7 @@ def _compare(once: Watched, again: Watched) -> None:
         mine, its = getattr(once.summary, key), getattr(again.summary, key)
         if mine != its:
             raise Wrong(f"not repeated: {key}", f"{mine}\n{its}")
-    for node in once.controller._progress.nodes:
+    for node in once.controller._state.roster.nodes:
         if not same(once.replicas[node].local.committed(), again.replicas[node].local.committed()):
             raise Wrong("not repeated: local state", f"of node {node}")
     for mine, its in zip(once.rounds, again.rounds, strict=True):
@@ -205,7 +209,7 @@ def _check(ran: Watched) -> None:
     assert ran.summary is not None
     if ran.error is None and ran.summary.rounds != ran.config.rounds:
         raise Wrong("broken: rounds", f"{ran.summary.rounds}")
-    samples, ledger = ran.summary.samples, ran.controller._progress.samples.ledger
+    samples, ledger = ran.summary.samples, ran.controller._state.samples.ledger
     if samples["drawn"] != samples["committed"] + samples["redrawn"]:
         raise Wrong("broken: samples", str(samples))
     if ran.draws and ledger is not None and ran.config.data.sampler.name == "epoch":

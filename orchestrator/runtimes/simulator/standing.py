@@ -50,4 +50,4 @@ class SimulatedStanding:
         self._states.bring_back(saved, present, kept, new)
         self._processes.bring_back(processes, present)
         self._clock.bring_back(processes, {(*one.key, one.attempt): one for one in in_flight})
-        self._network.revive(processes["network"])
+        self._network.restore(processes["network"])

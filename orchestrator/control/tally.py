@@ -1,0 +1,67 @@
+"""Adds up the rounds of single nodes until they make a round of the run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from starling.actors.wire.tickets import Returned
+from starling.orchestrator.control.round_records import Cost
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starling.algorithms.api import NodeId
+    from starling.orchestrator.control.round_records import RoundRecorder
+
+
+class Tally:
+    """What nodes, without the server, have committed since the last recorded round."""
+
+    def __init__(self, recorder: RoundRecorder) -> None:
+        self._recorder = recorder
+        self.num_commits = 0
+        """Since the run began."""
+        self.last = -1
+        """The node that committed last."""
+        self._reports: list[Returned] = []
+        self._contributed: set[NodeId] = set()
+        self._mark = Cost()
+        """What the run had cost at the last recorded round."""
+        self._spent = Cost()
+        """What the open round had cost when the run was saved."""
+
+    def start(self) -> None:
+        """Measure the cost of the open round from now on, and add what it had cost before a resumption."""
+        self._mark = self._recorder.cost().since(self._spent)
+
+    def add(self, node: NodeId, report: Returned) -> None:
+        """Count a round of ``node``."""
+        self.num_commits += 1
+        self.last = node
+        self._reports.append(report)
+        self._contributed.add(node)
+
+    def take(self) -> tuple[list[Returned], int, Cost]:
+        """Return the reports, the number of nodes that made them, and their cost; begin with none."""
+        before, self._mark = self._mark, self._recorder.cost()
+        found = self._reports, len(self._contributed), self._mark.since(before)
+        self._reports, self._contributed = [], set()
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain data; reports as far as records of rounds need them."""
+        return {
+            "commits": self.num_commits,
+            "last": self.last,
+            "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._reports],
+            "contributed": sorted(self._contributed),
+            "mark": list(self._recorder.cost().since(self._mark)),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``to_json`` gave; ``start`` follows when the clock is set."""
+        self.num_commits, self.last = state["commits"], state["last"]
+        self._reports = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
+        self._contributed = set(state["contributed"])
+        seconds, payload, transport = state["mark"]
+        self._spent = Cost(seconds, int(payload), int(transport))
