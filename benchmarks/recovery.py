@@ -26,7 +26,7 @@ from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.control.controller import Controller
 from starling.orchestrator.control.members import Members
 from starling.orchestrator.records.observers import Observer, RoundRecord
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 
 NODES = 4
@@ -166,17 +166,17 @@ class _Switchable(Observer):
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
-        act, machines = Members.act, ray_session.machines
+        act, machines = Members.act, session.machines
 
         def act_or_not(members: Members) -> bool:
             return act(members) if self.elastic else False
 
-        def machines_or_not() -> ray_session.Machines:
+        def machines_or_not() -> session.Machines:
             if not self.elastic:
                 raise RuntimeError("not asked")  # which is as much as an answer that tells nothing
             return machines()
 
-        with mock.patch.object(Members, "act", act_or_not), mock.patch.object(ray_session, "machines", machines_or_not):
+        with mock.patch.object(Members, "act", act_or_not), mock.patch.object(session, "machines", machines_or_not):
             yield
 
 

@@ -21,7 +21,7 @@ from benchmarks.harness import Row
 from starling import run
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.driver import resolve
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 from starling.orchestrator.sweeps.options import Options
 from starling.orchestrator.sweeps.sweep import sweep
 from starling.orchestrator.sweeps.trials import Trial
@@ -84,7 +84,7 @@ def overhead() -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="st-") as folder:
         space = Path(folder) / "spaces.py"
         space.write_text(SPACE)
-        session = ray_session.connect("local", num_cpus=os.cpu_count() or 2)
+        ours = session.connect("local", num_cpus=os.cpu_count() or 2)
         try:
             turns = Turns(config, folder)
             options = Options(space=f"{space}:seed", samples=TRIALS, max_concurrent=1)
@@ -92,7 +92,7 @@ def overhead() -> list[Row]:
             sweep(config, options, sweep_dir=f"{folder}/sweep", watcher=lambda *_: turns)
             once_s = turns.first_began - began + time.monotonic() - turns.went_on
         finally:
-            session.close()
+            ours.close()
     pairs = list(zip(turns.trials[1:], turns.runs[1:], strict=True))
     run_s = statistics.median(turns.runs[1:])
     over_s = statistics.median(one - other for one, other in pairs)

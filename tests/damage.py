@@ -27,8 +27,7 @@ from starling.orchestrator.checkpoints.store import _checksum, _Manifest, _sum
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.records.rebuild import rebuild
-from starling.orchestrator.sweeps import sweep
-from starling.orchestrator.sweeps import trial_checkpoint as trial_state
+from starling.orchestrator.sweeps import sweep, trial_checkpoint
 from starling.orchestrator.sweeps.options import Options
 from starling.orchestrator.sweeps.trials import TRIALS, Board, Trial
 from starling.orchestrator.tracking.mlflow_tracker import folders_of
@@ -176,10 +175,10 @@ def _load_model(path: Path) -> str | None:
 def _resume_sweep(path: Path) -> str | None:
     """All that ``sweep --resume`` does before it trains: reads the sweep, and what each of its trials goes on from."""
     folder, config, _, board = sweep.reopen(path)
-    with patch.object(trial_state, "_WAIT_S", 0.0):
+    with patch.object(trial_checkpoint, "_WAIT_S", 0.0):
         for trial in board.trials.values():
             if trial.end is None:
-                _, lease, _, _ = trial_state.opened(config, folder / TRIALS / trial.name, picture=False)
+                _, lease, _, _ = trial_checkpoint.opened(config, folder / TRIALS / trial.name, picture=False)
                 if lease is not None:
                     lease.release()
     return None

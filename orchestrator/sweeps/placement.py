@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from starling.orchestrator.errors import ClusterError
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 from starling.orchestrator.sweeps.options import Options
 from starling.orchestrator.sweeps.trials import Trial
 
@@ -38,7 +38,7 @@ class _Ray:
         address = config.cluster.address
         if self._simulated:  # which needs nothing but this machine
             address = "auto" if ray.is_initialized() else "local"
-        self._session = ray_session.connect(
+        self._session = session.connect(
             address,
             num_cpus=max(os.cpu_count() or 1, each),
             object_store_bytes=config.cluster.object_store_bytes,

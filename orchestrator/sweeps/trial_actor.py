@@ -23,11 +23,11 @@ from starling.orchestrator.config.schema import MLflowTracking, load
 from starling.orchestrator.config.sections import CheckpointConfig
 from starling.orchestrator.errors import StarlingError
 from starling.orchestrator.records import run_config
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 from starling.orchestrator.runtimes.cluster.placement import Placement
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.simulator.runtime import Simulator
-from starling.orchestrator.sweeps import trial_checkpoint as trial_state
+from starling.orchestrator.sweeps import trial_checkpoint
 from starling.orchestrator.sweeps.space import assigned
 from starling.orchestrator.sweeps.trial_thread import TrialRun
 from starling.orchestrator.sweeps.trials import TRIALS, name_of
@@ -154,11 +154,11 @@ class StarlingTrial(tune.Trainable):
             run.stop()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        trial_state.save(self._run_dir, Path(checkpoint_dir))
+        trial_checkpoint.save(self._run_dir, Path(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint: Any) -> None:  # noqa: ANN401 - a path, of what is saved as files
         self.cleanup()
-        trial_state.load(Path(checkpoint), self._run_dir)
+        trial_checkpoint.load(Path(checkpoint), self._run_dir)
 
     @property
     def _run_dir(self) -> Path:
@@ -172,7 +172,7 @@ class StarlingTrial(tune.Trainable):
         done = run_config.finished(run_dir)
         if done is not None:  # when the sweep was killed, and nobody heard of it
             return TrialRun(
-                functools.partial(trial_state.tell, run_dir, done),
+                functools.partial(trial_checkpoint.tell, run_dir, done),
                 config.rounds,
                 stepwise=False,
                 stop_file=folder / STOP_FILE,
@@ -191,7 +191,9 @@ class StarlingTrial(tune.Trainable):
             return MLflowTracker(config.tracking, run_dir, sweep_dir=folder, tags=tags)
 
         def train(observer: Observer) -> Summary:
-            directory, lease, restoration, store = trial_state.opened(config, run_dir, picture=not spec["simulated"])
+            directory, lease, restoration, store = trial_checkpoint.opened(
+                config, run_dir, picture=not spec["simulated"]
+            )
             resolved = config if restoration is None else restoration.config
             return driver.drive(
                 resolved, runtime, directory, [observer], lease=lease, store=store, restoration=restoration, track=track
@@ -214,9 +216,9 @@ class TrialPlacement(Placement):
         self._group = group
         self._path = sys_path
 
-    def _connect(self, num_cpus: float) -> ray_session.Session:
+    def _connect(self, num_cpus: float) -> session.Session:
         del num_cpus
-        return ray_session.connect("auto", num_cpus=0)  # as the actor that we are in is
+        return session.connect("auto", num_cpus=0)  # as the actor that we are in is
 
     def strategy(self) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group)

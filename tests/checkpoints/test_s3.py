@@ -215,13 +215,13 @@ def test_a_server_that_is_silent_is_given_up(silent: int, monkeypatch: pytest.Mo
 AT_EXIT = """
 import sys, time
 from pathlib import Path
-from starling.orchestrator.checkpoints import writer as checkpoint_writer
+from starling.orchestrator.checkpoints import writer
 from starling.orchestrator.checkpoints.store import CheckpointStore
 from tests.checkpoint_states import states
 
-checkpoint_writer._AT_EXIT_S = 0.5
-writer = checkpoint_writer.CheckpointWriter(CheckpointStore(sys.argv[1], Path("x"), "r1"), lambda what, facts: None)
-writer.submit(1, {}, states(1))
+writer._AT_EXIT_S = 0.5
+ours = writer.CheckpointWriter(CheckpointStore(sys.argv[1], Path("x"), "r1"), lambda what, facts: None)
+ours.submit(1, {}, states(1))
 time.sleep(0.5)
 print("ends")
 """

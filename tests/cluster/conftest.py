@@ -14,8 +14,7 @@ import ray
 
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.driver import resolve
-from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import watcher
+from starling.orchestrator.runtimes.cluster import session, watcher
 from tests.cluster.machines import Machines
 from tests.paths import PYTHONPATH
 
@@ -24,16 +23,16 @@ class Rays:
     """A process is connected to one Ray at a time: the one that was needed last goes on until another is."""
 
     def __init__(self) -> None:
-        self._session: ray_session.Session | None = None
+        self._session: session.Session | None = None
         self._machines: Machines | None = None
 
     def shared(self) -> str:
         if self._session is None:
             self.close()
             # Its workers are to have this checkout's code, whoever else connects to it.
-            before = ray_session._set({"PYTHONPATH": PYTHONPATH})
-            self._session = ray_session.connect("local", num_cpus=16, num_gpus=2)
-            ray_session._restore(before)
+            before = session._set({"PYTHONPATH": PYTHONPATH})
+            self._session = session.connect("local", num_cpus=16, num_gpus=2)
+            session._restore(before)
         return ray.get_runtime_context().gcs_address
 
     def machines(self) -> Machines:

@@ -19,8 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from starling.orchestrator.records.observers import Observer
-from starling.orchestrator.runtimes.cluster import ray_internals, watcher
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import ray_internals, session, watcher
 from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
@@ -50,10 +49,10 @@ class Machines:
         self._folder = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))  # short: sockets lie in it
         self._before = {name: os.environ.get(name) for name in ("PYTHONPATH",)}
         os.environ["PYTHONPATH"] = PYTHONPATH
-        self._environment = ray_session._set(
+        self._environment = session._set(
             {
                 "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": ray_session._TOKEN,
+                "RAY_AUTH_TOKEN": session._TOKEN,
                 "RAY_USAGE_STATS_ENABLED": "0",
                 ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",  # loopback
             }
@@ -63,7 +62,7 @@ class Machines:
         ray_constants.ENABLE_RAY_CLUSTER = False
         try:
             self._cluster = self._start()
-            self._session = ray_session.connect(self._cluster.address, num_cpus=0)
+            self._session = session.connect(self._cluster.address, num_cpus=0)
         except BaseException:  # nobody has it who could close it
             ray.shutdown()
             watcher.clean(self._folder)
@@ -93,8 +92,8 @@ class Machines:
 
     def _restore(self) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = self._enabled
-        ray_session._restore(self._environment)
-        ray_session._restore(self._before)
+        session._restore(self._environment)
+        session._restore(self._before)
         ray_internals.read_authentication_again()
 
     def provide(self, *sizes: int) -> list[Any]:

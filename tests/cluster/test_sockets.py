@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 
 pytestmark = pytest.mark.cluster
 
@@ -41,8 +41,8 @@ def test_its_token_is_in_a_file_that_nobody_else_may_read(shared_ray: str):
 def test_a_token_that_was_there_is_back_afterwards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     monkeypatch.delenv("STARLING_NONE", raising=False)
-    before = ray_session._set({"RAY_AUTH_TOKEN": None, "STARLING_NONE": "1"})
+    before = session._set({"RAY_AUTH_TOKEN": None, "STARLING_NONE": "1"})
     assert "RAY_AUTH_TOKEN" not in os.environ
-    ray_session._restore(before)
+    session._restore(before)
     assert os.environ["RAY_AUTH_TOKEN"] == "mine"
     assert "STARLING_NONE" not in os.environ

@@ -27,11 +27,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(240)]
 
 HEAD = """
 import sys, ray
-from starling.orchestrator.runtimes.cluster import session as ray_session
-session = ray_session.connect("local", num_cpus=2)
+from starling.orchestrator.runtimes.cluster import session
+ours = session.connect("local", num_cpus=2)
 print("ready", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
-session.close()
+ours.close()
 """
 
 

@@ -260,7 +260,7 @@ def test_a_node_that_is_lost_while_it_starts_is_started_again_but_not_for_ever()
 
 def test_too_little_room_is_one_line_that_names_the_resource(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_Everywhere, "count", lambda *_: 1)
-    monkeypatch.setattr(start_up.ray_session, "brings_machines", lambda: False)
+    monkeypatch.setattr(start_up.session, "brings_machines", lambda: False)
     monkeypatch.setattr(start_up.ray, "cluster_resources", lambda: {"CPU": 1.0})
     fakes, one = Fakes(), config(cluster={"nodes": {"target": 2, "min": 2}})
     pool, places = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
@@ -540,9 +540,7 @@ def test_a_node_that_dies_while_it_is_asked_is_named_and_lost(monkeypatch: pytes
 
 def test_machines_that_die_or_drain_take_their_nodes_along(monkeypatch: pytest.MonkeyPatch):
     reports: list[Any] = []
-    monkeypatch.setattr(
-        monitors.ray_session, "MachineWatch", lambda report: reports.append(report) or SimpleNamespace()
-    )
+    monkeypatch.setattr(monitors.session, "MachineWatch", lambda report: reports.append(report) or SimpleNamespace())
     monkeypatch.setattr(monitors.store, "StoreWatch", lambda is_local: SimpleNamespace(local=is_local))
     monkeypatch.setattr(Placement, "count_free", lambda *_: 7)
     made = Made(cluster={"nodes": {"target": "auto", "min": 1, "max": 4}, "drain_s": 30})
@@ -554,7 +552,7 @@ def test_machines_that_die_or_drain_take_their_nodes_along(monkeypatch: pytest.M
 
 
 def test_a_process_that_has_not_answered_is_not_asked_for_its_metrics_again(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(monitors.ray_session, "MachineWatch", lambda _: SimpleNamespace())
+    monkeypatch.setattr(monitors.session, "MachineWatch", lambda _: SimpleNamespace())
     monkeypatch.setattr(monitors.store, "StoreWatch", lambda is_local: SimpleNamespace(local=is_local))
     made = Made()
     made.cluster._monitors.watch_run()

@@ -18,11 +18,9 @@ import ray
 from ray._private import node, utils, worker
 
 from starling.orchestrator.errors import ClusterError
-from starling.orchestrator.runtimes.cluster import failures as ray_failure
-from starling.orchestrator.runtimes.cluster import ray_internals
-from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
+from starling.orchestrator.runtimes.cluster import failures, ray_internals, session
 from starling.orchestrator.runtimes.cluster.session import _owner, _remove_abandoned
+from starling.orchestrator.runtimes.cluster.watcher import dismiss, watch
 from tests.paths import PYTHONPATH
 
 
@@ -67,7 +65,7 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(ray, "init", init)
     before, environment, handler = folders(), dict(os.environ), signal.getsignal(signal.SIGHUP)
     with pytest.raises(ClusterError) as caught:
-        ray_session.connect("local", num_cpus=1)
+        session.connect("local", num_cpus=1)
     assert str(caught.value).startswith(f"cluster.address local: Ray does not start: {type(error).__name__}")
     assert "\n" not in str(caught.value)
     assert len(set(places)) == len(places) == tries
@@ -93,9 +91,9 @@ def test_no_place_for_rays_files_is_one_line(monkeypatch):
     def full(**_: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
 
-    monkeypatch.setattr(ray_session.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(session.tempfile, "mkdtemp", full)
     with pytest.raises(ClusterError, match="files cannot be written to /tmp .No space left on device.; .*TMPDIR"):
-        ray_session.connect("local", num_cpus=1)
+        session.connect("local", num_cpus=1)
 
 
 def test_what_rays_servers_said_is_part_of_the_line(tmp_path: Path):
@@ -105,18 +103,18 @@ def test_what_rays_servers_said_is_part_of_the_line(tmp_path: Path):
         "status1.has_value() no file /tmp/starling-a/r/x_port\n*** StackTrace\n"
     )
     (tmp_path / "dashboard.log").write_text("  File 'x'\nOSError: [Errno 98] in use\n")
-    assert ray_failure.said_last(tmp_path) == "raylet said: no file /tmp/starling-a/r/x_port"
-    assert ray_failure.said_last(tmp_path, ["gcs_server"]) is None
-    line = str(ray_failure.not_started(RuntimeError("no\nanswer"), tmp_path))
+    assert failures.said_last(tmp_path) == "raylet said: no file /tmp/starling-a/r/x_port"
+    assert failures.said_last(tmp_path, ["gcs_server"]) is None
+    line = str(failures.not_started(RuntimeError("no\nanswer"), tmp_path))
     assert line.startswith("cluster.address local: Ray does not start: RuntimeError: no; raylet said: no file; ")
 
 
 def test_a_ray_of_our_own_that_is_gone_is_named(monkeypatch, tmp_path: Path):
     ours = SimpleNamespace(dead_processes=lambda: [("log_monitor", None), ("raylet", None)])
     monkeypatch.setattr(worker, "_global_node", ours)
-    ray_session.Session(None, owned=True, environment={}).check()  # somebody else's
+    session.Session(None, owned=True, environment={}).check()  # somebody else's
     with pytest.raises(ClusterError, match="Ray is gone: its raylet ended$"):
-        ray_session.Session(tmp_path, owned=False, environment={}).check()
+        session.Session(tmp_path, owned=False, environment={}).check()
 
 
 def test_a_watcher_cleans_up_after_a_process_that_is_killed(tmp_path: Path):
@@ -132,8 +130,8 @@ def test_a_watcher_cleans_up_after_a_process_that_is_killed(tmp_path: Path):
         )
     body = f"""
 import os, pathlib
-from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
-print(ray_watcher.watch(pathlib.Path({str(folder)!r})).pid, flush=True)
+from starling.orchestrator.runtimes.cluster.watcher import watch
+print(watch(pathlib.Path({str(folder)!r})).pid, flush=True)
 os.kill(os.getpid(), 9)
 """
     try:
@@ -164,7 +162,7 @@ os.kill(os.getpid(), 9)
 
 
 def test_a_watcher_that_is_dismissed_is_gone(tmp_path: Path):
-    watcher = ray_watcher.watch(tmp_path / "starling-none")
+    watcher = watch(tmp_path / "starling-none")
     assert watcher is not None
-    ray_watcher.dismiss(watcher)
+    dismiss(watcher)
     assert watcher.returncode == 0

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from starling.orchestrator.runtimes.cluster import vitals as ray_vitals
 from starling.orchestrator.runtimes.cluster.vitals import Vitals, state_of
 
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray_vitals, "_PERIOD_S", 0.01)
+    monkeypatch.setattr("starling.orchestrator.runtimes.cluster.vitals._PERIOD_S", 0.01)
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starling.orchestrator.runtimes.cluster import session as ray_session
-from starling.orchestrator.runtimes.cluster import store
+from starling.orchestrator.runtimes.cluster import session, store
 from starling.orchestrator.runtimes.cluster.vitals import Vitals, state_of
 from starling.orchestrator.runtimes.events import Room, Used
 
@@ -46,7 +45,7 @@ class Monitors:
         self._vital: dict[str, int] = {}
         """Process ids of a Ray of our own, without which nothing goes on."""
         self._vitals: Vitals | None = None
-        self._machines: ray_session.MachineWatch | None = None
+        self._machines: session.MachineWatch | None = None
         self._stores: store.StoreWatch | None = None
 
     def watch_ray(self) -> None:
@@ -60,9 +59,7 @@ class Monitors:
 
     def watch_run(self) -> None:
         """Watch machines, stores and system metrics, once the nodes are up."""
-        self._machines = ray_session.MachineWatch(
-            lambda machines: self._loop.submit(lambda: self._on_machines(machines))
-        )
+        self._machines = session.MachineWatch(lambda machines: self._loop.submit(lambda: self._on_machines(machines)))
         self._stores = store.StoreWatch(is_local=self._placement.is_local)
         self._loop.after(_FIRST_USAGE_S, self._measure)
 
@@ -94,7 +91,7 @@ class Monitors:
                 continue
             machine = actor.ready.machine
             if machine in machines.dead:
-                self._pool.lost(actor, ray_session.MachineLostError("its machine is gone"))
+                self._pool.lost(actor, session.MachineLostError("its machine is gone"))
             elif machine in machines.draining:
                 left_s = machines.draining[machine]
                 drain_s = self._config.cluster.drain_s if left_s is None else left_s

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Placement:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._session: ray_session.Session | None = None
+        self._session: session.Session | None = None
         self._avoided: set[str] = set()
 
     def connect(self, num_cpus: float) -> None:
@@ -35,9 +35,9 @@ class Placement:
         """
         self._session = self._connect(num_cpus)
 
-    def _connect(self, num_cpus: float) -> ray_session.Session:
+    def _connect(self, num_cpus: float) -> session.Session:
         cluster = self._config.cluster
-        return ray_session.connect(
+        return session.connect(
             cluster.address,
             num_cpus=num_cpus,
             object_store_bytes=cluster.object_store_bytes,
@@ -50,12 +50,12 @@ class Placement:
 
     def count(self, num_nodes: int) -> int:
         """Count the actors of ``num_nodes`` nodes each that fit on an empty Ray."""
-        return ray_session.places(*self.demand(num_nodes), free=False)
+        return session.places(*self.demand(num_nodes), free=False)
 
     def count_free(self, num_nodes: int, num_alive: int) -> int:
         """Count the actors of ``num_nodes`` nodes each that fit besides the run's ``num_alive`` actors."""
         del num_alive  # Ray itself knows what is taken
-        return ray_session.places(*self.demand(num_nodes), free=True)
+        return session.places(*self.demand(num_nodes), free=True)
 
     def avoid(self, machine: str) -> None:
         """Place no further actors on a machine, if there is room elsewhere."""
@@ -63,7 +63,7 @@ class Placement:
 
     def strategy(self) -> Any:  # noqa: ANN401 - a name, or an object of Ray's
         """Return Ray's scheduling strategy for the next actor."""
-        return ray_session.elsewhere(self._avoided) if self._avoided else "SPREAD"
+        return session.elsewhere(self._avoided) if self._avoided else "SPREAD"
 
     def sys_path(self) -> tuple[str, ...]:
         """Return the folders in which actors look for modules; empty if they run on other machines."""

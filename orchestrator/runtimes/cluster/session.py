@@ -26,9 +26,7 @@ from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
 from starling.orchestrator.errors import ClusterError, RunError
 from starling.orchestrator.process_identity import started_at
-from starling.orchestrator.runtimes.cluster import failures as ray_failure
-from starling.orchestrator.runtimes.cluster import head, ray_internals
-from starling.orchestrator.runtimes.cluster import watcher as ray_watcher
+from starling.orchestrator.runtimes.cluster import failures, head, ray_internals, watcher
 from starling.orchestrator.signals import ENDING
 
 _LOG = logging.getLogger("starling")
@@ -108,7 +106,7 @@ class Session:
             return
         dead = ray_internals.ended_vital_processes()
         if dead:
-            told = ray_failure.said_last(self._folder / _LOGS, dead)
+            told = failures.said_last(self._folder / _LOGS, dead)
             reason = f" ({told})" if told else ""
             raise ClusterError(f"cluster.address local: Ray is gone: its {' and '.join(dead)} ended{reason}")
 
@@ -119,7 +117,7 @@ class Session:
 
     def ended(self, name: str) -> RunError:
         """Return the error that says that a vital process has ended."""
-        told = None if self._folder is None else ray_failure.said_last(self._folder / _LOGS, [name])
+        told = None if self._folder is None else failures.said_last(self._folder / _LOGS, [name])
         reason = f" ({told})" if told else ""
         return RunError(f"the run's own Ray is gone: its {name} ended{reason}; starling resume goes on")
 
@@ -134,11 +132,11 @@ class Session:
             ray_internals.read_authentication_again()
         if self._folder is not None:
             # Nobody else ends the processes of a Ray that did not come up.
-            ray_watcher.clean(self._folder, _REMOVE_TIMEOUT_S)
+            watcher.clean(self._folder, _REMOVE_TIMEOUT_S)
             # Ray makes folders of a session that is over again when this process begins another.
-            atexit.register(ray_watcher.clean, self._folder, _REMOVE_TIMEOUT_S)
+            atexit.register(watcher.clean, self._folder, _REMOVE_TIMEOUT_S)
         if self._watcher is not None:
-            ray_watcher.dismiss(self._watcher)
+            watcher.dismiss(self._watcher)
 
 
 def _remove_abandoned(base: Path) -> None:
@@ -303,7 +301,7 @@ def _start(
         raise ClusterError(message)
     try:
         return _start_once(num_cpus, num_gpus, object_store_bytes, runtime_env)
-    except ray_failure.TimedOutError:
+    except failures.TimedOutError:
         # It gives itself half a minute, which a busy machine may need for its agents' imports alone.
         _LOG.warning("Ray has not come up within the time that it gives itself; it is started once more")
     return _start_once(num_cpus, num_gpus, object_store_bytes, runtime_env)
@@ -329,7 +327,7 @@ def _start_once(
         }
     )
     ray_internals.read_authentication_again()
-    session = Session(folder, owned=True, environment=environment, watcher=ray_watcher.watch(folder))
+    session = Session(folder, owned=True, environment=environment, watcher=watcher.watch(folder))
     try:
         with _quiet(), ray_internals.bare(), ray_internals.loopback_only():
             ray.init(
@@ -347,7 +345,7 @@ def _start_once(
             )
         session.check()
     except Exception as error:  # noqa: BLE001 - Ray raises whatever it likes
-        problem = ray_failure.not_started(error, folder / _LOGS)
+        problem = failures.not_started(error, folder / _LOGS)
         session.close()
         raise problem from None
     except BaseException:
@@ -378,7 +376,7 @@ def _folder() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     except OSError as error:
-        raise ray_failure.not_writable(base, error) from None
+        raise failures.not_writable(base, error) from None
     return folder
 
 

@@ -13,7 +13,7 @@ from starling.algorithms.api import SERVER
 from starling.algorithms.words import listed
 from starling.orchestrator.errors import ClusterError, NodeFailedError, NodeLostError
 from starling.orchestrator.protocol.events import Reached
-from starling.orchestrator.runtimes.cluster import session as ray_session
+from starling.orchestrator.runtimes.cluster import session
 from starling.orchestrator.runtimes.cluster.event_loop import POLL_S
 from starling.orchestrator.runtimes.events import Died, Happening, Log, Notice, NotUp
 
@@ -102,7 +102,7 @@ class StartUp:
         there = min(self._placement.count(len(places[0])), len(places))
         if sum(len(members) for members in places[:there]) >= cluster.nodes.min and there:
             return there
-        if ray_session.brings_machines():
+        if session.brings_machines():
             sizes = itertools.accumulate(len(members) for members in places)
             return next((count for count, size in enumerate(sizes, 1) if size >= cluster.nodes.min), len(places))
         available = ray.cluster_resources()
