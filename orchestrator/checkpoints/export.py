@@ -54,12 +54,12 @@ class Exported:
 
     run_id: str
     round: int | None
-    """Of the checkpoint; ``None``: the model that the run ended with."""
+    """Round of the checkpoint; None: the model with which the run ended."""
     format: Format
     path: str
-    """Of the file, or of the folder."""
+    """Path of the file, or of the folder."""
     nodes: int | None
-    """Of so many models it is the mean; of a finished run that is not recorded."""
+    """Number of models of which it is the mean; None for a finished run, where that is not recorded."""
     digest: str
     """As the run's own digest, had it ended here."""
 

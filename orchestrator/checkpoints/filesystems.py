@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder of this machine, or what pyarrow reaches by a URI; the few things done with files.
+"""Filesystems for checkpoints: a folder of this machine, or a URI that pyarrow reaches.
 
 All paths are ``folder/file`` below a root. What goes wrong is an ``OSError``, whatever library found it.
 """
@@ -57,7 +57,7 @@ class Storage(Protocol):
         ...
 
     def put_whole(self, path: str, data: bytes) -> None:
-        """The same, of a file that is there whole, or as it was before, at each moment."""
+        """Write a file atomically: at each moment it is whole, or as it was before."""
         ...
 
     def get(self, path: str, most: int) -> Bytes:
@@ -216,7 +216,7 @@ class RemoteStorage(_Stoppable):
 
 
 def one_line(error: BaseException) -> str:
-    """What a library says of a failure, in one line."""
+    """Return a library's error message, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -240,7 +240,7 @@ def _bounded_uri(uri: str) -> str:
 
 
 def _bounded(filesystem: FileSystem) -> FileSystem:
-    """The same file system with limits on how long it waits; a URI has no place for those of S3."""
+    """Limit how long a file system waits; a URI has no place for the limits of S3."""
     if filesystem.type_name != "s3":
         return filesystem
     _, (options,) = cast("tuple[Any, tuple[dict[str, Any]]]", filesystem.__reduce__())

@@ -1,4 +1,4 @@
-"""What a simulation's checkpoint says of processes that come and go: types and bounds of every field."""
+"""Schema of the processes in a simulation's checkpoint: types and bounds of every field."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _Coming: TypeAlias = (
 
 
 class Processes(Stored):
-    """Of ``SimulatedProcesses``."""
+    """State of ``SimulatedProcesses``."""
 
     present: dict[NodeName, Count]
     hung: list[Node]
@@ -103,7 +103,7 @@ class _Pool(Stored):
 
 
 class Members(Stored):
-    """Of ``Members``."""
+    """State of ``Members``."""
 
     pool: _Pool
     recoveries: dict[NodeName, _Recovery]

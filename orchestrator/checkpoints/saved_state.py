@@ -1,4 +1,4 @@
-"""What a checkpoint's ``state.json`` must hold for a run to go on from it: types and bounds of every field.
+"""Schema of a checkpoint's ``state.json``: types and bounds of every field that a resumed run reads.
 
 Its checksum vouches for what was written, not for who wrote it, nor which Starling.
 """
@@ -206,7 +206,7 @@ def _problem(checkpoint: Checkpoint) -> str | None:
 
 
 def _lacking(controller: _Controller, state: dict[str, Any]) -> str | None:
-    """What goes with something that is there, and is not."""
+    """Return the first missing counterpart of something that is there, as an error; None if there is none."""
     if controller.processes is None:
         return None
     if controller.members is None:
@@ -217,7 +217,7 @@ def _lacking(controller: _Controller, state: dict[str, Any]) -> str | None:
 
 
 def _faults(meta: dict[str, Any], *, is_mail: bool) -> Iterator[str]:
-    """What is wrong with a node's state beyond the types of its fields."""
+    """Yield the errors in a node's state beyond the types of its fields."""
     tensors: list[Any] = meta["tensors"]
     yield from (f"tensors has the unknown type {one['dtype']!r}" for one in tensors if one["dtype"] not in _DTYPES)
     if is_mail:
@@ -236,7 +236,7 @@ def _faults(meta: dict[str, Any], *, is_mail: bool) -> Iterator[str]:
 
 
 def _tree_faults(tree: Any, num_tensors: int, deepest: int) -> Iterator[str]:  # noqa: ANN401 - from JSON
-    """What is wrong with a tree of state, as ``actors.replica.state_transfer`` packs them."""
+    """Yield the errors in a tree of state, as ``actors.replica.state_transfer`` packs it."""
     if not isinstance(tree, dict) or len(tree) != 1 or not deepest:
         yield ": is no tree of state"
         return

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when one is due, and what is in it. The loops say what they know; nodes are asked for theirs.
+"""Schedules checkpoints: decides when one is due, and hands its contents to the writer.
 
 What a checkpoint holds is a run between two rounds: of the controller, plain data; of each node, all that it has
 committed. It is written behind the run's back, and storage that fails or is slow costs checkpoints, never rounds.
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("starling")
 
 _COST_FRACTION = 0.01
-"""Of the time that a run takes: what its checkpoints may, where nothing else is asked for."""
+"""Share of a run's time that ``every_rounds: auto`` lets its checkpoints take."""
 
 _OF_ALL = 4.0
-"""Nodes and Ray, which hand over what the writer writes, take three times as much processor time as it does."""
+"""All processor time over the writer's own: nodes and Ray, which hand over the state, take three times as much."""
 
 _END_TIMEOUT_S = 60.0
-"""How long a run's end waits for its last checkpoint."""
+"""Limit of the wait for the last checkpoint at a run's end."""
 
 _VIRTUAL_PAUSES_S = (0.5,)
-"""Before a simulation asks its storage again: it stands still meanwhile."""
+"""Pause before a simulation repeats a refused write: it stands still meanwhile."""
 
 MAIL: NodeId = -2
-"""Stands for the messages that nobody has received yet, among the nodes of a checkpoint."""
+"""Key of the messages that no node has received yet, among the nodes of a checkpoint."""
 
 
 def checkpointing(
     config: Config, run_dir: Path, run_id: str, runtime: Runtime, store: CheckpointStore | None = None
 ) -> Checkpointing | None:
-    """The checkpoints of a run, if it has any; in the ``store`` from which it goes on, if it does."""
+    """Make the checkpoints of a run, in the ``store`` of a resumed one; return None if it has none."""
     is_auto = config.checkpoint.every_rounds == "auto" and config.checkpoint.every_s is None
     # To be saved, nodes with rounds of their own have to stand still: by the machine's clock, which a simulation must
     # not depend on.
@@ -79,11 +79,11 @@ class Cadence:
         return every_rounds > 0 and (number + 1) % every_rounds == 0
 
     def began(self, now: float) -> None:
-        """One is being written."""
+        """Note that a checkpoint is being written."""
         self._last = now
 
     def took(self, seconds: float) -> None:
-        """It took so long."""
+        """Note what the last checkpoint cost."""
         self._free_at = time.monotonic() + seconds * (1 / _COST_FRACTION - 1)
 
 
@@ -102,15 +102,15 @@ class Checkpointing:
         pauses_s = _VIRTUAL_PAUSES_S if runtime.virtual else PAUSES_S
         self._writer = CheckpointWriter(store, _warn, pauses_s=pauses_s)
         self.outcomes: list[Mapping[str, Any]] = []
-        """Of those that are written or given up, for the run's record."""
+        """Outcomes of checkpoints that were written or given up, for the run's record."""
         self.last = -1
-        """The round of the last that was written."""
+        """Round of the last written checkpoint."""
         self._submitted = -1
         self._waited = 0.0
         self._is_owed = False
 
     def is_due(self, number: int) -> bool:
-        """Whether round ``number``, just committed, is to be saved now; while another is being written, it waits."""
+        """Whether round ``number``, just committed, is to be saved now; not while another is being written."""
         self._take()
         self._is_owed |= self._cadence.is_due(number, self._runtime.now)
         if self._is_owed and self._writer.busy and self._runtime.virtual:
@@ -118,17 +118,17 @@ class Checkpointing:
         return self._is_owed and not self._writer.busy
 
     def save(self, number: int, controller: Mapping[str, Any], nodes: Iterator[tuple[NodeId, StateExport]]) -> None:
-        """Write what is known after round ``number``, in the background."""
+        """Write the state after round ``number``, in the background."""
         self._cadence.began(self._runtime.now)
         self._submitted, self._is_owed, self._waited = number, False, 0.0
         self._writer.submit(number, controller, nodes)
 
     def go_on(self) -> None:
-        """The run goes on from a checkpoint, as if that had just been made."""
+        """Count from now, as if the checkpoint of a resumed run had just been made."""
         self._cadence.began(self._runtime.now)
 
     def waited(self, seconds: float) -> None:
-        """The run stood still for so long, so that it could be saved."""
+        """Add seconds for which the run stood still to be saved."""
         self._waited += seconds
 
     def is_saved(self, number: int) -> bool:
@@ -137,13 +137,13 @@ class Checkpointing:
         return number in (self.last, self._submitted if self._writer.busy else -1)
 
     def join(self) -> bool:
-        """Wait, in bounded time, until all is written; say whether it is."""
+        """Wait, in bounded time, until all is written; return whether it is."""
         done = self._writer.join(_END_TIMEOUT_S)
         self._take()
         return done
 
     def hasten(self) -> None:
-        """Ask a storage that fails only once from now on: somebody waits for the end."""
+        """Repeat no refused write from now on: somebody waits for the end."""
         self._writer.hasten()
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class Checkpointing:
 
     @property
     def counts(self) -> dict[str, int]:
-        """For the summary: how many were written, had to be given up, and how often writing was tried again."""
+        """Counts for the summary: checkpoints written and given up, retries, and the last round."""
         writer = self._writer
         return {
             "written": writer.num_written,
@@ -175,7 +175,7 @@ class Checkpointing:
 def complete(
     nodes: Iterator[tuple[NodeId, StateExport]], needed: Collection[NodeId]
 ) -> Iterator[tuple[NodeId, StateExport]]:
-    """What a snapshot gives, if all of ``needed`` are among it, and anybody at all.
+    """Yield the states of a snapshot, and check that none that is needed is missing.
 
     Raises:
         NodeGoneError: one of them died before it was asked.
@@ -191,7 +191,7 @@ def complete(
 
 
 def _warn(what: str, facts: Mapping[str, Any]) -> None:
-    """Say at once what the storage refuses, the first time; called in the writer's thread."""
+    """Log what the storage refuses, the first time at once; called in the writer's thread."""
     if what == "checkpoint_retry" and facts["is_first"]:
         _LOG.warning("%s; tried again, and the run goes on", facts["error"])
     elif what == "checkpoint_written" and facts["untidy"]:

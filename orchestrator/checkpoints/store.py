@@ -56,10 +56,10 @@ _READERS = 4
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was written, read again."""
+    """A checkpoint that was read."""
 
     number: int
-    """Of the round after which it was made."""
+    """Round after which it was made."""
     controller: dict[str, Any]
     """Plain JSON as given."""
     nodes: Mapping[NodeId, StateExport]
@@ -90,7 +90,7 @@ class _Manifest(BaseModel):
     mark: Annotated[str, Field(exclude=True)] = ""
     """This user's, of all of the above; empty: there was no place for a key."""
     checksum: Annotated[str, Field(exclude=True)] = ""
-    """Of all of the above: damage is noticed without a key, too."""
+    """Checksum of all of the above: damage is noticed without a key, too."""
 
     def sealed(self) -> _Manifest:
         """With this user's mark."""
@@ -144,7 +144,7 @@ class CheckpointStore:
         self._begun_from: int | None = None
         self._written: set[int] = set()
         self.untidy: str | None = None
-        """What kept the last ``write`` from removing old checkpoints; the next one tries again."""
+        """Error of the last removal of old checkpoints, or None; the next ``write`` tries again."""
 
     @property
     def where(self) -> str:
@@ -210,7 +210,7 @@ class CheckpointStore:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def rounds(self) -> list[int]:
-        """Of the checkpoints that have a manifest, ascending.
+        """Return the rounds of all checkpoints that have a manifest, ascending.
 
         Raises:
             CheckpointReadError: the storage cannot be reached.
@@ -358,7 +358,7 @@ class _Draft:
     _files: dict[str, _File] = field(default_factory=dict[str, _File])
     _nodes: dict[str, Any] = field(default_factory=dict[str, Any])
     _keys: set[str] = field(default_factory=set[str])
-    """Of all tensors so far."""
+    """Keys of all tensors so far."""
     _pending: list[Stored] = field(default_factory=list)  # pyright: ignore[reportUnknownVariableType]
     _pending_bytes: int = 0
     _replaces: bool = False
@@ -375,7 +375,7 @@ class _Draft:
 
     @property
     def names(self) -> set[str]:
-        """Of its files."""
+        """Names of its files."""
         return {*self._files, _MANIFEST}
 
     def begin(self) -> None:
@@ -485,7 +485,7 @@ def _checksum(data: Piece) -> str:
 
 
 def _sum(data: object) -> str:
-    """Of one part of a state: also of a file that was edited and sealed again it says which part that was."""
+    """Checksum of one part of a state: names the edited part of a file that was sealed again."""
     return _checksum(json.dumps(data).encode())
 
 
@@ -522,7 +522,7 @@ def _export(meta: dict[str, Any], tensors: Mapping[str, Bytes]) -> StateExport:
 
 
 def _hint(rounds: list[int], chosen: int, *, asked: bool, previous: bool) -> str:
-    """What to do about a checkpoint that cannot be used."""
+    """Advise on a checkpoint that cannot be used."""
     others = [one for one in rounds if one != chosen]
     before = [one for one in rounds if one < chosen]
     if asked:

@@ -30,7 +30,7 @@ _NAMES = {
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64",
 }  # fmt: skip
-"""Of torch's types, the names that safetensors has; tensors of others are written as bytes."""
+"""Names of torch's types in safetensors; tensors of other types are written as bytes."""
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000  # as safetensors has it
 
@@ -51,7 +51,7 @@ class Stored:
 
 
 def stored(form: dict[str, Any], data: Bytes) -> Stored:
-    """A tensor of which ``form`` has dtype and shape, hashed. Of large ones the hash releases the GIL."""
+    """Hash a tensor with dtype and shape of ``form``; for large ones that releases the GIL."""
     shape: tuple[int, ...] = tuple(form["shape"])
     if nbytes(form) != data.nbytes:
         raise ValueError(f"{data.nbytes} bytes are no {form['dtype']}{list(shape)}")
@@ -61,7 +61,7 @@ def stored(form: dict[str, Any], data: Bytes) -> Stored:
 
 
 def nbytes(form: dict[str, Any]) -> int:
-    """Of a tensor with this dtype and shape."""
+    """Size of a tensor with this dtype and shape."""
     return math.prod(form["shape"]) * _itemsize(form)
 
 
@@ -94,12 +94,12 @@ def layout(tensors: Iterable[Stored]) -> tuple[bytes, list[memoryview]]:
 
 
 def checksum(header: bytes) -> str:
-    """Of a file of tensors."""
+    """Checksum of a file of tensors."""
     return f"header-sha256:{hashlib.sha256(header).hexdigest()}"
 
 
 def read(data: Bytes, expected: str) -> Iterator[tuple[str, Bytes]]:
-    """The tensors of a file by their keys, as views of it, each checked.
+    """Read the tensors of a file by their keys, as views of it, each checked.
 
     Raises:
         DamagedError: it is not the file whose checksum was ``expected``.

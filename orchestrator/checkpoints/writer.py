@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training, by one thread that stops for nothing and that nothing stops for."""
+"""Writes checkpoints in a background thread, beside training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CheckpointWriter:
         self._is_closing = False
         self._is_hasty = False
         self._num_given_up = 0
-        """Since the last that was written: a storage that is known to take nothing is asked once each time."""
+        """Checkpoints given up since the last written one: a storage that is known to fail is asked once each time."""
         self._outcomes: list[Mapping[str, Any]] = []
         self._thread: threading.Thread | None = None
         self.num_written = 0
@@ -94,12 +94,12 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is to be written yet."""
+        """Whether anything is still to be written."""
         with self._changed:
             return self._has_work()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait until all that was submitted is written or given up; say whether it is."""
+        """Wait until all that was submitted is written or given up; return whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
 
@@ -133,7 +133,7 @@ class CheckpointWriter:
             self._thread.join(LONGEST_S)
 
     def take(self) -> list[Mapping[str, Any]]:
-        """What has become of checkpoints since the last call.
+        """Return the outcomes of checkpoints since the last call.
 
         Of each: ``round``, ``nbytes``, ``seconds`` and ``cpu_seconds`` of this thread (all attempts, without the pauses
         between them), ``error`` (``None``: it is written), ``is_gone`` (a node died that was to give its state: the
@@ -206,7 +206,7 @@ class CheckpointWriter:
         }
 
     def _pause(self, number: int, error: str | None, retries: int) -> bool:
-        """Wait before the next attempt; say whether there is to be one."""
+        """Wait before the next attempt; return whether there is one."""
         if self._is_closing or self._is_hasty:
             return False
         pause_s = self._pauses_s[retries]
@@ -238,7 +238,7 @@ class _SourceError(Exception):
 
 
 class _Kept:
-    """What an iterable yields, again and again; it is consumed once, as far as it is asked for."""
+    """Replay an iterable any number of times; it is consumed once, and lazily."""
 
     def __init__(self, nodes: Iterable[tuple[NodeId, StateExport]]) -> None:
         self._rest = iter(nodes)

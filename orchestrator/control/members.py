@@ -213,12 +213,12 @@ class Members:
         return bool(decisions)
 
     def comes(self, node: NodeId) -> bool:
-        """Whether ``node`` is being started, or will be."""
+        """Return whether ``node`` is being started, or will be."""
         return self._pool.comes(node)
 
     @property
     def are_coming(self) -> bool:
-        """Whether anybody is."""
+        """Whether any node is being started, or will be."""
         return self._pool.are_coming
 
     def most_possible(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Messages between nodes, as the controller handles them: the mailroom decides, the runtime carries, the log tells."""
+"""Carries out and logs the mailroom's decisions on messages between nodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Mail:
         self.room = room
 
     def take(self, happening: Happening) -> bool:
-        """Handle what concerns messages; say whether it was that."""
+        """Handle what concerns messages; return whether ``happening`` did."""
         match happening:
             case Reached(node, Sending(to, letter, _, nbytes)):
                 envelope = self.room.send(node, to, nbytes, letter)
@@ -60,11 +60,11 @@ class Mail:
         return True
 
     def next_timeout(self) -> float | None:
-        """When ``expire`` is due."""
+        """Return when ``expire`` is due."""
         return self.room.next_timeout()
 
     def expire(self) -> bool:
-        """Let those run on that have waited long enough; return whether there were any."""
+        """Let nodes run on whose receive has timed out; return whether there were any."""
         expired = self.room.expired(self._runtime.now)
         self._hand_over(expired)
         return bool(expired)

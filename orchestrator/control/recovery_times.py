@@ -1,4 +1,4 @@
-"""How long it takes until a node that was lost, or was not there before, has committed a round: phase by phase."""
+"""Measures how long a node takes from its loss or start to its next commit, phase by phase."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Recovery:
     """Moments on the runtime's clock."""
 
     struck: float | None = None
-    """A scheduled fault happened to it; of others nobody knows the moment."""
+    """Time of a scheduled fault; of other faults nobody knows the moment."""
     lost: float | None = None
     launched: float | None = None
     up: float | None = None
@@ -37,7 +37,7 @@ class Recoveries:
         self._open: dict[NodeId, _Recovery] = {}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """Return open recoveries as plain data."""
         return {str(node): asdict(one) for node, one in self._open.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -45,31 +45,31 @@ class Recoveries:
         self._open = {int(node): _Recovery(**one) for node, one in state.items()}
 
     def struck(self, node: NodeId) -> None:
-        """A scheduled fault happens to ``node`` now."""
+        """Note that a scheduled fault happens to ``node`` now."""
         self._open.setdefault(node, _Recovery()).struck = self._run.runtime.now
 
     def lost(self, node: NodeId) -> None:
-        """``node`` is known to be gone."""
+        """Note that ``node`` is known to be gone."""
         struck = self._open.get(node, _Recovery()).struck
         self._open[node] = _Recovery(struck=struck, lost=self._run.runtime.now)
 
     def launched(self, nodes: Iterable[NodeId]) -> None:
-        """``nodes`` are being started."""
+        """Note that ``nodes`` are being started."""
         for node in nodes:
             self._open.setdefault(node, _Recovery()).launched = self._run.runtime.now
 
     def up(self, node: NodeId, import_s: float) -> None:
-        """``node`` is there; ``import_s`` of the time was its own."""
+        """Note that ``node`` is up; ``import_s`` seconds of the time were its own."""
         recovery = self._open.setdefault(node, _Recovery())
         recovery.up, recovery.import_s = self._run.runtime.now, import_s
 
     def transferred(self, node: NodeId, seconds: float) -> None:
-        """``node`` has been given state, which took ``seconds``."""
+        """Add ``seconds`` in which ``node`` was given state."""
         if node in self._open:
             self._open[node].transfer_s += seconds
 
     def committed(self, number: int, nodes: Iterable[NodeId]) -> None:
-        """``nodes`` have committed a round."""
+        """Record the recoveries of ``nodes``, which have committed a round."""
         if not self._open:
             return
         now = self._run.runtime.now

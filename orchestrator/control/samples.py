@@ -1,4 +1,4 @@
-"""What becomes of a run's samples: how many were drawn and committed, who is handed whose, and what is logged of it."""
+"""Counts a run's samples, and hands the data of absent nodes to others."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Samples:
         self._script = script
         self.num_parts: int | None = None
         self.ledger: DataLedger | None = None
-        """Of parts that others may draw; ``None``: data stay with their nodes, or have another law."""
+        """Ledger of parts that other nodes may draw; None: data stay with their nodes, or have another law."""
         self._positions: dict[NodeId, Position] = {}
         self.num_drawn = 0
         self.num_committed = 0
 
     def start(self, num_parts: int | None, part_sizes: Sequence[int] | None) -> None:
-        """The data are divided into so many parts, of these sizes; ``None``: no part is drawn by others."""
+        """Divide the data into parts of these sizes; None: no part is drawn by other nodes."""
         self.num_parts = num_parts
         self.ledger = None if part_sizes is None else DataLedger(part_sizes)
 
     def begin(self, number: int, nodes: Sequence[NodeId], present: Collection[NodeId]) -> Mapping[NodeId, Place]:
-        """Of which of ``nodes``, which begin round ``number``, there is news what they are to draw."""
+        """Return the changed plans of ``nodes``, which begin round ``number``."""
         if self.ledger is None:
             return NOTHING_NEW
         if self._script is None:
@@ -65,7 +65,7 @@ class Samples:
         return places
 
     def committed(self, number: int, reports: Mapping[NodeId, Returned]) -> None:
-        """Nodes have committed round ``number``.
+        """Book the draws of nodes that have committed round ``number``.
 
         Raises:
             RunError: they have not drawn what they were to draw, which a log that does not fit can lead to.
@@ -87,17 +87,17 @@ class Samples:
                 self._record("draws", round=number, law=self._law, nodes=draws)
 
     def gone(self, node: NodeId) -> None:
-        """The process of ``node`` is gone."""
+        """Book that the process of ``node`` is gone."""
         if self.ledger is not None:
             self.ledger.gone(node)
 
     def position(self, node: NodeId) -> Position:
-        """Where the own part of ``node`` goes on, as far as it is committed."""
+        """Return the committed position of ``node`` in its own part."""
         known = self._positions.get(node, Position()) if self.ledger is None else self.ledger.position(node)
         return Position(known.epoch, known.offset)
 
     def counts(self, present: Iterable[NodeId], away: Iterable[NodeFacts]) -> dict[str, int]:
-        """``drawn``, ``committed``, ``redrawn`` and ``lost`` samples so far.
+        """Count ``drawn``, ``committed``, ``redrawn`` and ``lost`` samples so far.
 
         *Redrawn* were drawn in rounds that their node did not commit, and are drawn again; those of a process that died
         in mid-round it took with it, uncounted. *Lost* are, of epochs that all who are there have completed, those that
@@ -113,7 +113,7 @@ class Samples:
         return {"drawn": self.num_drawn, "committed": self.num_committed, "redrawn": redrawn, "lost": lost}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for a checkpoint."""
+        """Return the books as plain data, for a checkpoint."""
         return {
             "parts": self.num_parts,
             "ledger": None if self.ledger is None else self.ledger.to_json(),

@@ -1,4 +1,4 @@
-"""State for those that have not got what was committed last: from what was kept of them, and from donors.
+"""Gives nodes the last committed state: from what was kept of them, and from donors.
 
 Only a node of the last committed round can be a donor: one that is new can never overwrite the model. Several joiners
 are spread over several donors. A donor that dies meanwhile is followed by another.
@@ -27,18 +27,18 @@ class _Joiner:
     """A node on its way to the committed state."""
 
     number: int
-    """The round that it is to join."""
+    """Round that it is to join."""
     began: float
     place: int
     position: Position | None
     refused: set[NodeId] = field(default_factory=set)
-    """Donors that could not give."""
+    """Donors whose transfer failed."""
     kept: int | None = None
-    """The round of what was kept of itself."""
+    """Round of its own kept state."""
     restored: bool = False
-    """It has that now."""
+    """It has its own kept state now."""
     waits: bool = False
-    """Nobody can give yet."""
+    """No donor is there yet."""
 
 
 class Transfers:
@@ -75,12 +75,12 @@ class Transfers:
 
     @property
     def pending(self) -> tuple[NodeId, ...]:
-        """Who is being given state, sorted."""
+        """Nodes that are being given state, sorted."""
         return tuple(sorted(self._joiners))
 
     @property
     def is_moving(self) -> bool:
-        """Whether somebody is being given state, and does not only wait for a donor to come."""
+        """Whether any node is being given state, and does not only wait for a donor."""
         return any(not joiner.waits for joiner in self._joiners.values())
 
     def begin(self, number: int, node: NodeId, position: Position | None, kept: int | None) -> None:
@@ -117,7 +117,7 @@ class Transfers:
         self._on_begin(node, donor)
 
     def retry(self) -> None:
-        """Ask again on behalf of those for whom there was no donor.
+        """Ask again for nodes for which there was no donor.
 
         Raises:
             RunError: nobody has it any more.
@@ -126,7 +126,7 @@ class Transfers:
             self._ask_donor(node, self._joiners[node])
 
     def take(self, happening: Happening) -> tuple[NodeId, bool] | None:
-        """Take what concerns transfers; return who has got all now, and whether that is all that it ever had."""
+        """Take what concerns transfers; return who has got all now, and whether it lacks nothing that it ever had."""
         match happening:
             case Loaded(node, source, nbytes) if node in self._joiners:
                 return self._loaded(node, source, nbytes)

@@ -30,7 +30,7 @@ class Ledger:
 
     @property
     def payload(self) -> int:
-        """What the algorithm sent: between peers, and with a server."""
+        """Bytes that the algorithm sent, between peers and with a server."""
         return self["peer"] + self["server"]
 
     def to_json(self) -> dict[Kind, int]:

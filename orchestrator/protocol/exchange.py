@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """Where an exchange stands."""
+    """Phase of an exchange."""
 
     OPEN = "open"
     SECURING = "securing"
@@ -29,9 +29,9 @@ class Exchange:
     seq: int
     is_gather: bool = False
     first_at: float | None = None
-    """When the first contribution was announced; who only receives may be there at once, and is no measure."""
+    """Time of the first contribution; nodes that only receive may post at once, and do not count."""
     first_s: float = 0.0
-    """How long that took, from the round's begin or the last close before it."""
+    """Seconds to the first contribution, from the round's begin or the last close before it."""
     phase: Phase = Phase.OPEN
     posts: dict[NodeId, Posted] = field(default_factory=dict)
     """While open: of active members only."""
@@ -41,11 +41,11 @@ class Exchange:
     generation: int = 0
     """Grows when parts are made anew; answers to an older request are dropped."""
     makers: dict[int, NodeId] = field(default_factory=dict)
-    """Who makes each part."""
+    """The node that makes each part."""
     secured: dict[int, frozenset[NodeId]] = field(default_factory=dict)
-    """Of what each finished part is made. Gathers: keyed by the fetching member instead, active ones only."""
+    """The contributors to each finished part. Gathers: keyed by the fetching member instead, active ones only."""
     asked: tuple[Phase, int] | None = None
-    """What was asked of members, and the generation, at the deadline before."""
+    """Phase and generation at the deadline before."""
     delivered: set[NodeId] = field(default_factory=set)
     """Active members that hold the result."""
 

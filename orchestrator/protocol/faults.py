@@ -1,4 +1,4 @@
-"""Scheduled faults: what `faults.events` says is to happen, at which moment of which round."""
+"""Scheduled faults: which events of `faults.events` are due at a moment of a round."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Faults:
-    """Tells what is due; each event happens once, however often its round is tried."""
+    """Hands out each scheduled event once, however often its round is tried."""
 
     def __init__(self, config: FaultsConfig) -> None:
         self._pending = list(config.events)
@@ -26,7 +26,7 @@ class Faults:
         return any(event.kind == "late_join" for event in self._pending)
 
     def due(self, number: int, phase: FaultPhase, node: NodeId | None = None) -> list[FaultEvent]:
-        """The events of this moment: of ``node`` alone, if the moment is one node's."""
+        """Return the events of this moment, those of ``node`` alone if it is given."""
         if not self._pending:
             return []
         due = [
@@ -38,17 +38,17 @@ class Faults:
         return due
 
     def late_joins(self, number: int) -> list[FaultEvent]:
-        """Who joins late, in round ``number`` of the run."""
+        """Return the late joins of round ``number`` of the run."""
         due = [event for event in self._pending if event.kind == "late_join" and event.round == number]
         self._pending = [event for event in self._pending if event not in due]
         return due
 
     def missed(self, number: int) -> list[FaultEvent]:
-        """The events of round ``number``, which is over, that never were due."""
+        """Return the events of round ``number``, which is over, whose moment never came."""
         missed = [event for event in self._pending if event.round == number]
         self._pending = [event for event in self._pending if event.round != number]
         return missed
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The events that are still to come, as in the configuration."""
+        """Return the events that are still to come, as in the configuration."""
         return [event.model_dump(mode="json") for event in self._pending]

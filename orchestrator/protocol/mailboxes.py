@@ -26,7 +26,7 @@ class Envelope:
     round: int
     """The sender's."""
     number: int
-    """Of the messages that the sender sent in that round, from 0."""
+    """Number of the message among those that the sender sent in that round, from 0."""
     to: NodeId
     nbytes: int
     letter: int
@@ -34,11 +34,11 @@ class Envelope:
     heard: int
     """The receiver's round that the sender had last heard of."""
     attempt: int = 0
-    """How often a round of all had been begun again when it was sent."""
+    """Number of times that a round of all nodes had begun again when it was sent."""
 
     @property
     def key(self) -> tuple[NodeId, int, int]:
-        """What names the message."""
+        """Identity of the message: sender, round and number."""
         return self.sender, self.round, self.number
 
 
@@ -71,12 +71,12 @@ class _Box:
     sent: tuple[int, int] = (-1, -1)
     """(round, number) of the last message: what is not after it was sent before, in an earlier attempt."""
     heard: dict[NodeId, int] = field(default_factory=dict)
-    """Of each other node: its round when it sent what was received from it last, or had what this one began with."""
+    """The round of each other node when it sent its last message that was received, or the state that this node got."""
     known: dict[NodeId, int] = field(default_factory=dict)
-    """The same as of the last commit: a round that begins again has heard of nothing since."""
+    """``heard`` as of the last commit, to which a round that begins again goes back."""
     queue: deque[Envelope | Left | Timeout] = field(default_factory=deque)
     log: list[tuple[int, Envelope | Left | Timeout]] = field(default_factory=list)
-    """What it was handed, in order, and in which round, since what is kept of it; of the server, or of all."""
+    """Messages that were handed over since the kept state, with the round of each; the server's, or all nodes'."""
     unsent: set[tuple[int, int]] = field(default_factory=set)
     """(round, number) of messages that were sent and never arrived."""
     receiving: bool = False
@@ -94,7 +94,7 @@ class Mailroom:
         """Whether what anybody is handed is remembered until its round is committed; else only the server's."""
         self._boxes = {node: _Box() for node in nodes}
         self._until: dict[NodeId, float] = {}
-        """Of those that wait with a limit."""
+        """Deadlines of pending receives, of nodes that wait with a limit."""
         self._num_receiving = 0
         self._attempt = 0
         self._in_flight: dict[tuple[NodeId, int, int, int], Envelope] = {}
@@ -107,28 +107,28 @@ class Mailroom:
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
-        """Who is there, sorted."""
+        """Nodes that have a mailbox, sorted."""
         return tuple(sorted(self._boxes))
 
     @property
     def receiving(self) -> tuple[NodeId, ...]:
-        """Who waits for a message, sorted."""
+        """Nodes that wait for a message, sorted."""
         return tuple(sorted(node for node, box in self._boxes.items() if box.receiving))
 
     def begin(self, node: NodeId, number: int) -> None:
-        """``node`` begins round ``number``."""
+        """Open round ``number`` of ``node``."""
         self.stop(node)
         box = self._boxes[node]
         box.round, box.num_sent, box.is_open, box.heard = number, 0, True, dict(box.known)
 
     def end(self, node: NodeId) -> list[Envelope]:
-        """``node`` has committed its round: return what nobody will be handed again, unless it is the server's."""
+        """Close the round of ``node``, which is committed; return messages that nobody will be handed again."""
         box = self._boxes[node]
         box.is_open, box.known = False, dict(box.heard)
         return [] if node == SERVER else self.kept(node, box.round)
 
     def send(self, sender: NodeId, to: NodeId, nbytes: int, letter: int) -> Envelope | None:
-        """Give a message its name; ``None`` if nobody is to have it: the receiver is gone, or it was sent before."""
+        """Name a message; return None if nobody is to have it: the receiver is gone, or it was sent before."""
         box = self._boxes[sender]
         number = box.num_sent
         box.num_sent += 1
@@ -143,21 +143,21 @@ class Mailroom:
         return envelope
 
     def arrived(self, envelope: Envelope) -> list[Handover]:
-        """A message has come to its receiver's box; empty if the receiver works, or is gone."""
+        """Put a message into its receiver's box; return nothing if the receiver computes, or is gone."""
         self._in_flight.pop((*envelope.key, envelope.attempt), None)
         if envelope.attempt != self._attempt and self._lockstep:
             return []  # of an attempt that was given up
         return self._put(envelope.to, envelope)
 
     def vanished(self, envelope: Envelope) -> None:
-        """A message will not arrive: its payload was lost with its sender, who may send it again."""
+        """Book that a message will not arrive: its payload was lost with its sender, which may send it again."""
         self._in_flight.pop((*envelope.key, envelope.attempt), None)
         box = self._boxes.get(envelope.sender)
         if box is not None:
             box.unsent.add((envelope.round, envelope.number))
 
     def receive(self, node: NodeId, timeout_s: float | None, now: float) -> list[Handover]:
-        """``node`` waits for a message."""
+        """Hand ``node`` its next message, or let it wait for one."""
         self._boxes[node].receiving = True
         self._num_receiving += 1
         if timeout_s is not None:
@@ -165,11 +165,11 @@ class Mailroom:
         return self._serve(node)
 
     def next_timeout(self) -> float | None:
-        """When the first of those that wait has waited long enough."""
+        """Return the earliest deadline of all pending receives, or None."""
         return min(self._until.values()) if self._until else None
 
     def expired(self, now: float) -> list[Handover]:
-        """Those that have waited long enough."""
+        """Hand a timeout to all nodes whose deadline has passed."""
         late = sorted(node for node, until in self._until.items() if until <= now)
         for node in late:
             self.stop(node)
@@ -177,40 +177,40 @@ class Mailroom:
         return [Handover(node, Timeout()) for node in late]
 
     def join(self, node: NodeId, known: Mapping[NodeId, int] | None = None) -> None:
-        """``node`` is there, with an empty box, and has heard of others' rounds as ``known``; nobody is told."""
+        """Give ``node`` an empty box; it has heard of others' rounds as ``known`` says. Nobody is told."""
         box = self._boxes.setdefault(node, _Box())
         if known is not None:
             box.known = dict(known)
 
     def known(self, node: NodeId) -> dict[NodeId, int]:
-        """Of which round of each other node the last commit of ``node`` has heard."""
+        """Return the last round of each other node that the last commit of ``node`` has heard of."""
         return dict(self._boxes[node].known) if node in self._boxes else {}
 
     def leave_out(self, node: NodeId) -> None:
-        """``node`` is not there yet; nobody is told."""
+        """Remove the box of ``node``, which is not up yet; nobody is told."""
         self._boxes.pop(node, None)
 
     def again(self, node: NodeId) -> None:
-        """``node`` goes on from what is kept of it: it is handed again what it was handed since, in the same order."""
+        """Queue again all messages that ``node`` was handed since its kept state, from which it goes on."""
         box = self._boxes[node]
         box.queue.extendleft(what for _, what in reversed(box.log))
         box.log = []
 
     def rewind(self, node: NodeId) -> None:
-        """``node``, which has been told to ``stop``, does its round again, and is handed the same again."""
+        """Queue again all messages of the open round of ``node``, which does that round again."""
         box = self._boxes[node]
         box.queue.extendleft(what for number, what in reversed(box.log) if number == box.round)
         box.log = [one for one in box.log if one[0] != box.round]
 
     def kept(self, node: NodeId, number: int) -> list[Envelope]:
-        """What ``node`` committed in round ``number`` is kept: return the messages until then, needed no more."""
+        """Forget messages that ``node`` was handed up to round ``number``, whose state is kept; return them."""
         box = self._boxes[node]
         done = [what for round_, what in box.log if round_ <= number and isinstance(what, Envelope)]
         box.log = [one for one in box.log if one[0] > number]
         return done
 
     def clear(self, node: NodeId) -> list[Envelope]:
-        """``node`` is gone: return the messages that were for it, or that it would have been handed again."""
+        """Empty the box of ``node``, which is gone; return all messages that it would have been handed."""
         box = self._boxes[node]
         found = [what for what in (*(what for _, what in box.log), *box.queue) if isinstance(what, Envelope)]
         box.log = []
@@ -218,7 +218,7 @@ class Mailroom:
         return found
 
     def forget(self, number: int) -> None:
-        """Round ``number`` begins again: what was sent in it was never sent."""
+        """Forget all messages of round ``number``, which begins again."""
         for node, box in self._boxes.items():
             self.stop(node)
             box.queue = deque(one for one in box.queue if not isinstance(one, Envelope) or one.round < number)
@@ -227,13 +227,13 @@ class Mailroom:
         self._attempt += 1
 
     def left(self, node: NodeId) -> list[Handover]:
-        """``node`` is gone: everybody else is told once."""
+        """Remove ``node``, which is gone, and put ``Left`` into every other box."""
         self.stop(node)
         self._boxes.pop(node, None)
         return [handover for other in self.nodes for handover in self._put(other, Left(node))]
 
     def stop(self, node: NodeId) -> None:
-        """``node`` waits for nothing any more."""
+        """Let ``node`` wait for nothing any more."""
         self._until.pop(node, None)
         box = self._boxes.get(node)
         if box is not None and box.receiving:
@@ -254,7 +254,7 @@ class Mailroom:
         return self._serve(node) if box.receiving else []
 
     def _serve(self, node: NodeId) -> list[Handover]:
-        """Hand the next message to a node that waits."""
+        """Hand the next message to a node that waits, if there is one."""
         box = self._boxes[node]
         what = self._choose(node, box.queue)
         if what is None:
@@ -272,14 +272,14 @@ class Mailroom:
             box.log.append((box.round, what))
 
     def _choose(self, node: NodeId, queue: deque[Envelope | Left | Timeout]) -> Envelope | Left | Timeout | None:
-        """What the node is to receive: what came first."""
+        """Return the next message for a node: the one that came first."""
         del node
         return queue.popleft() if queue else None
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def waiting(self) -> list[Envelope]:
-        """Messages that nobody has received, or whoever has will be handed them again: in boxes, and on their way."""
+        """Return messages in boxes and on their way, those too that are handed over again."""
         boxed = [what for box in self._boxes.values() for what in self._open(box) if isinstance(what, Envelope)]
         return boxed + [envelope for envelope in self._in_flight.values() if self._counts(envelope)]
 
@@ -309,7 +309,7 @@ class Mailroom:
         }
 
     def restore(self, state: Mapping[str, Any], *, exactly: bool = False) -> list[Envelope]:
-        """Go on from what ``to_json`` gave, for those who are there; return the messages that wait.
+        """Go on from what ``to_json`` gave, for the nodes that are up; return the messages that wait.
 
         What was on its way has arrived, unless it is to be ``exactly`` as it was: then whoever had a box has one.
         """
@@ -343,7 +343,7 @@ class Mailroom:
         return [*again, *box.queue]
 
     def _counts(self, envelope: Envelope) -> bool:
-        """Whether it is not of an attempt that was given up, or to somebody who is gone."""
+        """Whether the message belongs to the current attempt and its receiver has a mailbox."""
         return envelope.to in self._boxes and not (self._lockstep and envelope.attempt != self._attempt)
 
 

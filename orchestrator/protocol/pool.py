@@ -1,4 +1,4 @@
-"""How many nodes there are to be, and which are started when. A policy: it returns decisions, and the loops act."""
+"""Decides which nodes are started when. A policy: it returns decisions, and the loops act."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ Decision: TypeAlias = Launch | StandBy
 
 @dataclass
 class _Crashes:
-    """What is known of failures of a node, or of spares."""
+    """Failures of a node, or of spares."""
 
     count: int = 0
-    """Since it last committed a round, or came up."""
+    """Failures since it last committed a round, or came up."""
     due: float | None = None
-    """When it is to be started again; ``None``: it is being started, or never."""
+    """Time of its next start; None: it is being started, or never is."""
 
     def again(self, now: float) -> bool:
-        """Count one, and say whether it is to be started again: at once the first time, then after growing pauses."""
+        """Count a failure; return whether another start follows: at once the first time, then after growing pauses."""
         self.count += 1
         delay = 0.0 if self.count == 1 else _FIRST_DELAY_S * 2 ** (self.count - 2)
         given_up = self.count > _MAX_CRASHES
@@ -77,44 +77,44 @@ class Pool:
     # --- what has happened -------------------------------------------------------------------------------------------
 
     def want(self, node: NodeId, now: float) -> None:
-        """``node`` is to be there from now on."""
+        """Want ``node`` from now on."""
         self._wanted.add(node)
         self._crashes[node] = _Crashes(due=now)
 
     def starting(self, nodes: Iterable[NodeId]) -> None:
-        """``nodes`` are being started already."""
+        """Book that ``nodes`` are being started already."""
         self._starting.update(nodes)
 
     def up(self, node: NodeId) -> None:
-        """``node`` is there."""
+        """Book that ``node`` is up."""
         self._starting.discard(node)
 
     def lost(self, node: NodeId, now: float) -> bool:
-        """``node`` has died; say whether it is to be started again."""
+        """Book that ``node`` has died; return whether it is started again."""
         if node in self._starting:
             return True  # who is to take its place is on the way
         return self._crashes.setdefault(node, _Crashes()).again(now)
 
     def failed(self, node: NodeId, now: float) -> bool:
-        """``node`` was started and did not come up; say whether it is to be started again."""
+        """Book that ``node`` was started and did not come up; return whether it is started again."""
         self._starting.discard(node)
         return self._crashes.setdefault(node, _Crashes()).again(now)
 
     def leaves(self, node: NodeId, now: float) -> None:
-        """``node`` will be gone soon: who takes its place had better be started now."""
+        """Start the successor of ``node``, which will be gone soon."""
         if node not in self._starting:
             self._crashes.setdefault(node, _Crashes()).due = now
 
     def spare_lost(self, now: float) -> bool:
-        """A spare has died; say whether there will be another."""
+        """Book that a spare has died; return whether another is started."""
         return self._spares.again(now)
 
     def room(self, places: int) -> None:
-        """There is room for so many processes more."""
+        """Book that there is room for ``places`` more processes."""
         self._places = places
 
     def committed(self, nodes: Iterable[NodeId]) -> None:
-        """``nodes`` have committed a round: what was before is forgiven."""
+        """Forgive ``nodes``, which have committed a round, their earlier failures."""
         for node in nodes if self._crashes else ():
             known = self._crashes.get(node)
             if known is not None and known.due is None:
@@ -123,7 +123,7 @@ class Pool:
     # --- what is to be done ------------------------------------------------------------------------------------------
 
     def decide(self, now: float, num_spares: int) -> list[Decision]:
-        """What is due at ``now``, when ``num_spares`` processes stand by or are being started to; each is said once."""
+        """Return what is due at ``now``, each decision once, when ``num_spares`` processes stand by or will."""
         due = sorted(node for node, one in self._crashes.items() if one.due is not None and one.due <= now)
         for node in due:
             self._crashes[node].due = None
@@ -137,7 +137,7 @@ class Pool:
         return decisions
 
     def _grown(self) -> list[NodeId]:
-        """Ids of new nodes, where there is room for them."""
+        """Return ids of new nodes, where there is room for them."""
         if not self._auto or not self._places:
             return []
         # Those that are being started will take places that are still counted as free.
@@ -156,18 +156,18 @@ class Pool:
 
     @property
     def are_coming(self) -> bool:
-        """Whether anybody is."""
+        """Whether any node is being started, or will be."""
         return bool(self._starting) or any(map(self.comes, self._crashes))
 
     def next_due(self, num_spares: int = 0) -> float | None:
-        """When ``decide`` is to be asked again, if nothing happens before, and ``num_spares`` are still there."""
+        """Return when ``decide`` is due again if nothing happens before; ``num_spares`` processes stand by."""
         waiting = [*self._crashes.values(), *([self._spares] if num_spares < self._warm_spares else [])]
         return min((one.due for one in waiting if one.due is not None), default=None)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """Return the pool as plain data."""
         return {
             "wanted": sorted(self._wanted),
             "starting": sorted(self._starting),

@@ -83,7 +83,7 @@ class Rendezvous:
         self.active = set(self.view)
         self.exchanges: dict[int, Exchange] = {}
         self.returned: dict[NodeId, Returned] = {}
-        """Of active members only."""
+        """What active members said at the end of their programs."""
         self.over = False
         self.payload_nbytes = 0
         """Logical deliveries between distinct nodes so far."""
@@ -94,14 +94,14 @@ class Rendezvous:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether somebody waits: for others to post or to return, or for an exchange to be carried out."""
+        """Whether any node waits for others to post or to return, or for an exchange to be carried out."""
         return bool(self.returned) or any(
             exchange.waiting or exchange.phase in (Phase.SECURING, Phase.DELIVERING)
             for exchange in self.exchanges.values()
         )
 
     def handle(self, event: Event, now: float = 0.0) -> list[Decision]:
-        """Take one event that happened at ``now``, in seconds; return what is to be done, in order."""
+        """Take one event that happened at ``now``, in seconds; return the decisions that follow, in order."""
         if self.over:
             return []
         self._now = now
@@ -275,7 +275,7 @@ class Rendezvous:
             self._try_close(exchange)
 
     def _leave_debtors(self, exchange: Exchange) -> None:
-        """Cancel who has owed an answer since the deadline before: a member may hang in an exchange too."""
+        """Cancel nodes that have owed an answer since the deadline before: a member may hang in an exchange too."""
         match exchange.phase:
             case Phase.SECURING if exchange.is_gather:
                 owing = self.active - exchange.secured.keys()
@@ -374,7 +374,7 @@ class Rendezvous:
         self._secure(exchange, range(exchange.num_parts))
 
     def _inline_nbytes(self, exchange: Exchange) -> int:
-        """What the contributions to a small exchange are, over all that they go to."""
+        """Return the bytes of a small exchange: each contribution, times its receivers."""
         sizes = {node: sum(exchange.posts[node].part_nbytes) for node in exchange.closed}
         if not any(exchange.posts[by].wants is not None for by in self.active):
             return sum(sizes.values()) * (len(self.active) - 1)
@@ -506,7 +506,7 @@ class Rendezvous:
         self._out.append(Commit(tuple(sorted(self.active))))
 
     def _healed(self, groups: Iterable[Sequence[NodeId]]) -> bool:
-        """Tell that replicas differ; if it is wanted, and most agree, leave the others behind and go on."""
+        """Report that replicas differ; return True if a majority goes on, and cancel the other nodes then."""
         largest_first = tuple(tuple(group) for group in sorted(groups, key=len, reverse=True))
         majority = largest_first[0]
         healed = self._heal and 2 * len(majority) > len(self.active) and len(majority) >= self.need
@@ -528,7 +528,7 @@ class Rendezvous:
 
 
 def _nobody(exchange: Exchange) -> str:
-    """Why there is nothing to be had in an exchange."""
+    """Say why an exchange has no contributions."""
     skipped = {node: post.skipped for node, post in sorted(exchange.posts.items()) if post.skipped}
     if not skipped:
         return f"nobody contributes to exchange {exchange.seq}, or nobody can fetch what is contributed"

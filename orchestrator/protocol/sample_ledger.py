@@ -39,7 +39,7 @@ class DataLedger:
         """Of those that have committed draws or were handed something; ``extra`` counts from the begin of ``_extras``.
         """
         self._extras: dict[NodeId, list[Segment]] = {}
-        """What nodes were handed; of all of which anything was ever changed."""
+        """Ranges that nodes were handed; of all nodes whose plan was ever changed."""
         self._pool: list[Segment] = []
         """To be handed out."""
         self._changed: set[NodeId] = set()
@@ -210,11 +210,11 @@ class DataLedger:
     # --- what is known -----------------------------------------------------------------------------------------------
 
     def position(self, node: NodeId) -> Position:
-        """How far ``node`` has committed."""
+        """Return how far ``node`` has committed."""
         return self._positions.get(node, Position())
 
     def rest(self, node: NodeId) -> list[Segment]:
-        """What ``node`` was handed and has not committed."""
+        """Return the ranges that ``node`` was handed and has not committed."""
         skipped, found = self.position(node).extra, list[Segment]()
         for one in self._extras.get(node, ()):
             if skipped < one.size:
@@ -232,7 +232,7 @@ class DataLedger:
         return epoch * size + offset + extra
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as plain data."""
+        """Return the ledger as plain data."""
         return {
             "sizes": list(self._sizes),
             "positions": {str(node): list(position) for node, position in sorted(self._positions.items())},

@@ -1,1 +1,1 @@
-"""What a run leaves in its directory, and who is told."""
+"""Records of a run in its directory, and the observers that receive them."""

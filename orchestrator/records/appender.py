@@ -1,4 +1,4 @@
-"""A file to which a run appends what is observed of it, and which ends no run: what a disk does not take now waits."""
+"""Appends records to a file; a full disk ends no run: records wait until there is room."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Appender:
 
     @property
     def size(self) -> int:
-        """Of the file, with what waits."""
+        """Size of the file and of the records that wait."""
         written = 0
         with suppress(OSError):
             written = self._folder.size(self._name)

@@ -25,7 +25,7 @@ FREE = (
 
 
 _MOST_LINES = 10
-"""Of keys that differ."""
+"""Limit on the keys that a message names."""
 
 FIXED = ("task.name", "task.model", "algorithm.name", "optimizer.name", "optimizer.precision", "seed", "data.source")
 """Keys of what the saved state is of: no run goes on with others."""

@@ -1,4 +1,4 @@
-"""The picture of a run: training and validation loss over rounds, and over the bytes that were sent."""
+"""Draws a run: training and validation loss over rounds, and over the bytes that were sent."""
 
 from __future__ import annotations
 

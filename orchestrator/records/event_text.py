@@ -1,4 +1,4 @@
-"""What is said of nodes that come and go: a line for each event of the controller's record that people care about."""
+"""Puts events of the run's log into words: a line for each that people care about."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PHASES = ("detect", "replace", "import", "transfer", "first_commit")
 
 
 def told(event: Mapping[str, Any]) -> str | None:
-    """An event in words; ``None`` for those that happen in every round.
+    """Put an event into words; return None for events of every round.
 
     >>> told({"event": "lost", "round": 4, "node": 2, "reason": "its process died"})
     'round 4: node 2 lost: its process died'
@@ -59,7 +59,7 @@ def told(event: Mapping[str, Any]) -> str | None:
 
 
 def _checkpoint(event: Mapping[str, Any]) -> str | None:
-    """What storage refuses is said once, however often it does; events.jsonl has each time."""
+    """Report a storage that fails once, however often it does; events.jsonl has each time."""
     given_up = event.get("given_up", 0)
     if event["error"] is None:
         return f"checkpoints are written again; {given_up} could not be" if given_up else None

@@ -1,4 +1,4 @@
-"""Who a run directory is: its run's id, its configuration as it was written, and whether we wrote it ourselves.
+"""Identity of a run directory: its run's id, its configuration as written, and the mark of whoever wrote it.
 
 ``run.json`` in the directory has these. A configuration can name code (``task: my_module:MyTask``), addresses and
 environments: whoever makes a run directory could make whoever resumes or exports it run their program. What a
@@ -54,9 +54,9 @@ class RunFile(Stored):
     config: str
     """SHA-256 of ``config.yaml`` as Starling wrote it."""
     names: list[str] = []
-    """What it reaches for: import paths, addresses, an environment."""
+    """Names outside of Starling that the configuration uses: import paths, addresses, an environment."""
     folders: list[str] = []
-    """Where the modules were found."""
+    """Folders in which the modules were found."""
     mark: str = ""
 
 
@@ -64,7 +64,7 @@ _RUN_FILE = TypeAdapter(RunFile)
 
 
 def read(path: Path) -> RunFile | None:
-    """What ``run.json`` of a directory says; ``None`` if it has none, being older.
+    """Read ``run.json`` of a directory; return None if there is none, as in older runs.
 
     Raises:
         ConfigError: it is damaged.
@@ -153,7 +153,7 @@ def is_sealed(kind: str, data: bytes, mark: str) -> bool:
 
 
 def digest(text: bytes) -> str:
-    """Of a configuration as it is written."""
+    """SHA-256 of a configuration as it is written."""
     return hashlib.sha256(text).hexdigest()
 
 
@@ -196,7 +196,7 @@ def require_trust(path: Path, config: Mapping[str, Any], *, trust: bool, what: s
 
 
 def reaches(config: Mapping[str, Any]) -> list[str]:
-    """What a configuration reaches for outside of Starling and its own directory: import paths, addresses, environment.
+    """List what a configuration uses outside of Starling and its directory: import paths, addresses, environment.
 
     >>> reaches({"task": "my_module:MyTask", "cluster": {"address": "auto"}})
     ['my_module:MyTask', 'cluster.address: auto']
@@ -237,7 +237,7 @@ def _texts(data: object) -> Iterator[str]:
 
 
 def _folders_of(names: Iterable[str]) -> Iterator[str]:
-    """Where the modules of import paths were found, but for installed ones."""
+    """Yield the folders in which modules of import paths were found, but for installed ones."""
     installed = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
     for name in names:
         module = sys.modules.get(name.partition(":")[0]) if _IMPORT.fullmatch(name) else None
@@ -257,7 +257,7 @@ def _is_ours(known: RunFile) -> bool:
 
 
 def _mark(names: list[str], folders: list[str]) -> str:
-    """Of this user for these names; empty if there is no place for a key."""
+    """Return this user's mark for these names; empty if there is no place for a key."""
     key = _key()
     return "" if key is None else hmac.new(key, json.dumps([names, folders]).encode(), hashlib.sha256).hexdigest()
 

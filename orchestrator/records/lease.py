@@ -132,7 +132,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who holds a lease, or held it."""
+    """Holder of a lease, present or past."""
 
     token: int
     problem: str | None
@@ -140,7 +140,7 @@ class _Holder:
 
 
 def _holder(run_dir: Path) -> _Holder | None:
-    """Who holds a run's lease; ``None`` if it has none."""
+    """Read the holder of a run's lease; return None if there is no lease."""
     try:
         facts = run_files.read(Folder(run_dir), _NAME, _LEASE)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What is reported of a run, and to whom: records of rounds, the summary, and the observers that take them."""
+"""Round records, the run summary, and the observers that receive them."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class RoundRecord:
     payload_bytes: int
     transport_bytes: int | None
     seconds: float
-    """On the runtime's clock."""
+    """Seconds on the runtime's clock."""
     train_seconds: float
-    """Of the slowest node."""
+    """Training time of the slowest node."""
     exchange_seconds: float
     """The rest of the round: exchanges and waiting for others."""
     evaluate_seconds: float = 0.0
     """On this machine's clock; not part of ``seconds``."""
     metrics: dict[str, float] | None = None
-    """Of the model after the round, if it was evaluated."""
+    """Metrics of the model after the round, if it was evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
-    """Of each node's own model, where they differ and ``evaluation.per_node`` asks for it."""
+    """Metrics of each node's own model, where these differ and ``evaluation.per_node`` is set."""
     samples: dict[str, int] = field(default_factory=dict)
     """As in ``Summary``, up to this round."""
 
@@ -73,7 +73,7 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to; ``starling run --json`` prints it."""
+    """Result of a run; ``starling run --json`` prints it."""
 
     status: Status
     run_id: str
@@ -82,7 +82,7 @@ class Summary:
     rounds: int
     """Committed."""
     metrics: dict[str, float]
-    """Of the last evaluation."""
+    """Metrics of the last evaluation."""
     bytes: dict[str, int | float | None]
     """``payload``, ``recovery``, ``per_round`` (payload), and ``transport`` (``None`` in the simulator)."""
     nodes: dict[str, int]
@@ -94,23 +94,23 @@ class Summary:
     replicas: str | None
     """``identical`` or ``healed``: what comparing their shared state showed; ``None`` if it is not replicated."""
     digest: str | None
-    """Of the final model's tensors; ``None`` if there is none."""
+    """Digest of the final model's tensors; None if there is no model."""
     seconds: float
     virtual_seconds: float | None
     lost: dict[str, int | float] = field(default_factory=dict)
-    """``residuals``: how often a node was lost with something that it had still to send; ``residual_norm``: of it."""
+    """``residuals``: nodes that were lost with a residual; ``residual_norm``: the norm of all these residuals."""
     baselines: dict[str, float] = field(default_factory=dict)
-    """What the validation loss compares with, by name."""
+    """Losses with which the validation loss compares, by name."""
     checkpoints: dict[str, int] | None = None
     """``written``, ``failed``, ``retries``, and the ``last_round`` that was saved; ``None``: there are none."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; JSON knows no NaN."""
+        """Return plain data without NaN."""
         return finite(asdict(self))
 
 
 def finite(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
-    """The same data with ``None`` for what is not a number that JSON can hold."""
+    """Return the data with None in place of NaN and infinities, which JSON cannot hold."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     return None if isinstance(data, float) and not math.isfinite(data) else data
@@ -135,13 +135,13 @@ class Observer:
     """Takes what happens in a run; every method does nothing unless overridden."""
 
     def on_start(self, started: Started) -> None:
-        """All nodes are up, before the first round."""
+        """Take the start: all nodes are up, before the first round."""
 
     def on_log(self, node: int, lines: Sequence[str]) -> None:
-        """A node wrote to its log."""
+        """Take lines that a node wrote to its log."""
 
     def on_usage(self, node: int, values: Mapping[str, float]) -> None:
-        """What a node's process and machine use, every few seconds; on a cluster."""
+        """Take the usage of a node's process and machine, every few seconds; on a cluster."""
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         """A line of the controller's record."""

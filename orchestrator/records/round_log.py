@@ -49,7 +49,7 @@ class Members:
     """From here on the members are these."""
 
     number: int
-    """Of the view."""
+    """Number of the view."""
     members: tuple[NodeId, ...]
 
 
@@ -91,7 +91,7 @@ def snapshot_round(name: str) -> int | None:
 
 
 class SealedLog:
-    """What is to be appended."""
+    """Makes the bytes to be appended to the log."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id

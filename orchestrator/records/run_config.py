@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def directory(run_dir: str | Path) -> Path:
-    """Where the run is.
+    """Resolve a run directory's path.
 
     Raises:
         ConfigError: that is no run's directory.
@@ -66,7 +66,7 @@ def given(file: str | Path, overrides: Sequence[str] = (), *, trust: bool = Fals
 
 
 def finished(path: Path) -> Summary | None:
-    """What the run in a directory came to, if it is finished.
+    """Read the summary of the run in a directory; return None unless it is finished.
 
     Raises:
         ConfigError: its summary is damaged.

@@ -84,7 +84,7 @@ class RunDirectory(Observer):
         self._rounds: list[RoundRecord] = []
         self._files: dict[str, Appender] = {}
         self._is_full = False
-        """What is observed cannot be written, which has been said."""
+        """The disk takes no records, which has been logged."""
         self._sealed: SealedLog | None = None
         self._folder = Folder(self.path)
         self._is_resumed = resumed is not None

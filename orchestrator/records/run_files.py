@@ -1,4 +1,4 @@
-"""What a run left in its directory, read again: bounded in size, opened safely, and each field checked.
+"""Reads the files of a run directory: bounded in size, opened safely, each field checked.
 
 The directory may be damaged, of another version, or somebody else's. What is wrong is one line that names file and
 field, and what would be right. Keys that are not known are left alone: a later Starling may write more than this one.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MOST_JSON_BYTES = 16 * 1024 * 1024
-"""Of a file that is one JSON object, and of no more than some thousand nodes."""
+"""Limit of a file that is one JSON object, for some thousand nodes at most."""
 
 _MOST = 2**63 - 1
 
@@ -144,7 +144,7 @@ _ROUND_LINE, _SUMMARY = TypeAdapter(RoundLine), TypeAdapter(SummaryFile)
 
 
 def summary(path: Path) -> Summary | None:
-    """What a run came to; ``None`` if its directory has no ``summary.json``.
+    """Read the summary of a run; return None if its directory has no ``summary.json``.
 
     Raises:
         ConfigError: there is one, and it cannot be used.
@@ -240,7 +240,7 @@ def plain(data: bytes, where: str, *, nan: bool = False) -> Any:  # noqa: ANN401
 
 
 def problem(error: ValidationError) -> str:
-    """What pydantic found, in one line: the first field that is wrong, and how many others are."""
+    """Return a pydantic error in one line: the first wrong field, and the number of others."""
     found = error.errors(include_url=False)
     first = found[0]
     place = ".".join(str(step) for step in first["loc"])
@@ -255,13 +255,13 @@ def problem(error: ValidationError) -> str:
 
 
 def reason(error: OSError) -> str:
-    """What is wrong with a file, as the end of a sentence."""
+    """Return what is wrong with a file, as the end of a sentence."""
     text = error.strerror or str(error)
     return text if text.startswith(("is ", "has ", "a line ", "leads ")) else f"cannot be read: {text}"
 
 
 def memory_bytes() -> int:
-    """Of this machine: what is larger cannot be held, whatever a file says."""
+    """Return this machine's memory: nothing larger can be held, whatever a file says."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
