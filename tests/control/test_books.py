@@ -87,7 +87,7 @@ def test_a_node_is_withdrawn_with_a_fifth_of_its_time_left():
 def test_views_count_changes_from_the_last_one_that_a_node_saw():
     nodes = NodeRounds([SERVER, 0, 1], has_server=True)
     first = nodes.view_of(0)
-    assert (first.number, first.members, first.changed) == (0, (0, 1), False)
+    assert (first.number, first.members, first.joined) == (0, (0, 1), (0, 1))
     assert nodes.see(0, first) is None
     assert nodes.gone(1)
     assert not nodes.gone(SERVER)
