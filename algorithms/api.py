@@ -17,7 +17,8 @@ A coroutine cannot be stored, and need not be: a round is the unit of work. What
 Rules that every program keeps:
 
 * Assign to ``node.shared[…]`` and ``node.local[…]``; never write into what they hold. Assignments are staged, and
-  become current when the round commits. ``node.parameters`` and ``node.buffers`` are written in place.
+  become current when the round commits. ``node.parameters`` and ``node.buffers`` are written in place. A ``NodeState``
+  gives keys types: ``Shared(node.shared).anchor``.
 * Members may branch only on what all of them share (view, round, shared state, results), never on local state:
   collective operations are matched by their position in the program.
 * Randomness comes from ``node.rng(purpose)``.
@@ -29,7 +30,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,15 +41,16 @@ from starling.algorithms.codecs import Codec, Identity
 from starling.algorithms.costs import INLINE_LIMIT_BYTES as INLINE_LIMIT_BYTES  # noqa: PLC0414 - offered here, as the next two
 from starling.algorithms.costs import PART_BYTES as PART_BYTES  # noqa: PLC0414
 from starling.algorithms.costs import all_reduce_bytes as all_reduce_bytes  # noqa: PLC0414
+from starling.algorithms.errors import ProgramError
 from starling.algorithms.layout import Layout
 from starling.algorithms.noise import Perturbed as Perturbed  # noqa: PLC0414 - offered here
 from starling.algorithms.registry import Part
 from starling.algorithms.rules import DataBatch, Rule
+from starling.algorithms.state import NodeState as NodeState  # noqa: PLC0414 - offered here
+from starling.algorithms.topologies import Topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from starling.algorithms.topologies import Topology
 
 NodeId: TypeAlias = int
 """Names one logical participant for the whole run; a replacement process keeps the id."""
@@ -418,6 +420,33 @@ class Message:
     round: int = 0
     """The sender's, in which it sent."""
 
+    def tensor(self, name: str) -> Tensor:
+        """Return the tensor ``name`` of a payload that is a mapping.
+
+        Raises:
+            ProgramError: the payload has none.
+        """
+        value = self._member(name)
+        if not isinstance(value, Tensor):
+            raise ProgramError(f"node {self.sender} sent {type(value).__name__} as {name!r}; it must be a tensor")
+        return value
+
+    def number(self, name: str) -> float:
+        """Return the number ``name`` of a payload that is a mapping.
+
+        Raises:
+            ProgramError: the payload has none.
+        """
+        value = self._member(name)
+        if isinstance(value, Tensor):
+            raise ProgramError(f"node {self.sender} sent a tensor as {name!r}; it must be a number")
+        return value
+
+    def _member(self, name: str) -> Tensor | float:
+        if not isinstance(self.payload, Mapping) or name not in self.payload:
+            raise ProgramError(f"node {self.sender} sent a message without {name!r}")
+        return self.payload[name]
+
 
 @dataclass(frozen=True)
 class Left:
@@ -465,8 +494,8 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     def validate_for(self, num_nodes: int) -> None:
         """Raise ``SettingsError`` if it cannot run on ``num_nodes`` nodes: if its topology cannot, say."""
         for part in dict(self).values():
-            if isinstance(part, Part) and part.family == "topology":
-                cast("Topology", part).validate_for(num_nodes)
+            if isinstance(part, Topology):
+                part.validate_for(num_nodes)
 
     def init(self, node: Node) -> None:
         """Make the initial state: before round 0, or on joining without a donor."""

@@ -52,7 +52,7 @@ class SGD(OuterOptimizer, name="sgd"):
     def update(self, gradient: Tensor, state: OuterState) -> tuple[Tensor, OuterState]:
         if not self.momentum:
             return gradient * -self.lr, state
-        velocity = (_tensor(state, "velocity") * self.momentum).add_(gradient)
+        velocity = (tensor_in(state, "velocity") * self.momentum).add_(gradient)
         return velocity * -self.lr, {"velocity": velocity}
 
 
@@ -70,7 +70,7 @@ class Nesterov(OuterOptimizer, name="nesterov"):
 
     def update(self, gradient: Tensor, state: OuterState) -> tuple[Tensor, OuterState]:
         # Fresh results are written in place: a model-sized temporary less for each.
-        velocity = (_tensor(state, "velocity") * self.momentum).add_(gradient)
+        velocity = (tensor_in(state, "velocity") * self.momentum).add_(gradient)
         return (velocity * self.momentum).add_(gradient).mul_(-self.lr), {"velocity": velocity}
 
 
@@ -89,13 +89,14 @@ class Adam(OuterOptimizer, name="adam"):
         before = state["step"]
         assert isinstance(before, int)
         step = before + 1
-        first = torch.lerp(_tensor(state, "first"), gradient, 1 - beta1)
-        second = _tensor(state, "second") * beta2 + gradient.square() * (1 - beta2)
+        first = torch.lerp(tensor_in(state, "first"), gradient, 1 - beta1)
+        second = tensor_in(state, "second") * beta2 + gradient.square() * (1 - beta2)
         root = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(self.eps)
         return first / root * (-self.lr / (1 - beta1**step)), {"first": first, "second": second, "step": step}
 
 
-def _tensor(state: OuterState, key: str) -> Tensor:
+def tensor_in(state: OuterState, key: str) -> Tensor:
+    """Return the tensor ``key`` of an outer optimizer's state."""
     value = state[key]
     assert isinstance(value, Tensor)
     return value

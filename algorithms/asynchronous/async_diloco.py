@@ -25,21 +25,36 @@ Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor
 
 from starling.algorithms.api import SERVER, Algorithm, Left, Message, Node, Receive, Send, Timeout, Train
 from starling.algorithms.errors import SettingsError
-from starling.algorithms.outer import Nesterov
+from starling.algorithms.outer import Nesterov, tensor_in
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
-    from starling.algorithms.api import Layout, NodeId, State
+    from torch import Tensor
+
+    from starling.algorithms.api import Layout, NodeId
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+
+class Local(NodeState):
+    steps: int  # n_w
+
+
+class ServerLocal(NodeState):
+    waiting: list[NodeId]  # workers that were not answered yet
+    speeds: dict[str, list[float]]  # by worker: steps per second, and when they were measured
+    count: int  # of updates in B
+    size: int  # N_b since B was 0
+    buffer: Tensor  # B
+    velocity: Tensor  # m
 
 
 class AsyncDiLoCo(Algorithm, name="async_diloco"):
@@ -65,27 +80,27 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
             raise SettingsError(f"algorithm.between: {self.between:g} is more than 1/{size}, one for each update")
 
     def init(self, node: Node) -> None:
-        node.local["steps"] = self.inner_steps
+        Local(node.local).steps = self.inner_steps
         if node.id == SERVER:
-            zeros = torch.zeros_like(node.parameters)
-            node.local.update({"waiting": [], "speeds": {}, "count": 0, "size": 0, "buffer": zeros, "velocity": zeros})
+            local = ServerLocal(node.local)
+            local.waiting, local.speeds, local.count, local.size = [], {}, 0, 0
+            local.buffer = local.velocity = torch.zeros_like(node.parameters)
 
     async def round(self, node: Node) -> None:
-        given = node.parameters.clone()
-        report = await Train(steps=cast("int", node.local["steps"]))
+        local, given = Local(node.local), node.parameters.clone()
+        report = await Train(steps=local.steps)
         speed = report.num_steps / report.seconds if report.seconds > 0 else 0.0
         await Send(SERVER, {"update": given - node.parameters, "buffers": node.buffers, "speed": speed})
         while not isinstance(message := await Receive(), Message):
             pass
-        payload = cast("dict[str, Tensor]", message.payload)
-        node.parameters.copy_(payload["parameters"])
-        node.buffers.copy_(payload["buffers"])
-        node.local["steps"] = int(payload["steps"])
+        node.parameters.copy_(message.tensor("parameters"))
+        node.buffers.copy_(message.tensor("buffers"))
+        local.steps = int(message.number("steps"))
 
     async def server(self, node: Node) -> None:
         # Whoever waits is answered only now: in the old round it would pass for one that has heard of the old model.
         model = {"parameters": node.parameters, "buffers": node.buffers}
-        for worker in cast("list[int]", node.local["waiting"]):
+        for worker in ServerLocal(node.local).waiting:
             await Send(worker, {**model, "steps": self.steps_of(node, worker)})
         waiting: list[NodeId] = []
         there, until = set(node.view.members), None
@@ -100,32 +115,29 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
             waiting.append(message.sender)
             there.add(message.sender)  # it may have come since the round began
             self._apply(node, message, len(there))
-        node.local["waiting"] = waiting
+        ServerLocal(node.local).waiting = waiting
 
     def _apply(self, node: Node, message: Message, num_workers: int) -> None:
-        payload = cast("dict[str, Tensor]", message.payload)
-        update, speed = payload["update"], float(payload["speed"])
+        local, update, speed = ServerLocal(node.local), message.tensor("update"), message.number("speed")
         if speed > 0:
-            speeds = cast("dict[str, State]", node.local["speeds"])
-            node.local["speeds"] = {**speeds, str(message.sender): [speed, node.now]}
-        buffer = cast("Tensor", node.local["buffer"]) + update
-        begun = cast("int", node.local["count"])
-        size = self.buffer_size or (cast("int", node.local["size"]) if begun else num_workers)
-        count = begun + 1
-        full, velocity = count >= size, cast("Tensor", node.local["velocity"])
+            local.speeds = {**local.speeds, str(message.sender): [speed, node.now]}
+        buffer = local.buffer + update
+        size = self.buffer_size or (local.size if local.count else num_workers)
+        count = local.count + 1
+        full, velocity = count >= size, local.velocity
         if self.rule == "delayed_sgd":
             if full:
                 nesterov = Nesterov(lr=self.step_size, momentum=self.momentum)
                 step, state = nesterov.update(buffer.div(size), {"velocity": velocity})
                 node.parameters.add_(step)
-                velocity = cast("Tensor", state["velocity"])
+                velocity = tensor_in(state, "velocity")
         else:
             velocity = velocity * self.momentum + buffer / size if full else velocity
             share = 1 - self.between * size + self.between if full else self.between
             node.parameters.sub_((velocity * (share * self.momentum)).add_(update / size), alpha=self.step_size)
-        node.buffers.lerp_(payload["buffers"], 1 / size)
-        node.local["velocity"], node.local["count"], node.local["size"] = velocity, 0 if full else count, size
-        node.local["buffer"] = torch.zeros_like(buffer) if full else buffer
+        node.buffers.lerp_(message.tensor("buffers"), 1 / size)
+        local.velocity, local.count, local.size = velocity, 0 if full else count, size
+        local.buffer = torch.zeros_like(buffer) if full else buffer
 
     @property
     def step_size(self) -> float:
@@ -134,8 +146,8 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
 
     def steps_of(self, node: Node, worker: NodeId) -> int:
         """n_w, as the server knows; H of whom nothing is known."""
-        known = cast("dict[str, list[float]]", node.local["speeds"])
-        speeds = {name: speed for name, (speed, at) in known.items() if node.now - at <= self.speed_timeout_s}
+        known = ServerLocal(node.local).speeds.items()
+        speeds = {name: speed for name, (speed, at) in known if node.now - at <= self.speed_timeout_s}
         if (own := speeds.get(str(worker))) is None or not self.dynamic_steps:
             return self.inner_steps
         return max(1, int(self.inner_steps * own / max(speeds.values()) + 1e-9))

@@ -22,17 +22,23 @@ Algorithms 1 and 2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
 
 from starling.algorithms.api import SERVER, Algorithm, Layout, Message, Node, Receive, Send, Train
 from starling.algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
+    from starling.algorithms.api import NodeId
     from starling.algorithms.outer import OuterState
+
+
+class ServerLocal(NodeState):
+    outer: OuterState
+    waiting: NodeId | None  # the worker that filled the last buffer and was not answered yet
 
 
 class FedBuff(Algorithm, name="fedbuff"):
@@ -49,40 +55,40 @@ class FedBuff(Algorithm, name="fedbuff"):
 
     def init(self, node: Node) -> None:
         if node.id == SERVER:
-            node.local["outer"] = self.outer.init(node.parameters)
-            node.local["waiting"] = None
+            local = ServerLocal(node.local)
+            local.outer = self.outer.init(node.parameters)
+            local.waiting = None
 
     async def round(self, node: Node) -> None:
         given = node.parameters.clone()
         await Train(steps=self.steps)
         await Send(SERVER, {"parameters": given - node.parameters, "buffers": node.buffers})
-        parameters, buffers, _ = _taken(await _message())
-        node.parameters.copy_(parameters)
-        node.buffers.copy_(buffers)
+        message = await _message()
+        node.parameters.copy_(message.tensor("parameters"))
+        node.buffers.copy_(message.tensor("buffers"))
 
     async def server(self, node: Node) -> None:
-        model = {"parameters": node.parameters, "buffers": node.buffers}
+        local, model = ServerLocal(node.local), {"parameters": node.parameters, "buffers": node.buffers}
         # The worker that filled the last buffer is answered only now: in the old round it would pass for one that
         # has heard of the old model.
-        if node.local["waiting"] is not None:
-            await Send(cast("int", node.local["waiting"]), model)
+        if local.waiting is not None:
+            await Send(local.waiting, model)
         difference, buffers = torch.zeros_like(node.parameters), torch.zeros_like(node.buffers)
         num_updates, size = 0, self.size_among(len(node.view.members))
         while True:
             message = await _message()
             if self.max_staleness is None or message.staleness <= self.max_staleness:
-                update, its_buffers, staleness = _taken(message)
-                difference.add_(update, alpha=self.discount(staleness))
-                buffers.add_(its_buffers)
+                difference.add_(message.tensor("parameters"), alpha=self.discount(message.staleness))
+                buffers.add_(message.tensor("buffers"))
                 num_updates += 1
             if num_updates == size:
                 break
             await Send(message.sender, model)
         difference.div_(size)
-        step, node.local["outer"] = self.outer.update(difference, cast("OuterState", node.local["outer"]))
+        step, local.outer = self.outer.update(difference, local.outer)
         node.parameters.add_(step)
         node.buffers.copy_(buffers.div_(size))
-        node.local["waiting"] = message.sender
+        local.waiting = message.sender
 
     def size_among(self, num_workers: int) -> int:
         """Return K for so many workers.
@@ -113,9 +119,3 @@ async def _message() -> Message:
     while not isinstance(message := await Receive(), Message):
         pass
     return message
-
-
-def _taken(message: Message) -> tuple[Tensor, Tensor, int]:
-    """Parameters or their difference, buffers, and how old they are."""
-    payload = cast("dict[str, Tensor]", message.payload)
-    return payload["parameters"], payload["buffers"], message.staleness

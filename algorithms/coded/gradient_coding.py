@@ -22,11 +22,10 @@ Reference: Tandon et al., "Gradient Coding: Avoiding Stragglers in Distributed L
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
-from torch import Tensor
 
 from starling.algorithms.api import (
     Algorithm,
@@ -41,13 +40,21 @@ from starling.algorithms.api import (
 )
 from starling.algorithms.closing import OneOfEach
 from starling.algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from torch import Tensor
+
     from starling.algorithms.outer import OuterState
 
 Groups: TypeAlias = tuple[tuple[NodeId, ...], ...]
+
+
+class Shared(NodeState):
+    model: Tensor  # x
+    outer: OuterState
 
 
 class GradientCoding(Algorithm, name="gradient_coding"):
@@ -58,8 +65,9 @@ class GradientCoding(Algorithm, name="gradient_coding"):
     outer: OuterOptimizer = SGD(lr=0.1)  # η; the nodes' own optimizers take no steps
 
     def init(self, node: Node) -> None:
-        node.shared["model"] = node.parameters.clone()
-        node.shared["outer"] = self.outer.init(node.parameters)
+        shared = Shared(node.shared)
+        shared.model = node.parameters.clone()
+        shared.outer = self.outer.init(node.parameters)
 
     async def round(self, node: Node) -> None:
         groups = groups_of(node.view.members, self.stragglers)
@@ -77,9 +85,10 @@ class GradientCoding(Algorithm, name="gradient_coding"):
             mean = await AllReduce(contribution, weight=max(1, num_samples))
             lost = chosen.difference(mean.members)
             done -= lost
-        step, node.shared["outer"] = self.outer.update(mean.value["gradient"], cast("OuterState", node.shared["outer"]))
-        node.shared["model"] = cast("Tensor", node.shared["model"]) + step
-        node.parameters.copy_(node.shared["model"])
+        shared = Shared(node.shared)
+        step, shared.outer = self.outer.update(mean.value["gradient"], shared.outer)
+        shared.model = shared.model + step
+        node.parameters.copy_(shared.model)
         node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

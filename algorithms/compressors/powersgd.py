@@ -28,13 +28,15 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
 
 from starling.algorithms.api import AllReduce, Reduced, all_reduce_bytes
 from starling.algorithms.compressors.base import Compressor
 from starling.algorithms.seeds import generator
+from starling.algorithms.state import NodeState, field
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.api import Layout, Node
 
 
@@ -56,6 +58,14 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return cast("Tensor", torch.linalg.qr(columns)[0])  # pyright: ignore[reportUnknownMemberType]
 
 
+class Shared(NodeState):
+    right: Tensor = field("powersgd")  # Q of all matrices, flat
+
+
+class Local(NodeState):
+    error: Tensor | None = field("powersgd", default=None)  # e, shape (P,); None: 0, before the first exchange
+
+
 class PowerSGD(Compressor, name="powersgd"):
     """Low-rank gradients with error feedback; see the module's docstring."""
 
@@ -75,7 +85,7 @@ class PowerSGD(Compressor, name="powersgd"):
             torch.randn(one.columns, self.rank, generator=generator("powersgd", place)).view(-1)
             for place, one in enumerate(self.matrices(node.layout))
         ]
-        node.shared["powersgd"] = torch.cat([*starts, torch.empty(0)]).to(node.parameters)
+        Shared(node.shared).right = torch.cat([*starts, torch.empty(0)]).to(node.parameters)
 
     def _split(self, flat: Tensor, sides: list[int]) -> list[Tensor]:
         """Factors that lie one after another, each of shape (side, r)."""
@@ -84,30 +94,30 @@ class PowerSGD(Compressor, name="powersgd"):
 
     async def all_reduce(self, node: Node, gradient: Tensor) -> Reduced[Tensor]:
         matrices = self.matrices(node.layout)
-        residual = cast("Tensor | None", node.local.get("powersgd"))
-        whole = gradient.clone() if residual is None else gradient + residual
+        shared, local = Shared(node.shared), Local(node.local)
+        whole = gradient.clone() if local.error is None else gradient + local.error
         rest = torch.ones(len(whole), dtype=torch.bool)
         for one in matrices:
             one.of(rest).fill_(value=False)
         rest = rest.to(whole.device)
         tall, wide = [one.rows for one in matrices], [one.columns for one in matrices]
-        guesses = self._split(cast("Tensor", node.shared["powersgd"]), wide)
+        guesses = self._split(shared.right, wide)
         thin = [(one.of(whole) @ guess).view(-1) for one, guess in zip(matrices, guesses, strict=True)]
         first = await AllReduce({"left": torch.cat([*thin, whole[:0]]), "rest": whole[rest]})
         left = [_orthonormal(part) for part in self._split(first.value["left"], tall)]
         thin = [(one.of(whole).T @ part).reshape(-1) for one, part in zip(matrices, left, strict=True)]
         second = await AllReduce(torch.cat([*thin, whole[:0]]))
-        node.shared["powersgd"] = second.value
+        shared.right = second.value
         mean = torch.empty_like(whole)
         mean[rest] = first.value["rest"]
         for one, p, q in zip(matrices, left, self._split(second.value, wide), strict=True):
             one.of(mean).copy_(p @ q.T)
-        node.local["powersgd"] = torch.where(rest, 0.0, whole - mean)
+        local.error = torch.where(rest, 0.0, whole - mean)
         return Reduced(mean, second.members, second.weight)
 
     def unsent(self, node: Node) -> float:
-        residual = cast("Tensor | None", node.local.get("powersgd"))
-        return 0.0 if residual is None else math.sqrt(float(torch.dot(residual, residual)))
+        error = Local(node.local).error
+        return 0.0 if error is None else math.sqrt(float(torch.dot(error, error)))
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         matrices, size = self.matrices(layout), layout.dtype.itemsize

@@ -10,12 +10,18 @@ from pydantic import Field, PositiveInt
 
 from starling.algorithms.api import Algorithm, Node, NodeId, Train, View
 from starling.algorithms.outer import SGD, OuterOptimizer
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from starling.algorithms.outer import OuterState
     from starling.algorithms.rules import Rule
+
+
+class Shared(NodeState):
+    model: Tensor  # x
+    outer: OuterState
 
 
 class Federated(Algorithm):
@@ -27,8 +33,9 @@ class Federated(Algorithm):
     outer: OuterOptimizer = SGD(lr=1.0)  # γ; plain averaging
 
     def init(self, node: Node) -> None:
-        node.shared["model"] = node.parameters.clone()
-        node.shared["outer"] = self.outer.init(node.parameters)
+        shared = Shared(node.shared)
+        shared.model = node.parameters.clone()
+        shared.outer = self.outer.init(node.parameters)
 
     def cohort_size(self, num_nodes: int) -> int:
         """|S|, the number of nodes that take part."""
@@ -52,9 +59,10 @@ class Federated(Algorithm):
             difference: mean of x − y_i, shape (P,).
             buffers: the new floating-point buffers, shape (B,).
         """
-        step, node.shared["outer"] = self.outer.update(difference, cast("OuterState", node.shared["outer"]))
-        node.shared["model"] = cast("Tensor", node.shared["model"]) + step
-        node.parameters.copy_(node.shared["model"])
+        shared = Shared(node.shared)
+        step, shared.outer = self.outer.update(difference, shared.outer)
+        shared.model = shared.model + step
+        node.parameters.copy_(shared.model)
         node.buffers.copy_(buffers)
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:

@@ -22,17 +22,18 @@ arXiv:1602.05629, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self, cast
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
-from torch import Tensor
 
 from starling.algorithms.aggregators import Aggregator, Mean
 from starling.algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
 from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
-from starling.algorithms.federated.base import Federated
+from starling.algorithms.federated.base import Federated, Shared
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.rules import Rule
 
 
@@ -55,7 +56,7 @@ class FedAvg(Federated, name="fedavg"):
         return None
 
     async def round(self, node: Node) -> None:
-        model = cast("Tensor", node.shared["model"])
+        model = Shared(node.shared).model
         contribution = None
         weight = 1.0
         if node.participates:

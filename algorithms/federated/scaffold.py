@@ -25,29 +25,41 @@ arXiv:1910.06378, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from starling.algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
-from starling.algorithms.federated.base import Federated
+from starling.algorithms.federated import base
 from starling.algorithms.rules import ControlVariate
+from starling.algorithms.state import NodeState
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Scaffold(Federated, name="scaffold"):
+class Shared(base.Shared):
+    control: Tensor  # c
+
+
+class Local(NodeState):
+    control: Tensor | None = None  # c_i; None: 0, as the node has not taken part
+
+
+class Scaffold(base.Federated, name="scaffold"):
     """Stochastic controlled averaging; see the module's docstring."""
 
     def init(self, node: Node) -> None:
         super().init(node)
-        node.shared["control"] = torch.zeros_like(node.parameters)
+        Shared(node.shared).control = torch.zeros_like(node.parameters)
 
     async def on_view_change(self, node: Node) -> None:
         mean = await AllReduce(_own_control(node))
-        node.shared["control"] = mean.value
+        Shared(node.shared).control = mean.value
 
     async def round(self, node: Node) -> None:
-        model, control = (cast("Tensor", node.shared[name]) for name in ("model", "control"))
+        shared = Shared(node.shared)
+        model, control = shared.model, shared.control
         own = renewed = _own_control(node)
         contribution = None
         if node.participates:
@@ -58,16 +70,16 @@ class Scaffold(Federated, name="scaffold"):
         mean = await AllReduce(contribution)
         self.move(node, mean.value["difference"], mean.value["buffers"])
         share = len(mean.members) / len(node.view.members)
-        node.shared["control"] = control + mean.value["control"] * share
+        shared.control = control + mean.value["control"] * share
         # Not by ``participates``: who skips the round, its loss being NaN, is not in the mean that moved c.
         if node.id in mean.members:
-            node.local["control"] = renewed
+            Local(node.local).control = renewed
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return all_reduce_bytes(2 * layout.nbytes + layout.buffer_nbytes, num_nodes, self.cohort_size(num_nodes))
 
 
 def _own_control(node: Node) -> Tensor:
-    """c_i; 0 until the node has taken part."""
-    own = node.local.get("control")
-    return torch.zeros_like(node.parameters) if own is None else cast("Tensor", own)
+    """Return c_i, shape (P,); zeros until the node has taken part."""
+    own = Local(node.local).control
+    return torch.zeros_like(node.parameters) if own is None else own

@@ -27,19 +27,25 @@ Gradient Tracking with Local Steps", 2023, arXiv:2301.01313 (K-GT).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
 
 from starling.algorithms.api import NeighborAllGather, Train
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.gossip.base import Gossip
 from starling.algorithms.rules import ControlVariate
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.api import Layout, Node
+
+
+class Local(NodeState):
+    correction: Tensor  # d_i
 
 
 class GradientTracking(Gossip, name="gradient_tracking"):
@@ -54,13 +60,13 @@ class GradientTracking(Gossip, name="gradient_tracking"):
         return self
 
     def init(self, node: Node) -> None:
-        node.local["correction"] = torch.zeros_like(node.parameters)
+        Local(node.local).correction = torch.zeros_like(node.parameters)
 
     async def on_view_change(self, node: Node) -> None:
-        node.local["correction"] = torch.zeros_like(node.parameters)
+        Local(node.local).correction = torch.zeros_like(node.parameters)
 
     async def round(self, node: Node) -> None:
-        rule = ControlVariate(cast("Tensor", node.local["correction"]))
+        rule = ControlVariate(Local(node.local).correction)
         report = await Train(steps=self.steps, rule=rule)
         tracked = rule.mean_gradient + rule.correction
         tensors = self.tensors(node)
@@ -69,7 +75,7 @@ class GradientTracking(Gossip, name="gradient_tracking"):
             own.copy_(inbox.mix(own, name))
         # Who skips the round, its loss being NaN, has no gradient to correct; its neighbours have mixed without it.
         if report.num_steps:
-            node.local["correction"] = inbox.mix(tracked, "tracked").sub_(rule.mean_gradient)
+            Local(node.local).correction = inbox.mix(tracked, "tracked").sub_(rule.mean_gradient)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return self.topology.num_messages(num_nodes) * (2 * layout.nbytes + layout.buffer_nbytes)

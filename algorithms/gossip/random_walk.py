@@ -23,7 +23,7 @@ Reference: Hu, Doshi and Eun, "Accelerating Distributed Stochastic Optimization 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -67,10 +67,9 @@ class RandomWalk(Algorithm, name="random_walk"):
             while not isinstance(message := await Receive(), Message):
                 if isinstance(message, Left):
                     members = [member for member in members if member != message.node]
-            token = cast("dict[str, Tensor]", message.payload)
-            step, visits = int(token["step"]), token["visits"]
-            node.parameters.copy_(token["parameters"])
-            node.buffers.copy_(token["buffers"])
+            step, visits = int(message.number("step")), message.tensor("visits")
+            node.parameters.copy_(message.tensor("parameters"))
+            node.buffers.copy_(message.tensor("buffers"))
         step += 1
         visits = visited(covering(visits, members), node.id, (step + 1) ** -self.visits_exponent)
         before = node.parameters.clone()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
 from starling.algorithms.low_communication.fragments import gather, scatter, to_device, to_host
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from starling.algorithms.api import Node, State
+    from starling.algorithms.api import Node
     from starling.algorithms.low_communication.fragments import Ranges
     from starling.algorithms.outer import OuterOptimizer, OuterState
 
@@ -26,6 +27,10 @@ class Fragment(TypedDict):
     outer: OuterState
 
 
+class Shared(NodeState):
+    fragments: list[Fragment]
+
+
 def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> None:
     """Begin at the node's parameters."""
     anchors = [to_host(gather(node.parameters, ranges)) for ranges in fragments]
@@ -35,15 +40,12 @@ def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> Non
 def known(node: Node) -> list[Fragment]:
     """What is shared of all fragments; the list may be changed, and kept."""
     # A joiner on a GPU is given what it is given on its device.
-    return [
-        {"anchor": one["anchor"].cpu(), "outer": one["outer"]}
-        for one in cast("list[Fragment]", node.shared["fragments"])
-    ]
+    return [{"anchor": one["anchor"].cpu(), "outer": one["outer"]} for one in Shared(node.shared).fragments]
 
 
 def keep(node: Node, fragments: list[Fragment]) -> None:
     """Share what they have become."""
-    node.shared["fragments"] = cast("State", fragments)
+    Shared(node.shared).fragments = fragments
 
 
 def stepped(fragment: Fragment, gradient: Tensor, outer: OuterOptimizer) -> Fragment:

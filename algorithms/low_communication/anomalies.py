@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
@@ -11,13 +11,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from starling.algorithms.api import NodeId, State
-
-History: TypeAlias = "dict[str, State]"
+    from starling.algorithms.api import NodeId
 
 
 AGAIN = 10
 """Rounds in a row in which a module is rolled back, before the node's log says so."""
+
+
+class History(TypedDict):
+    """The detector's knowledge of n numbers, in tensors of n rows."""
+
+    mean: Tensor
+    """μ, shape (n,), float64."""
+    spread: Tensor
+    """M, shape (n,), float64."""
+    scores: Tensor
+    """The last ``warmup`` scores of each, shape (n, warmup), float64."""
+    count: Tensor
+    """Numbers learned from, shape (n,), int64."""
 
 
 class Detector(BaseModel):
@@ -53,16 +64,16 @@ class Detector(BaseModel):
 
     def outliers(self, history: History, values: Tensor) -> Tensor:
         """Which of ``values``, float64 of shape (n,), are outliers; shape (n,), bool."""
-        count = _tensor(history, "count")
-        z = _scores(values, _tensor(history, "mean"), _tensor(history, "spread"))
+        z = _scores(values, history["mean"], history["spread"])
         # Once there may be outliers, ``warmup`` scores are known.
-        deviation = _tensor(history, "scores").std(dim=1, correction=min(1, self.warmup - 1))
-        return ~values.isfinite() | ((count >= self.warmup) & (z > self.threshold * deviation.clamp(min=1.0)))
+        deviation = history["scores"].std(dim=1, correction=min(1, self.warmup - 1))
+        return ~values.isfinite() | (
+            (history["count"] >= self.warmup) & (z > self.threshold * deviation.clamp(min=1.0))
+        )
 
     def updated(self, history: History, values: Tensor) -> History:
         """Return the history with ``values``, shape (n,), learned from; with those that are finite."""
-        before, spread = _tensor(history, "mean"), _tensor(history, "spread")
-        scores, count = _tensor(history, "scores"), _tensor(history, "count")
+        before, spread, scores, count = history["mean"], history["spread"], history["scores"], history["count"]
         learned = values.isfinite()
         off = values - before
         mean = before + self.decay * off
@@ -78,10 +89,6 @@ class Detector(BaseModel):
 
 def _scores(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     return torch.where(spread > 0, (values - mean) / spread.where(spread > 0, 1.0).sqrt(), 0.0)
-
-
-def _tensor(history: History, key: str) -> Tensor:
-    return cast("Tensor", history[key])
 
 
 def weights_of(

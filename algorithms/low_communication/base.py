@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 import torch
 from pydantic import PositiveInt, model_validator
+from torch import Tensor
 
 from starling.algorithms.api import Algorithm, AllReduce, all_reduce_bytes
 from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from starling.algorithms.api import Layout, Node
 
 _RESIDUAL = "residual"
@@ -50,14 +49,14 @@ class LowCommunication(Algorithm):
         if not self.error_feedback:
             return values
         key = f"{_RESIDUAL} {name}".rstrip()
-        residual = cast("Tensor | None", node.local.get(key))
-        corrected = values if residual is None else values + residual
+        residual = node.local.get(key)
+        corrected = values + residual if isinstance(residual, Tensor) else values
         node.local[key] = corrected - codec.through(corrected)
         return corrected
 
     def unsent(self, node: Node) -> float:
-        residuals = [cast("Tensor", value) for key, value in node.local.items() if key.startswith(_RESIDUAL)]
-        return math.sqrt(sum(float(torch.dot(one, one)) for one in residuals))
+        kept = (value for key, value in node.local.items() if key.startswith(_RESIDUAL))
+        return math.sqrt(sum(float(torch.dot(one, one)) for one in kept if isinstance(one, Tensor)))
 
     def exchange_bytes(self, num_values: int, layout: Layout, num_nodes: int) -> int:
         """Payload bytes of one ``AllReduce`` of so many values, with this algorithm's codecs."""

@@ -26,8 +26,11 @@ from pydantic import PositiveInt, model_validator
 from starling.algorithms.api import AllReduce, Gradient, Step
 from starling.algorithms.compressors import Compressor
 from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.api import Layout, Node
 
 
@@ -73,6 +76,10 @@ class Synchronous(LowCommunication):
         return self.exchange_bytes(layout.num_values, layout, num_nodes)
 
 
+class Shared(NodeState):
+    model: Tensor  # x
+
+
 class DDP(Synchronous, name="ddp"):
     """Data-parallel training; see the module's docstring."""
 
@@ -80,11 +87,11 @@ class DDP(Synchronous, name="ddp"):
 
     def init(self, node: Node) -> None:
         super().init(node)
-        node.shared["model"] = node.parameters.clone()
+        Shared(node.shared).model = node.parameters.clone()
 
     async def round(self, node: Node) -> None:
         await self.steps_together(node, self.inner_steps)
-        node.shared["model"] = node.parameters.clone()
+        Shared(node.shared).model = node.parameters.clone()
         await average_buffers(node)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

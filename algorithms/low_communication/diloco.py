@@ -20,18 +20,25 @@ arXiv:2311.08105, Algorithm 1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 from pydantic import PositiveInt, model_validator
-from torch import Tensor
 
 from starling.algorithms.aggregators import Aggregator, Mean
 from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Train, all_reduce_bytes
 from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 from starling.algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.outer import OuterState
+
+
+class Shared(NodeState):
+    anchor: Tensor  # θ
+    outer: OuterState  # v
 
 
 class DiLoCo(Algorithm, name="diloco"):
@@ -49,24 +56,23 @@ class DiLoCo(Algorithm, name="diloco"):
         return self
 
     def init(self, node: Node) -> None:
-        node.shared["anchor"] = node.parameters.clone()
-        node.shared["outer"] = self.outer.init(node.parameters)
+        shared = Shared(node.shared)
+        shared.anchor = node.parameters.clone()
+        shared.outer = self.outer.init(node.parameters)
 
     async def round(self, node: Node) -> None:
-        anchor = cast("Tensor", node.shared["anchor"])
+        shared = Shared(node.shared)
         await Train(steps=self.inner_steps)
         codec, result_codec = exchange_codecs(self.codec, self.result_codec, node.round)
         mean = await AllReduce(
-            {"outer_gradient": anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
+            {"outer_gradient": shared.anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
             aggregator=self.aggregator,
             codec=codec,
             result_codec=result_codec,
         )
-        step, node.shared["outer"] = self.outer.update(
-            mean.value["outer_gradient"], cast("OuterState", node.shared["outer"])
-        )
-        node.shared["anchor"] = anchor + step
-        node.parameters.copy_(node.shared["anchor"])
+        step, shared.outer = self.outer.update(mean.value["outer_gradient"], shared.outer)
+        shared.anchor = shared.anchor + step
+        node.parameters.copy_(shared.anchor)
         node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

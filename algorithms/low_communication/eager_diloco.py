@@ -27,19 +27,33 @@ Reference: Kale et al., "Eager Updates For Overlapped Communication and Computat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 import torch
 from pydantic import PositiveInt, model_validator
-from torch import Tensor
 
 from starling.algorithms.api import AllReduce, Start, Train, Wait
 from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
 from starling.algorithms.outer import SGD, Nesterov, OuterOptimizer
+from starling.algorithms.state import NodeState, field
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.api import Layout, Node
     from starling.algorithms.outer import OuterState
+
+
+class Shared(NodeState):
+    anchor: Tensor  # θ
+    outer: OuterState  # v, moved by Δ'
+
+
+class Local(NodeState):
+    pending: Tensor | None  # Δ_m of the last round, which travels during this one; None: nothing to send
+    ahead: Tensor  # a_m' of the last round
+    own: Tensor  # c_m
+    own_outer: OuterState = field("own outer")  # v, moved by the rest
 
 
 class EagerDiLoCo(LowCommunication, name="eager_diloco"):
@@ -57,40 +71,43 @@ class EagerDiLoCo(LowCommunication, name="eager_diloco"):
         return self
 
     def init(self, node: Node) -> None:
-        node.shared["anchor"] = node.parameters.clone()
-        node.shared["outer"] = self.outer.init(node.parameters)
+        shared = Shared(node.shared)
+        shared.anchor = node.parameters.clone()
+        shared.outer = self.outer.init(node.parameters)
         self._begin(node, torch.zeros_like(node.parameters))
 
     async def join(self, node: Node) -> None:
-        node.parameters.copy_(cast("Tensor", node.shared["anchor"]))
+        node.parameters.copy_(Shared(node.shared).anchor)
         self._begin(node, None)
 
     def _begin(self, node: Node, pending: Tensor | None) -> None:
-        node.local["pending"] = pending
-        node.local["ahead"] = torch.zeros_like(node.parameters)
-        node.local["own"] = torch.zeros_like(node.parameters)
-        node.local["own outer"] = self.outer.init(node.parameters)
+        local = Local(node.local)
+        local.pending = pending
+        local.ahead = torch.zeros_like(node.parameters)
+        local.own = torch.zeros_like(node.parameters)
+        local.own_outer = self.outer.init(node.parameters)
 
     async def round(self, node: Node) -> None:
-        begun, pending = node.parameters.clone(), cast("Tensor | None", node.local["pending"])
+        shared, local = Shared(node.shared), Local(node.local)
+        begun = node.parameters.clone()
         codecs = self.codecs_at(node.round)
-        sent = None if pending is None else self.compensated(node, pending, codecs[0])
+        sent = None if local.pending is None else self.compensated(node, local.pending, codecs[0])
         handle = await Start(AllReduce(sent, codec=codecs[0], result_codec=codecs[1]))
         await Train(steps=self.inner_steps)
         mean = await Wait(handle)
-        step, node.shared["outer"] = self.outer.update(mean.value, cast("OuterState", node.shared["outer"]))
-        anchor = cast("Tensor", node.shared["anchor"]) + step
+        step, shared.outer = self.outer.update(mean.value, shared.outer)
+        anchor = shared.anchor + step
         news = begun - node.parameters
         ahead = news / len(node.view.members)
-        rest = ahead - cast("Tensor", node.local["ahead"])
-        step, node.local["own outer"] = self.outer.update(rest, cast("OuterState", node.local["own outer"]))
-        own = cast("Tensor", node.local["own"]) + step
-        node.shared["anchor"], node.local["own"], node.local["pending"], node.local["ahead"] = anchor, own, news, ahead
+        rest = ahead - local.ahead
+        step, local.own_outer = self.outer.update(rest, local.own_outer)
+        own = local.own + step
+        shared.anchor, local.own, local.pending, local.ahead = anchor, own, news, ahead
         node.parameters.copy_(anchor + own)
         await average_buffers(node)
 
     def model(self, node: Node) -> Tensor:
-        return cast("Tensor", node.shared["anchor"])
+        return Shared(node.shared).anchor
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return self.exchange_bytes(layout.num_values, layout, num_nodes) + buffer_bytes(layout, num_nodes)

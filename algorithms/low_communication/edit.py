@@ -27,7 +27,7 @@ outer optimizer are off by default; limit, η and β are those of the example in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Self
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -39,14 +39,20 @@ from starling.algorithms.low_communication.base import average_buffers, buffer_b
 from starling.algorithms.low_communication.ddp import Synchronous
 from starling.algorithms.low_communication.fragments import gather, modules_of, to_host
 from starling.algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.state import NodeState, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from starling.algorithms.api import Layout, Node, NodeId, State
+    from starling.algorithms.api import Layout, Node, NodeId
     from starling.algorithms.low_communication.anomalies import History
+
+
+class Local(NodeState):
+    norms: History  # of the modules' G_m
+    rolled_back: list[int] | None = field("rolled back", default=None)  # rounds in a row, by module
 
 
 class EDiT(Synchronous, name="edit"):
@@ -70,10 +76,10 @@ class EDiT(Synchronous, name="edit"):
     def init(self, node: Node) -> None:
         super().init(node)
         anchors.begin(node, modules_of(node.layout), self.outer)
-        node.local["norms"] = self.detector.fresh(len(modules_of(node.layout)))
+        Local(node.local).norms = self.detector.fresh(len(modules_of(node.layout)))
 
     async def join(self, node: Node) -> None:
-        node.local["norms"] = self.detector.fresh(len(modules_of(node.layout)))
+        Local(node.local).norms = self.detector.fresh(len(modules_of(node.layout)))
 
     async def round(self, node: Node) -> None:
         if self.warms_up(node.round):
@@ -124,16 +130,16 @@ class EDiT(Synchronous, name="edit"):
         if not self.penalty:
             return dict.fromkeys(node.view.members, [1.0] * len(deltas))
         norms = torch.tensor([norm_of(delta) for delta in deltas], dtype=torch.float64)
-        history = cast("History", node.local["norms"])
-        outliers = self.detector.outliers(history, norms)
-        node.local["norms"] = self.detector.updated(history, norms)
+        local = Local(node.local)
+        outliers = self.detector.outliers(local.norms, norms)
+        local.norms = self.detector.updated(local.norms, norms)
         told = await AllGather(norms.masked_fill(outliers, torch.inf).float())
         weights = weights_of(told, self.temperature, shares)
-        counts = rolled_back(cast("list[int]", node.local.get("rolled back") or [0] * len(deltas)), weights)
+        counts = rolled_back(local.rolled_back or [0] * len(deltas), weights)
         for place in (place for place, count in enumerate(counts) if count and count % AGAIN == 0):
             words = f"module {place} was rolled back in the last {counts[place]} rounds"
             print(f"round {node.round}: {words}")  # noqa: T201 - to the node's log
-        node.local["rolled back"] = cast("State", counts)
+        local.rolled_back = counts
         return weights
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:

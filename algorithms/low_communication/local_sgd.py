@@ -16,16 +16,22 @@ Reference: Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import PositiveInt
-from torch import Tensor
 
 from starling.algorithms.api import AllReduce, Train
 from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starling.algorithms.api import Layout, Node
+
+
+class Shared(NodeState):
+    model: Tensor  # x
 
 
 class LocalSGD(LowCommunication, name="local_sgd"):
@@ -34,17 +40,17 @@ class LocalSGD(LowCommunication, name="local_sgd"):
     inner_steps: PositiveInt = 10  # H, optimizer steps between two averages
 
     def init(self, node: Node) -> None:
-        node.shared["model"] = node.parameters.clone()
+        Shared(node.shared).model = node.parameters.clone()
 
     async def round(self, node: Node) -> None:
-        model = cast("Tensor", node.shared["model"])
+        shared = Shared(node.shared)
         await Train(steps=self.inner_steps)
         # The differences travel: of those a codec loses less than of the models.
         codecs = self.codecs_at(node.round)
-        sent = self.compensated(node, model - node.parameters, codecs[0]) if node.participates else None
+        sent = self.compensated(node, shared.model - node.parameters, codecs[0]) if node.participates else None
         mean = await AllReduce(sent, codec=codecs[0], result_codec=codecs[1])
-        node.shared["model"] = model - mean.value
-        node.parameters.copy_(node.shared["model"])
+        shared.model = shared.model - mean.value
+        node.parameters.copy_(shared.model)
         await average_buffers(node)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

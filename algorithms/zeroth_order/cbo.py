@@ -25,7 +25,7 @@ dt 0.01, λ 1, σ 5.1, α 1.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -34,6 +34,7 @@ from starling.algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, N
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.noise import fill
 from starling.algorithms.seeds import derive_seed
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,6 +51,10 @@ _FITTEST_UNFIT = 1e290
 """Less than the mean of one ``_UNFIT`` among any number of nodes, more than any loss."""
 
 
+class Shared(NodeState):
+    particles: Tensor  # x_k, shape (K, P)
+
+
 class CBO(Algorithm, name="cbo"):
     """Consensus-based optimization; see the module's docstring."""
 
@@ -62,7 +67,7 @@ class CBO(Algorithm, name="cbo"):
     spread: PositiveFloat = 1.0  # standard deviation of the particles at first, in units of the parameters
 
     def init(self, node: Node) -> None:
-        node.shared["particles"] = node.parameters + self._noise(node, "scatter") * self.spread
+        Shared(node.shared).particles = node.parameters + self._noise(node, "scatter") * self.spread
 
     def _noise(self, node: Node, purpose: str) -> Tensor:
         """Standard normal values, shape (K, P): a pure function of (run, round, purpose)."""
@@ -71,7 +76,7 @@ class CBO(Algorithm, name="cbo"):
         return fill(values.to(node.parameters.device), "gaussian", key).view(self.particles, -1)
 
     async def round(self, node: Node) -> None:
-        particles = cast("Tensor", node.shared["particles"])
+        particles = Shared(node.shared).particles
         batch = await Batch()
         losses = [await Loss(at=particle, batch=batch, probe=True) for particle in particles]
         told = [loss if math.isfinite(loss) else _UNFIT for loss in losses]
@@ -86,7 +91,7 @@ class CBO(Algorithm, name="cbo"):
         apart = particles - consensus
         strength = apart.abs() if self.anisotropic else apart.square().sum(dim=1, keepdim=True).sqrt()
         noise = strength * self._noise(node, "step") * (self.diffusion * math.sqrt(self.dt))
-        node.shared["particles"] = particles - apart * (self.drift * self.dt) + noise
+        Shared(node.shared).particles = particles - apart * (self.drift * self.dt) + noise
         node.parameters.copy_(consensus)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

@@ -30,7 +30,7 @@ arXiv:2308.04077.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -38,7 +38,8 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from starling.algorithms.api import Algorithm, AllReduce, Batch, Layout, Loss, Node, all_reduce_bytes
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.outer import Adam
-from starling.algorithms.zeroth_order.queries import around, known_to, nearest, rebased, scaled
+from starling.algorithms.state import NodeState
+from starling.algorithms.zeroth_order.queries import Local, around, known_to, nearest, rebased, scaled
 from starling.algorithms.zeroth_order.surrogates import GaussianProcess, common_features
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 
     from starling.algorithms.rules import DataBatch
     from starling.algorithms.zeroth_order.queries import Queries
+
+
+class Shared(NodeState):
+    surrogate: Tensor | None = None  # ν, shape (D,)
 
 
 class FZooS(Algorithm, name="fzoos"):
@@ -73,7 +78,7 @@ class FZooS(Algorithm, name="fzoos"):
         features = common_features(self.features, node.layout.num_values, node.seed, self.length)
         rng = node.rng("queries")
         x = start = node.parameters.double()
-        known = known_to(node)
+        shared, local, known = Shared(node.shared), Local(node.local), known_to(node)
         earlier, near = len(known[1]), start.unsqueeze(0)
         if not earlier:
             near = torch.cat([around(start, self.radius, self.initial, rng), near])
@@ -85,8 +90,8 @@ class FZooS(Algorithm, name="fzoos"):
         for step in range(1, self.steps + 1):
             process, extent = self._process(known, x)
             gradient, length = process.gradient(x) * extent, process.length
-            if "surrogate" in node.shared and "surrogate" in node.local:
-                difference = cast("Tensor", node.shared["surrogate"]) - cast("Tensor", node.local["surrogate"])
+            if shared.surrogate is not None and local.surrogate is not None:
+                difference = shared.surrogate - local.surrogate
                 gradient = gradient + features.gradient(difference.double(), x) * (self.correction / step)
             move, state = adam.update(gradient, state)
             x = x + move
@@ -107,8 +112,8 @@ class FZooS(Algorithm, name="fzoos"):
         points, values = nearest(known, common, self.fitted)
         unit, extent = scaled(values)
         weights = (features.fit(points, unit, self.noise) * extent).to(node.parameters.dtype)
-        node.local["points"], node.local["values"], node.local["surrogate"] = *known, weights
-        node.shared["surrogate"] = (await AllReduce(weights, weight=node.num_samples)).value
+        local.points, local.values, local.surrogate = *known, weights
+        shared.surrogate = (await AllReduce(weights, weight=node.num_samples)).value
 
     async def _query(self, node: Node, batch: DataBatch, known: Queries, places: Tensor) -> Queries:
         """Add the values at ``places`` to what is known; what is not finite is no value."""

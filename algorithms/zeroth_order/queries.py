@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,12 +17,19 @@ Queries: TypeAlias = "tuple[Tensor, Tensor]"
 """Queried points, shape (n, P), as the model's values, and what was found there, shape (n,), float64."""
 
 
+class Local(NodeState):
+    points: Tensor | None = None  # queried, shape (n, P); None: nothing was queried yet
+    values: Tensor | None = None  # found there, shape (n,)
+    surrogate: Tensor | None = None  # ν_i, shape (D,)
+
+
 def known_to(node: Node) -> Queries:
     """Return what ``node`` has queried; nothing if it is new."""
-    if "points" not in node.local:
+    local = Local(node.local)
+    if local.points is None or local.values is None:
         none = node.parameters.new_empty((0, node.layout.num_values))
         return none, none.new_empty(0, dtype=torch.float64)
-    return cast("Tensor", node.local["points"]), cast("Tensor", node.local["values"])
+    return local.points, local.values
 
 
 def around(x: Tensor, radius: float, count: int, rng: torch.Generator) -> Tensor:

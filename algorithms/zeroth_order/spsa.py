@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -11,6 +11,7 @@ from starling.algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, N
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.noise import Distribution, perturb
 from starling.algorithms.seeds import derive_seed
+from starling.algorithms.state import NodeState
 from starling.algorithms.zeroth_order import records
 from starling.algorithms.zeroth_order.codes import Log8, ScalarCode
 from starling.algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
@@ -28,6 +29,11 @@ _MOST_LR = 0.05
 
 _LR_TIMES_VALUES = 200.0
 """tr H grows with the model: between the bounds a learning rate is this by P."""
+
+
+class Shared(NodeState):
+    codes: dict[str, Tensor]  # of the last round, by contributor
+    parameters: str = ""  # digest of θ, in rounds in which all nodes' are compared
 
 
 class SPSA(Algorithm):
@@ -50,7 +56,7 @@ class SPSA(Algorithm):
     verify_every: NonNegativeInt = 64  # rounds between two comparisons of all nodes' parameters; 0: never
 
     def init(self, node: Node) -> None:
-        node.shared["codes"] = {}
+        Shared(node.shared).codes = {}
 
     async def round(self, node: Node) -> None:
         estimates = await self._estimates(node)
@@ -127,10 +133,11 @@ class SPSA(Algorithm):
         ]
         decayed = matrices_of(node.layout) if self.weight_decay else []
         step = Step(moved, decayed, 1 - lr * self.weight_decay, self.distribution)
-        node.shared["codes"] = {str(member): codes for member, codes in sealed.items()}
-        node.shared.pop("parameters", None)  # of an earlier round, which a joiner need not have done
+        shared = Shared(node.shared)
+        shared.codes = {str(member): codes for member, codes in sealed.items()}
+        del shared.parameters  # of an earlier round, which a joiner need not have done
         if self._verifies(node):
-            node.shared["parameters"] = step.digest(node.parameters)
+            shared.parameters = step.digest(node.parameters)
         return step
 
     def _num_bytes(self, layout: Layout) -> int:
@@ -138,10 +145,9 @@ class SPSA(Algorithm):
         return self.samples * len(self._spans(layout)) * self.code.nbytes
 
     def sealed(self, node: Node) -> bytes:
-        codes = cast("Mapping[str, Tensor]", node.shared["codes"])
-        lr = self.rate(node.layout, len(codes))
-        digest = cast("str", node.shared.get("parameters", ""))
-        return records.pack(lr, self.eps, {int(member): one for member, one in codes.items()}, digest)
+        shared = Shared(node.shared)
+        codes = {int(member): one for member, one in shared.codes.items()}
+        return records.pack(self.rate(node.layout, len(codes)), self.eps, codes, shared.parameters)
 
     def replay(self, node: Node, record: bytes) -> None:
         size = self._num_bytes(node.layout)
@@ -150,7 +156,7 @@ class SPSA(Algorithm):
             what = f"{len(record)} bytes, and not those of codes of {size} bytes"
             raise ProgramError(f"round {node.round} cannot be replayed: its record has {what}")
         step = self._step(node, found.codes, found.lr)
-        if (digest := node.shared.get("parameters", "")) != found.digest:
+        if (digest := Shared(node.shared).parameters) != found.digest:
             message = f"it gives parameters with digest {digest}, the run had {found.digest}"
             raise ProgramError(f"round {node.round} cannot be replayed: {message}")
         step.apply(node.parameters)

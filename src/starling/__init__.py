@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         NeighborAllGather,
         Node,
         NodeId,
+        NodeState,
         Ping,
         Receive,
         Reduced,
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
     from starling.orchestrator.sweeps.sweep import sweep
 
 _ALGORITHMS = (
-    "SERVER Algorithm AllGather AllReduce Batch Evaluate Gradient GradientReport Handle Inbox Layout Left Loss Message "
-    "NeighborAllGather Node NodeId Ping Receive Reduced Send Sleep Start Step Timeout Train TrainReport View Wait"
+    "SERVER Algorithm AllGather AllReduce Batch Evaluate Gradient GradientReport Handle Inbox Layout Left Loss "
+    "Message NeighborAllGather Node NodeId NodeState Ping Receive Reduced Send Sleep Start Step Timeout Train "
+    "TrainReport View Wait"
 )
 _MODULES = {
     "actors.data": "Partition Sampler",
@@ -81,6 +83,7 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
     "Algorithm",
     "Node",
     "NodeId",
+    "NodeState",
     "SERVER",
     "View",
     "Layout",
