@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -293,7 +293,8 @@ class AllReduce(Operation[Reduced[TensorsT]]):
     """Combine ``tensors`` of all members.
 
     A dict of tensors is closed over one set of contributors. ``None`` receives without contributing and does not
-    count as a zero. Contributions are encoded by ``codec``, decoded and combined in sorted member order in float32
+    count as a zero. ``buffers``, the node's, travel along; they are combined alike, and the result is written to them.
+    Contributions are encoded by ``codec``, decoded and combined in sorted member order in float32
     (float64 if they are float64), and the result is encoded by ``result_codec`` before anybody, also its maker, sees
     it. The result has the contributions' dtypes and shapes.
 
@@ -307,12 +308,29 @@ class AllReduce(Operation[Reduced[TensorsT]]):
     codec: Codec = _IDENTITY
     result_codec: Codec = _IDENTITY
     close: ClosePolicy = _QUORUM
+    buffers: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse weights with which there may be no mean."""
+        """Refuse weights with which there may be no mean, and names that the buffers' exchange needs."""
         if not 0 < self.weight < math.inf:
             message = f"AllReduce takes a weight above 0, and None instead of tensors for 0; got {self.weight}"
             raise ValueError(message)
+        names = self.tensors if isinstance(self.tensors, Mapping) and self.buffers is not None else ()
+        if "buffers" in names or "value" in names:
+            raise ValueError("AllReduce with buffers= sends 'buffers' and 'value'; give its tensors other names")
+
+    def __await__(self) -> Generator[Operation[Any], Any, Reduced[TensorsT]]:
+        """Exchange tensors and buffers as one contribution, and write the combined buffers in place."""
+        if self.buffers is None:
+            return (yield self)
+        both = None
+        if self.tensors is not None:
+            tensors = self.tensors if isinstance(self.tensors, Mapping) else {"value": self.tensors}
+            both = {**tensors, "buffers": self.buffers}
+        reduced = yield replace(self, tensors=both, buffers=None)
+        combined: dict[str, Any] = dict(reduced.value)
+        self.buffers.copy_(combined.pop("buffers"))
+        return Reduced(combined.get("value", combined), reduced.members, reduced.weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,6 +404,12 @@ class Start(Operation[Handle[T]]):
     """
 
     operation: Operation[T]
+
+    def __post_init__(self) -> None:
+        """Refuse an ``AllReduce`` with buffers, which would be written to behind the training's back."""
+        operation: Any = self.operation
+        if isinstance(operation, AllReduce) and operation.buffers is not None:
+            raise ValueError("Start takes an AllReduce without buffers=; set averages_buffers to average them later")
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,6 +514,10 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     """
     result: ClassVar[Literal["mean", "last"]] = "mean"
     """Without replicas or server a run ends with the mean of all ``model``s, or the last committer's (of a token)."""
+    averages_buffers: ClassVar[bool] = False
+    """Each round ends with the mean of all nodes' floating-point buffers, uncompressed: see ``whole_round``."""
+    uses_optimizer: ClassVar[bool] = True
+    """Rounds take steps of the nodes' own optimizers; otherwise there is no learning-rate schedule."""
 
     def validate_for(self, num_nodes: int) -> None:
         """Raise ``SettingsError`` if it cannot run on ``num_nodes`` nodes: if its topology cannot, say."""
@@ -557,7 +585,8 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int | None:
         """Return the payload bytes of one round over all nodes, without losses; ``None``: not known in advance.
 
-        Of an asynchronous algorithm: of one round, as a run's ``rounds`` count them.
+        The mean of ``averages_buffers`` is not among them: see ``buffer_bytes``. The rounds of an asynchronous
+        algorithm are those that a run's ``rounds`` count.
         """
         del layout, num_nodes
         return None
@@ -570,16 +599,42 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
         del number, num_rounds
         return self.expected_bytes(layout, num_nodes)
 
+    def buffer_bytes(self, layout: Layout, num_nodes: int) -> int:
+        """Return the payload bytes of the mean of buffers that ends a round with ``averages_buffers``, else 0."""
+        return all_reduce_bytes(layout.buffer_nbytes, num_nodes) if self.averages_buffers else 0
+
     def steps_per_round(self, num_samples: int, batch_size: int) -> int | None:
         """Return the local steps of a node in one round, at ``batch_size`` samples to a step; ``None``: not known.
 
-        Plans and learning-rate schedules need them. Where they are not known, a schedule needs its own
-        ``optimizer.schedule.total_steps``. 0: none of its optimizer's, for which there is then no schedule.
+        By default the field ``inner_steps`` or ``steps`` says it, or else ``epochs``: an algorithm with other rounds
+        overrides this. Plans and learning-rate schedules need the steps. Where they are not known, a schedule needs
+        its own ``optimizer.schedule.total_steps``. 0: no step of the node's optimizer, as without ``uses_optimizer``.
         """
-        del num_samples, batch_size
-        return None
+        if not self.uses_optimizer:
+            return 0
+        fields = dict(self)
+        steps = fields.get("inner_steps") or fields.get("steps")
+        if isinstance(steps, int):
+            return steps
+        epochs = fields.get("epochs")
+        return epochs * math.ceil(num_samples / batch_size) if isinstance(epochs, int) else None
 
     def node_rounds(self, num_nodes: int) -> float:
         """Rounds that a node does in one of the run, on average; another number than 1 only where a server counts."""
         del num_nodes
         return 1.0
+
+
+async def whole_round(algorithm: Algorithm, node: Node, *, joins: bool = False, repairs: bool = False) -> None:
+    """Run one round of a node with all that the contract puts around ``Algorithm.round``.
+
+    ``join`` comes first on a node that was given another's state, then ``on_view_change`` where the view has changed.
+    With ``averages_buffers`` the round ends with the mean of all nodes' floating-point buffers.
+    """
+    if joins:
+        await algorithm.join(node)
+    if repairs:
+        await algorithm.on_view_change(node)
+    await algorithm.round(node)
+    if algorithm.averages_buffers and node.buffers.numel():
+        node.buffers.copy_((await AllReduce(node.buffers)).value)

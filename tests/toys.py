@@ -192,12 +192,14 @@ class Ran(Observer):
     @property
     def expected_bytes(self) -> int:
         """What the algorithm says that a round takes."""
-        return self.config.algorithm.expected_bytes(self.replicas[0].layout, len(self.replicas))
+        algorithm, layout, num_nodes = self.config.algorithm, self.replicas[0].layout, len(self.replicas)
+        return algorithm.expected_bytes(layout, num_nodes) + algorithm.buffer_bytes(layout, num_nodes)
 
     def planned_bytes(self, number: int) -> int:
         """What it says that round ``number`` takes."""
-        layout = self.replicas[0].layout
-        return self.config.algorithm.round_bytes(layout, len(self.replicas), number, self.config.rounds)
+        algorithm, layout, num_nodes = self.config.algorithm, self.replicas[0].layout, len(self.replicas)
+        sent = algorithm.round_bytes(layout, num_nodes, number, self.config.rounds)
+        return sent + algorithm.buffer_bytes(layout, num_nodes)
 
 
 def simulate(raw: dict[str, Any] | None = None, *, nodes: int = 2, **keys: Any) -> Ran:

@@ -57,6 +57,7 @@ from starling.algorithms.api import (
     Train,
     TrainReport,
     Wait,
+    whole_round,
 )
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.seeds import generator
@@ -173,7 +174,7 @@ class Host:
                 coroutine = algorithm.server(replica)
             else:
                 joins = node in joiners
-                coroutine = _prepared(replica, repair, joins) if repair or joins else algorithm.round(replica)
+                coroutine = whole_round(algorithm, replica, joins=joins, repairs=repair)
             self.drop(node)  # one that never ran would complain
             self._programs[node] = Program(coroutine)
             self.exchanges.reset(node)
@@ -347,13 +348,3 @@ class Host:
     def unpack(self, node: NodeId, specs: tuple[TensorSpec, ...], data: Buffer) -> Payload:
         """Decode a payload for ``node``."""
         return buffers.unpack(specs, data, self.replicas[node].device)
-
-
-async def _prepared(replica: Replica, repair: bool, joins: bool) -> None:  # noqa: FBT001 - of this file alone
-    """Do the round of a node that has just joined, or whose view has changed."""
-    algorithm = replica.spec.algorithm
-    if joins:
-        await algorithm.join(replica)
-    if repair:
-        await algorithm.on_view_change(replica)
-    await algorithm.round(replica)

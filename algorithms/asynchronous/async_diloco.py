@@ -155,8 +155,5 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return 2 * (layout.nbytes + layout.buffer_nbytes + 8)
 
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return self.inner_steps
-
     def node_rounds(self, num_nodes: int) -> float:
         return 1.0 if self.grace_s else 1 / num_nodes  # with ``grace_s`` the server waits for all, if it is long enough

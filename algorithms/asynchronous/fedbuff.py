@@ -107,9 +107,6 @@ class FedBuff(Algorithm, name="fedbuff"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return 2 * self.size_among(num_nodes) * (layout.nbytes + layout.buffer_nbytes)
 
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return self.steps
-
     def node_rounds(self, num_nodes: int) -> float:
         return self.size_among(num_nodes) / num_nodes
 

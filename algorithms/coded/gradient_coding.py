@@ -22,7 +22,7 @@ Reference: Tandon et al., "Gradient Coding: Avoiding Stragglers in Distributed L
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
@@ -60,6 +60,8 @@ class Shared(NodeState):
 class GradientCoding(Algorithm, name="gradient_coding"):
     """SGD with gradients from fractional repetition; see the module's docstring."""
 
+    uses_optimizer: ClassVar[bool] = False
+
     stragglers: NonNegativeInt = 1  # s, nodes that a round can go on without, whichever they are
     patience_s: NonNegativeFloat = 0.1  # after the first is done; 0: leaves all behind that are not needed
     outer: OuterOptimizer = SGD(lr=0.1)  # η; the nodes' own optimizers take no steps
@@ -95,9 +97,6 @@ class GradientCoding(Algorithm, name="gradient_coding"):
         num_groups = len(groups_of(range(num_nodes), self.stragglers))
         agreed = num_nodes * (num_nodes - 1) * 8
         return agreed + all_reduce_bytes(layout.nbytes + layout.buffer_nbytes, num_nodes, num_groups)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return 0
 
 
 def groups_of(members: Sequence[NodeId], stragglers: int) -> Groups:

@@ -51,19 +51,9 @@ class Federated(Algorithm):
         """What a node of the cohort does in a round."""
         return Train(epochs=self.epochs, rule=rule) if self.steps is None else Train(steps=self.steps, rule=rule)
 
-    def move(self, node: Node, difference: Tensor, buffers: Tensor) -> None:
-        """Take the server's step from x on all nodes alike.
-
-        Args:
-            node: whose shared state has x.
-            difference: mean of x − y_i, shape (P,).
-            buffers: the new floating-point buffers, shape (B,).
-        """
+    def move(self, node: Node, difference: Tensor) -> None:
+        """Take the server's step from x along ``difference``, the mean of x − y_i, shape (P,); on all nodes alike."""
         shared = Shared(node.shared)
         step, shared.outer = self.outer.update(difference, shared.outer)
         shared.model = shared.model + step
         node.parameters.copy_(shared.model)
-        node.buffers.copy_(buffers)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return self.steps or self.epochs * math.ceil(num_samples / batch_size)

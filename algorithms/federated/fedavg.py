@@ -61,7 +61,7 @@ class FedAvg(Federated, name="fedavg"):
         weight = 1.0
         if node.participates:
             report = await self.local_work(self.rule(model))
-            contribution = {"difference": model - node.parameters, "buffers": node.buffers}
+            contribution = model - node.parameters
             if self.weighting == "samples":
                 # What an epoch has trained on: another number than its own part's where it stands in for others.
                 trained = report.num_samples / self.epochs if self.steps is None else node.num_samples
@@ -73,8 +73,9 @@ class FedAvg(Federated, name="fedavg"):
             aggregator=self.aggregator,
             codec=codec,
             result_codec=result_codec,
+            buffers=node.buffers,
         )
-        self.move(node, mean.value["difference"], mean.value["buffers"])
+        self.move(node, mean.value)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)

@@ -66,9 +66,9 @@ class Scaffold(base.Federated, name="scaffold"):
             rule = ControlVariate(control - own)
             await self.local_work(rule)
             renewed = rule.mean_gradient
-            contribution = {"difference": model - node.parameters, "control": renewed - own, "buffers": node.buffers}
-        mean = await AllReduce(contribution)
-        self.move(node, mean.value["difference"], mean.value["buffers"])
+            contribution = {"difference": model - node.parameters, "control": renewed - own}
+        mean = await AllReduce(contribution, buffers=node.buffers)
+        self.move(node, mean.value["difference"])
         share = len(mean.members) / len(node.view.members)
         shared.control = control + mean.value["control"] * share
         # Not by ``participates``: who skips the round, its loss being NaN, is not in the mean that moved c.

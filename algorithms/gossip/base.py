@@ -10,9 +10,11 @@ from starling.algorithms.api import Algorithm
 from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
-    from starling.algorithms.api import Node
+    from starling.algorithms.api import Inbox, Node
 
 
 class Gossip(Algorithm):
@@ -23,17 +25,15 @@ class Gossip(Algorithm):
     topology: Topology = Ring()  # W, who mixes whose model with what weight
     steps: PositiveInt = 1  # K, optimizer steps in a round
 
-    def tensors(self, node: Node) -> dict[str, Tensor]:
-        """What is mixed of a node: its parameters, and its floating-point buffers if there are any; to write to."""
-        return tensors_of(node)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return self.steps
-
 
 def tensors_of(node: Node) -> dict[str, Tensor]:
-    """A node's parameters, and its floating-point buffers if there are any; to write to."""
+    """Return what is mixed of a node: its parameters, and its floating-point buffers if it has any."""
     if node.buffers.numel():
         return {"parameters": node.parameters, "buffers": node.buffers}
     return {"parameters": node.parameters}
+
+
+def mix(tensors: Mapping[str, Tensor], inbox: Inbox[dict[str, Tensor]]) -> None:
+    """Replace each of a node's ``tensors`` by its mixture with the neighbours', in place."""
+    for name, own in tensors.items():
+        own.copy_(inbox.mix(own, name))

@@ -25,7 +25,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from starling.algorithms.api import NeighborAllGather, Start, Train, Wait
-from starling.algorithms.gossip.base import Gossip
+from starling.algorithms.gossip.base import Gossip, mix, tensors_of
 
 if TYPE_CHECKING:
     from starling.algorithms.api import Layout, Node
@@ -44,17 +44,16 @@ class DSGD(Gossip, name="dsgd"):
 
     async def _adapt_then_combine(self, node: Node) -> None:
         await Train(steps=self.steps)
-        tensors = self.tensors(node)
+        tensors = tensors_of(node)
         inbox = await NeighborAllGather(tensors, self.topology)
-        for name, own in tensors.items():
-            own.copy_(inbox.mix(own, name))
+        mix(tensors, inbox)
 
     async def _combine_then_adapt(self, node: Node) -> None:
-        before = {name: own.clone() for name, own in self.tensors(node).items()}
+        before = {name: own.clone() for name, own in tensors_of(node).items()}
         handle = await Start(NeighborAllGather(before, self.topology))
         await Train(steps=self.steps)
         inbox = await Wait(handle)
-        for name, own in self.tensors(node).items():
+        for name, own in tensors_of(node).items():
             own.add_(inbox.mix(before[name], name).sub_(before[name]))
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

@@ -34,7 +34,7 @@ from pydantic import model_validator
 
 from starling.algorithms.api import NeighborAllGather, Train
 from starling.algorithms.errors import SettingsError
-from starling.algorithms.gossip.base import Gossip
+from starling.algorithms.gossip.base import Gossip, mix, tensors_of
 from starling.algorithms.rules import ControlVariate
 from starling.algorithms.state import NodeState
 
@@ -69,10 +69,9 @@ class GradientTracking(Gossip, name="gradient_tracking"):
         rule = ControlVariate(Local(node.local).correction)
         report = await Train(steps=self.steps, rule=rule)
         tracked = rule.mean_gradient + rule.correction
-        tensors = self.tensors(node)
+        tensors = tensors_of(node)
         inbox = await NeighborAllGather(tensors | {"tracked": tracked}, self.topology)
-        for name, own in tensors.items():
-            own.copy_(inbox.mix(own, name))
+        mix(tensors, inbox)
         # Who skips the round, its loss being NaN, has no gradient to correct; its neighbours have mixed without it.
         if report.num_steps:
             Local(node.local).correction = inbox.mix(tracked, "tracked").sub_(rule.mean_gradient)

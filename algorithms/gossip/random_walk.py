@@ -43,6 +43,7 @@ class RandomWalk(Algorithm, name="random_walk"):
     replicated: ClassVar[bool] = False
     synchronous: ClassVar[bool] = False
     result: ClassVar[Literal["mean", "last"]] = "last"
+    uses_optimizer: ClassVar[bool] = False
 
     topology: Topology = Ring()  # P; symmetric
     graph_seed: int = 0  # of random topologies: the graph is the same for all nodes, whatever the run's seed
@@ -86,9 +87,6 @@ class RandomWalk(Algorithm, name="random_walk"):
         weights = self.topology.mixing(range(num_nodes), 0, self.graph_seed).weights
         hops = sum(1 - row[node] for node, row in weights.items())
         return round(hops * (layout.nbytes + layout.buffer_nbytes + 8 * num_nodes + 8))
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return 0
 
 
 def kernel(base: Tensor, visits: Tensor, repulsion: float) -> Tensor:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from starling.algorithms.api import Algorithm, AllReduce, NeighborAllGather, Train, all_reduce_bytes
-from starling.algorithms.gossip.base import tensors_of
+from starling.algorithms.gossip.base import mix, tensors_of
 from starling.algorithms.topologies import RandomMatching
 
 if TYPE_CHECKING:
@@ -86,15 +86,11 @@ class SingleMerge(Algorithm, name="single_merge"):
         await Train(steps=self.steps)
         num_nodes = len(node.view.members)
         count = self.num_neighbors(node.round, num_nodes, node.num_rounds)
-        tensors = tensors_of(node)
         if count >= num_nodes - 1:
-            mean = await AllReduce(tensors)
-            for name, own in tensors.items():
-                own.copy_(mean.value[name])
+            node.parameters.copy_((await AllReduce(node.parameters, buffers=node.buffers)).value)
         elif count:
-            inbox = await NeighborAllGather(tensors, RandomMatching(matchings=count))
-            for name, own in tensors.items():
-                own.copy_(inbox.mix(own, name))
+            tensors = tensors_of(node)
+            mix(tensors, await NeighborAllGather(tensors, RandomMatching(matchings=count)))
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
         count, nbytes = self.num_neighbors(number, num_nodes, num_rounds), layout.nbytes + layout.buffer_nbytes
@@ -105,9 +101,6 @@ class SingleMerge(Algorithm, name="single_merge"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         matched = num_nodes - num_nodes % 2
         return round(min(self.neighbors, num_nodes - 1) * matched * (layout.nbytes + layout.buffer_nbytes))
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        return self.steps
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
-from starling.algorithms.api import Algorithm, AllReduce, all_reduce_bytes
+from starling.algorithms.api import Algorithm, all_reduce_bytes
 from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ _RESIDUAL = "residual"
 
 class LowCommunication(Algorithm):
     """Inner steps, and an exchange whose contributions and results are encoded."""
+
+    averages_buffers: ClassVar[bool] = True
 
     inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges of the same values
     codec: Codec = Identity()  # what travels; decoded before it is combined
@@ -62,18 +64,3 @@ class LowCommunication(Algorithm):
         """Payload bytes of one ``AllReduce`` of so many values, with this algorithm's codecs."""
         sent, received = (codec.nbytes(num_values, layout.dtype) for codec in (self.codec, self.result_codec))
         return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return self.inner_steps
-
-
-async def average_buffers(node: Node) -> None:
-    """Put the mean of all nodes' floating-point buffers (batch-norm statistics) in their place, uncompressed."""
-    if node.buffers.numel():
-        node.buffers.copy_((await AllReduce(node.buffers)).value)
-
-
-def buffer_bytes(layout: Layout, num_nodes: int) -> int:
-    """Payload bytes of ``average_buffers``."""
-    return all_reduce_bytes(layout.buffer_nbytes, num_nodes)

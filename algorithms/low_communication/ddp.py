@@ -25,7 +25,7 @@ from pydantic import PositiveInt, model_validator
 
 from starling.algorithms.api import AllReduce, Gradient, Step
 from starling.algorithms.compressors import Compressor
-from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.low_communication.base import LowCommunication
 from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ class DDP(Synchronous, name="ddp"):
     async def round(self, node: Node) -> None:
         await self.steps_together(node, self.inner_steps)
         Shared(node.shared).model = node.parameters.clone()
-        await average_buffers(node)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return self.inner_steps * self.step_bytes(layout, num_nodes) + buffer_bytes(layout, num_nodes)
+        return self.inner_steps * self.step_bytes(layout, num_nodes)

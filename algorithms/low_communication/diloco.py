@@ -64,21 +64,17 @@ class DiLoCo(Algorithm, name="diloco"):
         shared = Shared(node.shared)
         await Train(steps=self.inner_steps)
         codec, result_codec = exchange_codecs(self.codec, self.result_codec, node.round)
-        mean = await AllReduce(
-            {"outer_gradient": shared.anchor - node.parameters, "buffers": node.buffers} if node.participates else None,
+        outer_gradient = await AllReduce(
+            shared.anchor - node.parameters if node.participates else None,
             aggregator=self.aggregator,
             codec=codec,
             result_codec=result_codec,
+            buffers=node.buffers,
         )
-        step, shared.outer = self.outer.update(mean.value["outer_gradient"], shared.outer)
+        step, shared.outer = self.outer.update(outer_gradient.value, shared.outer)
         shared.anchor = shared.anchor + step
         node.parameters.copy_(shared.anchor)
-        node.buffers.copy_(mean.value["buffers"])
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)
         return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return self.inner_steps

@@ -33,7 +33,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 
 from starling.algorithms.api import AllReduce, Start, Train, Wait
-from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.low_communication.base import LowCommunication
 from starling.algorithms.outer import SGD, Nesterov, OuterOptimizer
 from starling.algorithms.state import NodeState, field
 
@@ -104,10 +104,9 @@ class EagerDiLoCo(LowCommunication, name="eager_diloco"):
         own = local.own + step
         shared.anchor, local.own, local.pending, local.ahead = anchor, own, news, ahead
         node.parameters.copy_(anchor + own)
-        await average_buffers(node)
 
     def model(self, node: Node) -> Tensor:
         return Shared(node.shared).anchor
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return self.exchange_bytes(layout.num_values, layout, num_nodes) + buffer_bytes(layout, num_nodes)
+        return self.exchange_bytes(layout.num_values, layout, num_nodes)

@@ -35,7 +35,6 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from starling.algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
 from starling.algorithms.low_communication import anchors, fragments
 from starling.algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
-from starling.algorithms.low_communication.base import average_buffers, buffer_bytes
 from starling.algorithms.low_communication.ddp import Synchronous
 from starling.algorithms.low_communication.fragments import gather, modules_of, to_host
 from starling.algorithms.outer import Nesterov, OuterOptimizer
@@ -87,7 +86,6 @@ class EDiT(Synchronous, name="edit"):
             anchors.begin(node, modules_of(node.layout), self.outer)
         else:
             await self.synchronize(node, await self.steps_alone(node))
-        await average_buffers(node)
 
     def warms_up(self, number: int) -> bool:
         """Whether the steps of round ``number`` are taken together."""
@@ -144,11 +142,10 @@ class EDiT(Synchronous, name="edit"):
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
         if self.warms_up(number):
-            return self.inner_steps * self.step_bytes(layout, num_nodes) + buffer_bytes(layout, num_nodes)
+            return self.inner_steps * self.step_bytes(layout, num_nodes)
         return self.expected_bytes(layout, num_nodes)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         sizes = [fragments.size_of(ranges) for ranges in modules_of(layout)]
         told = 4 * len(sizes) * num_nodes * (num_nodes - 1) if self.penalty else 0
-        means = sum(self.exchange_bytes(size, layout, num_nodes) for size in sizes)
-        return told + means + buffer_bytes(layout, num_nodes)
+        return told + sum(self.exchange_bytes(size, layout, num_nodes) for size in sizes)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pydantic import PositiveInt
 
 from starling.algorithms.api import AllReduce, Train
-from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.low_communication.base import LowCommunication
 from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ class LocalSGD(LowCommunication, name="local_sgd"):
         mean = await AllReduce(sent, codec=codecs[0], result_codec=codecs[1])
         shared.model = shared.model - mean.value
         node.parameters.copy_(shared.model)
-        await average_buffers(node)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        return self.exchange_bytes(layout.num_values, layout, num_nodes) + buffer_bytes(layout, num_nodes)
+        return self.exchange_bytes(layout.num_values, layout, num_nodes)

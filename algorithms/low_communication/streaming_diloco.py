@@ -38,7 +38,7 @@ from starling.algorithms.api import AllReduce, Handle, Layout, Node, Reduced, St
 from starling.algorithms.codecs import FP4, BFloat16, Codec
 from starling.algorithms.low_communication import anchors
 from starling.algorithms.low_communication import fragments as parts
-from starling.algorithms.low_communication.base import LowCommunication, average_buffers, buffer_bytes
+from starling.algorithms.low_communication.base import LowCommunication
 from starling.algorithms.low_communication.fragments import Pattern, gather, scatter, to_device, to_host
 from starling.algorithms.outer import Nesterov, OuterOptimizer
 
@@ -109,15 +109,13 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
             anchor = to_device(known[p]["anchor"], local.device)
             scatter(torch.lerp(anchor, local, self.merge_alpha), node.parameters, ranges[p])
         anchors.keep(node, known)
-        await average_buffers(node)
 
     def model(self, node: Node) -> Tensor:
         return anchors.in_place(node, self.ranges(node.layout))
 
     def round_bytes(self, layout: Layout, num_nodes: int, number: int, num_rounds: int) -> int:
         ranges = self.ranges(layout)
-        exchanged = sum(self.exchange_bytes(parts.size_of(ranges[p]), layout, num_nodes) for p in self.due(number))
-        return exchanged + buffer_bytes(layout, num_nodes)
+        return sum(self.exchange_bytes(parts.size_of(ranges[p]), layout, num_nodes) for p in self.due(number))
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         period = self.fragments if self.staggered else 1

@@ -25,7 +25,7 @@ dt 0.01, λ 1, σ 5.1, α 1.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -57,6 +57,8 @@ class Shared(NodeState):
 
 class CBO(Algorithm, name="cbo"):
     """Consensus-based optimization; see the module's docstring."""
+
+    uses_optimizer: ClassVar[bool] = False
 
     particles: PositiveInt = 40  # K, of all nodes together; each node evaluates all of them in a round
     alpha: NonNegativeFloat = 100.0  # α, 1 / units of the loss; 0: x_α is the mean; the authors' illustration
@@ -97,10 +99,6 @@ class CBO(Algorithm, name="cbo"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         del layout
         return all_reduce_bytes(self.particles * _ENERGY_NBYTES, num_nodes)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return 0
 
 
 def weights_of(energies: Sequence[float], alpha: float) -> list[float]:

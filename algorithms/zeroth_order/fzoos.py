@@ -30,7 +30,7 @@ arXiv:2308.04077.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -55,6 +55,8 @@ class Shared(NodeState):
 
 class FZooS(Algorithm, name="fzoos"):
     """Federated zeroth-order optimization with surrogates; see the module's docstring."""
+
+    uses_optimizer: ClassVar[bool] = False
 
     steps: PositiveInt = 10  # T, local steps in a round; the authors' commands (their script's default: 30)
     lr: PositiveFloat = 0.01  # η, Adam's; the authors' script
@@ -138,7 +140,3 @@ class FZooS(Algorithm, name="fzoos"):
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         weights = self.features * layout.dtype.itemsize
         return all_reduce_bytes(layout.nbytes, num_nodes) + all_reduce_bytes(weights, num_nodes)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return 0

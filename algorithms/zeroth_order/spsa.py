@@ -39,6 +39,7 @@ class Shared(NodeState):
 class SPSA(Algorithm):
     """Stochastic gradients from two losses each; a node sends the one number that they give."""
 
+    uses_optimizer: ClassVar[bool] = False
     least_lr: ClassVar[float] = 1e-3
     """Of a large model, if ``lr`` is null."""
 
@@ -167,7 +168,3 @@ class SPSA(Algorithm):
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         return num_nodes * (num_nodes - 1) * self._num_bytes(layout)
-
-    def steps_per_round(self, num_samples: int, batch_size: int) -> int:
-        del num_samples, batch_size
-        return 0

@@ -125,13 +125,14 @@ def make_plan(config: Config, memory: int = CHECK_BYTES) -> Plan:
 
 def _payload(algorithm: Algorithm, layout: Layout, num_nodes: int, rounds: int) -> int | None:
     """Return the payload bytes of all rounds without losses; ``None`` if the algorithm does not say."""
+    buffers = rounds * algorithm.buffer_bytes(layout, num_nodes)
     if type(algorithm).round_bytes is Algorithm.round_bytes:
         each = algorithm.expected_bytes(layout, num_nodes)
-        return None if each is None else rounds * each
+        return None if each is None else rounds * each + buffers
     looked_at = min(rounds, _MOST_ROUNDS)
     sent = [algorithm.round_bytes(layout, num_nodes, number, rounds) for number in range(looked_at)]
     known = [count for count in sent if count is not None]
-    return sum(known) * rounds // looked_at if len(known) == looked_at else None
+    return sum(known) * rounds // looked_at + buffers if len(known) == looked_at else None
 
 
 def _schedule(config: Config, pace: Pace, *, is_known: bool) -> str:

@@ -97,6 +97,7 @@ def contribution_bytes(algorithm: Algorithm, layout: Layout, num_nodes: int) -> 
     each = algorithm.expected_bytes(layout, num_nodes)
     if each is None or num_nodes < 2:
         return 0
+    each += algorithm.buffer_bytes(layout, num_nodes)
     nbytes = min(each // (2 * (num_nodes - 1)), layout.nbytes + layout.buffer_nbytes)
     return nbytes if nbytes > INLINE_LIMIT_BYTES else 0
 

@@ -269,7 +269,7 @@ def test_codecs_draw_anew_in_each_round(field: str):
     drawn: list[bytes] = []
     for number in (0, 1, 2, 0):
         shared = {"model": torch.zeros(3)}
-        node: Any = SimpleNamespace(round=number, participates=False, shared=shared)
+        node: Any = SimpleNamespace(round=number, participates=False, shared=shared, buffers=torch.zeros(0))
         reduction: Any = algorithm.round(node).send(None)
         drawn.append(bytes(getattr(reduction, field).encode(values).numpy()))
     assert len(set(drawn)) == 3

@@ -64,12 +64,14 @@ def test_a_class_of_a_page_is_simulated_repeated_and_resumed(own: Own, tmp_path:
     assert resumed.rounds == summary.rounds
 
 
-def test_bytes_and_steps_that_an_algorithm_does_not_tell_are_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_bytes_that_an_algorithm_does_not_tell_are_not_known_and_its_steps_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     OWN["class LocalSGD(Algorithm):"].write(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("my_algorithms", None)
     plan = make_plan(resolve(BASE | OWN["class LocalSGD(Algorithm):"].config))
-    assert (plan.payload_bytes, plan.steps_per_round) == (None, None)
+    assert (plan.payload_bytes, plan.steps_per_round) == (None, {"least": 3, "most": 3})
 
 
 def test_each_block_of_a_page_is_tested():
