@@ -9,8 +9,8 @@ keys and the tracked params. A part belongs to a *family* (``algorithm``, ``code
 
 Wherever a field is annotated with the family (``outer: OuterOptimizer``) the configuration may say
 ``{name: nesterov, lr: 0.4}``, or just ``nesterov``. Names come from three places: the family's catalog (a package of
-ours, imported when a name is first looked up), installed entry points in the group ``starling.<family>``, and import
-paths (``my_module:MyTask``).
+ours, all of whose modules are imported when a name is first looked up), installed entry points in the group
+``starling.<family>``, and import paths (``my_module:MyTask``).
 
 A part is written under a name that every other process finds it by. That is a short name only for classes of the
 catalog and of entry points. ``class Mine(Algorithm, name="diloco")`` in a user's module is written as
@@ -192,7 +192,8 @@ def _load(family: str, catalog: str) -> None:
     """
     if catalog:
         package = importlib.import_module(catalog)
-        for module in pkgutil.iter_modules(getattr(package, "__path__", []), f"{catalog}."):
+        # Each is imported here before the walk goes into it: the walk itself would pass over packages that are broken.
+        for module in pkgutil.walk_packages(getattr(package, "__path__", []), f"{catalog}."):
             importlib.import_module(module.name)
     ours, broken = dict(_TABLES[family]), _BROKEN.setdefault(family, {})
     offers: dict[str, list[importlib.metadata.EntryPoint]] = {}

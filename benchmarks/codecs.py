@@ -8,7 +8,9 @@ import time
 import torch
 
 from benchmarks.harness import Row
-from starling.algorithms.codecs import FP4, Codec, Int8
+from starling.algorithms.codecs import Codec
+from starling.algorithms.codecs.fp4 import FP4
+from starling.algorithms.codecs.int8 import Int8
 
 SIZE = 25_000_000
 """Values: 100 MB."""

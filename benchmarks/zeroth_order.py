@@ -23,7 +23,7 @@ from starling import simulate
 from starling.actors.data import EpochSampler
 from starling.actors.host.build import load_data
 from starling.algorithms.noise import accumulate, perturb
-from starling.algorithms.zeroth_order import JustOneByte
+from starling.algorithms.zeroth_order.just_one_byte import JustOneByte
 from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.control.controller import Controller
 from starling.orchestrator.records.observers import Observer, RoundRecord, Started

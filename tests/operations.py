@@ -30,7 +30,7 @@ from starling.algorithms.api import (
     View,
     Wait,
 )
-from starling.algorithms.closing import FirstK
+from starling.algorithms.closing.base import FirstK
 from starling.algorithms.topologies import Ring, Topology
 from tests.toys import Program
 

@@ -92,7 +92,7 @@ from pydantic import PositiveInt
 from starling import SERVER, Algorithm, AllReduce, Layout, Message, NeighborAllGather, Node, Receive, Send, Start
 from starling.algorithms.api import Train, Wait, all_reduce_bytes
 from starling.algorithms.outer import Nesterov, OuterOptimizer
-from starling.algorithms.rules import ControlVariate
+from starling.algorithms.rules.control_variate import ControlVariate
 from starling.algorithms.topologies import Ring, Topology
 
 

@@ -1,6 +1,5 @@
-"""Aggregators: how contributions combine into one."""
+"""The aggregator interface: how contributions combine into one. Each rule has a module of its own."""
 
-from starling.algorithms.aggregators.base import Aggregator, Mean, Uniform
-from starling.algorithms.aggregators.robust import Median, TrimmedMean
+from starling.algorithms.aggregators.base import Aggregator, Mean
 
-__all__ = ["Aggregator", "Mean", "Median", "TrimmedMean", "Uniform"]
+__all__ = ["Aggregator", "Mean"]

@@ -38,7 +38,7 @@ from starling.algorithms.api import (
     NodeId,
     all_reduce_bytes,
 )
-from starling.algorithms.closing import OneOfEach
+from starling.algorithms.closing.coded import OneOfEach
 from starling.algorithms.outer import SGD, OuterOptimizer
 from starling.algorithms.state import NodeState
 

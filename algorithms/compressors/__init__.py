@@ -1,6 +1,5 @@
-"""Compressors: how a gradient is averaged over all nodes without being sent whole, in several exchanges if need be."""
+"""The compressor interface: average a gradient in exchanges of its own. Each compressor has a module of its own."""
 
 from starling.algorithms.compressors.base import Compressor
-from starling.algorithms.compressors.powersgd import PowerSGD
 
-__all__ = ["Compressor", "PowerSGD"]
+__all__ = ["Compressor"]

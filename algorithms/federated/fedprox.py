@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pydantic import NonNegativeFloat
 
 from starling.algorithms.federated.fedavg import FedAvg
-from starling.algorithms.rules import Proximal
+from starling.algorithms.rules.proximal import Proximal
 
 if TYPE_CHECKING:
     from torch import Tensor

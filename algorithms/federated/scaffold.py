@@ -31,7 +31,7 @@ import torch
 
 from starling.algorithms.api import AllReduce, Layout, Node, all_reduce_bytes
 from starling.algorithms.federated import base
-from starling.algorithms.rules import ControlVariate
+from starling.algorithms.rules.control_variate import ControlVariate
 from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:

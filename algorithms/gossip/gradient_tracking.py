@@ -35,7 +35,7 @@ from pydantic import model_validator
 from starling.algorithms.api import NeighborAllGather, Train
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.gossip.base import Gossip, mix, tensors_of
-from starling.algorithms.rules import ControlVariate
+from starling.algorithms.rules.control_variate import ControlVariate
 from starling.algorithms.state import NodeState
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from starling.algorithms.api import Algorithm, AllReduce, NeighborAllGather, Train, all_reduce_bytes
 from starling.algorithms.gossip.base import mix, tensors_of
-from starling.algorithms.topologies import RandomMatching
+from starling.algorithms.topologies.random_matching import RandomMatching
 
 if TYPE_CHECKING:
     from starling.algorithms.api import Layout, Node

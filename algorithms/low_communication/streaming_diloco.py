@@ -35,7 +35,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from starling.algorithms.api import AllReduce, Handle, Layout, Node, Reduced, Start, Train, Wait
-from starling.algorithms.codecs import FP4, BFloat16, Codec
+from starling.algorithms.codecs import Codec
+from starling.algorithms.codecs.fp4 import FP4
+from starling.algorithms.codecs.half import BFloat16
 from starling.algorithms.low_communication import anchors
 from starling.algorithms.low_communication import fragments as parts
 from starling.algorithms.low_communication.base import LowCommunication

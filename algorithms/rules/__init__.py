@@ -1,7 +1,5 @@
-"""Rules: what wraps a node's gradient function."""
+"""The rule interface: wrap a node's gradient function. Each rule has a module of its own."""
 
 from starling.algorithms.rules.base import DataBatch, GradientFunction, LocalProblem, Rule, Sampler
-from starling.algorithms.rules.control_variate import ControlVariate
-from starling.algorithms.rules.proximal import Proximal
 
-__all__ = ["ControlVariate", "DataBatch", "GradientFunction", "LocalProblem", "Proximal", "Rule", "Sampler"]
+__all__ = ["DataBatch", "GradientFunction", "LocalProblem", "Rule", "Sampler"]

@@ -25,9 +25,15 @@ import torch
 
 from starling.actors.wire.buffers import Cuts, TensorSpec, num_parts
 from starling.algorithms.api import INLINE_LIMIT_BYTES
-from starling.algorithms.codecs import FP4, BFloat16, Codec, Identity
-from starling.algorithms.low_communication import DDP, DiLoCo, EagerDiLoCo, LocalSGD, StreamingDiLoCo
+from starling.algorithms.codecs import Codec, Identity
+from starling.algorithms.codecs.fp4 import FP4
+from starling.algorithms.codecs.half import BFloat16
+from starling.algorithms.low_communication.ddp import DDP
+from starling.algorithms.low_communication.diloco import DiLoCo
+from starling.algorithms.low_communication.eager_diloco import EagerDiLoCo
 from starling.algorithms.low_communication.fragments import fragments_of, size_of
+from starling.algorithms.low_communication.local_sgd import LocalSGD
+from starling.algorithms.low_communication.streaming_diloco import StreamingDiLoCo
 from starling.orchestrator.errors import ConfigError, SettingsError
 from starling.orchestrator.runtimes.network import Cast, Network
 from starling.orchestrator.runtimes.user_code import user_code

@@ -14,8 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from starling.algorithms.registry import find, table
-from starling.algorithms.topologies import Alternating, CirculantTopology, Complete, Mixing, Ring, Topology, Torus
+from starling.algorithms.topologies import CirculantTopology, Mixing, Ring, Topology
+from starling.algorithms.topologies.alternating import Alternating
+from starling.algorithms.topologies.complete import Complete
 from starling.algorithms.topologies.mixing import distance_from_mean
+from starling.algorithms.topologies.torus import Torus
 from starling.orchestrator.config import yaml_io
 from starling.orchestrator.config.messages import explain
 from starling.orchestrator.config.reference import summary_of

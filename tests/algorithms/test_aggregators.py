@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from starling.algorithms.aggregators import Aggregator, Mean, Median, TrimmedMean, Uniform
-from starling.algorithms.aggregators.base import BLOCK
+from starling.algorithms.aggregators import Aggregator, Mean
+from starling.algorithms.aggregators.base import BLOCK, Uniform
+from starling.algorithms.aggregators.robust import Median, TrimmedMean
 from starling.algorithms.aggregators.sorting import _MAX_NETWORK, network
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.registry import table

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from starling.algorithms.api import SERVER, Message
-from starling.algorithms.asynchronous import AsyncDiLoCo
+from starling.algorithms.asynchronous.async_diloco import AsyncDiLoCo
 from starling.algorithms.outer import Nesterov
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from starling.actors.tasks import Task, TensorSamples
-from starling.algorithms.zeroth_order import CBO
-from starling.algorithms.zeroth_order.cbo import weights_of
+from starling.algorithms.zeroth_order.cbo import CBO, weights_of
 from tests.membership import scripted
 from tests.toys import simulate
 

@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from starling.algorithms.closing import (
-    ClosePolicy,
-    Decodable,
-    Everyone,
-    FirstK,
-    Grace,
-    OneOfEach,
-    Quorum,
-    Waited,
-    decoding,
-)
+from starling.algorithms.closing import ClosePolicy, Quorum, Waited
+from starling.algorithms.closing.base import Everyone, FirstK, Grace
+from starling.algorithms.closing.coded import Decodable, OneOfEach, decoding
 from starling.algorithms.registry import table
 
 NODES = frozenset(range(6))

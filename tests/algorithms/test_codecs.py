@@ -14,22 +14,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from starling.algorithms.codecs import (
-    FP4,
-    QSGD,
-    BFloat16,
-    Codec,
-    Float16,
-    Identity,
-    Int8,
-    RandomK,
-    Sign,
-    TopK,
-    exchange_codecs,
-    refuse_lossy,
-)
+from starling.algorithms.codecs import Codec, Identity, exchange_codecs, refuse_lossy
 from starling.algorithms.codecs.base import AT_ONCE
-from starling.algorithms.codecs.int8 import _LIMIT
+from starling.algorithms.codecs.fp4 import FP4
+from starling.algorithms.codecs.half import BFloat16, Float16
+from starling.algorithms.codecs.int8 import _LIMIT, Int8
+from starling.algorithms.codecs.qsgd import QSGD
+from starling.algorithms.codecs.random_k import RandomK
+from starling.algorithms.codecs.sign import Sign
+from starling.algorithms.codecs.top_k import TopK
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.registry import table
 from tests.codecs import Blockwise

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from starling.algorithms.api import Gradient, Train, all_reduce_bytes
-from starling.algorithms.compressors import PowerSGD
+from starling.algorithms.compressors.powersgd import PowerSGD
 from starling.algorithms.layout import Layout, LayoutEntry
-from starling.algorithms.low_communication import DDP
+from starling.algorithms.low_communication.ddp import DDP
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, Toy, begin, replica, simulate

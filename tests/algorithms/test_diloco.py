@@ -13,7 +13,7 @@ from starling.actors.replica.replica import Replica
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Train
-from starling.algorithms.low_communication import DiLoCo
+from starling.algorithms.low_communication.diloco import DiLoCo
 from starling.algorithms.outer import SGD, Nesterov
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError

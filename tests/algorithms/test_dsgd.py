@@ -11,7 +11,8 @@ from torch import Tensor
 
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Train
-from starling.algorithms.topologies import OnePeerExponential, Topology
+from starling.algorithms.topologies import Topology
+from starling.algorithms.topologies.one_peer_exponential import OnePeerExponential
 from tests.membership import models, scripted
 from tests.toys import Ran, Toy, begin, replica, simulate
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from starling.actors.replica.replica import Replica
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Node, NodeId, Train
-from starling.algorithms.low_communication import AEDiT, EDiT
+from starling.algorithms.low_communication.a_edit import AEDiT
 from starling.algorithms.low_communication.anchors import known
 from starling.algorithms.low_communication.anomalies import Detector, norm_of, weights_of
+from starling.algorithms.low_communication.edit import EDiT
 from starling.algorithms.low_communication.fragments import gather, modules_of
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError

@@ -14,7 +14,7 @@ from starling.actors.data import EpochSampler
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Train, View
 from starling.algorithms.codecs import Codec
-from starling.algorithms.federated import FedAvg
+from starling.algorithms.federated.fedavg import FedAvg
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 

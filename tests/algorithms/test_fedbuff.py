@@ -12,7 +12,7 @@ from torch import Tensor
 
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import SERVER, Left, Message, Receive, Send, Train
-from starling.algorithms.asynchronous import FedBuff
+from starling.algorithms.asynchronous.fedbuff import FedBuff
 from tests.toys import Ran, Toy, begin, replica, simulate
 
 STEPS = 3

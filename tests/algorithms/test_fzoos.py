@@ -14,7 +14,7 @@ from torch import Tensor
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import AllReduce, Loss
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.zeroth_order import FZooS
+from starling.algorithms.zeroth_order.fzoos import FZooS
 from starling.algorithms.zeroth_order.queries import around, nearest, rebased, scaled
 from starling.algorithms.zeroth_order.surrogates import FourierFeatures, GaussianProcess
 from tests.membership import scripted

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from starling.actors.data import Iid, assign
 from starling.algorithms.api import AllGather, AllReduce, Batch, Gradient, GradientReport, Reduced
-from starling.algorithms.closing import OneOfEach, Waited
-from starling.algorithms.coded import GradientCoding
-from starling.algorithms.coded.gradient_coding import groups_of, representatives
+from starling.algorithms.closing import Waited
+from starling.algorithms.closing.coded import OneOfEach
+from starling.algorithms.coded.gradient_coding import GradientCoding, groups_of, representatives
 from starling.algorithms.rules import DataBatch
 from tests.toys import Ran, Toy, begin, replica, simulate
 

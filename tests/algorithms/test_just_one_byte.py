@@ -21,7 +21,9 @@ from starling.algorithms.api import Node
 from starling.algorithms.layout import Layout, LayoutEntry
 from starling.algorithms.noise import fill
 from starling.algorithms.seeds import derive_seed
-from starling.algorithms.zeroth_order import JustOneByte, MeZO, records, steps
+from starling.algorithms.zeroth_order import records, steps
+from starling.algorithms.zeroth_order.just_one_byte import JustOneByte
+from starling.algorithms.zeroth_order.mezo import MeZO
 from starling.algorithms.zeroth_order.steps import Moved, Step
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.records.rebuild import rebuild

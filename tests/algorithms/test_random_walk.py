@@ -12,10 +12,11 @@ from torch import Tensor
 
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Gradient, GradientReport, Left, Message, Receive, Send
-from starling.algorithms.gossip import RandomWalk
-from starling.algorithms.gossip.random_walk import covering, kernel, visited
+from starling.algorithms.gossip.random_walk import RandomWalk, covering, kernel, visited
 from starling.algorithms.seeds import generator
-from starling.algorithms.topologies import ErdosRenyi, RandomMatching, Ring, Topology
+from starling.algorithms.topologies import Ring, Topology
+from starling.algorithms.topologies.erdos_renyi import ErdosRenyi
+from starling.algorithms.topologies.random_matching import RandomMatching
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, simulate

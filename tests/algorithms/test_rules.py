@@ -12,7 +12,9 @@ from torch import Tensor
 from starling.actors.replica.replica import NonFiniteLossError, Replica
 from starling.algorithms.api import Train
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.rules import ControlVariate, DataBatch, GradientFunction, LocalProblem, Proximal, Rule
+from starling.algorithms.rules import DataBatch, GradientFunction, LocalProblem, Rule
+from starling.algorithms.rules.control_variate import ControlVariate
+from starling.algorithms.rules.proximal import Proximal
 from tests.host.test_batched import Closed
 from tests.toys import Toy, begin, replica
 

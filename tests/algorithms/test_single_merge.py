@@ -15,8 +15,8 @@ from starling.actors.tasks import TensorSamples
 from starling.actors.tasks.digits import Digits
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import all_reduce_bytes
-from starling.algorithms.gossip import SingleMerge
-from starling.algorithms.topologies import RandomMatching
+from starling.algorithms.gossip.single_merge import SingleMerge
+from starling.algorithms.topologies.random_matching import RandomMatching
 from tests.toys import Ran, Toy, simulate
 
 

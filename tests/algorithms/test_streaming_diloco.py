@@ -14,12 +14,13 @@ from starling.actors.host.host import Host
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.wire.tickets import Contributed, Posted, Returned, Waiting
 from starling.algorithms.api import View, all_reduce_bytes
-from starling.algorithms.codecs import FP4, Identity
+from starling.algorithms.codecs import Identity
+from starling.algorithms.codecs.fp4 import FP4
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.layout import Layout, LayoutEntry
-from starling.algorithms.low_communication import StreamingDiLoCo
 from starling.algorithms.low_communication.anchors import known
 from starling.algorithms.low_communication.fragments import fragments_of, gather, modules_of, scatter, size_of
+from starling.algorithms.low_communication.streaming_diloco import StreamingDiLoCo
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from tests.toys import Ran, attempt, replica, simulate

@@ -15,22 +15,18 @@ from pydantic import ValidationError
 
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.registry import table
-from starling.algorithms.topologies import (
-    Alternating,
-    BarabasiAlbert,
-    Complete,
-    ErdosRenyi,
-    Exponential,
-    File,
-    Mixing,
-    OnePeerExponential,
-    RandomMatching,
-    RandomRegular,
-    Ring,
-    Topology,
-    Torus,
-)
+from starling.algorithms.topologies import Mixing, Ring, Topology
+from starling.algorithms.topologies.alternating import Alternating
+from starling.algorithms.topologies.barabasi_albert import BarabasiAlbert
+from starling.algorithms.topologies.complete import Complete
+from starling.algorithms.topologies.erdos_renyi import ErdosRenyi
+from starling.algorithms.topologies.exponential import Exponential
+from starling.algorithms.topologies.file import File
 from starling.algorithms.topologies.given import cycles_without
+from starling.algorithms.topologies.one_peer_exponential import OnePeerExponential
+from starling.algorithms.topologies.random_matching import RandomMatching
+from starling.algorithms.topologies.random_regular import RandomRegular
+from starling.algorithms.topologies.torus import Torus
 
 ALL = [
     Complete(),

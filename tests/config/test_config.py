@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
-from starling.algorithms.federated import FedAvg
-from starling.algorithms.low_communication import DiLoCo
+from starling.algorithms.federated.fedavg import FedAvg
+from starling.algorithms.low_communication.diloco import DiLoCo
 from starling.algorithms.outer import SGD, Nesterov
-from starling.algorithms.topologies import Topology, Torus
+from starling.algorithms.topologies import Topology
+from starling.algorithms.topologies.torus import Torus
 from starling.orchestrator.config.schema import Config, MLflowTracking, NoTracking, load, parse
 from starling.orchestrator.errors import ConfigError
 from tests.paths import ROOT

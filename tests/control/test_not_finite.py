@@ -9,9 +9,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from starling.algorithms.aggregators import Median
+from starling.algorithms.aggregators.robust import Median
 from starling.algorithms.api import AllGather, AllReduce, NeighborAllGather, Node, Receive, Send, Start, Train, Wait
-from starling.algorithms.codecs import Int8
+from starling.algorithms.codecs.int8 import Int8
 from starling.algorithms.topologies import Ring
 from starling.orchestrator import api
 from starling.orchestrator.errors import StarlingError

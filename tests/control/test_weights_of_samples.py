@@ -17,7 +17,7 @@ from starling.actors.replica.replica import Replica
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.wire.tickets import mean_loss
 from starling.algorithms.api import AllReduce, Train, TrainReport
-from starling.algorithms.federated import FedAvg
+from starling.algorithms.federated.fedavg import FedAvg
 from starling.orchestrator.config.schema import parse
 from tests.toys import attempt
 

@@ -19,7 +19,7 @@ from starling.actors.tasks.logistic import Logistic
 from starling.actors.training.updates import update_of
 from starling.algorithms.api import SERVER, Train, TrainReport
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.rules import Proximal
+from starling.algorithms.rules.proximal import Proximal
 from tests.toys import INPUTS, OUTPUTS, Toy
 from tests.training.test_shared_module import colocated, enter
 

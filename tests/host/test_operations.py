@@ -20,7 +20,8 @@ from starling.algorithms.api import (
     Train,
     Wait,
 )
-from starling.algorithms.topologies import Complete, Ring
+from starling.algorithms.topologies import Ring
+from starling.algorithms.topologies.complete import Complete
 from starling.orchestrator.errors import NodeFailedError, ProgramsDivergeError, RunError
 from tests import operations
 from tests.toys import Program, attempt, simulate

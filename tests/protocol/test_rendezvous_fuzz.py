@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from starling.actors.wire.buffers import Signature, TensorSpec
 from starling.actors.wire.tickets import Secured
-from starling.algorithms.closing import FirstK
+from starling.algorithms.closing.base import FirstK
 from starling.orchestrator.protocol.events import (
     Abort,
     Advance,

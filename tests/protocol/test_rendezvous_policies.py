@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starling.actors.wire.buffers import Signature
 from starling.actors.wire.tickets import Secured
-from starling.algorithms.closing import Everyone, FirstK, Grace, OneOfEach
+from starling.algorithms.closing.base import Everyone, FirstK, Grace
+from starling.algorithms.closing.coded import OneOfEach
 from starling.orchestrator.protocol.events import (
     Abort,
     Advance,

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from starling.actors.data import Position
 from starling.actors.replica.catch_up import Transcript, catch_up
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.zeroth_order import JustOneByte
+from starling.algorithms.zeroth_order.just_one_byte import JustOneByte
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.control.controller import Controller
 from starling.orchestrator.records.run_directory import RunDirectory

@@ -28,7 +28,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from starling.algorithms.api import Algorithm, AllGather, AllReduce, Batch, Gradient, Layout, Node, all_reduce_bytes
-from starling.algorithms.closing import ClosePolicy, Waited, decoding
+from starling.algorithms.closing import ClosePolicy, Waited
+from starling.algorithms.closing.coded import decoding
 from starling.algorithms.errors import SettingsError
 from starling.algorithms.rules import DataBatch
 

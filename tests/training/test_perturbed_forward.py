@@ -17,7 +17,7 @@ from starling.actors.tasks.text_lm import TextLM, TransformerConfig
 from starling.algorithms.api import Batch, Loss, Node, Perturbed
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.noise import fill
-from starling.algorithms.zeroth_order import JustOneByte
+from starling.algorithms.zeroth_order.just_one_byte import JustOneByte
 from tests.toys import Tied, begin, replica
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 
 from starling.actors.replica.learner import Learner
 from starling.algorithms.api import SERVER
-from starling.algorithms.asynchronous import FedBuff
+from starling.algorithms.asynchronous.fedbuff import FedBuff
 from starling.orchestrator import api
 from starling.orchestrator.analysis.plan import make_plan
 from starling.orchestrator.config.schema import parse

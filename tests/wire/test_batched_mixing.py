@@ -11,7 +11,11 @@ from starling.actors.wire import buffers
 from starling.actors.wire.batched_mixing import Mixtures, Rows
 from starling.algorithms.api import Inbox
 from starling.algorithms.seeds import generator
-from starling.algorithms.topologies import BarabasiAlbert, Complete, ErdosRenyi, OnePeerExponential, Ring, Topology
+from starling.algorithms.topologies import Ring, Topology
+from starling.algorithms.topologies.barabasi_albert import BarabasiAlbert
+from starling.algorithms.topologies.complete import Complete
+from starling.algorithms.topologies.erdos_renyi import ErdosRenyi
+from starling.algorithms.topologies.one_peer_exponential import OnePeerExponential
 
 NODES = tuple(range(3, 26, 2))
 
