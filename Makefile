@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)$$/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; \
+		printf '  make %-11s %s\n' "$$name" "$$text"; \
 	done
 
 .PHONY: install
@@ -105,6 +105,10 @@ bench: install ## measure, and compare with what we promise (ONLY="zeroth_order 
 .PHONY: docs
 docs: .venv/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
+
+.PHONY: docs-tables
+docs-tables: install ## write the tables of algorithms and parts in README.md and docs/ from the code
+	$(BIN)/python -m tests.tables
 
 .PHONY: clean
 clean: ## remove caches and build outputs; keeps .venv, runs and mlflow.db

@@ -1,1 +1,1 @@
-"""Asynchronous methods: no barrier; each node has rounds of its own."""
+"""Asynchronous: no barrier; each node has rounds of its own."""

@@ -1,4 +1,4 @@
-"""Asynchronous DiLoCo: a server that takes an outer step with every update, and momentum only now and then.
+"""Asynchronous DiLoCo: a server takes an outer step with every update, and delays its momentum.
 
 A worker w takes n_w steps from the model that it was given, to θ_w, and sends g = θ_given - θ_w. The server steps at
 once and answers with the new model. With ``rule: delayed_nesterov`` (N_b = ``buffer_size``, ε = ``lr``,

@@ -1,4 +1,4 @@
-"""FedBuff: a server that steps as soon as enough updates are in, so that nobody waits for the slowest.
+"""FedBuff: a server steps as soon as enough updates are in, each discounted by its staleness.
 
 A worker i takes ``steps`` local steps from the model x_s that it was given, to y_i, sends the difference and waits for
 the model as it is by then. The server discounts each update by its age τ_i, and takes its step t with learning rate

@@ -1,1 +1,1 @@
-"""Coded methods: data are computed more than once, so that nobody waits for stragglers and nothing is missing."""
+"""Coded: gradients are computed more than once, so that stragglers are not waited for."""

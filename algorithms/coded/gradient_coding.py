@@ -1,4 +1,4 @@
-"""Gradient coding: every gradient is computed by s + 1 nodes, so that s stragglers need not be waited for.
+"""Gradient coding: s + 1 nodes compute every gradient, so that no round waits for s stragglers.
 
 The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of
 s + 1 or more if there are as many. A node draws a batch of each member of its group, the same ones as all of the

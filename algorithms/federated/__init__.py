@@ -1,1 +1,1 @@
-"""Federated averaging and its relatives."""
+"""Federated averaging: local epochs on a sampled cohort, then a server's step."""

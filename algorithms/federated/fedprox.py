@@ -1,4 +1,4 @@
-"""FedProx: FedAvg whose nodes are pulled back towards the shared model.
+"""FedProx: FedAvg with a proximal term that pulls local steps towards the shared model.
 
 A node of the cohort S minimises its own loss and a proximal term with coefficient μ = ``mu``, from the shared model x;
 the rest is FedAvg (w_i by ``weighting``, γ = ``outer.lr``):

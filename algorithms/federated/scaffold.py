@@ -1,4 +1,4 @@
-"""SCAFFOLD: local steps corrected for the drift of the node's own gradients, with control variates.
+"""SCAFFOLD: local steps corrected for client drift by control variates.
 
 Each node of the cohort S steps along u from the shared model x, with the control variate c_i of its own and c of all;
 its new one is the mean of its own gradients over its K steps (``steps``, or ``epochs``); γ = ``outer.lr``:

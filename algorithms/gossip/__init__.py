@@ -1,1 +1,1 @@
-"""Decentralized methods: every node has a model of its own, and mixes it with those of its neighbours."""
+"""Decentralized: every node has a model of its own and mixes it with its neighbours'."""

@@ -1,4 +1,4 @@
-"""D-SGD: local steps, and a weighted mean with the models of the neighbours.
+"""D-SGD: local steps, then a weighted mean with the neighbours' models.
 
 Node i has its own model x_i and its own optimizer, of which nothing is exchanged. With T for ``steps`` (K) optimizer
 steps on its own data, from x to T(x), and the mixing matrix W of ``topology``, ``order`` says which comes first:

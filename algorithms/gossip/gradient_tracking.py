@@ -1,4 +1,4 @@
-"""Gradient tracking: D-SGD along an estimate of the gradient of all nodes, which ends in the optimum.
+"""Gradient tracking: D-SGD along an estimate of the mean gradient of all nodes.
 
 Node i steps along y_i, which tracks the mean gradient: mixing W (``topology``) preserves the mean of y, and what a
 node's own gradient changes by is added to its own y:

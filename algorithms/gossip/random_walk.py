@@ -1,4 +1,4 @@
-"""Random walk: one model walks over the graph and learns where it is, drawn to nodes that it has seen little of.
+"""Random walk: one model walks over the graph, learns where it is, and prefers nodes visited less often.
 
 A token carries the model θ and the share x_j of its visits that node j has had. The node i that holds it in step n
 counts the visit, takes a step along its own gradient, and passes the token on along the walk K[x]. P is the mixing

@@ -1,4 +1,4 @@
-"""A single merge: local steps, sparse gossip on a budget, and one mean of all models at the end.
+"""Single merge: gossip on a budget of neighbours, and one mean of all models in the last round.
 
 Node i takes K = ``steps`` optimizer steps T on its own model x_i, and mixes it with r_t others on average, drawn anew
 in each round t of R, with weights 1/(r_t + 1). In the last round all are merged:

@@ -1,1 +1,1 @@
-"""Methods that communicate rarely: many inner steps for each exchange; and data-parallel training, for comparison."""
+"""Low communication: many inner steps between two exchanges; and data-parallel training, the baseline."""

@@ -1,4 +1,4 @@
-"""A-EDiT: EDiT in which nodes meet by the clock, each after as many steps as it has managed by then.
+"""A-EDiT: EDiT by the clock; each node takes as many steps as it manages in an interval.
 
 Node m takes its n_m steps until ``interval_s`` (τ_time) seconds have passed since the last synchronization, and then
 all synchronize as in EDiT. If together they have taken fewer than ``min_total_steps``, they go on for as long again.

@@ -1,4 +1,4 @@
-"""Data-parallel training: the mean of all nodes' gradients in every step, the baseline of all that communicates less.
+"""Data-parallel training: the mean gradient of all nodes in every step; the baseline.
 
 Each node m has the gradient g_m of its own batch at the common model x, and all take the same step of the same
 optimizer (``optimizer`` in the configuration, its moments included):

@@ -1,4 +1,4 @@
-"""Eager DiLoCo: the exchange of a round goes on during all of the next one; own news are used at once.
+"""Eager DiLoCo: the outer gradients of a round travel during the next one; a node applies its own at once.
 
 Node m trains H = ``inner_steps`` steps from its own θ_m, while the outer gradients of the round before are averaged to
 Δ'. What it has learned itself meanwhile replaces its share in that mean, Δ_m' being what it sent, and the outer step

@@ -1,4 +1,4 @@
-"""EDiT: local steps, then layer by layer a mean in which a node that went astray counts less.
+"""EDiT: local steps, then a layer-wise mean that weighs nodes by the norms of their outer gradients.
 
 Up to step ``warmup_steps`` all nodes take each step together, with the mean gradient. After that each node m takes
 τ = ``inner_steps`` steps alone, and every module is synchronized: with its anchor φ, the weights' temperature

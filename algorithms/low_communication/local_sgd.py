@@ -1,4 +1,4 @@
-"""Local SGD: steps alone, then the mean of all models.
+"""Local SGD: local steps, then the mean of all models.
 
 Each node m takes H = ``inner_steps`` optimizer steps from the common model x:
 

@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: one fragment of the model at a time, while training goes on, sent in four bits a value.
+"""Streaming DiLoCo: the model is exchanged in fragments, in four bits a value, while training goes on.
 
 The model is divided into F = ``fragments`` fragments, each of which is exchanged once in H = ``inner_steps`` steps: a
 round is H/F steps, and round k exchanges fragment p = k mod F. What it has become τ = ``overlap_steps`` steps before

@@ -1,1 +1,1 @@
-"""Methods without gradients: losses at several points, and what can be learned from them."""
+"""Zeroth order: losses at several points instead of gradients."""

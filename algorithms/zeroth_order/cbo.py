@@ -1,4 +1,4 @@
-"""CBO: particles drift to where the mean loss is low, and explore the more the farther they are from there.
+"""CBO: particles drift to where the mean loss is low, with noise that grows with their distance from there.
 
 All nodes have the same K = ``particles`` particles x_k. Each of the N nodes evaluates all of them on a batch of its own
 data; a particle's energy E_k is the mean of its N losses, so that particles are compared by one function, the mean loss

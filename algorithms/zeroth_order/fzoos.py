@@ -1,4 +1,4 @@
-"""FZooS: gradients of surrogates instead of the function's, which is only queried; corrected by what all know of it.
+"""FZooS: descent along gradients of surrogates, which are fitted to queries of the loss.
 
 Client i keeps its queries of f_i, and goes T = ``steps`` steps x_1, …, x_T from the shared x, by Adam (η = ``lr``)
 along the gradient of a Gaussian process' mean μ_i, corrected by a surrogate F̂ of all clients' functions and its own

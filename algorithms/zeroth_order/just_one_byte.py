@@ -1,4 +1,4 @@
-"""Just One Byte: a projected gradient in one byte; seeds make everybody's directions known to all.
+"""Just One Byte: zeroth-order descent in which a node sends each projected gradient as one byte.
 
 In round r node m takes K = ``samples`` directions z_mj, each from a seed that all nodes know, and two losses on a batch
 of its own, at ε = ``eps`` on either side. All send their numbers as codes, and all take the same step with what the
