@@ -17,7 +17,7 @@ from torch import Tensor
 from starling.algorithms.registry import Part
 
 if TYPE_CHECKING:
-    from starling.algorithms.api import State
+    from starling.algorithms.node import State
 
 OuterState: TypeAlias = "dict[str, State]"
 

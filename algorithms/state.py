@@ -23,7 +23,7 @@ from starling.algorithms.registry import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from starling.algorithms.api import State
+    from starling.algorithms.node import State
 
 _REQUIRED: Any = object()
 """Stands for the default of a field without one."""

@@ -88,10 +88,12 @@ BASE = {
 
 _PRELUDE = """\
 from pydantic import PositiveInt
+from torch import Tensor
 
-from starling import SERVER, Algorithm, AllReduce, Layout, Message, NeighborAllGather, Node, Receive, Send, Start
+from starling import SERVER, Algorithm, AllReduce, Layout, Message, NeighborAllGather, Node, NodeState, Receive, Send
+from starling import Start
 from starling.algorithms.api import Train, Wait, all_reduce_bytes
-from starling.algorithms.outer import Nesterov, OuterOptimizer
+from starling.algorithms.outer import Nesterov, OuterOptimizer, OuterState
 from starling.algorithms.rules.control_variate import ControlVariate
 from starling.algorithms.topologies import Ring, Topology
 

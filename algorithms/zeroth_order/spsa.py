@@ -1,4 +1,4 @@
-"""What methods of simultaneous perturbation have in common: probes, codes, and the log; the step is in ``steps``."""
+"""Simultaneous perturbation: estimates are exchanged as codes, and every node takes the same step from them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from starling.algorithms.api import Algorithm, AllGather, Batch, Layout, Loss, Node, NodeId, Perturbed
+from starling.algorithms.api import Algorithm, AllGather, Layout, Node, NodeId
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.noise import Distribution, perturb
-from starling.algorithms.seeds import derive_seed
+from starling.algorithms.noise import Distribution
 from starling.algorithms.state import NodeState
 from starling.algorithms.zeroth_order import records
 from starling.algorithms.zeroth_order.codes import Log8, ScalarCode
+from starling.algorithms.zeroth_order.estimates import Probes, direction_key
 from starling.algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-
-    from starling.algorithms.rules import DataBatch
 
 
 _MOST_LR = 0.05
@@ -72,41 +70,13 @@ class SPSA(Algorithm):
             print(f"round {node.round}: {words}")  # noqa: T201 - to the node's log
 
     async def _estimates(self, node: Node) -> list[float]:
-        """ĝ of each sample, and of each layer in it if ``layerwise``. The model is as it was, to the last bit."""
-        estimates: list[float] = []
-        batch = at_model = None
-        if self.one_sided:
-            batch = await Batch()
-            at_model = await Loss(batch=batch, probe=True)
-        for sample in range(self.samples):
-            samples = batch or await Batch()
-            key = self._key(node, node.id, sample)
-            for span in self._spans(node.layout):
-                above = await self._probe(node, samples, key, span, self.eps)
-                below = at_model
-                if below is None:
-                    below = await self._probe(node, samples, key, span, -self.eps)
-                if self.perturb == "copy":
-                    # Nothing is subtracted from what was added: the model is copied from what was committed.
-                    node.parameters[span[0] : span[1]].copy_(node.committed[span[0] : span[1]])
-                estimates.append((above - below) / (self.eps if self.one_sided else 2 * self.eps))
-        if self.clip is None:
-            return estimates
-        return [min(max(one, -self.clip), self.clip) if math.isfinite(one) else one for one in estimates]
-
-    async def _probe(self, node: Node, batch: DataBatch, key: int, span: tuple[int, int], scale: float) -> float:
-        start, stop = span
-        if self.perturb == "on_use":
-            return await Loss(at=Perturbed(scale, self.distribution, key, *span), batch=batch, probe=True)
-        perturb(node.parameters[start:stop], node.committed[start:stop], scale, self.distribution, key, start)
-        return await Loss(batch=batch, probe=True)
-
-    def _key(self, node: Node, of: NodeId, sample: int) -> int:
-        """Names a direction, by (run, round, node, sample); N nodes with K samples have those of one with N·K."""
-        return derive_seed("direction", node.seed, node.round, of * self.samples + sample)
+        """Return ĝ of each sample and, if ``layerwise``, of each layer in it."""
+        on_use = self.perturb == "on_use"
+        probes = Probes(self.eps, self.samples, self.distribution, self.one_sided, on_use, self.clip)
+        return await probes.estimates(node, self._spans(node.layout))
 
     def _spans(self, layout: Layout) -> list[tuple[int, int]]:
-        """What has an estimate of its own, as ranges of the parameters: all, or the layers."""
+        """Return the ranges of the parameters that have an estimate of their own: all of them as one, or the layers."""
         return layers_of(layout) if self.layerwise else [(0, layout.num_values)]
 
     @property
@@ -114,17 +84,17 @@ class SPSA(Algorithm):
         return self.perturb == "on_use"
 
     def rate(self, layout: Layout, num_nodes: int) -> float:
-        """Return η of a round with estimates of so many nodes: what is configured, or what such a model bears."""
+        """Return η of a round with estimates of ``num_nodes`` nodes: ``lr``, or a default for the model's size."""
         if self.lr is not None:
             return self.lr
         rate = min(max(_LR_TIMES_VALUES / layout.num_values, self.least_lr), _MOST_LR)
         return rate / math.sqrt(num_nodes * self.samples) if self.normalizer == "sqrt" else rate
 
     def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> Step:
-        """What the list that all nodes have comes to, in the order of (node, sample); the shared state has it then."""
+        """Return the step that all nodes' codes give, in the order of (node, sample); share the codes."""
         spans, size = self._spans(node.layout), self._num_bytes(node.layout)
         found = [
-            (self._key(node, member, number // len(spans)), number % len(spans), value)
+            (direction_key(node, member, number // len(spans), self.samples), number % len(spans), value)
             for member, codes in sealed.items()
             for number, value in enumerate(self.code.decode(records.checked(member, codes, size)))
         ]
@@ -142,7 +112,7 @@ class SPSA(Algorithm):
         return step
 
     def _num_bytes(self, layout: Layout) -> int:
-        """That a node sends to each other."""
+        """Return the bytes of codes that a node sends to each other node."""
         return self.samples * len(self._spans(layout)) * self.code.nbytes
 
     def sealed(self, node: Node) -> bytes:
@@ -163,7 +133,7 @@ class SPSA(Algorithm):
         step.apply(node.parameters)
 
     def _verifies(self, node: Node) -> bool:
-        """Whether all nodes' parameters are compared at the end of this round."""
+        """Say whether all nodes' parameters are compared at the end of this round."""
         return self.verify_every > 0 and (node.round + 1) % self.verify_every == 0
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:

@@ -1,0 +1,92 @@
+"""Operations of asynchronous programs: send and receive messages between mailboxes, and ask who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.node import NodeId, Payload
+from starling.algorithms.operations import Operation
+
+
+@dataclass(frozen=True, eq=False)
+class Send(Operation[None]):
+    """Put ``payload`` into the mailbox of ``to``. What is sent to a node that is gone is dropped.
+
+    It counts as of the sender's round, whenever in it: a server that steps and then answers in the same round answers
+    with the old version, by ``Message.staleness``. Let it answer at the begin of the next one (see ``fedbuff``).
+
+    Bytes: those of the payload; a number counts 8.
+    """
+
+    to: NodeId
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Message:
+    """Something received."""
+
+    sender: NodeId
+    payload: Payload
+    staleness: int
+    """The receiver's round now, minus the receiver's round that the sender had last heard of when it sent."""
+    round: int = 0
+    """The sender's, in which it sent."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the tensor ``name`` of a payload that is a mapping.
+
+        Raises:
+            ProgramError: the payload has none.
+        """
+        value = self._member(name)
+        if not isinstance(value, Tensor):
+            raise ProgramError(f"node {self.sender} sent {type(value).__name__} as {name!r}; it must be a tensor")
+        return value
+
+    def number(self, name: str) -> float:
+        """Return the number ``name`` of a payload that is a mapping.
+
+        Raises:
+            ProgramError: the payload has none.
+        """
+        value = self._member(name)
+        if isinstance(value, Tensor):
+            raise ProgramError(f"node {self.sender} sent a tensor as {name!r}; it must be a number")
+        return value
+
+    def _member(self, name: str) -> Tensor | float:
+        if not isinstance(self.payload, Mapping) or name not in self.payload:
+            raise ProgramError(f"node {self.sender} sent a message without {name!r}")
+        return self.payload[name]
+
+
+@dataclass(frozen=True)
+class Left:
+    """A node is gone: told once to every other node, after what it had sent before."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Timeout:
+    """Nothing arrived in time."""
+
+
+@dataclass(frozen=True)
+class Receive(Operation[Message | Left | Timeout]):
+    """Take the next message, waiting until ``until_s`` on ``node.now``'s clock (``None``: as long as it takes)."""
+
+    until_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Ping(Operation["frozenset[NodeId]"]):
+    """Return those of ``nodes`` that answer within ``timeout_s``."""
+
+    nodes: tuple[NodeId, ...]
+    timeout_s: float
