@@ -102,10 +102,10 @@ __all__ = [
 
 
 class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
-    """A program of one node. Fields are hyper-parameters; a run's state lives in the node."""
+    """Define the program of one node. Fields are hyper-parameters; the state of a run lives in the node."""
 
     replicated: ClassVar[bool] = True
-    """The shared state is bit-identical on all members, and checked at every commit."""
+    """Shared state is bit-identical on all members; digests are compared at every commit."""
     synchronous: ClassVar[bool] = True
     """All members do the same round; otherwise each has its own, committed when its program returns.
 
@@ -119,7 +119,7 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     """Rounds take steps of the nodes' own optimizers; otherwise there is no learning-rate schedule."""
 
     def validate_for(self, num_nodes: int) -> None:
-        """Raise ``SettingsError`` if it cannot run on ``num_nodes`` nodes: if its topology cannot, say."""
+        """Raise ``SettingsError`` if the algorithm, or its topology, cannot run on ``num_nodes`` nodes."""
         for part in dict(self).values():
             if isinstance(part, Topology):
                 part.validate_for(num_nodes)
@@ -140,7 +140,7 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
 
     @property
     def has_server(self) -> bool:
-        """Whether there is a ``server`` program; it then holds the run's model."""
+        """Say whether the algorithm has a ``server`` program, whose model is then the run's."""
         return type(self).server is not Algorithm.server
 
     def participants(self, view: View, rng: torch.Generator) -> tuple[NodeId, ...]:
@@ -158,27 +158,27 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
         """Run after a state transfer, on the joiner."""
 
     def unsent(self, node: Node) -> float:
-        """The norm of what ``node`` has left out of what it sent, and will send later; it is lost with the node."""
+        """Return the norm of the residuals that ``node`` still has to send; they are lost with the node."""
         del node
         return 0.0
 
     def sealed(self, node: Node) -> bytes | None:
-        """What the run's log keeps of the round that ``node`` has just done, the same on all members: a few bytes."""
+        """Return the log's record of the round that ``node`` has just done: a few bytes, equal on all members."""
 
     @property
     def steps_at_commit(self) -> bool:
-        """Whether rounds leave ``node.parameters`` alone, and ``replay`` does to them what ``sealed`` says on commit.
+        """Say whether rounds leave ``node.parameters`` alone, and ``replay`` changes them on commit.
 
-        Nodes then keep no committed copy of the parameters, as there is nothing to go back to.
+        Nodes then keep no committed copy of the parameters: a rollback has nothing to undo.
         """
         return False
 
     def replay(self, node: Node, record: bytes) -> None:
-        """Do to ``node``'s parameters and shared state what the round of ``record``, ``node.round``, did to them."""
+        """Repeat round ``node.round`` on ``node``'s parameters and shared state, given its ``record``."""
         raise NotImplementedError
 
     def model(self, node: Node) -> Tensor:
-        """The parameters that are evaluated, saved and digested, shape (P,); see ``result`` if not replicated."""
+        """Return the parameters to evaluate, save and digest, shape (P,); see ``result`` if not replicated."""
         return node.parameters
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int | None:
@@ -219,7 +219,7 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
         return epochs * math.ceil(num_samples / batch_size) if isinstance(epochs, int) else None
 
     def node_rounds(self, num_nodes: int) -> float:
-        """Rounds that a node does in one of the run, on average; another number than 1 only where a server counts."""
+        """Return the rounds that a node does in one of the run, on average; it is 1 unless a server counts rounds."""
         del num_nodes
         return 1.0
 

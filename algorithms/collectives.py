@@ -34,7 +34,7 @@ class Reduced(Generic[TensorsT]):
     value: TensorsT
     """As the contributions: a tensor, or a dict of tensors."""
     members: tuple[NodeId, ...]
-    """Whose contributions are in, sorted. For 1/N instead of 1/|members| scale by len(members)/len(view.members)."""
+    """The contributors, sorted. For 1/N instead of 1/|members| scale by len(members)/len(view.members)."""
     weight: float
     """Sum of their weights."""
 
@@ -97,7 +97,7 @@ class AllGather(Operation["dict[NodeId, PayloadT]"]):
 
 @dataclass(frozen=True)
 class Inbox(Generic[PayloadT]):
-    """What a node received from its in-neighbours, and the mixing weights."""
+    """Payloads from a node's in-neighbours, and the mixing weights."""
 
     payloads: Mapping[NodeId, PayloadT]
     """By sender, sorted. Not to be written to: nodes of one process receive the same tensors."""
@@ -107,7 +107,7 @@ class Inbox(Generic[PayloadT]):
     """A runtime's own: gives what ``mix`` would, if it has worked that out for all its nodes at once."""
 
     def mix(self, own: Tensor, name: str | None = None) -> Tensor:
-        """Σ w_j x_j over the inbox and ``own`` (whose weight is the one without a payload), in sorted order.
+        """Return Σ w_j x_j over the inbox and ``own`` (whose weight is the one without a payload), in sorted order.
 
         Args:
             own: this node's values; its dtype and shape are the result's.
@@ -148,7 +148,7 @@ class Handle(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class Start(Operation[Handle[T]]):
-    """Begin a collective operation and go on.
+    """Begin a collective operation and return a handle without waiting.
 
     What is contributed is taken now; it may alias ``node.parameters`` or ``node.buffers``, and other tensors in it must
     not be written to before the ``Wait``.

@@ -1,4 +1,4 @@
-"""What exchanges cost, by formula."""
+"""Bytes of exchanges by formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PART_BYTES = 1024 * 1024
 def all_reduce_bytes(
     nbytes: int, num_nodes: int, num_contributors: int | None = None, result_nbytes: int | None = None
 ) -> int:
-    """Payload bytes of one ``AllReduce`` over all nodes: ``nbytes`` each in, ``result_nbytes`` (default: as many) out.
+    """Return the payload bytes of an ``AllReduce`` over all nodes: ``nbytes`` each in, ``result_nbytes`` out.
 
     >>> all_reduce_bytes(1_000_000, num_nodes=4) == 2 * 3 * 1_000_000
     True

@@ -34,7 +34,7 @@ def path_of(cls: type) -> str:
 
 
 def is_importable(cls: type) -> bool:
-    """Whether another process finds ``cls`` by its path: not in a script, a notebook, or inside of a function."""
+    """Say whether another process can import ``cls`` by its path: not from a script, a notebook or a function."""
     return cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
 
 

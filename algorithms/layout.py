@@ -34,19 +34,19 @@ class Layout:
 
     @property
     def num_values(self) -> int:
-        """P, the number of trainable values."""
+        """Return P, the number of trainable values."""
         return self.entries[-1].stop if self.entries else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the flat parameters."""
+        """Return the bytes of the flat parameters."""
         return self.num_values * self.dtype.itemsize
 
     @property
     def buffer_nbytes(self) -> int:
-        """Bytes of the flat floating-point buffers."""
+        """Return the bytes of the flat floating-point buffers."""
         return self.num_buffer_values * self.dtype.itemsize
 
     def encoded_nbytes(self, codec: Codec) -> int:
-        """Bytes of the parameters and the buffers, each encoded by ``codec``."""
+        """Return the bytes of the parameters and the buffers, each encoded by ``codec``."""
         return sum(codec.nbytes(size, self.dtype) for size in (self.num_values, self.num_buffer_values))

@@ -14,7 +14,7 @@ from starling.algorithms.operations import Operation
 
 @dataclass(frozen=True, eq=False)
 class Send(Operation[None]):
-    """Put ``payload`` into the mailbox of ``to``. What is sent to a node that is gone is dropped.
+    """Put ``payload`` into the mailbox of ``to``. Messages to a node that has left are dropped.
 
     It counts as of the sender's round, whenever in it: a server that steps and then answers in the same round answers
     with the old version, by ``Message.staleness``. Let it answer at the begin of the next one (see ``fedbuff``).
@@ -28,7 +28,7 @@ class Send(Operation[None]):
 
 @dataclass(frozen=True)
 class Message:
-    """Something received."""
+    """A received message."""
 
     sender: NodeId
     payload: Payload
@@ -67,14 +67,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Left:
-    """A node is gone: told once to every other node, after what it had sent before."""
+    """Notice that a node has left: received once by every other node, after the last message of that node."""
 
     node: NodeId
 
 
 @dataclass(frozen=True)
 class Timeout:
-    """Nothing arrived in time."""
+    """Result of a ``Receive`` whose time was over without a message."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Receive(Operation[Message | Left | Timeout]):
 
 @dataclass(frozen=True)
 class Ping(Operation["frozenset[NodeId]"]):
-    """Return those of ``nodes`` that answer within ``timeout_s``."""
+    """Return the members of ``nodes`` that answer within ``timeout_s``."""
 
     nodes: tuple[NodeId, ...]
     timeout_s: float

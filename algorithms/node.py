@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from starling.algorithms.layout import Layout
 
 NodeId: TypeAlias = int
-"""Names one logical participant for the whole run; a replacement process keeps the id."""
+"""Identifies a logical participant for the whole run; a replacement process keeps the id."""
 
 SERVER: NodeId = -1
 """The node that runs an algorithm's ``server`` program. It owns no data, and is no member of a view."""
 
 State: TypeAlias = "Tensor | bool | int | float | str | Mapping[str, State] | Sequence[State] | None"
-"""What ``node.shared`` and ``node.local`` may hold: it can be digested, stored without pickle, and handed over.
+"""Values in ``node.shared`` and ``node.local``: they can be digested, stored without pickle, and handed over.
 
 Mappings are ``dict``s and sequences ``list``s, no others; only so does a type checker take a ``list[int]``.
 """
 
 Payload: TypeAlias = "Tensor | float | Mapping[str, Tensor | float]"
-"""What may travel: a tensor, a number, or a flat mapping of them. Travels as raw buffers."""
+"""Contents of a message: a tensor, a number, or a flat mapping of them, sent as raw buffers."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class View:
 
     @property
     def changed(self) -> bool:
-        """Whether anybody joined or left since the last committed round."""
+        """Say whether a member joined or left since the last committed round."""
         return bool(self.joined or self.left)
 
 
@@ -73,28 +73,28 @@ class Node(Protocol):
 
     @property
     def committed(self) -> Tensor:
-        """The parameters as of the last commit, shape (P,); not to be written to, and another's after the next."""
+        """Return the parameters of the last commit, shape (P,), read-only and valid until the next commit."""
         ...
 
     @property
     def shared(self) -> MutableMapping[str, State]:
-        """State that is bit-identical on all members."""
+        """Return the state that is bit-identical on all members."""
         ...
 
     @property
     def local(self) -> MutableMapping[str, State]:
-        """State of this node alone."""
+        """Return the state of this node alone."""
         ...
 
     @property
     def now(self) -> float:
-        """The runtime's clock in seconds: virtual in the simulator."""
+        """Return the runtime's clock in seconds; it is virtual in the simulator."""
         ...
 
     def rng(self, purpose: str) -> torch.Generator:
-        """A CPU generator that is a pure function of (run seed, round, node, purpose)."""
+        """Return a CPU generator that is a pure function of (run seed, round, node, purpose)."""
         ...
 
     def module(self, at: Tensor | None = None) -> Callable[..., Any]:
-        """The model as a function of its inputs, at parameters ``at``, shape (P,), or at the current ones."""
+        """Return the model as a function of its inputs, at parameters ``at``, shape (P,), or at the current ones."""
         ...

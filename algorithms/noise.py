@@ -76,7 +76,7 @@ def fill(out: Tensor, distribution: Distribution, key: int, start: int = 0) -> T
 
 
 def perturb(out: Tensor, center: Tensor, scale: float, distribution: Distribution, key: int, start: int = 0) -> None:
-    """``out`` ← ``center`` + ``scale`` · z, shapes (n,), with z_i the value ``start`` + i of stream ``key``."""
+    """Set ``out`` to ``center`` + ``scale`` · z, shapes (n,), with z_i the value ``start`` + i of stream ``key``."""
     scratch = torch.empty(min(CHUNK, out.numel()), dtype=out.dtype, device=out.device)
     for low, high in _spans(out.numel()):
         z = _fill_chunk(scratch[: high - low], distribution, key, start + low)
@@ -84,7 +84,7 @@ def perturb(out: Tensor, center: Tensor, scale: float, distribution: Distributio
 
 
 def accumulate(out: Tensor, terms: Sequence[tuple[int, float]], distribution: Distribution, start: int = 0) -> None:
-    """``out`` ← ``out`` + Σ coefficient · z(key) over ``terms``, (key, coefficient) each, summed in their order."""
+    """Add Σ coefficient · z(key) over ``terms``, (key, coefficient) each, to ``out``, summed in their order."""
     scratch = torch.empty(min(CHUNK, out.numel()), dtype=out.dtype, device=out.device)
     total = torch.empty_like(scratch)
     for low, high in _spans(out.numel()) if terms else ():

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Operation(Generic[T]):
-    """Something a program awaits; awaiting it returns its result of type ``T``.
+    """An operation that a program awaits; awaiting it returns its result of type ``T``.
 
     Plain generators, no event loop: ``await operation`` yields the operation itself to whoever drives the program,
     and returns what the driver sends back.
@@ -27,7 +27,7 @@ class Operation(Generic[T]):
 
 
 class TrainReport(NamedTuple):
-    """What a ``Train`` did."""
+    """Result of a ``Train``."""
 
     loss: float
     """Mean over the samples; NaN when the node skips the round (``on_nan: skip``)."""

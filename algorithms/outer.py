@@ -1,4 +1,4 @@
-"""Outer optimizers: what is done with an averaged outer gradient.
+"""Outer optimizers: turn an averaged outer gradient into a step.
 
 Each is a pair of pure functions: ``init(parameters)`` makes a state, ``update(gradient, state)`` returns the step to
 *add* to the parameters and the next state. Nothing is written in place, so a state may be staged, shared and rolled

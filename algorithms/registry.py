@@ -126,7 +126,7 @@ class Part(BaseModel):
 
     @property
     def name(self) -> str:
-        """The name under which the configuration finds this part; an import path for parts outside the tables."""
+        """Return the name of this part in a configuration; an import path for parts outside the tables."""
         return type(self).part_name or path_of(type(self))
 
 
@@ -166,13 +166,13 @@ def find(family: type[P], name: object) -> type[P]:
 
 
 def table(family: type[P]) -> dict[str, type[P]]:
-    """All parts of ``family`` by name, ours and installed ones, sorted by name."""
+    """Return all parts of ``family``, built in and installed, sorted by name."""
     _load(family.family, family.catalog)
     return cast("dict[str, type[P]]", dict(sorted(_TABLES[family.family].items())))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean a or b?)``, or the list of what there is, or nothing."""
+    """Return `` (did you mean a or b?)`` for near names, else the list of all names, or nothing without names."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=2, cutoff=0.6)
     if near:

@@ -17,7 +17,7 @@ import torch
 
 
 def derive_seed(*labels: int | str) -> int:
-    """A seed of 63 bits that is a pure function of ``labels``, on all machines; 1 and "1" are different labels.
+    """Derive a 63-bit seed from ``labels``, equal on all machines; 1 and "1" are different labels.
 
     >>> derive_seed("partition", 0)
     7012597396184491732
@@ -27,5 +27,5 @@ def derive_seed(*labels: int | str) -> int:
 
 
 def generator(*labels: int | str) -> torch.Generator:
-    """A fresh CPU generator, seeded by ``labels``; torch's CPU generator makes use of the low 32 bits."""
+    """Return a fresh CPU generator, seeded by ``labels``; torch's CPU generator uses the low 32 bits."""
     return torch.Generator().manual_seed(derive_seed(*labels))

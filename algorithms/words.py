@@ -11,7 +11,7 @@ _LONGEST_NAME = 80
 
 
 def listed(names: Iterable[object], most: int = 12) -> str:
-    """The first few of ``names``, and how many more there are.
+    """Return the first few of ``names``, and how many more there are.
 
     >>> listed([3, 1, 2]), listed(range(100), 3), listed([0, 1], 1)
     ('3, 1, 2', '0, 1, 2 and 97 more', '0 and 1 more')
@@ -22,7 +22,7 @@ def listed(names: Iterable[object], most: int = 12) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """``text`` in one line, without its middle if it is longer than ``most`` characters.
+    """Return ``text`` in one line, without its middle if it is longer than ``most`` characters.
 
     >>> shortened("it went wrong", 20), shortened("a" * 50 + "b" * 50, 15)
     ('it went wrong', 'aaaaaaaa … bbbb')

@@ -32,7 +32,7 @@ Space: TypeAlias = dict[str, Domain]
 
 
 def table() -> dict[str, Space]:
-    """All spaces of this package, by name."""
+    """Return all spaces of this package by name."""
     spaces: dict[str, Space] = {}
     for module in sorted(one.name for one in pkgutil.iter_modules(__path__, f"{__name__}.")):
         spaces |= getattr(importlib.import_module(module), "SPACES", {})
@@ -40,7 +40,7 @@ def table() -> dict[str, Space]:
 
 
 def find(name: str) -> Space:
-    """The space called ``name``, or the one at ``path/to/file.py:name`` or ``module:name``.
+    """Return the space called ``name``, or the one at ``path/to/file.py:name`` or ``module:name``.
 
     Raises:
         SettingsError: there is none, or it is no space.
@@ -59,7 +59,7 @@ def find(name: str) -> Space:
 
 
 def checked(space: Any, name: str) -> Space:  # noqa: ANN401 - whatever a user's file holds
-    """``space``, if it is one; ``name`` is what it is called in the error."""
+    """Return ``space``, checked to be a search space; errors call it ``name``."""
     if not isinstance(space, dict) or not space or not all(isinstance(key, str) for key in space):
         raise SettingsError(
             f"--space {name}: must map paths of the configuration to domains, as in "

@@ -1,4 +1,4 @@
-"""Domains that several families use."""
+"""Domains that several families share."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Aggregator(Part, family="aggregator", catalog="starling.algorithms.aggrega
 
     @property
     def least(self) -> int:
-        """How many contributions there have to be."""
+        """Return the least number of contributions that this aggregator combines."""
         return 1
 
     @abstractmethod

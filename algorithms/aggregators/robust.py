@@ -60,7 +60,7 @@ class Median(Aggregator, name="median"):
 
 
 def _weighted_medians(rows: list[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The lower and the upper weighted median, each of shape (n,)."""
+    """Return the lower and the upper weighted median, each of shape (n,)."""
     values, order = torch.stack(rows, dim=1).sort(dim=1, stable=True)
     sums = torch.tensor(weights, dtype=torch.float64)[order].cumsum(dim=1)
     half = torch.full((len(values), 1), sum(weights) / 2, dtype=torch.float64)
@@ -92,7 +92,7 @@ class TrimmedMean(Aggregator, name="trimmed_mean"):
         return 1 if isinstance(self.trim, float) else 2 * self.trim + 1
 
     def num_trimmed(self, num_contributions: int) -> int:
-        """f, how many values are left out at each end.
+        """Return f, the number of values that are left out at each end.
 
         Raises:
             SettingsError: nothing would remain.

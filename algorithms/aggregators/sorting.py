@@ -35,7 +35,7 @@ class Exchange(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def network(num_rows: int, wanted: range) -> tuple[Exchange, ...]:
-    """Batcher's merge-exchange network, cut down to what the ``wanted`` places of the sorted order depend on.
+    """Return Batcher's merge-exchange network, cut down to the comparisons that the places ``wanted`` depend on.
 
     Reference: Knuth, "The Art of Computer Programming", vol. 3, 2nd ed., algorithm 5.2.2M.
     """
@@ -59,7 +59,7 @@ def network(num_rows: int, wanted: range) -> tuple[Exchange, ...]:
 
 
 def blocks(num_values: int, num_rows: int) -> Iterator[slice]:
-    """Cuts of ``num_values`` for which the rows fit into a cache, and many rows into memory."""
+    """Return cuts of ``num_values`` whose rows fit into a cache, and many rows into memory."""
     size = min(BLOCK, max(1, _MAX_SCRATCH // num_rows))
     for start in range(0, num_values, size):
         yield slice(start, min(start + size, num_values))
@@ -77,7 +77,7 @@ def load(contributions: Sequence[Tensor], here: slice, dtype: torch.dtype) -> li
 
 
 def sort(rows: list[Tensor], wanted: range) -> list[Tensor]:
-    """The sorted rows at the places ``wanted``; all rows may be overwritten.
+    """Return the sorted rows at the places ``wanted``; all rows may be overwritten.
 
     Args:
         rows: from ``load``, each of shape (n,).

@@ -141,11 +141,11 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
 
     @property
     def step_size(self) -> float:
-        """ε; where each step is late by one, as in ``delayed_sgd``, 0.7 diverges on a quadratic with momentum."""
+        """Return ε; with ``delayed_sgd`` steps are late by one, and 0.7 diverges on a quadratic with momentum."""
         return self.lr or (0.7 if self.rule == "delayed_nesterov" else 0.2)
 
     def steps_of(self, node: Node, worker: NodeId) -> int:
-        """n_w, as the server knows; H of whom nothing is known."""
+        """Return n_w by the speeds that the server has measured; H for a worker without one."""
         known = ServerLocal(node.local).speeds.items()
         speeds = {name: speed for name, (speed, at) in known if node.now - at <= self.speed_timeout_s}
         if (own := speeds.get(str(worker))) is None or not self.dynamic_steps:

@@ -101,7 +101,7 @@ class FedBuff(Algorithm, name="fedbuff"):
         return self.buffer_size or min(10, max(1, (num_workers + 1) // 2))
 
     def discount(self, staleness: int) -> float:
-        """s(τ), what an update counts that was made from the model of τ steps ago."""
+        """Return s(τ), the weight of an update from the model of τ steps ago."""
         return (1 + staleness) ** -self.staleness_exponent
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
@@ -112,7 +112,7 @@ class FedBuff(Algorithm, name="fedbuff"):
 
 
 async def _message() -> Message:
-    """The next message; that a node is gone changes nothing for those that are left."""
+    """Return the next message, past notices of nodes that have left."""
     while not isinstance(message := await Receive(), Message):
         pass
     return message

@@ -20,7 +20,7 @@ _RESOLUTION_S = 1e-6
 
 @dataclass(frozen=True)
 class Waited:
-    """How long an exchange has taken so far, in seconds on the runtime's clock."""
+    """Durations of an exchange so far, in seconds on the runtime's clock."""
 
     first_s: float
     """From the round's begin, or the close of the exchange before it, to the first arrival: what the fastest took."""
@@ -28,7 +28,7 @@ class Waited:
     """From the first arrival on."""
 
     def left_s(self, seconds: float, factor: float = 0.0) -> float:
-        """What is left, since the first arrival, of ``seconds`` or ``factor`` · ``first_s``, whichever is longer.
+        """Return the rest of ``seconds`` or ``factor`` · ``first_s``, whichever is longer, since the first arrival.
 
         Less than a microsecond counts as 0.
 
@@ -56,7 +56,7 @@ class ClosePolicy(Part, family="close policy", catalog="starling.algorithms.clos
         """
 
     def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> float | None:
-        """After how many more seconds to ask again although nobody else has arrived; ``None``: at the next arrival."""
+        """Return the seconds after which to ask again without an arrival; ``None``: ask at the next arrival."""
         del arrived, active, waited
         return None
 
@@ -74,7 +74,7 @@ class Quorum(ClosePolicy, name="quorum"):
     """
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
-        """When nobody is missing."""
+        """Close when all active members have arrived."""
         del waited
         return arrived == active
 
@@ -87,12 +87,12 @@ class Everyone(ClosePolicy, name="all"):
     """
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
-        """When nobody is missing."""
+        """Close when all active members have arrived."""
         del waited
         return arrived == active
 
     def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
-        """When nobody is missing."""
+        """Close when all active members have arrived."""
         return arrived == active
 
 
@@ -106,7 +106,7 @@ class FirstK(ClosePolicy, name="first_k"):
     k: PositiveInt  # members whose contributions are waited for
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
-        """When k have arrived, or everybody has."""
+        """Close when k members, or all active ones, have arrived."""
         del waited
         return len(arrived) >= min(self.k, len(active))
 
@@ -130,11 +130,11 @@ class Grace(ClosePolicy, name="grace"):
     factor: NonNegativeFloat = 0  # the same, as a multiple of what the first took; the later of the two counts
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
-        """When the time is over and ``after`` have arrived, or everybody has."""
+        """Close when the time is over and ``after`` members have arrived, or all active ones have."""
         return arrived == active or (not self._left_s(waited) and len(arrived) >= self.after)
 
     def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> float | None:
-        """When the time is over, if only that is missing."""
+        """Ask again at the end of the time, if nothing else is missing."""
         left_s = self._left_s(waited)
         return left_s if left_s and arrived != active and len(arrived) >= self.after else None
 

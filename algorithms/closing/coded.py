@@ -49,19 +49,19 @@ class _Recoverable(ClosePolicy):
 
     @abstractmethod
     def recoverable(self, arrived: AbstractSet[int]) -> bool:
-        """Whether the contributions of ``arrived`` determine the sum over all data parts."""
+        """Say whether the contributions of ``arrived`` determine the sum over all data parts."""
 
     def enough(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> bool:
-        """When the grace is over and the sum can be recovered, or nobody is missing."""
+        """Close when the grace is over and the sum can be recovered, or when all active members have arrived."""
         return arrived == active or (not self._left_s(waited) and self.recoverable(arrived))
 
     def ask_again_s(self, arrived: AbstractSet[int], active: AbstractSet[int], waited: Waited) -> float | None:
-        """When the grace is over, if only that is missing."""
+        """Ask again at the end of the grace, if nothing else is missing."""
         left_s = self._left_s(waited)
         return left_s if left_s and arrived != active and self.recoverable(arrived) else None
 
     def past_deadline(self, arrived: AbstractSet[int], active: AbstractSet[int]) -> bool:
-        """When the sum can be recovered, or nobody is missing."""
+        """Close when the sum can be recovered, or when all active members have arrived."""
         return arrived == active or self.recoverable(arrived)
 
     def _left_s(self, waited: Waited) -> float:
@@ -116,7 +116,7 @@ class Decodable(_Recoverable, name="decodable"):
 
 @functools.lru_cache(maxsize=4096)
 def decoding(rows: Rows, arrived: frozenset[int]) -> Mapping[int, float] | None:
-    """The coefficients a_i that recover the sum, by node, sorted; ``None`` if there are none.
+    """Return the coefficients a_i that recover the sum, by node, sorted; ``None`` if no coefficients do.
 
     Those of least norm, in float64; they exist if no entry of Σ a_i B_i is farther than 1e-8 from 1.
 

@@ -23,17 +23,17 @@ class Codec(Part, family="codec", catalog="starling.algorithms.codecs"):
 
     @property
     def block(self) -> int:
-        """Values that must stay together: an exchange is cut only at multiples of it."""
+        """Return the number of values that are encoded together: an exchange is cut only at multiples of this."""
         return 1
 
     @property
     def needs_feedback(self) -> bool:
-        """Whether what it leaves out is lost for good unless it is sent later, by error feedback."""
+        """Say whether the codec needs error feedback: without it, left-out values are lost for good."""
         return False
 
     @property
     def is_contraction(self) -> bool:
-        """Whether what it leaves out is less than what there was, so that it may be added the next time."""
+        """Say whether the encoding error is smaller than the values, so that error feedback does not grow."""
         return True
 
     def at(self, round_number: int) -> Self:
@@ -45,13 +45,13 @@ class Codec(Part, family="codec", catalog="starling.algorithms.codecs"):
         return self
 
     def through(self, values: Tensor) -> Tensor:
-        """What arrives of ``values``, shape (n,): decoded again, of the same dtype and on the same device."""
+        """Return ``values``, shape (n,), encoded and decoded again, with their dtype and device."""
         flat = values.detach()
         return self.decode(self.encode(flat.cpu()), flat.numel(), flat.dtype).to(flat.device)
 
     @abstractmethod
     def nbytes(self, num_values: int, dtype: torch.dtype) -> int:
-        """Length of the encoding of ``num_values`` values of ``dtype``, in bytes."""
+        """Return the bytes of ``num_values`` encoded values of ``dtype``."""
 
     @abstractmethod
     def encode(self, values: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ AT_ONCE = 65_536
 
 
 def blocks_of(values: Tensor, start: int, stop: int, size: int) -> Tensor:
-    """Blocks ``start`` to ``stop`` of a flat tensor, float32, shape (stop - start, size), zeros behind the last value.
+    """Return blocks ``start`` to ``stop`` of a flat tensor, float32, shape (stop - start, size), padded with zeros.
 
     Not to be written to: it may share memory with ``values``.
     """

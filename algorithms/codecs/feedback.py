@@ -1,4 +1,4 @@
-"""Which codecs serve where: what is left out must arrive some day, and must not grow meanwhile."""
+"""Check that lossy codecs are used with error feedback, and unbiased ones without."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class QSGD(Codec, name="qsgd"):
 
     @property
     def levels(self) -> int:
-        """The number of levels above zero, s."""
+        """Return s, the number of levels above zero."""
         return 2 ** (self.bits - 1) - 1
 
     def at(self, round_number: int) -> Self:

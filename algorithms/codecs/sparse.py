@@ -1,4 +1,4 @@
-"""What codecs that send few of the values have in common."""
+"""Base class of codecs that send few of the values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sparse(Codec):
         return self.block_size
 
     def kept(self, size: int) -> int:
-        """k, of a block of ``size`` values."""
+        """Return k, the number of values that are sent of a block of ``size``."""
         return math.ceil(self.fraction * size)
 
     def nbytes(self, num_values: int, dtype: torch.dtype) -> int:
@@ -44,7 +44,7 @@ class Sparse(Codec):
         return whole * self.row_nbytes(self.block_size) + self.row_nbytes(rest)
 
     def row_nbytes(self, size: int) -> int:
-        """Bytes of a block of ``size`` values."""
+        """Return the bytes of an encoded block of ``size`` values."""
         return self.values.nbytes(self.kept(size), torch.float32)
 
     def rows(self, num_values: int) -> Iterator[tuple[int, int, int]]:
@@ -56,10 +56,10 @@ class Sparse(Codec):
             yield whole * self.block_size, 1, rest
 
     def pack(self, kept: Tensor) -> Tensor:
-        """Values of shape (rows, k) as bytes of shape (rows, …)."""
+        """Convert values of shape (rows, k) to bytes of shape (rows, …)."""
         return self.values.encode(kept.reshape(-1)).view(len(kept), -1)
 
     def unpack(self, rows: Tensor, kept: int) -> Tensor:
-        """The way back."""
+        """Convert bytes of shape (rows, …) back to values of shape (rows, k)."""
         data = rows.clone(memory_format=torch.contiguous_format).view(-1)
         return self.values.decode(data, len(rows) * kept, torch.float32).view(len(rows), kept)

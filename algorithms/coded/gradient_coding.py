@@ -100,7 +100,7 @@ class GradientCoding(Algorithm, name="gradient_coding"):
 
 
 def groups_of(members: Sequence[NodeId], stragglers: int) -> Groups:
-    """Who computes the same: groups of at least s + 1 nodes, or one of all; as even as can be.
+    """Divide the members into even groups of at least s + 1, whose nodes compute equal gradients; or into one group.
 
     >>> groups_of(range(7), 1)
     ((0, 3, 6), (1, 4), (2, 5))
@@ -110,7 +110,7 @@ def groups_of(members: Sequence[NodeId], stragglers: int) -> Groups:
 
 
 def representatives(groups: Groups, done: Collection[NodeId]) -> set[NodeId]:
-    """Of each group, the first that is done, if any is.
+    """Return the first node of each group that is done, for groups in which one is.
 
     >>> sorted(representatives(((0, 3, 6), (1, 4), (2, 5)), {1, 3, 4, 6}))
     [1, 3]

@@ -25,13 +25,13 @@ class Compressor(Part, family="compressor", catalog="starling.algorithms.compres
 
     @abstractmethod
     async def all_reduce(self, node: Node, gradient: Tensor) -> Reduced[Tensor]:
-        """About the mean of all members' ``gradient``, shape (P,); the same on all."""
+        """Return about the mean of all members' ``gradient``, shape (P,), identical on all members."""
 
     def unsent(self, node: Node) -> float:
-        """As ``Algorithm.unsent``."""
+        """Return the norm of the residuals that ``node`` still has to send."""
         del node
         return 0.0
 
     @abstractmethod
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
-        """Payload bytes of one ``all_reduce`` over all nodes."""
+        """Return the payload bytes of one ``all_reduce`` over all nodes."""

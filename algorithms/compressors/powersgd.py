@@ -49,12 +49,12 @@ class _Matrix:
     columns: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """A view of it, shape (n, m)."""
+        """Return the matrix as a view of the parameters, shape (n, m)."""
         return flat[self.start : self.start + self.rows * self.columns].view(self.rows, self.columns)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span the same."""
+    """Return orthonormal columns that span the space of ``columns``."""
     return cast("Tensor", torch.linalg.qr(columns)[0])  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -72,7 +72,7 @@ class PowerSGD(Compressor, name="powersgd"):
     rank: PositiveInt = 4  # r, columns of the two factors
 
     def matrices(self, layout: Layout) -> list[_Matrix]:
-        """Those that are worth it."""
+        """Return the parameters that are compressed: matrices whose factors are smaller."""
         shaped = [
             _Matrix(entry.start, entry.shape[0], math.prod(entry.shape[1:]))
             for entry in layout.entries
@@ -88,7 +88,7 @@ class PowerSGD(Compressor, name="powersgd"):
         Shared(node.shared).right = torch.cat([*starts, torch.empty(0)]).to(node.parameters)
 
     def _split(self, flat: Tensor, sides: list[int]) -> list[Tensor]:
-        """Factors that lie one after another, each of shape (side, r)."""
+        """Return the factors that lie one after another in ``flat``, each of shape (side, r)."""
         places = zip(sides, itertools.accumulate(sides), strict=True)
         return [flat[self.rank * (stop - side) : self.rank * stop].view(side, self.rank) for side, stop in places]
 

@@ -1,4 +1,4 @@
-"""What federated algorithms have in common: a sampled cohort, an amount of local work, and a server's step."""
+"""Base class of federated algorithms: a sampled cohort, an amount of local work, and a server's step."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Federated(Algorithm):
         shared.outer = self.outer.init(node.parameters)
 
     def cohort_size(self, num_nodes: int) -> int:
-        """|S|, the number of nodes that take part."""
+        """Return |S|, the number of nodes that take part."""
         # Rounded: 0.07 · 100 is 7.000000000000001 in floating point, and must not become 8.
         return max(1, math.ceil(round(self.fraction * num_nodes, 9)))
 
@@ -48,7 +48,7 @@ class Federated(Algorithm):
         return tuple(sorted(view.members[index] for index in order[: self.cohort_size(len(view.members))]))
 
     def local_work(self, rule: Rule | None = None) -> Train:
-        """What a node of the cohort does in a round."""
+        """Return the training that a node of the cohort does in a round."""
         return Train(epochs=self.epochs, rule=rule) if self.steps is None else Train(steps=self.steps, rule=rule)
 
     def move(self, node: Node, difference: Tensor) -> None:

@@ -51,7 +51,7 @@ class FedAvg(Federated, name="fedavg"):
         return self
 
     def rule(self, model: Tensor) -> Rule | None:
-        """What wraps the gradients of local steps that begin at ``model``, shape (P,)."""
+        """Return the rule of local steps that begin at ``model``, shape (P,); ``None`` for plain gradients."""
         del model
         return None
 

@@ -1,4 +1,4 @@
-"""What methods of local steps and mixing with neighbours have in common."""
+"""Base class of gossip methods: local steps, then mixing with the neighbours' models."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class RandomWalk(Algorithm, name="random_walk"):
 
 
 def kernel(base: Tensor, visits: Tensor, repulsion: float) -> Tensor:
-    """K[x] of rows of P and shares of visits, shape (…, N), float64: base · visits^-α, scaled to sum to 1.
+    """Return K[x] for rows of P and shares of visits, shape (…, N), float64: base · visits^-α, scaled to sum to 1.
 
     The visits may have any scale, but none may be 0.
 
@@ -102,7 +102,7 @@ def kernel(base: Tensor, visits: Tensor, repulsion: float) -> Tensor:
 
 
 def visited(visits: Tensor, node: NodeId, rate: float) -> Tensor:
-    """Shares of visits after one more to ``node``: x + γ (δ_i - x), shape (N,).
+    """Return the shares of visits after one more to ``node``: x + γ (δ_i - x), shape (N,).
 
     >>> visited(torch.tensor([0.5, 0.5]), 0, 0.5)
     tensor([0.7500, 0.2500])
@@ -113,7 +113,7 @@ def visited(visits: Tensor, node: NodeId, rate: float) -> Tensor:
 
 
 def covering(visits: Tensor, members: Sequence[NodeId]) -> Tensor:
-    """Visits with an entry for every member; a new one's is the least of the others'.
+    """Return visits with an entry for every member; a new member gets the least share of the others.
 
     >>> covering(torch.tensor([0.75, 0.25]), [0, 1, 2])
     tensor([0.7500, 0.2500, 0.2500])

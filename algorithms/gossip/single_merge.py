@@ -60,7 +60,7 @@ class SingleMerge(Algorithm, name="single_merge"):
     merge: bool = True  # whether all are merged in the last round
 
     def budget(self, number: int, num_rounds: int) -> float:
-        """r_t."""
+        """Return r_t, the budget of round ``number`` in neighbours."""
         early, late, progress = self.neighbors, self.late_neighbors, number / num_rounds
         match self.schedule:
             case "fixed":
@@ -75,7 +75,7 @@ class SingleMerge(Algorithm, name="single_merge"):
                 return late if self.begin <= progress < self.begin + self.width else early
 
     def num_neighbors(self, number: int, num_nodes: int, num_rounds: int) -> int:
-        """How many others a node mixes with in round ``number``: N - 1 are all."""
+        """Return the number of other nodes that a node mixes with in round ``number``; N - 1 for a mean of all."""
         most = num_nodes - 1
         if self.merge and number == num_rounds - 1:
             return most

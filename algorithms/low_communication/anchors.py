@@ -1,4 +1,4 @@
-"""What all nodes know of fragments: where each is anchored, and its outer optimizer's state."""
+"""Shared state of fragments: the anchor of each, and its outer optimizer's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Fragment(TypedDict):
-    """What is shared of one, on the CPU."""
+    """Shared state of one fragment, on the CPU."""
 
     anchor: Tensor
     """θ_p, shape (n,)."""
@@ -32,30 +32,30 @@ class Shared(NodeState):
 
 
 def begin(node: Node, fragments: Sequence[Ranges], outer: OuterOptimizer) -> None:
-    """Begin at the node's parameters."""
+    """Set the anchors of all fragments to the node's parameters, with fresh outer optimizers."""
     anchors = [to_host(gather(node.parameters, ranges)) for ranges in fragments]
     keep(node, [{"anchor": anchor, "outer": outer.init(anchor)} for anchor in anchors])
 
 
 def known(node: Node) -> list[Fragment]:
-    """What is shared of all fragments; the list may be changed, and kept."""
+    """Return the shared state of all fragments, as a list that may be changed and kept."""
     # A joiner on a GPU is given what it is given on its device.
     return [{"anchor": one["anchor"].cpu(), "outer": one["outer"]} for one in Shared(node.shared).fragments]
 
 
 def keep(node: Node, fragments: list[Fragment]) -> None:
-    """Share what they have become."""
+    """Replace the shared state of all fragments."""
     Shared(node.shared).fragments = fragments
 
 
 def stepped(fragment: Fragment, gradient: Tensor, outer: OuterOptimizer) -> Fragment:
-    """A fragment after an outer step along ``gradient``, shape (n,)."""
+    """Return the fragment after an outer step along ``gradient``, shape (n,)."""
     step, state = outer.update(gradient, fragment["outer"])
     return {"anchor": fragment["anchor"] + step, "outer": state}
 
 
 def in_place(node: Node, fragments: Sequence[Ranges]) -> Tensor:
-    """The anchors of all fragments where they belong, shape (P,)."""
+    """Return the anchors of all fragments as flat parameters, shape (P,)."""
     model = torch.empty_like(node.parameters)
     for one, ranges in zip(known(node), fragments, strict=True):
         scatter(to_device(one["anchor"], model.device), model, ranges)

@@ -1,4 +1,4 @@
-"""The penalty of EDiT: whose norms are far above what their history lets expect, and what weights norms give."""
+"""The penalty of EDiT: norms far above their history are outliers, and the others give softmax weights."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Detector(BaseModel):
     threshold: PositiveFloat = 3.0  # in standard deviations; atorch (its megatron arguments: 4)
 
     def fresh(self, size: int) -> History:
-        """No history, of ``size`` numbers."""
+        """Return an empty history of ``size`` numbers."""
         zeros = torch.zeros(size, dtype=torch.float64)
         scores = torch.zeros(size, self.warmup, dtype=torch.float64)
         return {"mean": zeros, "spread": zeros, "scores": scores, "count": torch.zeros(size, dtype=torch.int64)}
 
     def outliers(self, history: History, values: Tensor) -> Tensor:
-        """Which of ``values``, float64 of shape (n,), are outliers; shape (n,), bool."""
+        """Return a mask of the outliers among ``values``, float64 of shape (n,); shape (n,), bool."""
         z = _scores(values, history["mean"], history["spread"])
         # Once there may be outliers, ``warmup`` scores are known.
         deviation = history["scores"].std(dim=1, correction=min(1, self.warmup - 1))
@@ -120,7 +120,7 @@ def weights_of(
 
 
 def rolled_back(before: Sequence[int], weights: Mapping[NodeId, Sequence[float]]) -> list[int]:
-    """For how many rounds in a row each number has had no weight on any node, given how many it was ``before``.
+    """Return, for each number, the rounds in a row without weight on any node; ``before`` counts earlier ones.
 
     >>> rolled_back([3, 3], {0: [0.0, 1.0], 1: [0.0, 0.0]})
     [4, 0]
@@ -130,5 +130,5 @@ def rolled_back(before: Sequence[int], weights: Mapping[NodeId, Sequence[float]]
 
 
 def norm_of(values: Tensor) -> float:
-    """‖x‖₂ in single precision; in which order the squares were added up does not show in that."""
+    """Return ‖x‖₂ in single precision, in which the order of summation does not show."""
     return float(values.double().square().sum().sqrt().float())

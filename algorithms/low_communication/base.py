@@ -1,4 +1,4 @@
-"""What methods of many inner steps and one outer step have in common: how their outer gradients travel."""
+"""Base class of low-communication methods: inner steps, and outer gradients that are encoded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LowCommunication(Algorithm):
         return exchange_codecs(self.codec, self.result_codec, number, name)
 
     def compensated(self, node: Node, values: Tensor, codec: Codec, name: str = "") -> Tensor:
-        """What to contribute instead of ``values``, shape (n,); the next residual of this ``name`` is staged.
+        """Return ``values``, shape (n,), plus the residual ``name`` of the last exchange, and stage the next residual.
 
         e ← (x + e) - C(x + e), C being the ``codec`` of this exchange: what C leaves out is sent later, also if it is
         never among the largest.
@@ -61,6 +61,6 @@ class LowCommunication(Algorithm):
         return math.sqrt(sum(float(torch.dot(one, one)) for one in kept if isinstance(one, Tensor)))
 
     def exchange_bytes(self, num_values: int, layout: Layout, num_nodes: int) -> int:
-        """Payload bytes of one ``AllReduce`` of so many values, with this algorithm's codecs."""
+        """Return the payload bytes of an ``AllReduce`` of ``num_values`` values with this algorithm's codecs."""
         sent, received = (codec.nbytes(num_values, layout.dtype) for codec in (self.codec, self.result_codec))
         return all_reduce_bytes(sent, num_nodes, result_nbytes=received)

@@ -70,7 +70,7 @@ class Synchronous(LowCommunication):
         return super().unsent(node) if self.compressor is None else self.compressor.unsent(node)
 
     def step_bytes(self, layout: Layout, num_nodes: int) -> int:
-        """Payload bytes of one step over all nodes."""
+        """Return the payload bytes of one step over all nodes."""
         if self.compressor is not None:
             return self.compressor.expected_bytes(layout, num_nodes)
         return self.exchange_bytes(layout.num_values, layout, num_nodes)

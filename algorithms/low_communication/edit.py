@@ -88,7 +88,7 @@ class EDiT(Synchronous, name="edit"):
             await self.synchronize(node, await self.steps_alone(node))
 
     def warms_up(self, number: int) -> bool:
-        """Whether the steps of round ``number`` are taken together."""
+        """Say whether round ``number`` belongs to the warm-up, in which nodes take every step together."""
         return number * self.inner_steps < self.warmup_steps
 
     async def steps_alone(self, node: Node) -> Mapping[NodeId, float]:
@@ -98,7 +98,7 @@ class EDiT(Synchronous, name="edit"):
         return {}
 
     async def synchronize(self, node: Node, shares: Mapping[NodeId, float]) -> None:
-        """Bring all modules together, and everybody to them."""
+        """Take the outer step of every module, and set the parameters to the new anchors."""
         modules, known = modules_of(node.layout), anchors.known(node)
         deltas = [
             one["anchor"] - to_host(gather(node.parameters, ranges)) for one, ranges in zip(known, modules, strict=True)
@@ -124,7 +124,7 @@ class EDiT(Synchronous, name="edit"):
     async def _weigh(
         self, node: Node, deltas: list[Tensor], shares: Mapping[NodeId, float]
     ) -> Mapping[NodeId, list[float]]:
-        """What each node's contribution to each module counts; of a module they sum to 1, or are all 0."""
+        """Return each node's weights of all modules; those of a module sum to 1, or are all 0."""
         if not self.penalty:
             return dict.fromkeys(node.view.members, [1.0] * len(deltas))
         norms = torch.tensor([norm_of(delta) for delta in deltas], dtype=torch.float64)

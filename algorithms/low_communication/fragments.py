@@ -1,4 +1,4 @@
-"""Fragments: which values of a model are exchanged together."""
+"""Fragments: the parts of a model that are exchanged together."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fragments_of(layout: Layout, count: int, pattern: Pattern) -> tuple[Ranges, 
 
 
 def modules_of(layout: Layout) -> tuple[Ranges, ...]:
-    """The model's modules, in the order in which they are defined: what belongs to one block, or to one name."""
+    """Return the ranges of the model's modules, in order of definition: a block is one module, or else a tensor."""
     owned: dict[str, list[LayoutEntry]] = {}
     for entry in layout.entries:
         owned.setdefault(entry.block or entry.name, []).append(entry)
@@ -73,7 +73,7 @@ def modules_of(layout: Layout) -> tuple[Ranges, ...]:
 
 
 def size_of(ranges: Ranges) -> int:
-    """How many values there are.
+    """Return the number of values in ``ranges``.
 
     >>> size_of(((0, 3), (5, 6)))
     4
@@ -82,7 +82,7 @@ def size_of(ranges: Ranges) -> int:
 
 
 def gather(flat: Tensor, ranges: Ranges) -> Tensor:
-    """The values in ``ranges`` of a flat tensor, a tensor of its own, shape (n,)."""
+    """Return a copy of the values in ``ranges`` of a flat tensor, shape (n,)."""
     return torch.cat([flat[start:stop] for start, stop in ranges])
 
 
@@ -95,7 +95,7 @@ def scatter(values: Tensor, flat: Tensor, ranges: Ranges) -> None:
 
 
 def to_host(values: Tensor) -> Tensor:
-    """``values`` on the CPU; from a GPU through page-locked memory, which is copied at the speed of the bus."""
+    """Return ``values`` on the CPU; from a GPU through page-locked memory, at the speed of the bus."""
     if not values.is_cuda:
         return values
     staged = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -105,7 +105,7 @@ def to_host(values: Tensor) -> Tensor:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The way back, behind what the GPU has to do already; nobody waits for it."""
+    """Return ``values`` on ``device``; a copy to a GPU is queued, and the program does not wait for it."""
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

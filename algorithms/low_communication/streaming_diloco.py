@@ -76,15 +76,15 @@ class StreamingDiLoCo(LowCommunication, name="streaming_diloco"):
 
     @property
     def steps(self) -> int:
-        """Of a round."""
+        """Return the optimizer steps of a round."""
         return self.inner_steps // self.fragments if self.staggered else self.inner_steps
 
     def due(self, number: int) -> tuple[int, ...]:
-        """The fragments that are exchanged in round ``number``."""
+        """Return the fragments that are exchanged in round ``number``."""
         return (number % self.fragments,) if self.staggered else tuple(range(self.fragments))
 
     def ranges(self, layout: Layout) -> tuple[parts.Ranges, ...]:
-        """Where the fragments are."""
+        """Return the ranges of the fragments in the flat parameters."""
         return parts.fragments_of(layout, self.fragments, self.pattern)
 
     def init(self, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""The rule interface: what wraps a node's gradient function."""
+"""The rule interface: wrap a node's gradient function."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GradientFunction: TypeAlias = "Callable[[Tensor, DataBatch], tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class LocalProblem:
-    """What a rule may build upon."""
+    """The node's problem, which a rule builds upon."""
 
     gradient: GradientFunction
     """The task's own."""
@@ -50,7 +50,7 @@ class Sampler(Protocol):
     """Chooses the samples of each step."""
 
     def next(self, size: int) -> Tensor:
-        """About ``size`` places among the node's own samples, int64 in [0, num_samples)."""
+        """Return about ``size`` places among the node's own samples, int64 in [0, num_samples)."""
         ...
 
 
@@ -62,10 +62,10 @@ class Rule:
     """
 
     def wrap(self, problem: LocalProblem) -> GradientFunction:
-        """The gradient function that steps are taken with. It may be called at other points than the current one."""
+        """Return the gradient function of the steps. It may be called at other points than the current one."""
         return problem.gradient
 
     def sampler(self, problem: LocalProblem) -> Sampler | None:
-        """A sampler for this ``Train`` instead of the node's own; ``None`` keeps that."""
+        """Return a sampler for this ``Train``; ``None`` keeps the node's own."""
         del problem
         return None

@@ -30,7 +30,7 @@ class ControlVariate(Rule):
 
     @property
     def mean_gradient(self) -> Tensor:
-        """(1/K) Σ_k g_k over all steps so far, shape (P,); zeros before the first."""
+        """Return (1/K) Σ_k g_k over all steps so far, shape (P,); zeros before the first."""
         if self._sum is None:
             return self.correction.new_zeros(self.correction.shape)
         return self._sum / self.num_gradients

@@ -19,7 +19,7 @@ class Topology(Part, family="topology", catalog="starling.algorithms.topologies"
     def mixing(
         self, members: Sequence[int], round_number: int, seed: int, present: AbstractSet[int] | None = None
     ) -> Mixing:
-        """The mixing matrix of a round; it has a row for every member.
+        """Return the mixing matrix of a round, with a row for every member.
 
         Args:
             members: of the view, sorted; the graph is drawn over them.
@@ -31,16 +31,16 @@ class Topology(Part, family="topology", catalog="starling.algorithms.topologies"
 
     @property
     def symmetric(self) -> bool:
-        """Whether w_ij = w_ji in every round, whoever is missing."""
+        """Say whether w_ij = w_ji in every round, whichever members are missing."""
         return True
 
     @property
     def doubly_stochastic(self) -> bool:
-        """Whether mixing preserves the mean, whoever is missing."""
+        """Say whether mixing preserves the mean, whichever members are missing."""
         return True
 
     def period(self, num_nodes: int) -> int | None:
-        """After how many rounds its matrices repeat, without a change of members; ``None``: never."""
+        """Return the number of rounds after which matrices repeat for unchanged members; ``None``: they never do."""
         del num_nodes
         return 1
 
@@ -55,7 +55,7 @@ class Topology(Part, family="topology", catalog="starling.algorithms.topologies"
         """
 
     def num_messages(self, num_nodes: int, round_number: int = 0, seed: int = 0) -> int:
-        """Directed edges in a round, that is payloads sent, when all are present.
+        """Return the directed edges of a round, that is the payloads sent, when all members are present.
 
         With Erdős–Rényi graphs it depends on the seed: p·N·(N−1) on average.
         """
@@ -100,13 +100,13 @@ class GraphTopology(Topology):
         return _built(self, members, draw, there)  # pyright: ignore[reportArgumentType] - frozen models are hashable
 
     def draw(self, num_nodes: int, round_number: int, seed: int) -> int:
-        """Names the round's graph among those that there may be: equal draws mean equal graphs."""
+        """Return a number that names the round's graph: equal draws mean equal graphs."""
         del num_nodes, round_number, seed
         return 0
 
     @abstractmethod
     def weigh(self, members: tuple[int, ...], present: AbstractSet[int], draw: int) -> Rows:
-        """The weights among ``members``, of whom those in ``present`` are there."""
+        """Return the weights among ``members`` when only those in ``present`` take part."""
 
     def substitutes(self, members: tuple[int, ...], draw: int) -> Mapping[int, Collection[tuple[int, ...]]]:
         """Return ``Mixing.substitutes``: none, if who is missing only takes edges away."""

@@ -24,7 +24,7 @@ class CirculantTopology(GraphTopology):
 
     @abstractmethod
     def offsets(self, num_nodes: int, draw: int) -> Sequence[int]:
-        """Different ones, from 1 to N−1; none for one node."""
+        """Return distinct offsets from 1 to N−1; none for one node."""
 
     @property
     def symmetric(self) -> bool:
@@ -67,7 +67,7 @@ def _chains(members: tuple[int, ...], offset: int) -> list[tuple[int, ...]]:
 
 
 def powers_of_two(num_nodes: int) -> Sequence[int]:
-    """2^k for k < ⌈log₂ N⌉.
+    """Return 2^k for k < ⌈log₂ N⌉.
 
     >>> [list(powers_of_two(n)) for n in (1, 2, 3, 8, 9)]
     [[], [1], [1, 2], [1, 2, 4], [1, 2, 4, 8]]

@@ -1,4 +1,4 @@
-"""Edge lists: what the file of a topology says."""
+"""Edge lists: read the file of a topology."""
 
 from __future__ import annotations
 

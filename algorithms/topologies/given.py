@@ -26,11 +26,11 @@ class Graph:
 
     @property
     def num_nodes(self) -> int:
-        """N."""
+        """Return N."""
         return len(self.arcs)
 
     def columns_off(self) -> tuple[int, float] | None:
-        """The first column of the weights that does not sum to 1, and its sum."""
+        """Return the first column of the weights that does not sum to 1, and its sum."""
         if self.weighed_by_rule:
             return None
         totals = {node: 1.0 - math.fsum(row.values()) for node, row in self.arcs.items()}
@@ -75,7 +75,7 @@ def check_own_weights(path: Path, arcs: Arcs, own: Mapping[int, float]) -> None:
 
 
 def cycles_without(arcs: Arcs, missing: AbstractSet[int]) -> Arcs:
-    """Doubly stochastic weights without some nodes: doubly stochastic, and not above what they were.
+    """Return doubly stochastic weights without some nodes: still doubly stochastic, and none larger than before.
 
     What flows into a node of weights also flows out of it; such a flow is a sum of cycles (there and back first, which
     is all that symmetric weights are made of), and a cycle in which somebody is missing is left out.

@@ -30,11 +30,11 @@ class Mixing:
     """By node: in-neighbours, each followed by those that come in its place, the first that is there."""
 
     def in_neighbors(self, node: int) -> tuple[int, ...]:
-        """Whose values ``node`` needs, sorted, itself left out."""
+        """Return the nodes whose values ``node`` needs, sorted, without itself."""
         return tuple(other for other in self.weights[node] if other != node)
 
     def out_neighbors(self, node: int) -> tuple[int, ...]:
-        """Who needs the values of ``node``, sorted, itself left out."""
+        """Return the nodes that need the values of ``node``, sorted, without itself."""
         return self._receivers[node]
 
     @functools.cached_property
@@ -48,11 +48,11 @@ class Mixing:
 
     @functools.cached_property
     def num_messages(self) -> int:
-        """Directed edges, that is payloads per round; nobody sends to itself."""
+        """Return the number of directed edges, that is of payloads per round; no node sends to itself."""
         return sum(len(row) - 1 for row in self.weights.values())
 
     def matrix(self) -> NDArray[np.float64]:
-        """W, shape (N, N), in the order of the sorted nodes."""
+        """Return W, shape (N, N), in the order of the sorted nodes."""
         places = {node: place for place, node in enumerate(self.weights)}
         matrix = np.zeros((len(places), len(places)))
         for place, row in enumerate(self.weights.values()):
@@ -61,22 +61,22 @@ class Mixing:
 
     @functools.cached_property
     def rho(self) -> float:
-        """ρ = ‖W − J‖₂ with J = 11ᵀ/N: what is left of ‖x − x̄‖ after a round, at most. 1 if the graph falls apart."""
+        """Return ρ = ‖W − J‖₂ with J = 11ᵀ/N, the contraction of ‖x − x̄‖ in a round; 1 for a disconnected graph."""
         return distance_from_mean(self.matrix())
 
     @property
     def spectral_gap(self) -> float:
-        """1 − ρ. Below 0 it can be only where W is not doubly stochastic."""
+        """Return 1 − ρ; it is below 0 only where W is not doubly stochastic."""
         return 1.0 - self.rho
 
     @functools.cached_property
     def is_doubly_stochastic(self) -> bool:
-        """Whether columns sum to 1 as rows do, so that mixing preserves the mean."""
+        """Say whether columns sum to 1 like rows, so that mixing preserves the mean."""
         return bool(np.abs(self.matrix().sum(axis=0) - 1.0).max(initial=0.0) <= STOCHASTIC_TOLERANCE)
 
     @functools.cached_property
     def is_symmetric(self) -> bool:
-        """Whether w_ij = w_ji."""
+        """Say whether w_ij = w_ji."""
         return all(
             self.weights[other].get(node) == weight
             for node, row in self.weights.items()
@@ -85,7 +85,7 @@ class Mixing:
 
 
 def distance_from_mean(matrix: NDArray[np.float64]) -> float:
-    """‖W − 11ᵀ/N‖₂ of a matrix of shape (N, N)."""
+    """Return ‖W − 11ᵀ/N‖₂ of a matrix of shape (N, N)."""
     if not len(matrix):
         return 0.0
     difference = matrix - 1.0 / len(matrix)
@@ -95,7 +95,7 @@ def distance_from_mean(matrix: NDArray[np.float64]) -> float:
 
 
 def with_own_weight(node: int, others: Mapping[int, float]) -> dict[int, float]:
-    """A row, sorted: ``node`` keeps what the others leave of 1."""
+    """Return a row, sorted, in which ``node`` keeps the rest of 1."""
     # Last, and from an exact sum: rows that sum to 1 only nearly let the mean drift, round by round.
     row = {**others, node: 1.0 - math.fsum(others.values())}
     return dict(sorted(row.items()))

@@ -22,7 +22,7 @@ class Ring(UndirectedTopology, name="ring"):
 
 
 def ring_edges(places: range) -> set[Edge]:
-    """``places`` joined to a ring: two are one edge, one is none.
+    """Return the edges of a ring of ``places``: two places have one edge, one place none.
 
     >>> sorted(ring_edges(range(3)))
     [(0, 1), (0, 2), (1, 2)]

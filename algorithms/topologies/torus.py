@@ -36,7 +36,7 @@ class Torus(UndirectedTopology, name="torus"):
         return edges
 
     def sides(self, num_nodes: int) -> tuple[int, int]:
-        """Rows and columns."""
+        """Return the rows and columns."""
         return self._given_sides(num_nodes) or _nearest_to_square(num_nodes)
 
     def validate_for(self, num_nodes: int) -> None:

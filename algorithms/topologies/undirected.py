@@ -23,7 +23,7 @@ class UndirectedTopology(GraphTopology):
 
     @abstractmethod
     def edges(self, num_nodes: int, draw: int) -> Collection[Edge]:
-        """Each edge once, as two different places."""
+        """Return each edge once, as two different places."""
 
     def weigh(self, members: tuple[int, ...], present: AbstractSet[int], draw: int) -> Rows:
         drawn = _edges(self, len(members), draw)  # pyright: ignore[reportArgumentType] - frozen models are hashable
@@ -50,7 +50,7 @@ def _edges(topology: UndirectedTopology, num_nodes: int, draw: int) -> Collectio
 
 
 def metropolis_hastings(nodes: Iterable[int], edges: Iterable[Edge]) -> Rows:
-    """w_ij = 1 / (1 + max(d_i, d_j)) on edges, and w_ii what they leave of 1 (it is above 0).
+    """Return w_ij = 1 / (1 + max(d_i, d_j)) on edges, and as w_ii the rest of 1, which is above 0.
 
     >>> metropolis_hastings([0, 1, 2], [(0, 1)])
     {0: {0: 0.5, 1: 0.5}, 1: {0: 0.5, 1: 0.5}, 2: {2: 1.0}}

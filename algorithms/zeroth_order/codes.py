@@ -1,4 +1,4 @@
-"""Codes of single numbers: what a projected gradient looks like on the wire, from one byte to four.
+"""Codes of single numbers: a projected gradient in one to four bytes.
 
 What is not finite is rejected by every code: it is marked as dropped, and decodes to NaN.
 """
@@ -36,7 +36,7 @@ class ScalarCode(Part, family="scalar code", catalog="starling.algorithms.zeroth
 
     @abstractmethod
     def decode(self, codes: Tensor) -> list[float]:
-        """The numbers that all nodes use, the sender too; NaN where one was dropped.
+        """Return the numbers that all nodes use, the sender included; NaN for a dropped one.
 
         Raises:
             ProgramError: there is no such code.

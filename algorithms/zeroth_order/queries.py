@@ -1,4 +1,4 @@
-"""What a node of FZooS has queried: points and values."""
+"""Queries of an FZooS node: points and values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Local(NodeState):
 
 
 def known_to(node: Node) -> Queries:
-    """Return what ``node`` has queried; nothing if it is new."""
+    """Return the queries of ``node``; empty tensors if it is new."""
     local = Local(node.local)
     if local.points is None or local.values is None:
         none = node.parameters.new_empty((0, node.layout.num_values))

@@ -28,7 +28,7 @@ _DIGEST_NBYTES = 32
 
 @dataclass(frozen=True)
 class Record:
-    """What one round did."""
+    """The content of one round's record."""
 
     lr: float
     eps: float
@@ -39,7 +39,7 @@ class Record:
 
 
 def checked(member: NodeId, codes: Tensor, size: int) -> Tensor:
-    """The codes of ``member``, if they are ``size`` bytes.
+    """Return the codes of ``member``, checked to be ``size`` bytes.
 
     Raises:
         ProgramError: they are not.
@@ -51,14 +51,14 @@ def checked(member: NodeId, codes: Tensor, size: int) -> Tensor:
 
 
 def pack(lr: float, eps: float, codes: Mapping[NodeId, Tensor], digest: str) -> bytes:
-    """A record of the codes of each contributor, all as long."""
+    """Encode the codes of all contributors, of one length, as a record."""
     pieces = [_HEADER.pack(lr, eps, len(codes))]
     pieces += [_ID.pack(member) + one.cpu().numpy().tobytes() for member, one in codes.items()]
     return b"".join([*pieces, bytes.fromhex(digest)])
 
 
 def unpack(record: bytes, size: int, *, with_digest: bool) -> Record | None:
-    """The inverse of ``pack``, for codes of ``size`` bytes; ``None`` if the record is of another length."""
+    """Decode a record with codes of ``size`` bytes; return ``None`` for a record of another length."""
     if len(record) < _HEADER.size:
         return None
     lr, eps, count = _HEADER.unpack_from(record)

@@ -1,4 +1,4 @@
-"""The step of a round: what all nodes' estimates do to the parameters, alike everywhere."""
+"""The step of a round: move the parameters along all nodes' directions, identically on all nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Moved:
 
     @staticmethod
     def by(span: tuple[int, int], estimates: Sequence[tuple[int, float]], lr: float, normalizer: Normalizer) -> Moved:
-        """Along each (key, estimate) that is a number, by −η ĝ / c, where c is how many those are, or its root."""
+        """Move by −η ĝ / c along each (key, ĝ) that is a number; c is the count of these, or its root."""
         counted = [(key, value) for key, value in estimates if not math.isnan(value)]
         scale = lr / (math.sqrt(len(counted)) if normalizer == "sqrt" else len(counted)) if counted else 0.0
         return Moved(*span, [(key, -scale * value) for key, value in counted if value])
@@ -48,11 +48,11 @@ class Step:
     distribution: Distribution
 
     def apply(self, parameters: Tensor) -> None:
-        """Take it, from θ, shape (P,), in place."""
+        """Take the step from θ, shape (P,), in place."""
         self._apply(parameters, 0)
 
     def digest(self, parameters: Tensor) -> str:
-        """SHA-256 of what it would make of θ, which stays as it is; without a copy of more than some of it."""
+        """Return the SHA-256 of θ after the step, without changing θ or copying more than a piece of it."""
         sha = hashlib.sha256()
         for first in range(0, parameters.numel(), _AT_ONCE):
             values = parameters[first : first + _AT_ONCE].clone()
@@ -76,12 +76,12 @@ class Step:
 
 
 def matrices_of(layout: Layout) -> list[tuple[int, int]]:
-    """The parameters of two dimensions or more, as ranges."""
+    """Return the ranges of parameters with two dimensions or more."""
     return [(entry.start, entry.stop) for entry in layout.entries if len(entry.shape) > 1]
 
 
 def layers_of(layout: Layout) -> list[tuple[int, int]]:
-    """The parameters of each module, as ranges."""
+    """Return the ranges of each module's parameters."""
     spans: list[tuple[int, int]] = []
     last = None
     for entry in layout.entries:

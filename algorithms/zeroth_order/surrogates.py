@@ -1,4 +1,4 @@
-"""Models of a function that was only queried: a Gaussian process, and random Fourier features; both for gradients."""
+"""Surrogates of a queried function and their gradients: a Gaussian process, and random Fourier features."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class GaussianProcess:
         self._weights = torch.cholesky_solve(values.unsqueeze(1), self._factor).squeeze(1)
 
     def mean(self, at: Tensor) -> Tensor:
-        """μ at one point, shape (d,); a number."""
+        """Return μ at one point, shape (d,), as a number."""
         return matern(_lengths(self._points - (at - self._origin)) / self.length) @ self._weights
 
     def gradient(self, at: Tensor) -> Tensor:
-        """∇μ at one point, shape (d,)."""
+        """Return ∇μ at one point, shape (d,)."""
         apart = (at - self._origin) - self._points
         return (self._slopes(_lengths(apart)) * self._weights) @ apart
 
     def gradient_variance(self, at: Tensor) -> Tensor:
-        """The trace of the posterior covariance of ∇f at each of several points, shape (m, d); shape (m,).
+        """Return the trace of the posterior covariance of ∇f at points of shape (m, d); shape (m,).
 
         It needs no more of the points than the products of their differences: n² numbers a point, whatever d is.
         """
@@ -108,11 +108,11 @@ class FourierFeatures:
         self._scale = math.sqrt(2 / count)
 
     def __call__(self, at: Tensor) -> Tensor:
-        """φ of the rows of ``at``, shape (n, d); shape (n, D)."""
+        """Return φ of the rows of ``at``, shape (n, d); shape (n, D)."""
         return (at @ self._omega.T + self._phases).cos() * self._scale
 
     def fit(self, points: Tensor, values: Tensor, noise: float = 1e-6) -> Tensor:
-        """ν, shape (D,), with the least ‖Φν − y‖² + ``noise``·‖ν‖²."""
+        """Return ν, shape (D,), with the least ‖Φν − y‖² + ``noise``·‖ν‖²."""
         features = self(points)
         gram = features @ features.T
         gram.diagonal().add_(noise)
@@ -120,7 +120,7 @@ class FourierFeatures:
         return features.T @ solved
 
     def gradient(self, weights: Tensor, at: Tensor) -> Tensor:
-        """The gradient of νᵀφ at one point, shape (d,); linear in ``weights``, shape (D,)."""
+        """Return the gradient of νᵀφ at one point, shape (d,); linear in ``weights``, shape (D,)."""
         waves = (self._omega @ at + self._phases).sin()
         return (weights * waves) @ self._omega * -self._scale
 
