@@ -42,8 +42,8 @@ class FedAvg(Federated, name="fedavg"):
 
     weighting: Literal["samples", "uniform"] = "samples"  # w_i
     aggregator: Aggregator = Mean()  # combines the differences; mean: weighted by w_i
-    codec: Codec = Identity()  # what travels; decoded before it is combined
-    result_codec: Codec = Identity()  # what travels back: the combined difference
+    codec: Codec = Identity()  # encodes contributions, which are decoded before they are combined
+    result_codec: Codec = Identity()  # encodes the combined difference
 
     @model_validator(mode="after")
     def _codecs_lose_nothing(self) -> Self:

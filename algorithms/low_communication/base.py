@@ -25,8 +25,8 @@ class LowCommunication(Algorithm):
     averages_buffers: ClassVar[bool] = True
 
     inner_steps: PositiveInt = 100  # H, optimizer steps between exchanges of the same values
-    codec: Codec = Identity()  # what travels; decoded before it is combined
-    result_codec: Codec = Identity()  # what travels back: the combined outer gradient
+    codec: Codec = Identity()  # encodes contributions, which are decoded before they are combined
+    result_codec: Codec = Identity()  # encodes the combined outer gradient
     error_feedback: bool = False  # add to each contribution what the codec left out of the last one
 
     @model_validator(mode="after")

@@ -47,8 +47,8 @@ class DiLoCo(Algorithm, name="diloco"):
     inner_steps: PositiveInt = 500  # H, optimizer steps between exchanges; OpenDiLoCo
     outer: OuterOptimizer = Nesterov(lr=0.7, momentum=0.9)  # η, β; OpenDiLoCo
     aggregator: Aggregator = Mean()  # combines the outer gradients
-    codec: Codec = Identity()  # what travels; decoded before it is combined
-    result_codec: Codec = Identity()  # what travels back: the combined outer gradient
+    codec: Codec = Identity()  # encodes contributions, which are decoded before they are combined
+    result_codec: Codec = Identity()  # encodes the combined outer gradient
 
     @model_validator(mode="after")
     def _codecs_lose_nothing(self) -> Self:
