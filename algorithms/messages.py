@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from starling.algorithms.errors import ProgramError
-from starling.algorithms.node import NodeId, Payload
+from starling.algorithms.node import Node, NodeId, Payload
 from starling.algorithms.operations import Operation
 
 
@@ -90,3 +90,21 @@ class Ping(Operation["frozenset[NodeId]"]):
 
     nodes: tuple[NodeId, ...]
     timeout_s: float
+
+
+async def next_message() -> Message:
+    """Receive the next message, past notices of nodes that have left."""
+    while not isinstance(message := await Receive(), Message):
+        pass
+    return message
+
+
+def model_of(node: Node) -> dict[str, Tensor]:
+    """Return the payload of a node's whole model: its parameters and floating-point buffers."""
+    return {"parameters": node.parameters, "buffers": node.buffers}
+
+
+def take_model(node: Node, message: Message) -> None:
+    """Replace a node's parameters and floating-point buffers by those of a message."""
+    node.parameters.copy_(message.tensor("parameters"))
+    node.buffers.copy_(message.tensor("buffers"))

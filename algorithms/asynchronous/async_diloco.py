@@ -32,6 +32,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from starling.algorithms.api import SERVER, Algorithm, Left, Message, Node, Receive, Send, Timeout, Train
 from starling.algorithms.errors import SettingsError
+from starling.algorithms.messages import model_of, next_message, take_model
 from starling.algorithms.outer import Nesterov, tensor_in
 from starling.algorithms.state import NodeState
 
@@ -91,17 +92,14 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
         report = await Train(steps=local.steps)
         speed = report.num_steps / report.seconds if report.seconds > 0 else 0.0
         await Send(SERVER, {"update": given - node.parameters, "buffers": node.buffers, "speed": speed})
-        while not isinstance(message := await Receive(), Message):
-            pass
-        node.parameters.copy_(message.tensor("parameters"))
-        node.buffers.copy_(message.tensor("buffers"))
+        message = await next_message()
+        take_model(node, message)
         local.steps = int(message.number("steps"))
 
     async def server(self, node: Node) -> None:
         # Whoever waits is answered only now: in the old round it would pass for one that has heard of the old model.
-        model = {"parameters": node.parameters, "buffers": node.buffers}
         for worker in ServerLocal(node.local).waiting:
-            await Send(worker, {**model, "steps": self.steps_of(node, worker)})
+            await Send(worker, {**model_of(node), "steps": self.steps_of(node, worker)})
         waiting: list[NodeId] = []
         there, until = set(node.view.members), None
         while until is None or (self.grace_s and there.difference(waiting)):

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from starling.algorithms.api import SERVER, Algorithm, Layout, Message, Node, Receive, Send, Train
+from starling.algorithms.api import SERVER, Algorithm, Layout, Node, Send, Train
+from starling.algorithms.messages import model_of, next_message, take_model
 from starling.algorithms.outer import SGD, OuterOptimizer
 from starling.algorithms.state import NodeState
 
@@ -63,12 +64,10 @@ class FedBuff(Algorithm, name="fedbuff"):
         given = node.parameters.clone()
         await Train(steps=self.steps)
         await Send(SERVER, {"parameters": given - node.parameters, "buffers": node.buffers})
-        message = await _message()
-        node.parameters.copy_(message.tensor("parameters"))
-        node.buffers.copy_(message.tensor("buffers"))
+        take_model(node, await next_message())
 
     async def server(self, node: Node) -> None:
-        local, model = ServerLocal(node.local), {"parameters": node.parameters, "buffers": node.buffers}
+        local, model = ServerLocal(node.local), model_of(node)
         # The worker that filled the last buffer is answered only now: in the old round it would pass for one that
         # has heard of the old model.
         if local.waiting is not None:
@@ -76,7 +75,7 @@ class FedBuff(Algorithm, name="fedbuff"):
         difference, buffers = torch.zeros_like(node.parameters), torch.zeros_like(node.buffers)
         num_updates, size = 0, self.size_among(len(node.view.members))
         while True:
-            message = await _message()
+            message = await next_message()
             if self.max_staleness is None or message.staleness <= self.max_staleness:
                 difference.add_(message.tensor("parameters"), alpha=self.discount(message.staleness))
                 buffers.add_(message.tensor("buffers"))
@@ -109,10 +108,3 @@ class FedBuff(Algorithm, name="fedbuff"):
 
     def node_rounds(self, num_nodes: int) -> float:
         return self.size_among(num_nodes) / num_nodes
-
-
-async def _message() -> Message:
-    """Return the next message, past notices of nodes that have left."""
-    while not isinstance(message := await Receive(), Message):
-        pass
-    return message

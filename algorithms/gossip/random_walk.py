@@ -31,6 +31,7 @@ from torch import Tensor
 
 from starling.algorithms.api import Algorithm, Gradient, Layout, Left, Message, Node, NodeId, Receive, Send
 from starling.algorithms.errors import SettingsError
+from starling.algorithms.messages import model_of, take_model
 from starling.algorithms.topologies import Ring, Topology
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class RandomWalk(Algorithm, name="random_walk"):
                 if isinstance(message, Left):
                     members = [member for member in members if member != message.node]
             step, visits = int(message.number("step")), message.tensor("visits")
-            node.parameters.copy_(message.tensor("parameters"))
-            node.buffers.copy_(message.tensor("buffers"))
+            take_model(node, message)
         step += 1
         visits = visited(covering(visits, members), node.id, (step + 1) ** -self.visits_exponent)
         before = node.parameters.clone()
@@ -80,7 +80,7 @@ class RandomWalk(Algorithm, name="random_walk"):
         row = self.topology.mixing(members, step, self.graph_seed).weights[node.id]
         chances = kernel(torch.tensor(list(row.values()), dtype=torch.float64), visits[list(row)], self.repulsion)
         place = int(torch.multinomial(chances, 1, generator=node.rng("walk")))
-        token = {"parameters": node.parameters, "buffers": node.buffers, "visits": visits, "step": step}
+        token = {**model_of(node), "visits": visits, "step": step}
         await Send(list(row)[place], token)
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
