@@ -200,7 +200,7 @@ def _load(
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Where the texts of a task come from: its fields of these names."""
 
     corpus: str | None

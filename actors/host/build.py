@@ -14,7 +14,7 @@ from starling.actors.data.generators import seeded
 from starling.actors.replica.pace import Pace
 from starling.actors.replica.replica import Replica
 from starling.actors.tasks import answers
-from starling.actors.tasks.federated import Federated
+from starling.actors.tasks.federated import FederatedSamples
 from starling.algorithms.api import SERVER
 from starling.algorithms.errors import DataError
 from starling.algorithms.seeds import derive_seed
@@ -43,7 +43,7 @@ class RunData:
 
     def fingerprint(self) -> Fingerprint:
         """What tells these data from others."""
-        return fingerprint(None if isinstance(self.train, Federated) else self.train, self.validation)
+        return fingerprint(None if isinstance(self.train, FederatedSamples) else self.train, self.validation)
 
     @property
     def part_sizes(self) -> tuple[int, ...] | None:
@@ -53,13 +53,13 @@ class RunData:
         """
         # Of a class derived from it an epoch may be anything.
         is_epoch = type(self.sampler) is Epoch
-        if not is_epoch or isinstance(self.train, Federated) or self.train.owners is not None:
+        if not is_epoch or isinstance(self.train, FederatedSamples) or self.train.owners is not None:
             return None
         return tuple(map(len, self.parts))
 
     def pace(self, spec: ReplicaSpec) -> Pace | None:
         """The pace of the run; ``None``: where nobody is to know how much others have, each node has its own."""
-        if isinstance(self.train, Federated):
+        if isinstance(self.train, FederatedSamples):
             return None
         return Pace.of(spec, [len(part) for part in self.parts], len(self.parts))
 
@@ -73,7 +73,7 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
         DataError: it cannot be read, or not be divided among ``num_nodes`` nodes.
     """
     files.forget()
-    federated = Federated(task, num_nodes, seed) if data.source == "federated" else None
+    federated = FederatedSamples(task, num_nodes, seed) if data.source == "federated" else None
     train: Samples
     if federated is None:
         with _seeded_for(seed, "train_samples"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from starling.actors.wire import buffers
-from starling.actors.wire.batched_mixing import Rows
+from starling.actors.wire.batched_mixing import MixingMatrix
 from starling.actors.wire.buffers import Cuts, Signature, TensorSpec
 from starling.algorithms.api import AllGather, AllReduce, NeighborAllGather
 
@@ -39,9 +39,9 @@ class Neighborhoods:
         self._sets: dict[NodeId, Wants] = {}
 
     @functools.cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> MixingMatrix:
         """The matrix, to be multiplied with all nodes' values."""
-        return Rows(self.mixing.weights)
+        return MixingMatrix(self.mixing.weights)
 
     def ordered(self, node: NodeId) -> tuple[NodeId, ...]:
         """Return the in-neighbours of ``node``, sorted."""

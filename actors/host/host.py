@@ -16,7 +16,7 @@ from starling.actors.host.computation import Computation
 from starling.actors.host.exchanges import Exchanges
 from starling.actors.host.failures import failure
 from starling.actors.host.node_log import NodeLogs
-from starling.actors.host.outbox import Outbox
+from starling.actors.host.outbox import MessageOutbox
 from starling.actors.host.programs import Program
 from starling.actors.host.recorded_clock import Times
 from starling.actors.host.results import SharedResult
@@ -97,7 +97,7 @@ class Host:
         self.exchanges = Exchanges(self.replicas, self._seed, alone=alone)
         self.computation = Computation(self.replicas, self.fences, self.times, self.logs)
         # No other incarnation of these nodes, whose letters may still be on their way, has the same names for its own.
-        self.outbox = Outbox(max(replica.incarnation for replica in self.replicas.values()) << 32)
+        self.outbox = MessageOutbox(max(replica.incarnation for replica in self.replicas.values()) << 32)
         self._digests: list[tuple[dict[str, State], str]] = []
         """Shared states, with their digests, that nodes have staged in the running round."""
         for replica in self.replicas.values():

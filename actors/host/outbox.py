@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId, Payload
 
 
-class Outbox:
+class MessageOutbox:
     """Numbers the messages of a process's nodes, and holds large ones until they are fetched or discarded.
 
     Args:

@@ -183,7 +183,7 @@ class Inline:
 
 
 @dataclass(frozen=True)
-class Stored:
+class DeliveredResult:
     """A closed exchange whose result was delivered before."""
 
     specs: tuple[TensorSpec, ...] | None

@@ -32,7 +32,17 @@ from starling.actors.host.compatibility import difference
 from starling.actors.host.failures import failure
 from starling.actors.host.host import Host
 from starling.actors.host.node_log import Tee
-from starling.actors.remote.messages import Expected, Inline, Letter, Ready, Reply, Round, SecureJob, Setup, Stored
+from starling.actors.remote.messages import (
+    DeliveredResult,
+    Expected,
+    Inline,
+    Letter,
+    Ready,
+    Reply,
+    Round,
+    SecureJob,
+    Setup,
+)
 from starling.actors.remote.state_calls import StateCalls
 from starling.actors.remote.system_metrics import Usage
 from starling.actors.replica.replica import Replica, ReplicaSpec
@@ -202,7 +212,12 @@ class NodeActor(StateCalls):
 
     @ray.method(concurrency_group="compute")
     def advance(
-        self, epoch: int, seq: int, nodes: Sequence[NodeId], result: Inline | Stored, expected: Expected | None = None
+        self,
+        epoch: int,
+        seq: int,
+        nodes: Sequence[NodeId],
+        result: Inline | DeliveredResult,
+        expected: Expected | None = None,
     ) -> Reply | list[Any]:
         """Run programs on with the result of a closed exchange."""
         if epoch != self._epoch:
@@ -217,7 +232,7 @@ class NodeActor(StateCalls):
         reply = self._reply(self._host.drive([(node, self._host.exchanges.take(node, seq)) for node in nodes]))
         return self._with_parts(reply, expected)
 
-    def _conclude(self, node: NodeId, seq: int, result: Inline | Stored) -> None:
+    def _conclude(self, node: NodeId, seq: int, result: Inline | DeliveredResult) -> None:
         if isinstance(result, Inline):
             self._host.exchanges.conclude_inline(node, seq, result.contributions, result.closed)
         elif result.specs is not None:
@@ -327,7 +342,7 @@ class NodeActor(StateCalls):
         seq: int,
         refs: Mapping[int, ObjectRef[Any]],
         makers: Sequence[NodeId],
-        ahead: tuple[NodeId, Stored] | None,
+        ahead: tuple[NodeId, DeliveredResult] | None,
     ) -> tuple[frozenset[int], int]:
         """Fetch the parts of a result that were made elsewhere; return the missing ones and the bytes fetched.
 

@@ -33,7 +33,7 @@ class DigitsModel(Part, family="digits model", catalog="starling.actors.tasks.di
         """A freshly initialised module."""
 
 
-class MLP(DigitsModel, name="mlp"):
+class DigitsMLP(DigitsModel, name="mlp"):
     """One hidden layer."""
 
     width: PositiveInt = 128
@@ -56,7 +56,7 @@ class Linear(DigitsModel, name="linear"):
         return nn.Sequential(OrderedDict([("output", nn.Linear(_NUM_PIXELS, _NUM_CLASSES))]))
 
 
-class CNN(DigitsModel, name="cnn"):
+class DigitsCNN(DigitsModel, name="cnn"):
     """Two convolutions with batch normalisation, so that there are buffers to take care of."""
 
     width: PositiveInt = 16  # channels of the first convolution; the second has twice as many
@@ -76,7 +76,7 @@ class CNN(DigitsModel, name="cnn"):
 class Digits(Task, name="digits"):
     """Classify handwritten digits."""
 
-    model: DigitsModel = MLP()
+    model: DigitsModel = DigitsMLP()
 
     def train_samples(self, num_nodes: int) -> TensorSamples:
         """1437 images, shape (64,), values in [0, 1], and their labels."""

@@ -25,7 +25,7 @@ _STRIDE = 2**40
 """Node m's samples are numbered from m · 2⁴⁰: nobody has to know how many the others have."""
 
 
-class Federated:
+class FederatedSamples:
     """The samples of all nodes, of which a process opens those that it is asked for.
 
     Args:
@@ -133,7 +133,7 @@ class Federated:
 class _Parts(Sequence["Indices"]):
     """The indices of each node, found out when they are asked for."""
 
-    def __init__(self, data: Federated, num_nodes: int) -> None:
+    def __init__(self, data: FederatedSamples, num_nodes: int) -> None:
         self._data = data
         self._num_nodes = num_nodes
 

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from starling.actors.data.texts import Source, Windows
+from starling.actors.data.texts import TextSource, Windows
 from starling.actors.tasks import hugging_face, supervised
 from starling.actors.tasks.base import Task
 from starling.actors.tasks.hugging_face import LoRA, ModelTokenizer
@@ -82,9 +82,9 @@ class HFCausalLM(Task, name="hf_causal_lm"):
         return True
 
     @property
-    def _source(self) -> Source:
+    def _source(self) -> TextSource:
         encoding = ModelTokenizer(self.tokenizer or self.model, self.model)
-        return Source(self.corpus, self.column, self.validation, self.max_bytes, encoding, self.context + 1)
+        return TextSource(self.corpus, self.column, self.validation, self.max_bytes, encoding, self.context + 1)
 
 
 def _predicted(module: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - transformers' own

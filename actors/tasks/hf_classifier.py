@@ -134,7 +134,7 @@ class HFClassifier(Task, name="hf_classifier"):
         row_groups.require_column("task.label", schema, self.label)
         if self.label == self.text:
             raise DataError(f"task.label: {self.label} is the column of texts; name the one of classes")
-        decoder = _Decoder(self)
+        decoder = _TokenDecoder(self)
         samples = RowGroupSamples(
             groups,
             decoder,
@@ -149,7 +149,7 @@ class HFClassifier(Task, name="hf_classifier"):
         return samples
 
 
-class _Decoder:
+class _TokenDecoder:
     """Tokens, int32 of shape (r, context), which of them are of the text, uint8 of the same shape, and classes."""
 
     def __init__(self, task: HFClassifier) -> None:

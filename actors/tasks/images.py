@@ -142,7 +142,7 @@ class Images(Task, name="images"):
             raise DataError(f"task.classes: {self._common()} has {len(found)} classes; raise it, or leave it out")
         return Classes(self.classes if isinstance(self.classes, int) else len(names), names)
 
-    def _folder(self, key: str, path: str, part: str | None) -> Folder:
+    def _folder(self, key: str, path: str, part: str | None) -> ImageFolder:
         listing, classes, labels = _list_folder(key, path)
         known = list(self._classes.names or ())
         unknown = sorted(set(classes) - set(known))
@@ -156,7 +156,7 @@ class Images(Task, name="images"):
         if not len(chosen):
             raise DataError(f"{key}: {path} has too few images to hold out a tenth; name task.validation")
         paths = [listing.files[place] for place in chosen.tolist()]
-        return Folder(listing, paths, numbers, known, self)
+        return ImageFolder(listing, paths, numbers, known, self)
 
     def _row_groups(self, key: str, path: str, groups: list[row_groups.RowGroup], *, whole: bool) -> RowGroupSamples:
         schema = open_row_groups(key, path)[0]
@@ -167,7 +167,7 @@ class Images(Task, name="images"):
         row_groups.require_column("task.label", schema, self.label)
         if self.label == self.image:
             raise DataError(f"task.label: {self.label} is the column of images; name the one of classes")
-        decoder = _Decoder(self)
+        decoder = _ImageDecoder(self)
         samples = RowGroupSamples(
             groups,
             decoder,
@@ -182,7 +182,7 @@ class Images(Task, name="images"):
         return samples
 
 
-class Folder:
+class ImageFolder:
     """Images in files, decoded when they are drawn."""
 
     owners = None
@@ -258,7 +258,7 @@ class Folder:
         return image
 
 
-class _Decoder:
+class _ImageDecoder:
     """Images, uint8 of shape (r, channels, size, size), and classes, of a row group."""
 
     def __init__(self, task: Images) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from starling.actors.tasks.base import Metric
 
 
-class TopK(Metric, name="top_k"):
+class TopKAccuracy(Metric, name="top_k"):
     """The share of samples whose class is among the ``k`` that the model finds likeliest."""
 
     k: PositiveInt = 5

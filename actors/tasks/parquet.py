@@ -128,7 +128,9 @@ class Parquet(Task, name="parquet"):
 
     def _samples(self, groups: Sequence[RowGroup], *, whole: bool) -> RowGroupSamples:
         columns = _feature_columns(self._common(), self.label, self.features)
-        decoder = _Decoder(columns, self.label, self._classes, _shape(self._common(), self.label, self.features)[0])
+        decoder = _FeatureDecoder(
+            columns, self.label, self._classes, _shape(self._common(), self.label, self.features)[0]
+        )
         samples = RowGroupSamples(
             groups,
             decoder,
@@ -157,7 +159,7 @@ class Parquet(Task, name="parquet"):
         return _classes(self._common(), self.label, self.classes, skip_bad=self.on_bad_row_group == "skip")
 
 
-class _Decoder:
+class _FeatureDecoder:
     """Features, float32 of shape (r, d), and labels, int64 or float32 of shape (r,), of a row group."""
 
     def __init__(self, features: Sequence[str], label: str, classes: Classes | None, width: int) -> None:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from starling.actors.data.texts import Bytes, Encoding, Source, TokenizerFile, Windows
+from starling.actors.data.texts import Bytes, Encoding, TextSource, TokenizerFile, Windows
 from starling.actors.tasks import supervised
 from starling.actors.tasks.base import Task
 from starling.algorithms.errors import DataError
@@ -122,9 +122,9 @@ class TextLM(Task, name="text_lm"):
         return Bytes() if self.tokenizer is None else TokenizerFile(self.tokenizer)
 
     @property
-    def _source(self) -> Source:
+    def _source(self) -> TextSource:
         length = self.context + 1
-        return Source(self.corpus, self.column, self.validation, self.max_bytes, self._encoding, length)
+        return TextSource(self.corpus, self.column, self.validation, self.max_bytes, self._encoding, length)
 
     def _vocabulary(self) -> int:
         known = self._encoding.load()[1]
@@ -171,7 +171,7 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(config.width)
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp = MLP(config)
+        self.mlp = FeedForward(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Shape (b, t, width) to the same."""
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         return self.project(mixed.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """width → 4·width → width."""
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -25,7 +25,7 @@ _LOOKED_AT = 256
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatRange:
     """Where a flat tensor holds one of its parts."""
 
     shape: tuple[int, ...]
@@ -214,14 +214,14 @@ def buffer_slots(module: nn.Module) -> tuple[list[_BufferSlot], list[_BufferSlot
     return floating, counting
 
 
-def consecutive(tensors: Iterable[Tensor]) -> list[Place]:
+def consecutive(tensors: Iterable[Tensor]) -> list[FlatRange]:
     """Places for tensors one after another."""
-    places: list[Place] = []
+    places: list[FlatRange] = []
     start = 0
     for tensor in tensors:
         shape = tuple(tensor.shape)
         stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        places.append(Place(shape, stride, start))
+        places.append(FlatRange(shape, stride, start))
         start += tensor.numel()
     return places
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from starling.actors.training.bound_module import Place
+    from starling.actors.training.bound_module import FlatRange
 
 
 class FlatGradient:
@@ -28,7 +28,7 @@ class FlatGradient:
         num_values: of all of them.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[Place], num_values: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], places: Sequence[FlatRange], num_values: int) -> None:
         self._parameters = parameters
         first = parameters[0]
         self.values: Tensor = torch.zeros(num_values, dtype=first.dtype, device=first.device)

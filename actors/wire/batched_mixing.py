@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.float64)
 """In which a number times a value is rounded as a tensor times a tensor."""
 
 
-class Rows:
+class MixingMatrix:
     """A mixing matrix by entries: the first of each row, the second, …; each with the rows that have so many."""
 
     def __init__(self, weights: Mapping[NodeId, Mapping[NodeId, float]]) -> None:
@@ -49,7 +49,7 @@ class Rows:
 class Mixtures:
     """What the nodes of a neighbour gather will mix: what they contributed, as far as they do not change it."""
 
-    def __init__(self, rows: Rows, own: Mapping[NodeId, Payload], stacked: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, rows: MixingMatrix, own: Mapping[NodeId, Payload], stacked: Mapping[str, torch.Tensor]) -> None:
         self._rows = rows
         self._stacked = stacked
         self._own = {node: _members(payload) for node, payload in own.items()}

@@ -57,7 +57,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Segment:
+class TensorSlice:
     """The piece of one tensor that lies in a part."""
 
     tensor: int
@@ -65,7 +65,7 @@ class Segment:
     stop: int
 
 
-class Pool:
+class BufferPool:
     """Memory for large results, used again once nothing refers to it any more.
 
     A round's results are as large as the model. Memory that is fresh from the system is cleared by the kernel first,
@@ -100,7 +100,7 @@ class Pool:
 
 _MOST_TENSORS, _MOST_PARTS = 4, 300
 """Tensors, and characters of the parts, that are shown of a signature."""
-_POOL = Pool(min_bytes=1024 * 1024, max_blocks=3)
+_POOL = BufferPool(min_bytes=1024 * 1024, max_blocks=3)
 
 
 def as_buffer(tensor: Tensor) -> Buffer:
@@ -181,17 +181,17 @@ class Cuts:
             base += spec.num_values
         return base
 
-    def _segments(self, low: int, high: int) -> list[Segment]:
-        segments: list[Segment] = []
+    def _segments(self, low: int, high: int) -> list[TensorSlice]:
+        segments: list[TensorSlice] = []
         base = 0
         for index, spec in enumerate(self.specs):
             start, stop = max(low, base), min(high, base + spec.num_values)
             if start < stop:
-                segments.append(Segment(index, start - base, stop - base))
+                segments.append(TensorSlice(index, start - base, stop - base))
             base += spec.num_values
         return segments
 
-    def _nbytes(self, codec: Codec, segments: list[Segment]) -> int:
+    def _nbytes(self, codec: Codec, segments: list[TensorSlice]) -> int:
         return sum(codec.nbytes(one.stop - one.start, self.specs[one.tensor].dtype) for one in segments)
 
     @functools.cached_property
@@ -300,7 +300,7 @@ def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) 
     return members[""] if len(specs) == 1 and not specs[0].name else members
 
 
-class Rows(Mapping[Any, "Payload"]):
+class StackedPayloads(Mapping[Any, "Payload"]):
     """Payloads of one form, by whose they are: rows of one tensor for each name, made when they are asked for."""
 
     def __init__(self, owners: Iterable[Any], stacked: Mapping[str, Tensor], *, bare: bool) -> None:
@@ -338,7 +338,7 @@ def copies(payloads: Mapping[Any, Payload]) -> tuple[Mapping[Any, Payload], dict
     if isinstance(first, Tensor):
         stacked = _stacked(list(payloads.values()))
         if stacked is not None:
-            return Rows(payloads, {"": stacked}, bare=True), {"": stacked}
+            return StackedPayloads(payloads, {"": stacked}, bare=True), {"": stacked}
     elif isinstance(first, Mapping) and first:
         by_name: dict[str, Tensor] = {}
         for name in sorted(first):
@@ -347,7 +347,7 @@ def copies(payloads: Mapping[Any, Payload]) -> tuple[Mapping[Any, Payload], dict
                 by_name[name] = stacked
         lengths = {len(one) for one in payloads.values() if isinstance(one, Mapping)}
         if len(by_name) == len(first) and lengths == {len(first)}:
-            return Rows(payloads, by_name, bare=False), by_name
+            return StackedPayloads(payloads, by_name, bare=False), by_name
     return {key: _copied(payload) for key, payload in payloads.items()}, {}
 
 

@@ -24,7 +24,7 @@ _MAX_NETWORK = 96
 _MAX_SCRATCH = 2 * 1024 * 1024
 
 
-class Exchange(NamedTuple):
+class Comparator(NamedTuple):
     """Put the smaller of two rows first; a side that nobody reads afterwards is left as it is."""
 
     first: int
@@ -34,7 +34,7 @@ class Exchange(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def network(num_rows: int, wanted: range) -> tuple[Exchange, ...]:
+def network(num_rows: int, wanted: range) -> tuple[Comparator, ...]:
     """Return Batcher's merge-exchange network, cut down to the comparisons that the places ``wanted`` depend on.
 
     Reference: Knuth, "The Art of Computer Programming", vol. 3, 2nd ed., algorithm 5.2.2M.
@@ -50,10 +50,10 @@ def network(num_rows: int, wanted: range) -> tuple[Exchange, ...]:
             distance, remainder, size = size - step, step, size >> 1
         step >>= 1
     needed = set(wanted)
-    kept: list[Exchange] = []
+    kept: list[Comparator] = []
     for first, second in reversed(pairs):
         if first in needed or second in needed:
-            kept.append(Exchange(first, second, first in needed, second in needed))
+            kept.append(Comparator(first, second, first in needed, second in needed))
             needed |= {first, second}
     return tuple(reversed(kept))
 

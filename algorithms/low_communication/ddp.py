@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import Layout, Node
 
 
-class Synchronous(LowCommunication):
+class SynchronousSGD(LowCommunication):
     """Steps that all nodes take together."""
 
     compressor: Compressor | None = None  # averages the gradients in its own way: powersgd; null: whole
@@ -80,7 +80,7 @@ class Shared(NodeState):
     model: Tensor  # x
 
 
-class DDP(Synchronous, name="ddp"):
+class DDP(SynchronousSGD, name="ddp"):
     """Data-parallel training; see the module's docstring."""
 
     inner_steps: PositiveInt = 1  # steps in a round, each with an exchange

@@ -35,7 +35,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from starling.algorithms.api import AllGather, AllReduce, Handle, Reduced, Start, Train, Wait
 from starling.algorithms.low_communication import anchors, fragments
 from starling.algorithms.low_communication.anomalies import AGAIN, Detector, norm_of, rolled_back, weights_of
-from starling.algorithms.low_communication.ddp import Synchronous
+from starling.algorithms.low_communication.ddp import SynchronousSGD
 from starling.algorithms.low_communication.fragments import gather, modules_of, to_host
 from starling.algorithms.outer import Nesterov, OuterOptimizer
 from starling.algorithms.state import NodeState, field
@@ -54,7 +54,7 @@ class Local(NodeState):
     rolled_back: list[int] | None = field("rolled back", default=None)  # rounds in a row, by module
 
 
-class EDiT(Synchronous, name="edit"):
+class EDiT(SynchronousSGD, name="edit"):
     """Layer-wise synchronization with a penalty for who goes astray; see the module's docstring."""
 
     inner_steps: PositiveInt = 128  # τ, steps between two synchronizations; source not found

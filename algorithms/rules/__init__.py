@@ -1,5 +1,5 @@
 """The rule interface: wrap a node's gradient function. Each rule has a module of its own."""
 
-from starling.algorithms.rules.base import DataBatch, GradientFunction, LocalProblem, Rule, Sampler
+from starling.algorithms.rules.base import BatchSampler, DataBatch, GradientFunction, LocalProblem, Rule
 
 __all__ = ["DataBatch", "GradientFunction", "LocalProblem", "Rule", "Sampler"]

@@ -46,7 +46,7 @@ class LocalProblem:
     """For the rule; derived from (run seed, round, node, step)."""
 
 
-class Sampler(Protocol):
+class BatchSampler(Protocol):
     """Chooses the samples of each step."""
 
     def next(self, size: int) -> Tensor:
@@ -65,7 +65,7 @@ class Rule:
         """Return the gradient function of the steps. It may be called at other points than the current one."""
         return problem.gradient
 
-    def sampler(self, problem: LocalProblem) -> Sampler | None:
+    def sampler(self, problem: LocalProblem) -> BatchSampler | None:
         """Return a sampler for this ``Train``; ``None`` keeps the node's own."""
         del problem
         return None

@@ -14,7 +14,7 @@ from starling.algorithms.state import NodeState
 from starling.algorithms.zeroth_order import records
 from starling.algorithms.zeroth_order.codes import Log8, ScalarCode
 from starling.algorithms.zeroth_order.estimates import Probes, direction_key
-from starling.algorithms.zeroth_order.steps import Moved, Normalizer, Step, layers_of, matrices_of
+from starling.algorithms.zeroth_order.steps import Moved, Normalizer, PerturbationStep, layers_of, matrices_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,7 +90,7 @@ class SPSA(Algorithm):
         rate = min(max(_LR_TIMES_VALUES / layout.num_values, self.least_lr), _MOST_LR)
         return rate / math.sqrt(num_nodes * self.samples) if self.normalizer == "sqrt" else rate
 
-    def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> Step:
+    def _step(self, node: Node, sealed: Mapping[NodeId, Tensor], lr: float) -> PerturbationStep:
         """Return the step that all nodes' codes give, in the order of (node, sample); share the codes."""
         spans, size = self._spans(node.layout), self._num_bytes(node.layout)
         found = [
@@ -103,7 +103,7 @@ class SPSA(Algorithm):
             for here, span in enumerate(spans)
         ]
         decayed = matrices_of(node.layout) if self.weight_decay else []
-        step = Step(moved, decayed, 1 - lr * self.weight_decay, self.distribution)
+        step = PerturbationStep(moved, decayed, 1 - lr * self.weight_decay, self.distribution)
         shared = Shared(node.shared)
         shared.codes = {str(member): codes for member, codes in sealed.items()}
         del shared.parameters  # of an earlier round, which a joiner need not have done

@@ -39,7 +39,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Step:
+class PerturbationStep:
     """θ ← ``kept`` · θ in the ranges ``decayed``, and then θ ← θ + Σ coefficient · z(key) in each of ``moved``."""
 
     moved: Sequence[Moved]

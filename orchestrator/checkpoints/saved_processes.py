@@ -102,7 +102,7 @@ class _Pool(Stored):
     spares: _Crashes
 
 
-class Members(Stored):
+class SavedMembers(Stored):
     """State of ``Members``."""
 
     pool: _Pool

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import torch
 from pydantic import Field, ValidationError
 
-from starling.orchestrator.checkpoints.saved_processes import LIST, Members, NodeName, Processes
+from starling.orchestrator.checkpoints.saved_processes import LIST, NodeName, Processes, SavedMembers
 from starling.orchestrator.checkpoints.schedule import MAIL
 from starling.orchestrator.errors import CheckpointReadError
 from starling.orchestrator.records.run_files import Count, Node, Round, Seconds, Stored, Value, problem
@@ -132,7 +132,7 @@ class _Controller(Stored):
     directory: _Directory
     config: dict[str, Any]
     processes: Processes | None = None
-    members: Members | None = None
+    members: SavedMembers | None = None
 
 
 class _Tensor(Stored):

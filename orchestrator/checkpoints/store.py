@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from starling.algorithms.api import NodeId
     from starling.orchestrator.checkpoints.filesystems import Piece, Storage
-    from starling.orchestrator.checkpoints.tensor_files import Bytes, Stored
+    from starling.orchestrator.checkpoints.tensor_files import Bytes, StoredTensor
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoints"
@@ -359,7 +359,7 @@ class _Draft:
     _nodes: dict[str, Any] = field(default_factory=dict[str, Any])
     _keys: set[str] = field(default_factory=set[str])
     """Keys of all tensors so far."""
-    _pending: list[Stored] = field(default_factory=list)  # pyright: ignore[reportUnknownVariableType]
+    _pending: list[StoredTensor] = field(default_factory=list)  # pyright: ignore[reportUnknownVariableType]
     _pending_bytes: int = 0
     _replaces: bool = False
     """One of the same round is there, and stays until the manifest is the new one."""

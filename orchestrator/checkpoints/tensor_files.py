@@ -40,7 +40,7 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as it is written."""
 
     key: str
@@ -50,14 +50,14 @@ class Stored:
     itemsize: int
 
 
-def stored(form: dict[str, Any], data: Bytes) -> Stored:
+def stored(form: dict[str, Any], data: Bytes) -> StoredTensor:
     """Hash a tensor with dtype and shape of ``form``; for large ones that releases the GIL."""
     shape: tuple[int, ...] = tuple(form["shape"])
     if nbytes(form) != data.nbytes:
         raise ValueError(f"{data.nbytes} bytes are no {form['dtype']}{list(shape)}")
     known = _NAMES.get(form["dtype"])
     name, shape = (known, shape) if known else ("U8", (data.nbytes,))
-    return Stored(_key(name, shape, data), name, shape, data, _itemsize(form))
+    return StoredTensor(_key(name, shape, data), name, shape, data, _itemsize(form))
 
 
 def nbytes(form: dict[str, Any]) -> int:
@@ -78,7 +78,7 @@ def _key(dtype: str, shape: Iterable[int], data: Bytes) -> str:
     return digest.hexdigest()
 
 
-def layout(tensors: Iterable[Stored]) -> tuple[bytes, list[memoryview]]:
+def layout(tensors: Iterable[StoredTensor]) -> tuple[bytes, list[memoryview]]:
     """A safetensors file: its header, and what follows it."""
     entries: dict[str, Any] = {}
     pieces: list[memoryview] = []

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from starling.algorithms.api import SERVER
-from starling.orchestrator.cli.terminal import View, unfailing
+from starling.orchestrator.cli.terminal import LiveView, unfailing
 from starling.orchestrator.config.schema import MLflowTracking
 from starling.orchestrator.config.sections import without_password
 from starling.orchestrator.records.event_text import told
@@ -46,7 +46,7 @@ def display(console: Console) -> Display:
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
 
 
-class Display(Observer, View):
+class Display(Observer, LiveView):
     """What both views share: the start, the notes and the end."""
 
     def __init__(self, console: Console) -> None:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from starling.orchestrator.cli.terminal import View, unfailing
+from starling.orchestrator.cli.terminal import LiveView, unfailing
 from starling.orchestrator.sweeps.plots import label
 from starling.orchestrator.sweeps.trials import Row
 from starling.orchestrator.sweeps.tune import Watcher
@@ -32,7 +32,7 @@ _MAX_ROWS = 20
 """Of the table at the end; results.csv has all."""
 
 
-class SweepDisplay(Watcher, View):
+class SweepDisplay(Watcher, LiveView):
     """A line for each trial that is over; on a terminal also how far the others are."""
 
     def __init__(self, console: Console, board: Board, options: Options, folder: Path) -> None:

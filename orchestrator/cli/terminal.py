@@ -40,13 +40,13 @@ def everything_to_stderr() -> Iterator[None]:
         yield
 
 
-class View:
+class LiveView:
     """Something that shows; that it cannot any more ends nothing of what it shows."""
 
     is_broken: bool = False
 
 
-_V = TypeVar("_V", bound=View)
+_V = TypeVar("_V", bound=LiveView)
 _P = ParamSpec("_P")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.events import NodeFacts
 
 
-class Samples:
+class SampleProgress:
     """The samples of one run.
 
     Args:

@@ -18,7 +18,7 @@ from starling.algorithms.errors import ProgramError
 from starling.orchestrator.errors import ConfigError, DivergedError
 from starling.orchestrator.given_path import given
 from starling.orchestrator.records import identity, round_log
-from starling.orchestrator.records.round_log import End, Sealed, Snapshot
+from starling.orchestrator.records.round_log import RunEnd, Sealed, Snapshot
 from starling.orchestrator.records.run_config import configuration, directory
 from starling.orchestrator.records.run_files import memory_bytes
 from starling.orchestrator.safe_files import Folder
@@ -89,7 +89,7 @@ def rebuild(
     last = max((entry.round for entry in entries if isinstance(entry, Sealed)), default=-1)
     if last < 0 or (to is not None and to != last):
         raise ConfigError(f"{log}: there is no round {0 if to is None else to}; the last one is {last}")
-    if not any(isinstance(entry, End) for entry in entries):
+    if not any(isinstance(entry, RunEnd) for entry in entries):
         # What belongs to the last round comes after it.
         entries += _after(log, run_id, last)
     threads = torch.get_num_threads()
@@ -129,7 +129,7 @@ def _after(log: Path, run_id: str, last: int) -> list[Entry]:
                 if seen:
                     break
                 seen = entry.round == last
-            elif seen and isinstance(entry, Snapshot | End):
+            elif seen and isinstance(entry, Snapshot | RunEnd):
                 found.append(entry)
     except ConfigError:
         pass  # behind what is asked for
@@ -164,7 +164,7 @@ def _apply(path: Path, entries: list[Entry], place: int | None, replica: Replica
             case Snapshot(number, digest) if number > begun:
                 _check(replica, digest, f"{path}: round {number}")
                 checked += 1
-            case End(digest):
+            case RunEnd(digest):
                 _check(replica, digest, f"{path}: the run's end")
                 checked += 1
             case _:

@@ -45,7 +45,7 @@ _SNAPSHOT = re.compile(r"round-([0-9]{6,18})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Members:
+class MembersEntry:
     """From here on the members are these."""
 
     number: int
@@ -70,13 +70,13 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class End:
+class RunEnd:
     """The run ended with a model of this digest."""
 
     digest: str
 
 
-Entry: TypeAlias = Members | Sealed | Snapshot | End
+Entry: TypeAlias = MembersEntry | Sealed | Snapshot | RunEnd
 
 
 def snapshot_name(number: int) -> str:
@@ -96,7 +96,7 @@ class SealedLog:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._checksum: int | None = None
-        self._members: Members | None = None
+        self._members: MembersEntry | None = None
 
     def append(self, entry: Entry) -> bytes:
         """The bytes of an entry, behind those of all before it."""
@@ -104,7 +104,7 @@ class SealedLog:
         if self._checksum is None:
             out = _TITLE + json.dumps({"run_id": self._run_id}).encode() + b"\n"
             self._checksum = zlib.crc32(out)
-        if isinstance(entry, Members):
+        if isinstance(entry, MembersEntry):
             if entry == self._members:
                 return out
             self._members = entry
@@ -115,13 +115,13 @@ class SealedLog:
 
 def _framed(entry: Entry) -> bytes:
     match entry:
-        case Members(number, members):
+        case MembersEntry(number, members):
             kind, content = b"V", _NUMBER.pack(number) + struct.pack(f"<{len(members)}i", *members)
         case Sealed(number, record):
             kind, content = b"R", _NUMBER.pack(number) + record
         case Snapshot(number, digest):
             kind, content = b"S", _NUMBER.pack(number) + bytes.fromhex(digest)
-        case End(digest):
+        case RunEnd(digest):
             kind, content = b"E", bytes.fromhex(digest)
     return _HEAD.pack(kind, len(content)) + content
 
@@ -201,7 +201,7 @@ def _entry(kind: bytes, content: bytes) -> Entry | None:
     try:
         match kind:
             case b"V":
-                return Members(
+                return MembersEntry(
                     _NUMBER.unpack_from(content)[0], struct.unpack(f"<{len(content) // 4 - 1}i", content[4:])
                 )
             case b"R":
@@ -209,7 +209,7 @@ def _entry(kind: bytes, content: bytes) -> Entry | None:
             case b"S":
                 return Snapshot(_NUMBER.unpack_from(content)[0], content[4:].hex())
             case b"E":
-                return End(content.hex())
+                return RunEnd(content.hex())
             case _:
                 return None
     except struct.error:

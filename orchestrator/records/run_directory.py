@@ -42,7 +42,7 @@ from starling.orchestrator.given_path import given
 from starling.orchestrator.records import identity, round_log, run_config, truncate
 from starling.orchestrator.records.appender import Appender
 from starling.orchestrator.records.observers import Observer, finite
-from starling.orchestrator.records.round_log import End, SealedLog, Snapshot
+from starling.orchestrator.records.round_log import RunEnd, SealedLog, Snapshot
 from starling.orchestrator.safe_files import Folder
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class RunDirectory(Observer):
             except Exception as error:  # noqa: BLE001 - the model is there, and is worth more than its other form
                 _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
         if self._sealed is not None:
-            self.on_sealed(End(model.digest))
+            self.on_sealed(RunEnd(model.digest))
 
     def on_end(self, summary: Summary) -> None:
         self._close()

@@ -67,7 +67,7 @@ def rounds_log(path: Path, run_id: str, last: int) -> SealedLog | None:
         for entry in round_log.read(path):
             if isinstance(entry, Sealed) and entry.round > last:
                 break
-            if not isinstance(entry, round_log.End):
+            if not isinstance(entry, round_log.RunEnd):
                 data += log.append(entry)
     except ConfigError:
         pass  # torn, behind what is kept

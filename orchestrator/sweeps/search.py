@@ -114,7 +114,7 @@ class Trials(Searcher):
         """Nothing; as above."""
 
 
-class Samples(Trials):
+class SampleTrials(Trials):
     """Gives Tune the trials of a sweep, a sample's seeds one after the other.
 
     Args:

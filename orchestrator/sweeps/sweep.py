@@ -47,7 +47,7 @@ from starling.orchestrator.sweeps.files import write
 from starling.orchestrator.sweeps.options import Options
 from starling.orchestrator.sweeps.placement import _Ray
 from starling.orchestrator.sweeps.result import SweepResult
-from starling.orchestrator.sweeps.search import Given, OptunaSource, RandomSource, Samples
+from starling.orchestrator.sweeps.search import Given, OptunaSource, RandomSource, SampleTrials
 from starling.orchestrator.sweeps.space import check
 from starling.orchestrator.sweeps.trials import TRIALS, Board, Trial
 from starling.orchestrator.tracking.mlflow_tracker import probe
@@ -268,7 +268,7 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
         return
     with _Ray(config, options, simulated=options.simulate) as place:
         stepwise = options.scheduler != "none"
-        searcher = Samples(
+        searcher = SampleTrials(
             board, source, options.samples, seeds, lambda trial: place.spec(folder, trial, stepwise=stepwise)
         )
         tune_all(

@@ -24,7 +24,7 @@ from starling.algorithms.seeds import derive_seed
 from starling.algorithms.zeroth_order import records, steps
 from starling.algorithms.zeroth_order.just_one_byte import JustOneByte
 from starling.algorithms.zeroth_order.mezo import MeZO
-from starling.algorithms.zeroth_order.steps import Moved, Step
+from starling.algorithms.zeroth_order.steps import Moved, PerturbationStep
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.records.rebuild import rebuild
 from starling.orchestrator.records.round_log import NAME, Sealed, read
@@ -183,7 +183,7 @@ def test_a_digest_is_that_of_the_step_taken_whole():
     size, rng = steps._AT_ONCE + 40, torch.Generator().manual_seed(0)
     parameters = torch.randn(size, generator=rng)
     moved = [Moved(0, 100, [(3, 0.5)]), Moved(100, size, [(4, -0.25)])]
-    step = Step(moved, [(steps._AT_ONCE - 10, size)], 0.5, "rademacher")
+    step = PerturbationStep(moved, [(steps._AT_ONCE - 10, size)], 0.5, "rademacher")
     digest = step.digest(parameters)
     step.apply(parameters)
     assert digest == hashlib.sha256(parameters.numpy().tobytes()).hexdigest()

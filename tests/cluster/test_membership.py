@@ -12,7 +12,7 @@ from starling import run
 from starling.algorithms.topologies.exponential import Exponential
 from starling.orchestrator.api import replay
 from starling.orchestrator.control import run_state
-from starling.orchestrator.control.samples import Samples
+from starling.orchestrator.control.samples import SampleProgress
 from starling.orchestrator.records.observers import Observer
 from tests.cluster.machines import Story
 from tests.draws import expected, num_complete
@@ -112,14 +112,14 @@ def test_the_gap_of_a_killed_node_in_a_directed_graph_is_closed(config: Make, tm
 @pytest.mark.slow
 def test_each_sample_is_committed_exactly_once_per_epoch(config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """While one node is away its part is drawn by the others; what the dead drew and did not commit is drawn again."""
-    kept: list[Samples] = []
+    kept: list[SampleProgress] = []
 
-    class Kept(Samples):
+    class Kept(SampleProgress):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             kept.append(self)
 
-    monkeypatch.setattr(run_state, "Samples", Kept)
+    monkeypatch.setattr(run_state, "SampleProgress", Kept)
     kills = [{"kind": "kill", "node": 2, "round": 3, "phase": "post"}]
     kills += [{"kind": "kill", "node": 1, "round": number, "phase": "train"} for number in range(6, 40)]
     settings = config(

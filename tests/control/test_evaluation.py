@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starling import simulate
 from starling.actors.tasks import Metric
-from starling.actors.tasks.metrics import Brier, TopK
+from starling.actors.tasks.metrics import Brier, TopKAccuracy
 from starling.actors.tasks.quadratic import Quadratic
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, SettingsError
@@ -44,10 +44,10 @@ def rounds_of(run_dir: Path) -> list[dict[str, Any]]:
 def test_top_k_and_brier_by_hand():
     outputs = torch.tensor([[3.0, 2.0, 1.0], [0.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
     targets = torch.tensor([0, 0, 2])
-    assert float(TopK(k=1).of(outputs, targets)) == pytest.approx(1 / 3)
-    assert float(TopK(k=2).of(outputs, targets)) == pytest.approx(2 / 3)
-    assert float(TopK(k=9).of(outputs, targets)) == 1
-    assert TopK(k=2).label == "top_2"
+    assert float(TopKAccuracy(k=1).of(outputs, targets)) == pytest.approx(1 / 3)
+    assert float(TopKAccuracy(k=2).of(outputs, targets)) == pytest.approx(2 / 3)
+    assert float(TopKAccuracy(k=9).of(outputs, targets)) == 1
+    assert TopKAccuracy(k=2).label == "top_2"
     even = torch.zeros(4, 2)
     assert float(Brier().of(even, torch.tensor([0, 1, 1, 0]))) == pytest.approx(0.5)
     sure = torch.tensor([[50.0, -50.0]])
@@ -76,7 +76,7 @@ def test_a_task_without_predictions_has_none_to_report(tmp_path: Path):
     with pytest.raises(ConfigError, match="no metric is called 'f1'"):
         parse(BASE | {"task": {"name": "digits", "extra_metrics": ["f1"]}})
     with pytest.raises(ValidationError):
-        TopK(k=0)
+        TopKAccuracy(k=0)
 
 
 def test_each_node_is_evaluated_where_models_differ(tmp_path: Path):

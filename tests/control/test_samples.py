@@ -18,7 +18,7 @@ from starling.orchestrator import api
 from starling.orchestrator.config.schema import Config, parse
 from starling.orchestrator.control import run_state
 from starling.orchestrator.control.controller import Controller
-from starling.orchestrator.control.samples import Samples
+from starling.orchestrator.control.samples import SampleProgress
 from starling.orchestrator.errors import RunError, StarlingError
 from starling.orchestrator.protocol.sample_ledger import DataLedger
 from starling.orchestrator.records.observers import Observer, RoundRecord
@@ -278,7 +278,7 @@ class Watched(Observer):
         self._last, self._at = last, -1
         watched = self
 
-        class Kept(Samples):
+        class Kept(SampleProgress):
             def __init__(self, *arguments: Any) -> None:
                 super().__init__(*arguments)
                 watched.samples = self
@@ -288,10 +288,10 @@ class Watched(Observer):
                 super().__init__(config)
                 watched.runtime, watched.config = self, config
 
-        monkeypatch.setattr(run_state, "Samples", Kept)
+        monkeypatch.setattr(run_state, "SampleProgress", Kept)
         monkeypatch.setattr(simulator, "Simulator", Seen)
 
-    samples: Samples
+    samples: SampleProgress
     runtime: Simulator
     config: Config
 

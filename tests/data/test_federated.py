@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from starling.actors.data.indices import Ranges, concrete
 from starling.actors.tasks import Task, TensorSamples
-from starling.actors.tasks.federated import Federated
+from starling.actors.tasks.federated import FederatedSamples
 
 
 class DrawnForAll(Task, name="test_drawn_for_all"):
@@ -66,12 +66,12 @@ class InBlocks(DrawnForAll, name="test_in_blocks"):
         return Blocks()
 
 
-def values(data: Federated, *nodes: int) -> list[float]:
+def values(data: FederatedSamples, *nodes: int) -> list[float]:
     return [float(one) for node in nodes for one in data.batch(concrete(data.indices(node)))[0]]
 
 
 def test_a_batch_of_several_nodes_is_in_the_order_that_was_asked_for():
-    data = Federated(Given(), 3)
+    data = FederatedSamples(Given(), 3)
     assert values(data, 2) == [20.0, 21.0, 22.0]
     two, one = (concrete(data.indices(node)) for node in (2, 1))
     mixed = torch.stack([two[2], one[0], two[0], one[1], two[1]])
@@ -79,10 +79,10 @@ def test_a_batch_of_several_nodes_is_in_the_order_that_was_asked_for():
 
 
 def test_numbers_of_nodes_are_told_apart():
-    data = Federated(Given(), 3)
+    data = FederatedSamples(Given(), 3)
     numbers = torch.cat([concrete(data.indices(node)) for node in range(3)])
     assert len(set(numbers.tolist())) == len(data) == 1 + 2 + 3
-    blocks = Federated(InBlocks(), 2)
+    blocks = FederatedSamples(InBlocks(), 2)
     first, second = (concrete(blocks.indices(node)).tolist() for node in (0, 1))
     assert len(set(first + second)) == 12
     assert values(blocks, 0) == values(blocks, 1) == [0, 1, 2, 3, 4, 5]
@@ -92,13 +92,13 @@ def test_numbers_of_nodes_are_told_apart():
 
 @pytest.mark.parametrize(("labelled", "labels"), [(3, [0, 10, 11, 20, 21, 22]), (2, None), (0, None)])
 def test_labels_are_those_of_all_nodes_or_of_none(labelled: int, labels: list[int] | None):
-    found = Federated(Given(labelled=labelled), 3).labels
+    found = FederatedSamples(Given(labelled=labelled), 3).labels
     assert (None if found is None else found.tolist()) == labels
 
 
 def test_each_node_draws_other_samples_of_its_own():
     """And the same ones in every process; another run draws others."""
-    one, again, other = (Federated(DrawnByEach(), 3, seed) for seed in (1, 1, 2))
+    one, again, other = (FederatedSamples(DrawnByEach(), 3, seed) for seed in (1, 1, 2))
     drawn = values(one, 0, 1, 2)
     assert len(set(drawn)) == 6
     assert values(again, 2) == drawn[4:], "whoever was asked before"
@@ -107,8 +107,8 @@ def test_each_node_draws_other_samples_of_its_own():
 
 def test_samples_that_are_drawn_for_all_are_the_same_on_all():
     """Each node keeps its part of one draw: parts of different draws would overlap, or leave something out."""
-    drawn = values(Federated(DrawnForAll(), 3, 1), 0, 1, 2)
-    other = Federated(DrawnForAll(), 3, 1)
+    drawn = values(FederatedSamples(DrawnForAll(), 3, 1), 0, 1, 2)
+    other = FederatedSamples(DrawnForAll(), 3, 1)
     assert [*values(other, 2), *values(other, 0)] == [drawn[3], *drawn[:2]]
     whole: Any = other.of(1)
     assert whole._samples.batch(torch.arange(4))[0].tolist() == drawn

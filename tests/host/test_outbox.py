@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from starling.actors.host.outbox import Outbox
+from starling.actors.host.outbox import MessageOutbox
 from starling.algorithms.errors import ProgramError
 
 
 def test_a_small_message_travels_in_its_ticket():
-    outbox = Outbox(7)
+    outbox = MessageOutbox(7)
     values = torch.arange(3.0)
     sending = outbox.send(1, values)
     values.zero_()
@@ -22,7 +22,7 @@ def test_a_small_message_travels_in_its_ticket():
 
 
 def test_a_large_message_is_held_until_it_is_taken_or_discarded():
-    outbox = Outbox()
+    outbox = MessageOutbox()
     one, other = (outbox.send(1, torch.ones(40_000)) for _ in range(2))
     assert one.inline is None
     assert outbox.read(one.letter).nbytes == outbox.take(one.letter).nbytes == one.nbytes
@@ -35,4 +35,4 @@ def test_a_large_message_is_held_until_it_is_taken_or_discarded():
 
 def test_what_cannot_travel_is_refused():
     with pytest.raises(ProgramError, match="a payload is a object"):
-        Outbox().send(1, object())  # type: ignore[arg-type]
+        MessageOutbox().send(1, object())  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, DivergedError
 from starling.orchestrator.records import round_log
 from starling.orchestrator.records.rebuild import rebuild
-from starling.orchestrator.records.round_log import End, Entry, Members, Sealed, SealedLog, Snapshot, read
+from starling.orchestrator.records.round_log import Entry, MembersEntry, RunEnd, Sealed, SealedLog, Snapshot, read
 from starling.orchestrator.records.run_directory import RunDirectory
 from starling.orchestrator.runtimes.events import FinalModel
 from starling.orchestrator.safe_files import Folder
@@ -30,13 +30,13 @@ from tests import toys
 
 DIGEST = "ab" * 32
 ENTRIES: list[Entry] = [
-    Members(0, (0, 1, 2)),
+    MembersEntry(0, (0, 1, 2)),
     Sealed(0, b"abc"),
     Sealed(1, b""),
     Snapshot(1, DIGEST),
-    Members(1, (0, 2)),
+    MembersEntry(1, (0, 2)),
     Sealed(2, bytes(range(40))),
-    End(DIGEST),
+    RunEnd(DIGEST),
 ]
 ALGORITHM: dict[str, Any] = {"name": "just_one_byte", "lr": 0.05, "samples": 2, "verify_every": 3}
 CONFIG: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_nothing_can_be_left_out(missing: int, tmp_path: Path):
         (b"", "this is no log of rounds"),
         (b"starling rounds 1\n[]\n", "this is no log of rounds"),
         (written([]) + written(ENTRIES, "other"), "the log is that of run other, and not of one"),
-        (written([Members(0, (0,)), Sealed(1, b"")]), r"round 1 is next; the log has a hole"),
+        (written([MembersEntry(0, (0,)), Sealed(1, b"")]), r"round 1 is next; the log has a hole"),
         (written(ENTRIES)[:-50], r"the log ends within an entry; --to 1 is the last that is whole"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_run_that_lost_nodes_is_rebuilt_too(tmp_path: Path):
     faults = {"events": [{"kind": "kill", "node": 1, "round": 2}, {"kind": "kill", "node": 0, "round": 5}]}
     ran = simulate(CONFIG | {"faults": faults}, run_dir=tmp_path / "run")
     assert rebuild(tmp_path / "run").digest == ran.digest
-    views = [entry.members for entry in read(tmp_path / "run" / round_log.NAME) if isinstance(entry, Members)]
+    views = [entry.members for entry in read(tmp_path / "run" / round_log.NAME) if isinstance(entry, MembersEntry)]
     assert len(views) > 1
 
 

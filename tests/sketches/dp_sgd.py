@@ -22,7 +22,7 @@ from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Train, a
 from starling.algorithms.rules import DataBatch, GradientFunction, LocalProblem, Rule
 
 if TYPE_CHECKING:
-    from starling.algorithms.rules import Sampler
+    from starling.algorithms.rules import BatchSampler
 
 
 class Poisson:
@@ -43,7 +43,7 @@ class PrivateGradient(Rule):
         self.clip = clip  # C
         self.noise = noise  # σ
 
-    def sampler(self, problem: LocalProblem) -> Sampler:
+    def sampler(self, problem: LocalProblem) -> BatchSampler:
         return Poisson(problem.num_samples, problem.rng)
 
     def wrap(self, problem: LocalProblem) -> GradientFunction:

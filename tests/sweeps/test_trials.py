@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.sweeps.options import Options
-from starling.orchestrator.sweeps.search import OptunaSource, RandomSource, Samples
+from starling.orchestrator.sweeps.search import OptunaSource, RandomSource, SampleTrials
 from starling.orchestrator.sweeps.trials import Board, Objective, Trial
 
 LOSS, BYTES = Objective("loss"), Objective("bytes")
@@ -144,7 +144,7 @@ def test_a_metric_that_is_not_reported_is_named():
 
 
 def suggestions(board: Board, source, num_samples: int, seeds=(0,)) -> list[Trial]:
-    searcher = Samples(board, source, num_samples, seeds, lambda trial: {"number": trial.number})
+    searcher = SampleTrials(board, source, num_samples, seeds, lambda trial: {"number": trial.number})
     found = []
     for place in itertools.count():
         spec = searcher.suggest(f"t{place}")
@@ -192,7 +192,7 @@ def test_a_sweep_that_goes_on_runs_what_is_not_over_and_what_is_missing(kind):
 def test_optuna_learns_from_what_it_is_told():
     source = OptunaSource(space(), (LOSS,), 0)
     board = Board((LOSS,))
-    searcher = Samples(board, source, 60, (0,), lambda trial: {"number": trial.number})
+    searcher = SampleTrials(board, source, 60, (0,), lambda trial: {"number": trial.number})
     for place in range(60):
         number = searcher.suggest(f"t{place}")["number"]
         value = board.trials[number].values["optimizer.lr"]

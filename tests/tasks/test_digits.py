@@ -9,15 +9,15 @@ import torch
 from pydantic import ValidationError
 
 from starling.actors.tasks import Task
-from starling.actors.tasks.digits import CNN, MLP, Digits
+from starling.actors.tasks.digits import Digits, DigitsCNN, DigitsMLP
 from starling.algorithms.registry import find
 
 
 def test_configuration():
     assert find(Task, "digits") is Digits
-    assert Digits.model_validate({"model": "cnn"}).model == CNN()
+    assert Digits.model_validate({"model": "cnn"}).model == DigitsCNN()
     task = Digits.model_validate({"name": "digits", "model": {"name": "mlp", "width": 7}})
-    assert task.model == MLP(width=7)
+    assert task.model == DigitsMLP(width=7)
     assert Digits.model_validate(task.model_dump()) == task
     with pytest.raises(ValidationError, match="no digits model is called 'mpl'"):
         Digits.model_validate({"model": "mpl"})
@@ -38,7 +38,7 @@ def test_split():
     assert Digits().train_samples(4) is train  # read once per process
 
 
-@pytest.mark.parametrize(("task", "num_parameters"), [(Digits(), 9_610), (Digits(model=CNN()), 6_138)])
+@pytest.mark.parametrize(("task", "num_parameters"), [(Digits(), 9_610), (Digits(model=DigitsCNN()), 6_138)])
 def test_models(task: Digits, num_parameters: int):
     torch.manual_seed(0)
     module = task.build()
@@ -57,11 +57,11 @@ def test_models(task: Digits, num_parameters: int):
 
 def test_buffers_are_those_of_batch_norm():
     assert not list(Digits().build().buffers())
-    names = [name for name, buffer in Digits(model=CNN()).build().named_buffers() if buffer.is_floating_point()]
+    names = [name for name, buffer in Digits(model=DigitsCNN()).build().named_buffers() if buffer.is_floating_point()]
     assert names == [f"{layer}.norm.running_{what}" for layer in ("first", "second") for what in ("mean", "var")]
 
 
-@pytest.mark.parametrize("task", [Digits(), Digits(model=CNN(width=4))])
+@pytest.mark.parametrize("task", [Digits(), Digits(model=DigitsCNN(width=4))])
 def test_learns(task: Digits):
     torch.manual_seed(1)
     module = task.build()

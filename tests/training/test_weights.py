@@ -72,9 +72,9 @@ def test_buffers_come_along(finished: Path):
 
 
 def simulate_module(width: int = 4) -> torch.nn.Module:
-    from starling.actors.tasks.digits import CNN
+    from starling.actors.tasks.digits import DigitsCNN
 
-    return CNN(width=width).build()
+    return DigitsCNN(width=width).build()
 
 
 def test_what_is_wrong_is_said_in_a_line(finished: Path, tmp_path: Path):

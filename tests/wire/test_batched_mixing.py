@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starling.actors.wire import buffers
-from starling.actors.wire.batched_mixing import Mixtures, Rows
+from starling.actors.wire.batched_mixing import MixingMatrix, Mixtures
 from starling.algorithms.api import Inbox
 from starling.algorithms.seeds import generator
 from starling.algorithms.topologies import Ring, Topology
@@ -24,7 +24,7 @@ def inboxes(topology: Topology, payloads: dict[int, torch.Tensor]) -> dict[int, 
     """As the host makes them, with what is mixed at once."""
     mixing = topology.mixing(NODES, 3, 5)
     received, stacked = buffers.copies(payloads)
-    mixtures = Mixtures(Rows(mixing.weights), payloads, stacked)
+    mixtures = Mixtures(MixingMatrix(mixing.weights), payloads, stacked)
     result: dict[int, Inbox[torch.Tensor]] = {}
     for node in NODES:
         mine = {sender: received[sender] for sender in mixing.in_neighbors(node)}

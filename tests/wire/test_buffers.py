@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from starling.actors.wire.buffers import (
+    BufferPool,
     Cuts,
-    Pool,
     TensorSpec,
     as_buffer,
     as_tensor,
@@ -211,7 +211,7 @@ def test_copies_share_no_memory_with_what_was_copied(others: dict[str, Any]):
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it():
-    pool = Pool(min_bytes=8, max_blocks=1)
+    pool = BufferPool(min_bytes=8, max_blocks=1)
     first = pool.empty(4, torch.float32)
     place, part = first.data_ptr(), first[2:]
     del first

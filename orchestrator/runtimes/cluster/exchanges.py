@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from starling.actors.remote.messages import Expected, Inline, SecureJob, Stored
+from starling.actors.remote.messages import DeliveredResult, Expected, Inline, SecureJob
 from starling.actors.wire.tickets import Contributed, among
 from starling.orchestrator.protocol.events import Delivered, Reached
 from starling.orchestrator.runtimes import traffic
@@ -270,11 +270,11 @@ class ObjectExchange:
             yield actor, nodes, argument
 
 
-def _stored(members: Mapping[NodeId, Posted]) -> Stored:
+def _stored(members: Mapping[NodeId, Posted]) -> DeliveredResult:
     """Describe a result that went through the store."""
     is_gather = next(iter(members.values())).signature.operation != "AllReduce"
     specs = {node: one.specs for node, one in members.items() if one.specs is not None}
-    return Stored(
+    return DeliveredResult(
         specs=None if is_gather else next(iter(specs.values())),
         weights={node: one.weight for node, one in members.items()},
         gathered=specs if is_gather else {},
