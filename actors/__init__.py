@@ -1,4 +1,4 @@
-"""What a node is made of: its replica, its task and data, and the Ray actor that hosts it."""
+"""Nodes: replica, task and data of each, and the Ray actor that hosts them."""
 
 import os
 import time

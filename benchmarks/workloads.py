@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from starling.actors.replica.staged_state import StagedState
 from starling.actors.tasks import Samples, Task, TensorSamples
-from starling.actors.training.shared_module import Slab
+from starling.actors.training.slab import Slab
 from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
 from starling.algorithms.low_communication.diloco import DiLoCo
 

@@ -12,7 +12,9 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from starling.actors.data import Iid, assign
-from starling.actors.replica.replica import Replica, ReplicaSpec
+from starling.actors.replica.node_data import DataSource
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.training.optimizers import OptimizerConfig
 from starling.algorithms.api import Algorithm, Layout, Node, Train, View
@@ -134,7 +136,8 @@ def replica(
         skip_nan=skip_nan,
     )
     samples = task.train_samples(num_nodes)
-    return Replica(node, spec, samples, assign(samples, Iid(), num_nodes, seed)[node], device)
+    source = DataSource(samples, assign(samples, Iid(), num_nodes, seed)[node])
+    return Replica(node, spec, source, row=(spec.slab(device or torch.device("cpu")), 0))
 
 
 def begin(one: Replica, number: int = 0, members: tuple[int, ...] = (0,)) -> None:

@@ -12,7 +12,7 @@ from starling.actors.data.samplers import Epoch, Poisson, Sampler
 
 
 class DataConfig(BaseModel):
-    """Where a node's samples come from, and how many make a batch."""
+    """The source and partition of the data, and the batch size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

@@ -1,4 +1,4 @@
-"""What a run's data are, in a few words: processes compare it when they come up, and a run when it goes on.
+"""Fingerprints of a run's data, which processes compare when they come up, and a run when it is resumed.
 
 Whatever divides and draws samples takes it for granted that all processes have the same ones, in the same order, and
 that they are what they were when a checkpoint was made. A file that was written anew, or a task that divides its data
@@ -62,7 +62,7 @@ def fingerprint(train: Samples | None, validation: Samples) -> Fingerprint:
 
 
 def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What is not alike, in one line; ``None`` if all that both know is.
+    """Describe in one line how two fingerprints differ; ``None`` if they agree in everything that both know.
 
     >>> difference({"training samples": 200, "x": 1}, {"training samples": 150})
     'training samples: 200 and 150'

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Walk:
-    """What lies below a folder."""
+    """The files below a folder."""
 
     files: list[tuple[str, int, int]] = field(default_factory=list)
     """Path, bytes, and when it was written in nanoseconds; of several names of one file the first that is no link."""

@@ -46,7 +46,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def drawn_from() -> tuple[Tensor, object, tuple[Any, ...]]:
-    """Where the process's generators are, those of its CPU; for ``same_draws``."""
+    """Return the state of the process's CPU generators, for ``same_draws``."""
     numpys = np.random.get_state(legacy=True)  # noqa: NPY002 - as above
     return torch.default_generator.get_state(), random.getstate(), cast("tuple[Any, ...]", numpys)
 
@@ -58,7 +58,7 @@ def same_draws(one: tuple[Tensor, object, tuple[Any, ...]], other: tuple[Tensor,
 
 
 class Settings(NamedTuple):
-    """What of a process a user's code may change, and others compute with."""
+    """Process-wide settings that a user's code may change and other nodes compute with."""
 
     default_dtype: torch.dtype
     records_gradients: bool
@@ -66,7 +66,7 @@ class Settings(NamedTuple):
 
     @staticmethod
     def now() -> Settings:
-        """As they are."""
+        """Read the current settings."""
         return Settings(torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
 
     def restore(self) -> None:

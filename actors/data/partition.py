@@ -48,7 +48,7 @@ class Partition(Part, family="partition", catalog="starling.actors.data"):
         """
 
     def advice(self) -> str:
-        """What to change if a node gets too little."""
+        """Return what to change if a node gets too few samples."""
         return "ask for fewer nodes, or take a larger data set"
 
 

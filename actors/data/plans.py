@@ -1,4 +1,4 @@
-"""Plans: what a node draws besides its own part, or instead of it, when others are away.
+"""Sampling plans: ranges of absent nodes' parts that a node draws besides its own part, or instead of it.
 
 The order of a part in an epoch is a pure function of (run seed, part, epoch), so a range of it names exact samples
 without sending one index. The controller (``orchestrator.protocol.sample_ledger``) hands such ranges out; a node draws
@@ -33,12 +33,12 @@ class Segment(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many samples."""
+        """Number of samples."""
         return self.stop - self.start
 
 
 class Place(NamedTuple):
-    """What a node has to draw, and how far it is."""
+    """A node's sampling plan and its position in it."""
 
     extras: tuple[Segment, ...] = ()
     """Before its own part goes on."""
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
     @staticmethod
     def of(extras: Sequence[Sequence[int]], position: Sequence[int]) -> Place:
-        """From plain JSON.
+        """Read a plan from plain JSON.
 
         >>> Place.of([[0, 1, 2, 3]], [1, 0]).extras[0].size
         1
@@ -60,15 +60,15 @@ NOTHING_NEW: Mapping[int, Place] = MappingProxyType({})
 
 
 class Order(Protocol):
-    """What gives the order of a part's epochs: draws without replacement."""
+    """The order of a part's epochs, drawn without replacement."""
 
     def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
-        """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
+        """Read at most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
         ...
 
 
 class PlannedDraws(Draws):
-    """Draws of a node that was handed ranges of others' parts: these first, then its own.
+    """Draws first from ranges of other nodes' parts that the node was handed, then from its own.
 
     A batch may span several ranges, but not what comes after the last of them, as none straddles an epoch's end. A node
     without a part of its own has empty batches when nothing is left.
@@ -93,12 +93,12 @@ class PlannedDraws(Draws):
 
     @property
     def own(self) -> Draws | None:
-        """Of its own part."""
+        """Draws from the node's own part; ``None`` if it has none."""
         return self._own
 
     @property
     def extras(self) -> tuple[Segment, ...]:
-        """What it was handed."""
+        """Ranges of other nodes' parts that the node was handed."""
         return self._extras
 
     def plan(self, place: Place) -> None:
@@ -108,7 +108,7 @@ class PlannedDraws(Draws):
 
     @property
     def position(self) -> Position:
-        """Where the next draw begins."""
+        """Position of the next draw."""
         epoch, offset, _ = self._position if self._own is None else self._own.position
         return Position(epoch, offset, self._extra)
 
@@ -121,7 +121,7 @@ class PlannedDraws(Draws):
         self._extra = position.extra
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
-        """The next at most ``batch_size`` indices."""
+        """Draw at most ``batch_size`` indices."""
         pieces: list[NDArray[np.int64]] = []
         left = sum(one.size for one in self._extras) - self._extra
         if 0 < left - batch_size < self.min_batch:

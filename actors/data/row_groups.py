@@ -39,12 +39,12 @@ _LOG = logging.getLogger("starling")
 
 
 class UnreadableError(DataError):
-    """What lies in a file is not what it should be; a task may leave it out."""
+    """A file's content is damaged; a task may leave it out."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One of a file; its rows, or some of them."""
+    """A row group of a file, or some of its rows."""
 
     fragment: pyarrow.dataset.ParquetFileFragment
     number: int
@@ -55,19 +55,19 @@ class RowGroup:
 
     @property
     def place(self) -> str:
-        """For people."""
+        """The row group's name in messages."""
         return f"{self.fragment.path}, row group {self.number}"
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Those columns of those rows."""
+        """Read columns of the row group's rows."""
         table = self.fragment.to_table(columns=list(columns), use_threads=False)
         return table.slice(self.start, self.stop - self.start)
 
     def checked(self, columns: Sequence[str]) -> pa.Table:
-        """The same.
+        """Read columns, and check them.
 
         Raises:
             UnreadableError: they cannot be read; names the file and the row group.
@@ -175,7 +175,7 @@ _INDEX = re.compile(r"__index_level_\d+__")
 
 
 def _merged(key: str, first: pa.Schema, other: pa.Schema, first_file: str, file: str) -> pa.Schema:
-    """What two files have in common: the same columns of the same types, in whatever order, nullable or not.
+    """Merge two files' schemas: the columns that both have in one type, in any order, nullable or not.
 
     A column that has no values in one file has the other's type.
 
@@ -205,7 +205,7 @@ def _merged(key: str, first: pa.Schema, other: pa.Schema, first_file: str, file:
 
 
 def require_column(key: str, schema: pa.Schema, name: str) -> pa.Field:
-    """A column.
+    """Return the field of a column.
 
     Raises:
         DataError: there is none of that name, or there are several.
@@ -299,7 +299,7 @@ class RowGroupSamples:
 
     @property
     def blocks(self) -> Ranges | None:
-        """What is dealt to nodes as a whole."""
+        """Blocks of samples that partitions deal to nodes as a whole."""
         return self.runs if self.whole else None
 
     @property
@@ -393,7 +393,7 @@ class RowGroupSamples:
         return f"{what}: column {listed(bad)} is NaN or infinite" if bad else what
 
     def present(self, indices: Tensor) -> Tensor:
-        """Those of ``indices`` that are in row groups which can be read; all of them unless bad ones are skipped."""
+        """Return the ``indices`` whose row groups can be read; all of them unless bad ones are skipped."""
         if not self._skip_bad:
             return indices
         bad = [here for group, here, _ in self._by_group(indices) if self._tensors(group) is None]

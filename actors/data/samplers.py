@@ -1,4 +1,4 @@
-"""Samplers: which of its samples a node draws, and in which order.
+"""Samplers choose the samples that a node draws, and their order.
 
 A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is
 a ``Draws``: a pure function of (run seed, node, position), so that the position, a few numbers, is all that has to be
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Position(NamedTuple):
-    """How far a node has read: ``offset`` samples of epoch ``epoch``; of Poisson batches, ``offset`` batches."""
+    """A position in a node's data: ``offset`` samples of epoch ``epoch``; of Poisson batches, ``offset`` batches."""
 
     epoch: int = 0
     offset: int = 0
@@ -43,12 +43,12 @@ class Position(NamedTuple):
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """What it adds to the seeds of random numbers; without extra samples two numbers, as ever."""
+        """Labels that seed random numbers at this position: two numbers, or three after extra samples."""
         return self if self.extra else (self.epoch, self.offset)
 
 
 class Blocks(NamedTuple):
-    """How samples come in blocks that are read as a whole."""
+    """Blocks of samples that are read as a whole."""
 
     runs: Ranges
     """The blocks, ascending."""
@@ -88,7 +88,7 @@ class Draws(ABC):
 
     @property
     def position(self) -> Position:
-        """Where the next draw begins; the offset is less than the number of samples."""
+        """Position of the next draw; the offset is less than the number of samples."""
         return self._position
 
     @position.setter
@@ -98,20 +98,20 @@ class Draws(ABC):
         self._position = Position(position.epoch, position.offset)
 
     def next(self, batch_size: int) -> Tensor:
-        """The samples of the next batch."""
+        """Draw the samples of the next batch."""
         return torch.from_numpy(self.draw(batch_size))
 
     @abstractmethod
     def draw(self, batch_size: int) -> NDArray[np.int64]:
-        """The same as an array, for those who draw for many nodes and put the arrays together; not to be written to."""
+        """Draw the samples of the next batch as an array, not to be written to."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Batches that one epoch gives, the last and smaller one included."""
+        """Return the number of batches in an epoch, the last and smaller one included."""
         return len(piece_sizes(len(self._indices), batch_size, self.min_batch))
 
 
 def piece_sizes(count: int, size: int, least: int = 1) -> list[int]:
-    """How ``count`` samples come in batches of ``size``: a rest of fewer than ``least`` joins the one before it.
+    """Return the sizes of batches of ``count`` samples: a rest of fewer than ``least`` joins the batch before it.
 
     >>> piece_sizes(9, 4), piece_sizes(9, 4, 2), piece_sizes(10, 4, 2), piece_sizes(1, 4, 2)
     ([4, 4, 1], [4, 5], [4, 4, 2], [1])
@@ -126,16 +126,16 @@ def piece_sizes(count: int, size: int, least: int = 1) -> list[int]:
 
 
 def planned_samples(count: int, size: int, least: int) -> int:
-    """As many samples as come in as many batches of ``size``, the last one smaller, as ``piece_sizes`` has pieces."""
+    """Round ``count`` down to whole batches of ``size`` where ``piece_sizes`` lets the rest join the last batch."""
     rest = count % size
     return count - rest if count > size and rest < least else count
 
 
 class Sampler(Part, family="sampler", catalog="starling.actors.data"):
-    """Says what an epoch of a node draws."""
+    """Chooses the samples of a node's epochs."""
 
     def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
-        """The places, among the node's ``num_samples`` samples, that an epoch draws, in that order.
+        """Return the places, among the node's ``num_samples`` samples, that an epoch draws, in that order.
 
         Args:
             num_samples: that the node owns, n.
@@ -148,7 +148,7 @@ class Sampler(Part, family="sampler", catalog="starling.actors.data"):
         raise NotImplementedError
 
     def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
-        """A node's draws, from the begin; ``blocks`` of samples that come in blocks."""
+        """Return a node's draws from its first epoch on; ``blocks``: of samples that come in blocks."""
         del blocks
         return EpochSampler(indices, seed, node, self)
 
@@ -190,7 +190,7 @@ class Poisson(Sampler, name="poisson"):
 
     @staticmethod
     def rate(num_samples: int, batch_size: int) -> float:
-        """Q.
+        """Return q, the probability of each sample.
 
         >>> Poisson.rate(1000, 50)
         0.05
@@ -206,7 +206,7 @@ class OrderedDraws(Draws):
     """Draws in an order that each epoch has."""
 
     def draw(self, batch_size: int) -> NDArray[np.int64]:
-        """The next at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
+        """Draw at most ``batch_size`` indices; fewer at an epoch's end, which no batch straddles."""
         epoch, start, _ = self._position
         rest = len(self._indices) - start - batch_size
         drawn = self.read(epoch, start, batch_size + rest if 0 < rest < self.min_batch else batch_size)
@@ -216,7 +216,7 @@ class OrderedDraws(Draws):
 
     @abstractmethod
     def read(self, epoch: int, start: int, count: int) -> NDArray[np.int64]:
-        """At most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
+        """Read at most ``count`` samples of an epoch's order from place ``start`` on; the position stays."""
 
 
 class EpochSampler(OrderedDraws):

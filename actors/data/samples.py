@@ -1,4 +1,4 @@
-"""Samples: a data set that is drawn from by index."""
+"""Data sets that are drawn from by index."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class TensorSamples:
 
 
 class Subset:
-    """Some of the samples of others, in the order of ``indices``, int64, shape (n,)."""
+    """A selection of another data set's samples, in the order of ``indices``, int64, shape (n,)."""
 
     owners = None
 
@@ -95,10 +95,10 @@ class Subset:
         return len(self._indices)
 
     def where(self, index: int) -> str | None:
-        """Where a sample is from, if that is known."""
+        """Return the origin of a sample; ``None`` if it is unknown."""
         where = getattr(self._samples, "where", None)
         return None if where is None else where(int(self._indices[index]))
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """Those at places ``indices``."""
+        """Return the rows at places ``indices``."""
         return self._samples.batch(self._indices[indices])

@@ -39,7 +39,7 @@ _AT_ONCE = 1_000_000
 
 
 class Encoding(Protocol):
-    """How texts become numbers; hashable, as it names what was loaded."""
+    """An encoding of texts as numbers; hashable, as it names loaded corpora."""
 
     def load(self) -> tuple[Callable[[str], list[int]] | None, int]:
         """The function, ``None`` for the bytes themselves, and how many numbers there are.
@@ -55,7 +55,7 @@ class Bytes:
     """A byte is a token."""
 
     def load(self) -> tuple[None, int]:
-        """No function, and 256."""
+        """Return no function, and 256."""
         return None, 256
 
 
@@ -125,7 +125,7 @@ class Windows:
         return len(self._windows)
 
     def column(self, name: str) -> NDArray[np.int64] | None:
-        """Of ``file``: the number of the file in which each window begins, in the order of their paths."""
+        """Return column ``file``: the number of the file in which each window begins, in the order of their paths."""
         starts = np.arange(len(self)) * self._windows.shape[1]
         return np.searchsorted(self._text.ends, starts, side="right") if name == "file" else None
 
@@ -201,7 +201,7 @@ def _load(
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where the texts of a task come from: its fields of these names."""
+    """The source of a task's texts, from its fields of these names."""
 
     corpus: str | None
     column: str | None
@@ -255,7 +255,7 @@ class TextSource:
 
 
 def describe(corpus: str | None) -> str:
-    """A corpus, for people."""
+    """Describe a corpus in words."""
     return files.shown(corpus) if corpus is not None else f"the standard library ({sysconfig.get_paths()['stdlib']})"
 
 
@@ -354,7 +354,7 @@ class _Writer:
         self._name, self._offset = "", 0
 
     def begin_file(self, name: str) -> None:
-        """What comes now is of another file."""
+        """Begin another file."""
         self._name, self._offset = name, 0
 
     def add(self, piece: bytes, encode: Callable[[str], list[int]] | None) -> None:
@@ -368,7 +368,7 @@ class _Writer:
             self._waiting = self._waiting[cut:]
 
     def end_file(self, encode: Callable[[str], list[int]] | None, *, is_cut: bool = False) -> None:
-        """That was all of a file, or all that is wanted of it."""
+        """End a file, or the wanted part of it."""
         if encode is not None and self._waiting:
             self._encode(self._waiting, encode, is_cut=is_cut)
             self._waiting = b""

@@ -1,4 +1,4 @@
-"""Several nodes of one process at once: what they train and commit in one go has the bits of one after another.
+"""Batched training and commits of several nodes in one process, to the bits of one node after another.
 
 Where the task has its gradients in closed form (``Task.gradients``) and the optimizer is one of ``_UPDATES``, the
 parameters, gradients and moments of many nodes are the rows of one tensor, and a step of all of them is a step of one:
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from starling.actors.replica.replica import Fence, Replica
-    from starling.actors.training.shared_module import Slab
+    from starling.actors.replica.replica import Replica
+    from starling.actors.replica.spec import Fence
+    from starling.actors.training.slab import Slab
     from starling.algorithms.api import NodeId, Train
 
     Request: TypeAlias = tuple[Replica, Train, Fence]
@@ -72,7 +73,7 @@ def settle_all(replicas: Iterable[Replica], committed: int) -> list[Replica]:
 
 
 def commit_all(replicas: Sequence[Replica]) -> None:
-    """``Replica.commit`` of several."""
+    """Commit several replicas."""
     for replica in replicas:
         replica.make_step()
     for slab, start, stop in _runs(replicas):
@@ -82,7 +83,7 @@ def commit_all(replicas: Sequence[Replica]) -> None:
 
 
 def _runs(replicas: Sequence[Replica]) -> Iterator[tuple[Slab, int, int]]:
-    """Ranges of rows that cover the replicas."""
+    """Yield the ranges of slab rows that cover the replicas."""
     by_slab: dict[Slab, list[int]] = {}
     for replica in replicas:
         by_slab.setdefault(replica.slab, []).append(replica.row)
@@ -100,28 +101,28 @@ def _train_alone(replica: Replica, operation: Train, fence: Fence, on_turn: Call
     if on_turn is not None:
         on_turn(replica.id)
     try:
-        return replica.train(operation, fence)
+        return replica.trainer.train(operation, fence)
     except Exception as error:  # noqa: BLE001 - whatever a user's task raises is data here
         return error
 
 
 def _likeness(replica: Replica, operation: Train) -> tuple[object, ...]:
-    """Equal for requests that may be rows of one tensor."""
-    steps = replica.num_steps(operation) if replica.num_samples else None
+    """Return a key that is equal for requests that may be rows of one tensor."""
+    steps = replica.trainer.num_steps(operation) if replica.num_samples else None
     optimizer = replica.optimizer
     age = optimizer.age if optimizer.moments else 0
-    return id(replica.bench), id(replica.samples), steps, age, replica.schedule_place
+    return id(replica.bench), id(replica.data.samples), steps, age, replica.schedule.place
 
 
 def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
-    """Train alike nodes as one; ``None`` for those that have to be trained alone, of which nothing has changed."""
+    """Train identical nodes in one batch; return ``None``, without side effects, for nodes that have to train alone."""
     began = time.perf_counter()
     replicas = [replica for replica, _, _ in requests]
-    positions = [(replica.position, replica.num_drawn) for replica in replicas]
-    steps = replicas[0].num_steps(requests[0][1])
+    positions = [(replica.data.position, replica.data.num_drawn) for replica in replicas]
+    steps = replicas[0].trainer.num_steps(requests[0][1])
     rows = _Rows(replicas, [fence for _, _, fence in requests])
     # Of tensors in memory nothing is drawn at random, and a round may be as short as looking takes.
-    may_draw = type(replicas[0].samples) is not TensorSamples
+    may_draw = type(replicas[0].data.samples) is not TensorSamples
     before = drawn_from() if may_draw else None
     try:
         done = all(rows.step(number) for number in range(steps))
@@ -132,7 +133,7 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
         replicas[0].bench.is_random, done = True, False
     if not done:
         for replica, position in zip(replicas, positions, strict=True):
-            replica.position, replica.num_drawn = position
+            replica.data.position, replica.data.num_drawn = position
         return [None] * len(replicas)
     losses: list[list[float]] = torch.stack(rows.losses, dim=1).tolist()
     good = rows.finite(losses)
@@ -145,19 +146,19 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
             loss = mean_loss(list(zip(losses[row], counts, strict=True)))
             reports.append(TrainReport(math.nan if loss is None else loss, sum(counts), steps, seconds))
         else:
-            replica.position, replica.num_drawn = positions[row]
+            replica.data.position, replica.data.num_drawn = positions[row]
             reports.append(None)
     return reports
 
 
 class _Rows:
-    """Nodes in training; their own tensors are as they were until ``write_back``."""
+    """Nodes in batched training; their own tensors stay as they were until ``write_back``."""
 
     def __init__(self, replicas: Sequence[Replica], fences: Sequence[Fence]) -> None:
         self._replicas = replicas
         self._fences = list({id(fence): fence for fence in fences}.values())
         first = replicas[0]
-        self._spec, self._bench, self._samples = first.spec, first.bench, first.samples
+        self._spec, self._bench, self._samples = first.spec, first.bench, first.data.samples
         (slab, start, stop), *others = _runs(replicas)
         self._run: tuple[Slab, int, int] | None = None
         """What is copied at once: rows of one slab, if the nodes come in their order."""
@@ -180,7 +181,7 @@ class _Rows:
         if any(fence.is_set() for fence in self._fences):
             return False
         first, bench, config = self._replicas[0], self._bench, self._spec.optimizer
-        drawn = [replica.draw() for replica in self._replicas]
+        drawn = [replica.data.draw() for replica in self._replicas]
         result = self._gradients(drawn)
         if result is None:
             return False
@@ -188,7 +189,7 @@ class _Rows:
         if config.grad_clip is not None:
             gradients = _clip(gradients, config.grad_clip)
         assert bench.update is not None
-        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, first.rate(number))
+        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, first.schedule.rate(number))
         self.losses.append(losses)
         for row, indices in enumerate(drawn):
             self.counts[row].append(len(indices))
@@ -211,7 +212,7 @@ class _Rows:
         return gradients, losses
 
     def _gradients_of_equal(self, values: Tensor, drawn: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor] | None:
-        """For batches of one size b, of which as much is computed at once as for one node."""
+        """Compute gradients on batches of one size, in pieces of the size that a single node would compute at once."""
         num_samples = len(drawn[0])
         sizes = piece_sizes(num_samples, self._spec.batch_size, self._spec.min_batch)
 
@@ -224,7 +225,7 @@ class _Rows:
         return self._bench.closed_form(values, batches(), num_samples)
 
     def finite(self, losses: Sequence[Sequence[float]]) -> list[bool]:
-        """Which nodes have finite losses and parameters."""
+        """Return for each node whether its losses and parameters are finite."""
         good = [all(map(math.isfinite, one)) for one in losses]
         if math.isfinite(self.values.sum()):
             return good
@@ -232,7 +233,7 @@ class _Rows:
         return [one and other for one, other in zip(good, whole, strict=True)]
 
     def write_back(self, good: Sequence[bool], steps: int) -> None:
-        """Give the nodes what they have become."""
+        """Write parameters and moments back to the nodes that stayed finite."""
         if self._run is not None and all(good):
             slab, start, stop = self._run
             slab.stacked(start, stop).copy_(self.values)
@@ -243,11 +244,11 @@ class _Rows:
         for row, replica in enumerate(self._replicas):
             if good[row]:
                 moments = {name: moment[row] for name, moment in self._moments.items()} if self._moments else {}
-                replica.trained(steps, moments)
+                replica.trainer.take_over(steps, moments)
 
 
 def _clip(gradients: Tensor, max_norm: float) -> Tensor:
-    """``clip_grad_norm_`` of each row."""
+    """Clip the gradient norm of each row."""
     # A norm along a dimension adds up in another order than the norm of a row.
     norms = torch.stack([nn.utils.get_total_norm([row]) for row in gradients])
     return gradients * (max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)

@@ -1,8 +1,9 @@
-"""From plain data to replicas: what every process of a run does first, alike."""
+"""Build data and replicas from plain configuration, alike in every process of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from starling.actors.data import Epoch, Place, assign, files
 from starling.actors.data.fingerprint import fingerprint
 from starling.actors.data.generators import seeded
+from starling.actors.replica.node_data import DataSource
 from starling.actors.replica.pace import Pace
 from starling.actors.replica.replica import Replica
 from starling.actors.tasks import answers
@@ -20,19 +22,20 @@ from starling.algorithms.errors import DataError
 from starling.algorithms.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from starling.actors.data import DataConfig, Indices, Sampler
     from starling.actors.data.fingerprint import Fingerprint
-    from starling.actors.replica.replica import ReplicaSpec
+    from starling.actors.host.recorded_clock import Times
+    from starling.actors.replica.spec import ReplicaSpec
     from starling.actors.tasks import Samples, Task
-    from starling.actors.training.shared_module import Slab
+    from starling.actors.training.slab import Slab
     from starling.algorithms.api import NodeId
 
 
 @dataclass(frozen=True)
 class RunData:
-    """A task's data, and which node owns what."""
+    """A task's data, and their partition among the nodes."""
 
     train: Samples
     validation: Samples
@@ -42,7 +45,7 @@ class RunData:
     """In which order a node draws its own."""
 
     def fingerprint(self) -> Fingerprint:
-        """What tells these data from others."""
+        """Return the fingerprint that processes compare."""
         return fingerprint(None if isinstance(self.train, FederatedSamples) else self.train, self.validation)
 
     @property
@@ -58,7 +61,7 @@ class RunData:
         return tuple(map(len, self.parts))
 
     def pace(self, spec: ReplicaSpec) -> Pace | None:
-        """The pace of the run; ``None``: where nobody is to know how much others have, each node has its own."""
+        """Return the run's pace; ``None`` with federated data, where each node has a pace of its own."""
         if isinstance(self.train, FederatedSamples):
             return None
         return Pace.of(spec, [len(part) for part in self.parts], len(self.parts))
@@ -94,7 +97,7 @@ def load_data(task: Task, data: DataConfig, num_nodes: int, seed: int) -> RunDat
 
 
 def _seeded_for(seed: int, purpose: str) -> contextlib.AbstractContextManager[None]:
-    """For code that draws from generators of the process: the same in all of them."""
+    """Seed the process's generators for code that draws from them, alike in all processes."""
     return seeded(derive_seed(seed, purpose), torch.device("cpu"))
 
 
@@ -103,16 +106,18 @@ def build_replicas(
     spec: ReplicaSpec,
     data: RunData,
     devices: Sequence[torch.device],
-    clock: Callable[[], float] | None = None,
+    times: Times | None = None,
+    incarnation: int = 0,
 ) -> list[Replica]:
-    """The replicas of one process, in their initial state; those of one device share a workbench.
+    """Build the replicas of one process, in their initial state; replicas on one device share a workbench.
 
     Args:
         nodes: their ids; ``SERVER`` among them gets no data.
         spec: what all of them have in common.
         data: of the run.
         devices: one for each node.
-        clock: the runtime's, in seconds; default: this machine's.
+        times: through which programs see the clock; default: this machine's clock.
+        incarnation: counts the processes that have embodied the nodes.
     """
     places: dict[torch.device, list[int]] = {}
     for place, device in enumerate(devices):
@@ -129,11 +134,10 @@ def build_replicas(
         # node's, read what others read, each in an order of its own.
         indices = nobodys if node == SERVER else data.parts[node % len(data.parts)]
         own = pace or Pace.of(spec, [len(indices)], len(data.parts))
-        replica = Replica(node, spec, data.train, indices, row=rows[place], sampler=data.sampler, pace=own)
-        replica.parts, replica.validation = data.parts, data.validation
+        source = DataSource(data.train, indices, data.sampler, data.parts, data.validation)
+        clock = time.monotonic if times is None else times.clock_of(node)
+        replica = Replica(node, spec, source, row=rows[place], pace=own, clock=clock, incarnation=incarnation)
         if node >= len(data.parts) and is_planned:
             replica.replan(Place())
-        if clock is not None:
-            replica.clock = clock
         replicas.append(replica)
     return replicas

@@ -1,4 +1,4 @@
-"""What must be alike in all processes of a run."""
+"""Compatibility of processes: versions that must agree in a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("algorithms", "actors")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Names and versions of this process's own.
+    """Return the names and versions of this process's packages.
 
     Those of Starling have a hash of its sources behind them: two checkouts may both call themselves 0.1.0.
     """
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
 
 
 def difference(theirs: dict[str, str]) -> str | None:
-    """What is not as in a process that has ``theirs``, in one line; ``None`` if all is.
+    """Describe in one line how this process differs from one with versions ``theirs``; ``None`` if it does not.
 
     >>> difference(versions()) is None
     True

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starling.actors.host import batched
 from starling.actors.host.failures import failure
-from starling.actors.replica.replica import Interrupted
+from starling.actors.replica.spec import Interrupted
 from starling.actors.wire.tickets import Stale
 from starling.algorithms.api import Batch, Evaluate, Gradient, Loss, Step, Train, TrainReport
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from starling.actors.host.node_log import NodeLogs
     from starling.actors.host.recorded_clock import Times
-    from starling.actors.replica.replica import Fence, Replica
+    from starling.actors.replica.replica import Replica
+    from starling.actors.replica.spec import Fence
     from starling.actors.wire.tickets import Compute
     from starling.algorithms.api import NodeId
 
@@ -66,13 +67,13 @@ class Computation:
             return Stale()
         match operation:
             case Batch():
-                return replica.batch(operation)
+                return replica.data.batch(operation)
             case Gradient():
-                return replica.gradient(operation)
+                return replica.trainer.gradient(operation)
             case Step():
-                return replica.step(operation)
+                return replica.trainer.step(operation)
             case Loss():
-                return replica.loss(operation)
+                return replica.trainer.loss(operation)
             case Evaluate():
                 return replica.evaluate_at(operation)
             case Train():

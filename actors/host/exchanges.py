@@ -80,9 +80,9 @@ class Exchanges:
             wants = self._plans.neighborhoods(seq, operation.topology).of(node)
         payload: Any = operation.tensors if isinstance(operation, AllReduce) else operation.payload
         waits, close = not started, None if type(operation.close) is Quorum else operation.close
-        if payload is not None and not replica.skipping:
+        if payload is not None and not replica.guard.skipping:
             _check(replica, operation, payload, seq, len(self._plans.members))
-        if payload is None or replica.skipping:
+        if payload is None or replica.guard.skipping:
             return _receives(replica, call, seq, close, wants, waits=waits)
         if started:
             payload = _held(replica, call, payload)
@@ -99,7 +99,7 @@ class Exchanges:
         call.parts = cuts.encode(payload)
         # Finite values may be too large for a codec's floats, or its norms.
         if not (isinstance(operation.codec, Identity) or operation.aggregator.bears_nan or cuts.are_finite(call.parts)):
-            replica.give_up_round(f"what it gives to exchange {seq} is not finite as {operation.codec.name} has it")
+            replica.guard.give_up(f"what it gives to exchange {seq} is not finite as {operation.codec.name} has it")
             call.parts = ()
             return _receives(replica, call, seq, close, wants, waits=waits)
         sizes = cuts.part_nbytes
@@ -278,7 +278,7 @@ def _receives(
     """Post to an exchange without a contribution."""
     if isinstance(call.operation, AllReduce):
         call.signature = Signature(call.signature.operation, call.signature.parts, None)
-    skipped = replica.skipped if replica.skipping else None
+    skipped = replica.guard.reason if replica.guard.skipping else None
     least = call.operation.aggregator.least if isinstance(call.operation, AllReduce) else 1
     return Posted(seq, call.signature, None, 0.0, (), (), None, close, wants, waits, skipped, least)
 
@@ -294,7 +294,7 @@ def _check(replica: Replica, operation: Collective, payload: Payload, seq: int, 
         least = max(1, replica.layout.num_values)
     found = trouble(payload, num_members, weight=weight, least=least)
     if found is not None:
-        replica.give_up_round(f"what it gives to exchange {seq} ({type(operation).__name__}) {found}")
+        replica.guard.give_up(f"what it gives to exchange {seq} ({type(operation).__name__}) {found}")
 
 
 def _held(replica: Replica, call: CollectiveCall, payload: Payload) -> Payload:

@@ -1,4 +1,4 @@
-"""What a node's failure is told as."""
+"""Failures of nodes, as they are reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class UnfinishedExchange(ProgramError):  # noqa: N818 - the protocol's word
 
 
 def failure(node: NodeId, number: int, error: Exception) -> Failed:
-    """What a program's exception looks like to the person who wrote it."""
+    """Return the report of a program's exception for the person who wrote the program."""
     who = "server" if node == SERVER else f"node {node}"
     if isinstance(error, StarlingError):
         message = str(error)

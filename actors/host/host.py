@@ -18,9 +18,8 @@ from starling.actors.host.failures import failure
 from starling.actors.host.node_log import NodeLogs
 from starling.actors.host.outbox import MessageOutbox
 from starling.actors.host.programs import Program
-from starling.actors.host.recorded_clock import Times
 from starling.actors.host.results import SharedResult
-from starling.actors.replica.replica import NonFiniteLossError
+from starling.actors.replica.spec import NonFiniteLossError, node_name
 from starling.actors.replica.staged_state import same_bits
 from starling.actors.wire import buffers
 from starling.actors.wire.finite import trouble
@@ -66,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from starling.actors.data import Place
+    from starling.actors.host.recorded_clock import Times
     from starling.actors.replica.replica import Replica
     from starling.actors.wire.buffers import Buffer, TensorSpec
     from starling.actors.wire.tickets import Compute
@@ -81,10 +81,11 @@ class Host:
 
     Args:
         replicas: of the nodes, each once.
+        times: through which the replicas see the clock.
         alone: whether all nodes of the run are in this process: then nothing travels, and nobody reads logs.
     """
 
-    def __init__(self, replicas: Iterable[Replica], *, alone: bool = False) -> None:
+    def __init__(self, replicas: Iterable[Replica], times: Times, *, alone: bool = False) -> None:
         self.replicas = {replica.id: replica for replica in replicas}
         self._programs: dict[NodeId, Program] = {}
         self._alone = alone
@@ -92,7 +93,7 @@ class Host:
         self._algorithm, self._seed = first.spec.algorithm, first.spec.seed
         self.fences = {node: threading.Event() for node in self.replicas}
         """A raised fence ends a node's round at its next step."""
-        self.times = Times()
+        self.times = times
         self.logs = NodeLogs(first.id)
         self.exchanges = Exchanges(self.replicas, self._seed, alone=alone)
         self.computation = Computation(self.replicas, self.fences, self.times, self.logs)
@@ -100,8 +101,6 @@ class Host:
         self.outbox = MessageOutbox(max(replica.incarnation for replica in self.replicas.values()) << 32)
         self._digests: list[tuple[dict[str, State], str]] = []
         """Shared states, with their digests, that nodes have staged in the running round."""
-        for replica in self.replicas.values():
-            replica.clock = self.times.watched(replica.id, replica.clock)
 
     def init(self) -> None:
         """Make the initial state of all nodes, before round 0."""
@@ -119,7 +118,6 @@ class Host:
         """
         self.replicas[replica.id] = replica
         self.fences[replica.id] = threading.Event()
-        replica.clock = self.times.watched(replica.id, replica.clock)
         self._algorithm.init(replica)
         replica.commit()
 
@@ -208,7 +206,7 @@ class Host:
             program.reports.append(result)
         elif isinstance(result, Message):
             if result.sender == SERVER:
-                self.replicas[node].hear(result.round)
+                self.replicas[node].schedule.hear(result.round)
         elif isinstance(result, SharedResult):
             result = result.own(self.replicas[node].device)
         elif program.handle is not None:
@@ -256,7 +254,7 @@ class Host:
             case Send(to, payload):
                 return self._finish(node) if self._is_withheld(node, to, payload) else self.outbox.send(to, payload)
             case Receive(until_s):
-                return Receiving(None if until_s is None else max(0.0, until_s - self.replicas[node].clock()))
+                return Receiving(None if until_s is None else max(0.0, until_s - self.replicas[node].now))
             case Sleep(seconds):
                 return Sleeping(seconds)
             case Ping(nodes, timeout_s):
@@ -275,11 +273,11 @@ class Host:
         found = trouble(payload, max(1, len(replica.view.members)))
         if found is None:
             return False
-        what = f"what it sends to {'the server' if to == SERVER else f'node {to}'} {found}"
+        what = f"what it sends to {'the server' if to == SERVER else node_name(to)} {found}"
         if node == SERVER or to != SERVER:
-            who = "server" if node == SERVER else f"node {node}"
-            raise NonFiniteLossError(f"{who}, round {replica.round}: {what}; lower optimizer.lr, or the outer one")
-        replica.give_up_round(what)
+            where = f"{node_name(node)}, round {replica.round}"
+            raise NonFiniteLossError(f"{where}: {what}; lower optimizer.lr, or the outer one")
+        replica.guard.give_up(what)
         replica.shared.rollback()
         replica.local.rollback()
         program.coroutine.close()
@@ -306,6 +304,7 @@ class Host:
             for report in reports:
                 done = f"{report.num_steps} steps, {report.num_samples} samples, loss {report.loss:.6g}"
                 self.logs.add(node, f"round {replica.round}: {done}, {report.seconds:.3f} s")
+        position = replica.data.position
         num_samples = sum(report.num_samples for report in reports)
         record = self._algorithm.sealed(replica)
         return Returned(
@@ -315,9 +314,9 @@ class Host:
             num_samples=num_samples,
             train_seconds=sum(report.seconds for report in reports),
             record=record,
-            position=replica.position if replica.position != replica.committed_position else None,
-            num_drawn=replica.num_drawn - replica.num_void,
-            num_void=replica.num_void,
+            position=position if position != replica.committed_progress.position else None,
+            num_drawn=replica.data.num_drawn - replica.data.num_void,
+            num_void=replica.data.num_void,
             unsent=self._algorithm.unsent(replica),
         )
 

@@ -1,7 +1,8 @@
-"""What programs see of time: recorded on a cluster where results may depend on it, and seen again in a replay."""
+"""Recorded time: readings of the clock that programs saw, kept on a cluster and shown again in a replay."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,27 +12,32 @@ if TYPE_CHECKING:
 
 
 class Times:
-    """Readings of the clock and durations of ``Train``, in the order in which a node's programs saw them."""
+    """Readings of the clock and durations of ``Train``, in the order in which a node's programs saw them.
 
-    def __init__(self) -> None:
+    Args:
+        clock: the runtime's, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._recorded: dict[NodeId, list[float]] | None = None
         self._foreseen: dict[NodeId, Iterator[float]] = {}
         self.is_replay = False
         """Whether all that is shown was recorded."""
 
     def record(self) -> None:
-        """Keep what is seen from now on, for ``drain``."""
+        """Record readings from now on, for ``drain``."""
         self._recorded = {}
 
     def replay(self, seen: Mapping[NodeId, Iterable[float]]) -> None:
-        """Show what was recorded; when that is used up, what is."""
+        """Show recorded readings; when they are used up, the clock's own."""
         self._foreseen = {node: iter(values) for node, values in seen.items()}
         self.is_replay = True
 
     def again(self, node: NodeId, values: Sequence[float]) -> None:
-        """A round of ``node`` begins, again if it has seen ``values`` in it before: these are shown first.
+        """Begin a round of ``node``, and show it first the ``values`` of an earlier attempt at the round.
 
-        What it had sent is not sent again, and so it must come to the same.
+        Messages of that attempt are not sent again, so the round must come to them again.
         """
         if self.is_replay:
             return
@@ -40,19 +46,19 @@ class Times:
             self._foreseen[node] = iter(values)
 
     def drain(self) -> dict[NodeId, list[float]]:
-        """Take what was recorded since the last call."""
+        """Return the readings recorded since the last call, and forget them."""
         recorded = self._recorded
         if not recorded:
             return {}
         self._recorded = {}
         return recorded
 
-    def watched(self, node: NodeId, clock: Callable[[], float]) -> Callable[[], float]:
-        """The clock as ``node``'s programs see it."""
-        return lambda: self._seen(node, clock())
+    def clock_of(self, node: NodeId) -> Callable[[], float]:
+        """Return the clock as ``node``'s programs see it."""
+        return lambda: self._seen(node, self._clock())
 
     def timed(self, node: NodeId, report: TrainReport) -> TrainReport:
-        """The report with the seconds that ``node``'s program is to see."""
+        """Return the report with the seconds that ``node``'s program is to see."""
         if not self._foreseen and self._recorded is None:
             return report
         seconds = self._seen(node, report.seconds)

@@ -25,7 +25,7 @@ Ref: TypeAlias = Any
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a process needs to know to host its nodes, as plain data."""
+    """Configuration of a process that hosts nodes, as plain data."""
 
     nodes: tuple[NodeId, ...]
     """None: it stands by, until it is told to ``embody`` some."""
@@ -52,7 +52,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Ready:
-    """The process is up."""
+    """Report of a process that is up."""
 
     place: str
     devices: dict[NodeId, str]
@@ -74,7 +74,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Round:
-    """A round to be begun."""
+    """Order to begin a round."""
 
     epoch: int
     number: int
@@ -93,7 +93,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Expected:
-    """The large contributions that a call led to in the last round: this one gives them along with its reply."""
+    """Large contributions that a call is expected to return along with its reply, as in the last round."""
 
     seq: int
     nodes: tuple[NodeId, ...]
@@ -103,13 +103,13 @@ class Expected:
 
     @property
     def num_values(self) -> int:
-        """How many values come with the reply."""
+        """Number of values that come with the reply."""
         return len(self.parts) * len(self.nodes)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the programs of a process did last, and what they wrote to their logs."""
+    """The latest tickets of a process's programs, and their log lines."""
 
     tickets: list[tuple[NodeId, Ticket]]
     logs: dict[NodeId, list[str]] = field(default_factory=dict)
@@ -172,7 +172,7 @@ class Inline:
 
     @property
     def contributions(self) -> list[Contributed]:
-        """One by one, as views of ``data``."""
+        """The contributions, as views of ``data``."""
         starts = (0, *self.ends)
         return [
             Contributed(node, weight, self.forms[form], self.data[start:end])

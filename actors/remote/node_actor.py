@@ -32,6 +32,7 @@ from starling.actors.host.compatibility import difference
 from starling.actors.host.failures import failure
 from starling.actors.host.host import Host
 from starling.actors.host.node_log import Tee
+from starling.actors.host.recorded_clock import Times
 from starling.actors.remote.messages import (
     DeliveredResult,
     Expected,
@@ -45,7 +46,8 @@ from starling.actors.remote.messages import (
 )
 from starling.actors.remote.state_calls import StateCalls
 from starling.actors.remote.system_metrics import Usage
-from starling.actors.replica.replica import Replica, ReplicaSpec
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
 from starling.actors.wire.tickets import Failed, Posted, Secured, Stale, Ticket
@@ -143,12 +145,11 @@ class NodeActor(StateCalls):
     def _embody(self, nodes: Sequence[NodeId], incarnation: int) -> Ready | Failed:
         devices, gpus, warnings = _pin_devices(len(nodes))
         try:
-            replicas = build_replicas(nodes, self._spec, self._data, devices)
-            for replica in replicas:
-                replica.incarnation = incarnation
-            self._host = Host(replicas)
+            times = Times()
+            replicas = build_replicas(nodes, self._spec, self._data, devices, times, incarnation)
+            self._host = Host(replicas, times)
             if not self._spec.algorithm.synchronous:
-                self._host.times.record()
+                times.record()
             self._redirect_output()
             self._host.init()
             baselines = self._spec.task.baselines(self._setup.num_nodes)
@@ -379,7 +380,7 @@ class NodeActor(StateCalls):
 
     @ray.method(concurrency_group="control")
     def discard(self, letter: int) -> None:
-        """Nobody is to have a large message."""
+        """Drop a large message that nobody will fetch."""
         self._host.outbox.discard(letter)
 
     @ray.method(concurrency_group="control")
@@ -399,7 +400,7 @@ class NodeActor(StateCalls):
 
     @ray.method(concurrency_group="control")
     def usage(self) -> dict[str, float]:
-        """What this process and its machine use; see ``actors.remote.system_metrics``."""
+        """Measure this process and its machine; see ``actors.remote.system_metrics``."""
         return self._usage.measure()
 
     @ray.method(concurrency_group="control")
@@ -425,14 +426,14 @@ class NodeActor(StateCalls):
 
 
 def remote_class() -> Any:  # noqa: ANN401 - Ray's wrapper has no static type
-    """``NodeActor`` as a Ray actor class."""
+    """Return ``NodeActor`` as a Ray actor class."""
     groups = {"compute": 1, "exchange": 1, "state": 1, "control": 1, "watch": 1}
     wrap: Any = ray.remote  # its overloads do not know the argument
     return wrap(concurrency_groups=groups)(NodeActor)
 
 
 def _pin_devices(num_nodes: int) -> tuple[list[torch.device], tuple[str, ...], tuple[str, ...]]:
-    """The device of each node of this process, among the GPUs that Ray assigned to it, or none at all."""
+    """Return each node's device among the GPUs that Ray assigned to the process, their ids, and warnings."""
     gpus = tuple(str(gpu) for gpu in ray.get_gpu_ids())
     cpu = [torch.device("cpu")] * num_nodes
     if not gpus:

@@ -43,7 +43,7 @@ _SLICE_S = 0.2
 
 
 class StateCalls:
-    """The part of ``NodeActor`` that hands over what nodes have, and takes it over."""
+    """The calls of ``NodeActor`` that export and load nodes' state."""
 
     _host: Host
     _data: RunData
@@ -61,7 +61,7 @@ class StateCalls:
     def evaluate(
         self, node: NodeId, others: Sequence[ObjectRef[Any]], max_batches: int | None
     ) -> dict[str, float] | Failed:
-        """The metrics, on held-out data, of the mean of a node's model and ``others``."""
+        """Evaluate the mean of a node's model and ``others`` on held-out data."""
         replica = self._host.replicas[node]
         try:
             return replica.evaluate(self._data.validation, max_batches, *self._mean(node, others))
@@ -70,7 +70,7 @@ class StateCalls:
 
     @ray.method(concurrency_group="compute")
     def model(self, node: NodeId, others: Sequence[ObjectRef[Any]]) -> tuple[str, bytes]:
-        """Digest and safetensors bytes of the mean of a node's model and ``others``."""
+        """Return digest and safetensors bytes of the mean of a node's model and ``others``."""
         replica = self._host.replicas[node]
         mean = self._mean(node, others)
         tensors = replica.model_tensors(*mean)
@@ -78,7 +78,7 @@ class StateCalls:
 
     @ray.method(concurrency_group="compute")
     def committed_model(self, node: NodeId) -> list[Any]:
-        """An acknowledgement, then parameters and buffers of a node's committed model, as bytes."""
+        """Return an acknowledgement, then parameters and buffers of a node's committed model, as bytes."""
         parameters, buffers = self._host.replicas[node].committed_model()
         return [True, (as_buffer(parameters.cpu()), as_buffer(buffers.cpu()))]
 
@@ -100,13 +100,13 @@ class StateCalls:
 
     @ray.method(concurrency_group="compute")
     def export(self, node: NodeId, everything: bool) -> list[Any]:  # noqa: FBT001 - a remote call's arguments
-        """A node's committed state, for a joiner or all of it: its size in bytes, then the state itself."""
+        """Export a node's committed state: its size in bytes, then the state itself."""
         export = export_state(self._host.replicas[node], everything=everything)
         return [export.nbytes, export]
 
     @ray.method(concurrency_group="compute")
     def keep(self, nodes: Sequence[NodeId], shared: NodeId | None, number: int) -> None:
-        """Keep all that ``nodes`` have committed, for a checkpoint; what was kept and not asked for is dropped."""
+        """Copy the committed state of ``nodes`` for a checkpoint; an earlier copy is dropped."""
         kept: dict[NodeId, StateExport] = {}
         with self._has_kept:
             self._kept = {}
@@ -120,7 +120,7 @@ class StateCalls:
 
     @ray.method(concurrency_group="state")
     def kept(self, node: NodeId, number: int) -> StateExport:
-        """Hand over what was kept of a node, while it trains."""
+        """Hand over a node's copied state while the node trains."""
         with self._has_kept:
             if not self._has_kept.wait_for(lambda: self._kept_number >= number, self._fetch_timeout_s):
                 raise TimeoutError

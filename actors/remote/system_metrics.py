@@ -1,4 +1,4 @@
-"""What a node's process uses of its machine: processor, memory, GPU memory."""
+"""System metrics of a node's process: processor, memory, GPU memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Usage:
         psutil.cpu_percent()
 
     def measure(self) -> dict[str, float]:
-        """By name, units in it; processor time in percent of one core. Never raises: what is not known is left out."""
+        """Return metrics by name, with units; processor time in percent of one core. Unknown ones are left out."""
         found: dict[str, float] = {}
         try:
             found["cpu_utilization_percentage"] = self._process.cpu_percent()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was sealed of rounds ``first``, ``first`` + 1, … (``Algorithm.sealed``)."""
+    """Sealed records of rounds ``first``, ``first`` + 1, … (``Algorithm.sealed``)."""
 
     first: int
     records: tuple[bytes, ...]
@@ -46,7 +46,7 @@ def catch_up(
         ProgramError: the records are not of this run.
     """
     replica.rollback()
-    nbytes, drawn = 0, replica.num_drawn
+    nbytes, drawn = 0, replica.data.num_drawn
     if replica.committed_round + 1 < transcript.first:
         data = base()
         if data is None:
@@ -57,13 +57,13 @@ def catch_up(
         if number > replica.committed_round:
             apply(replica, number, record)
             nbytes += len(record)
-    replica.num_drawn = drawn
-    replica.catch_up(max(replica.committed_round, transcript.first - 1), replica.committed_step, position)
+    replica.data.num_drawn = drawn
+    replica.catch_up(max(replica.committed_round, transcript.first - 1), replica.committed_progress.step, position)
     return nbytes
 
 
 def apply(replica: Replica, number: int, record: bytes) -> None:
-    """Do what round ``number`` did, and commit it."""
+    """Replay round ``number`` from its record, and commit it."""
     # Whoever was there is in the record, if it matters.
     replica.begin(number, View(0, ()), frozenset())
     replica.spec.algorithm.replay(replica, record)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over tensors sorted by name: name, dtype, shape, little-endian bytes."""
+    """Return the hex SHA-256 over tensors sorted by name: name, dtype, shape, little-endian bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(_header(name, tensor))
@@ -26,7 +26,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest_state(state: Mapping[str, State]) -> str:
-    """Hex SHA-256 over the leaves of a state tree sorted by path: tensors as above, the rest as canonical JSON."""
+    """Return the hex SHA-256 over a state tree's leaves sorted by path: tensors as bytes, others as canonical JSON."""
     digest = hashlib.sha256()
     for path, leaf in sorted(leaves(dict(state)), key=lambda item: item[0]):
         if isinstance(leaf, Tensor):

@@ -1,4 +1,4 @@
-"""The mean of several nodes' models: what a run without replicas is evaluated and saved as."""
+"""The mean of several nodes' models, with which a run without replicas is evaluated and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def mean_model(models: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Parameters, shape (P,), and floating-point buffers, shape (B,), added up in the order given, over their number.
+    """Return the mean of parameters, shape (P,), and of floating-point buffers, shape (B,), added in the order given.
 
     One model at a time is held besides the sum; a sum of float32 values is a float32.
     """

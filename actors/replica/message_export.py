@@ -1,4 +1,4 @@
-"""Messages that wait for their receivers, put together for a checkpoint and taken apart again."""
+"""Undelivered messages as one state export of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def packed(specs: Sequence[tuple[TensorSpec, ...]], data: Sequence[Buffer]) -> StateExport:
-    """Payloads, each with what it consists of, as one export."""
+    """Pack payloads and their specs into one export."""
     meta: dict[str, Any] = {
         "letters": [[_written(spec) for spec in one] for one in specs],
         "tensors": [{"dtype": "uint8", "shape": [one.nbytes]} for one in data],
@@ -25,7 +25,7 @@ def packed(specs: Sequence[tuple[TensorSpec, ...]], data: Sequence[Buffer]) -> S
 
 
 def unpacked(letters: StateExport) -> Iterator[tuple[tuple[TensorSpec, ...], Buffer]]:
-    """What ``packed`` was given, one by one."""
+    """Yield specs and bytes of each payload in a packed export."""
     for one, data in zip(letters.meta["letters"], letters.arrays, strict=True):
         yield tuple(_read(spec) for spec in one), data
 

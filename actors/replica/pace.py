@@ -1,4 +1,4 @@
-"""The pace: how far a step is along the run. Learning-rate schedules go by it, so that all nodes are at one place.
+"""The pace maps a node's steps to steps of the run, by which learning-rate schedules go on all nodes alike.
 
 Steps are counted as a node takes them that is in every round, and the run's rounds do the counting: who sits a round
 out, or joins late, is where the others are. With n steps in a round of the run, and k taken since it began,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Milestone(NamedTuple):
-    """Where a node is."""
+    """A node's place in the run."""
 
     round: int = 0
     """Of the run, as far as the node knows."""
@@ -55,7 +55,7 @@ class Pace:
 
     @property
     def planned_steps(self) -> float:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return self.rounds * self.steps
 
     def total_steps(self, schedule: Schedule) -> float:

@@ -1,4 +1,4 @@
-"""What all replicas of a run have in common, and how they are stopped."""
+"""Settings that all replicas of a run share, and the fence that stops them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from pydantic import BaseModel
 
-from starling.actors.training.shared_module import Slab, Workbench
+from starling.actors.training.shared_module import Workbench
+from starling.actors.training.slab import Slab
+from starling.algorithms.api import SERVER
 from starling.algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
     from starling.actors.tasks import Task
     from starling.actors.training.optimizers import OptimizerConfig
-    from starling.algorithms.api import Algorithm
+    from starling.algorithms.api import Algorithm, NodeId
 
 
 NOT_STARTED = -1
 """The round before the first."""
+
+
+def node_name(node: NodeId) -> str:
+    """Return a node's name in messages."""
+    return "server" if node == SERVER else f"node {node}"
 
 
 class NonFiniteLossError(StarlingError):
@@ -42,7 +49,7 @@ class Fence(Protocol):
 
 @dataclass(frozen=True)
 class ReplicaSpec:
-    """What all replicas of a run have in common."""
+    """Settings that all replicas of a run share."""
 
     algorithm: Algorithm
     task: Task
@@ -55,7 +62,7 @@ class ReplicaSpec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The same for nodes that can take over one another's state: SHA-256 of all of this."""
+        """SHA-256 of the settings: nodes with equal fingerprints can load one another's state."""
         parts = self.algorithm, self.task, self.optimizer, self.batch_size, self.seed, self.rounds, self.skip_nan
         parts += (self.min_batch,) if self.min_batch > 1 else ()
         plain = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in parts]
@@ -63,13 +70,13 @@ class ReplicaSpec:
 
     @property
     def samples_per_step(self) -> int:
-        """Of one optimizer step."""
+        """Samples of one optimizer step."""
         return self.batch_size * self.optimizer.accumulate
 
     def bench(self, device: torch.device) -> Workbench:
-        """A workbench for nodes of this run."""
+        """Return a workbench for nodes of this run."""
         return Workbench(self.task, self.optimizer, self.seed, device)
 
     def slab(self, device: torch.device, num_rows: int = 1) -> Slab:
-        """A workbench and the tensors of ``num_rows`` nodes of this run."""
+        """Return the tensors of ``num_rows`` nodes of this run, with a workbench."""
         return Slab(self.bench(device), num_rows, keeps_copy=not self.algorithm.steps_at_commit)

@@ -1,4 +1,4 @@
-"""Staged state: what a program assigns becomes current when its round commits, all of it or nothing."""
+"""Staged state: assignments of a program become current when its round commits, all of them or none."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class StagedState(MutableMapping[str, "State"]):
         self._staged, self._removed = {}, set()
 
     def committed(self) -> dict[str, State]:
-        """The committed values."""
+        """Return the committed values."""
         return {key: value for key, (value, _) in self._committed.items()}
 
     def replace(self, values: Mapping[str, State]) -> None:
@@ -134,7 +134,7 @@ class StagedState(MutableMapping[str, "State"]):
         self._committed = dict(other._committed)
 
     def leaves(self) -> dict[str, State]:
-        """What a reader sees, by path."""
+        """Return the visible leaves, committed and staged, by path."""
         return dict(leaves(dict(self)))
 
     def equals(self, other: StagedState) -> bool:
@@ -142,7 +142,7 @@ class StagedState(MutableMapping[str, "State"]):
         return same_bits(self.leaves(), other.leaves())
 
     def digest(self) -> str:
-        """Digest of what a reader sees: committed and staged."""
+        """Return the digest of the visible state, committed and staged."""
         return digest_state(dict(self))
 
 

@@ -1,4 +1,4 @@
-"""State transfer: what a donor has committed, as plain data, becomes the committed state of a joiner."""
+"""State transfer: a donor's committed state, as plain data, becomes the committed state of a joiner."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from starling.actors.data import Place, Position
-from starling.actors.replica.learner import is_finite
 from starling.actors.replica.pace import Milestone
-from starling.actors.replica.spec import NOT_STARTED, NonFiniteLossError
+from starling.actors.replica.spec import NOT_STARTED, NonFiniteLossError, node_name
 from starling.actors.wire.buffers import as_buffer, as_tensor
-from starling.algorithms.api import SERVER
+from starling.actors.wire.finite import is_finite
 from starling.algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StateExport:
-    """A node's committed state: what another may have of it, or all of it for whoever takes its place.
+    """A node's committed state, for a joiner, or all of it for the node's successor.
 
     Views of the donor's memory where it is on the CPU: to be sent or loaded before the donor's next commit.
     """
@@ -41,12 +40,12 @@ class StateExport:
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays."""
+        """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays)
 
 
 def export_state(replica: Replica, *, everything: bool = False, shared: bool = True) -> StateExport:
-    """What ``load_state`` needs, also while a round is open.
+    """Export a replica's committed state for ``load_state``, also while a round is open.
 
     Args:
         replica: the donor.
@@ -54,34 +53,34 @@ def export_state(replica: Replica, *, everything: bool = False, shared: bool = T
             the optimizer's state only if ``optimizer.on_join`` says that a joiner has the donor's.
         shared: with the shared state; else it is to be had of another (``with_shared``).
     """
-    tensors = replica.committed_tensors()
+    tensors, progress = replica.committed_tensors(), replica.committed_progress
     leaves = [tensors.parameters, tensors.buffers, *tensors.counters]
     with_optimizer = everything or replica.spec.optimizer.on_join == "donor"
     meta: dict[str, Any] = {
         "run": replica.spec.fingerprint,
         "round": replica.committed_round,
-        "step": replica.committed_step,
-        "milestone": list(replica.committed_milestone),
+        "step": progress.step,
+        "milestone": list(progress.milestone),
         "counters": len(tensors.counters),
         "shared": _pack(replica.shared.committed(), leaves) if shared else None,
         "local": _pack(replica.local.committed(), leaves) if everything else None,
         "optimizer": _pack(replica.optimizer.state(), leaves) if with_optimizer else None,
-        "position": list(replica.committed_position) if everything else None,
-        "extras": [list(one) for one in replica.extras] if everything else [],
-        "num_void": replica.num_drawn if everything and replica.staged_round is None else 0,
+        "position": list(progress.position) if everything else None,
+        "extras": [list(one) for one in replica.data.extras] if everything else [],
+        "num_void": replica.data.num_drawn if everything and replica.staged_round is None else 0,
     }
     meta["tensors"] = [{"dtype": str(leaf.dtype).removeprefix("torch."), "shape": list(leaf.shape)} for leaf in leaves]
     return StateExport(meta, [as_buffer(leaf.detach().cpu().contiguous()) for leaf in leaves])
 
 
 def snapshot(replica: Replica, *, shared: bool = True) -> StateExport:
-    """All that a node has committed, for a checkpoint: who goes on with it is the same incarnation.
+    """Copy everything that a node has committed, incarnation included, for a checkpoint.
 
     It stays as it is, whatever the node does.
     """
     export = export_state(replica, everything=True, shared=shared)
     if not is_finite(replica.committed_tensors().parameters):
-        name, number = "server" if replica.id == SERVER else f"node {replica.id}", replica.committed_round
+        name, number = node_name(replica.id), replica.committed_round
         raise NonFiniteLossError(f"{name}, round {number}: its parameters are not finite, and are not saved")
     # What is in the trees is replaced and not written to, and of the optimizer's state it has a copy already.
     own = export.meta["counters"] + 2
@@ -90,12 +89,12 @@ def snapshot(replica: Replica, *, shared: bool = True) -> StateExport:
 
 
 def copied(export: StateExport) -> StateExport:
-    """The same in memory of its own."""
+    """Copy an export into memory of its own."""
     return StateExport(export.meta, [array.copy() for array in export.arrays])
 
 
 def with_shared(export: StateExport, donor: StateExport) -> StateExport:
-    """``export`` with the shared state of ``donor``, which was the same when both were made."""
+    """Return ``export`` with the shared state of ``donor``; both were made at one commit."""
     if export.meta["shared"] is not None:
         return export
     forms, arrays = list(export.meta["tensors"]), list(export.arrays)
@@ -118,7 +117,7 @@ def with_shared(export: StateExport, donor: StateExport) -> StateExport:
 
 
 def donor_among(saved: Mapping[NodeId, StateExport]) -> StateExport:
-    """Whoever's export has the latest shared state, also for those that have none."""
+    """Return the export with the latest shared state."""
     # Of a node that had been away at the last commit it is older.
     return max((one for one in saved.values() if one.meta["shared"] is not None), key=lambda one: one.meta["round"])
 
@@ -162,14 +161,14 @@ def load_state(replica: Replica, export: StateExport, position: Position | None 
     if meta["position"] is not None:
         position = Position(*meta["position"])
         if meta["extras"]:
-            replica.plan(Place.of(meta["extras"], position))
+            replica.replan(Place.of(meta["extras"], position))
     replica.incarnation = meta.get("incarnation", replica.incarnation)
     replica.catch_up(meta["round"], meta["step"], position, Milestone(*meta.get("milestone", (0, 0))))
-    replica.num_drawn += meta["num_void"]
+    replica.data.num_drawn += meta["num_void"]
 
 
 def _pack(state: State, leaves: list[Tensor]) -> dict[str, Any]:
-    """A state tree as JSON; its tensors are numbered, and put behind ``leaves``."""
+    """Return a state tree as JSON; its tensors are numbered, and appended to ``leaves``."""
     if isinstance(state, Tensor):
         leaves.append(state)
         return {"tensor": len(leaves) - 1}
@@ -194,5 +193,5 @@ def _unpack(packed: dict[str, Any], leaves: list[Tensor], device: torch.device) 
 
 
 def _read(form: dict[str, Any], array: NDArray[np.uint8]) -> Tensor:
-    """An array as the tensor it was; not to be written to."""
+    """View an array as the tensor that it was; not to be written to."""
     return as_tensor(array).view(getattr(torch, form["dtype"])).reshape(form["shape"])

@@ -29,7 +29,7 @@ class Metric(Part, family="metric", catalog="starling.actors.tasks.metrics"):
 
     @property
     def label(self) -> str:
-        """Under which it is reported."""
+        """Name under which the metric is reported."""
         return type(self).part_name or type(self).__name__.lower()
 
 
@@ -67,7 +67,7 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
         return None if samples.owners is None else Subset(samples, (samples.owners == node).nonzero().flatten())
 
     def reading(self) -> dict[str, str]:
-        """What is read of the data, and what is left out, as text by heading; default: nothing to say."""
+        """Describe the data that are read or left out, as text by heading; default: nothing."""
         return {}
 
     @abstractmethod
@@ -99,14 +99,14 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
         return {"loss": self.loss(module, batch)}
 
     def predictions(self, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
-        """What ``extra_metrics`` are worked out from: outputs, shape (r, …), and targets, shape (r,), row by row.
+        """Return what ``extra_metrics`` compare: outputs, shape (r, …), and targets, shape (r,), row by row.
 
         Of a classifier, logits and labels. Default ``None``: the task offers none.
         """
         del module, batch
 
     def evaluation_batch_size(self, batch_size: int) -> int:
-        """How many held-out samples are looked at at once, if a training batch has ``batch_size``; default: ≥ 256."""
+        """Return the size of evaluation batches, given that of training batches; default: ≥ 256."""
         return max(batch_size, _MIN_EVALUATION_BATCH)
 
     def export(self, module: nn.Module, folder: Path) -> bool:
@@ -119,6 +119,6 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
         return means
 
     def baselines(self, num_nodes: int) -> dict[str, float]:
-        """What the validation loss should be compared with, by name: a known optimum, an entropy. May be empty."""
+        """Return reference values of the validation loss by name: a known optimum, an entropy. May be empty."""
         del num_nodes
         return {}

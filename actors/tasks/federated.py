@@ -26,7 +26,7 @@ _STRIDE = 2**40
 
 
 class FederatedSamples:
-    """The samples of all nodes, of which a process opens those that it is asked for.
+    """Federated samples of all nodes; a process opens a node's samples when it needs them.
 
     Args:
         task: gives a node's samples.
@@ -45,13 +45,13 @@ class FederatedSamples:
 
     @property
     def runs(self) -> Ranges | None:
-        """Of the nodes that were opened: their blocks, if samples come in blocks."""
+        """Blocks of the opened nodes' samples, if samples come in blocks."""
         pairs = [pair for node in sorted(self._opened) for pair in self._runs(node)]
         return Ranges(pairs) if pairs else None
 
     @property
     def window(self) -> int:
-        """How many blocks are kept in memory."""
+        """Number of blocks kept in memory."""
         return max((getattr(samples, "window", 1) for samples in self._opened.values()), default=1)
 
     @property
@@ -74,13 +74,13 @@ class FederatedSamples:
 
     @property
     def labels(self) -> Tensor | None:
-        """Of all nodes' samples, in the order of the nodes; ``None`` if they have none."""
+        """Labels of all nodes' samples, in the order of the nodes; ``None`` if they have none."""
         labels = [getattr(self.of(node), "labels", None) for node in range(self._num_nodes)]
         known = [one for one in labels if one is not None]
         return torch.cat(known) if len(known) == self._num_nodes else None
 
     def __len__(self) -> int:
-        """Of all nodes; opens all of them."""
+        """Number of samples of all nodes; opens all of them."""
         return sum(len(self.of(node)) for node in range(self._num_nodes))
 
     def of(self, node: int) -> Samples:
@@ -110,7 +110,7 @@ class FederatedSamples:
         return Ranges(runs) if runs else node * _STRIDE + torch.arange(len(self.of(node)))
 
     def where(self, index: int) -> str | None:
-        """Where a sample is from, if that is known."""
+        """Return the origin of a sample; ``None`` if it is unknown."""
         where = getattr(self.of(index // _STRIDE), "where", None)
         return None if where is None else where(index % _STRIDE)
 

@@ -1,4 +1,4 @@
-"""What the tasks on Hugging Face models have in common: loading, LoRA, tokenizers, and the form that they are saved in.
+"""Common parts of tasks on Hugging Face models: loading, LoRA, tokenizers, and the saved form.
 
 Needs the optional extra: ``pip install '.[hf]'``. A model is a folder, or a name on the hub, which is then in the cache
 of Hugging Face, or is fetched. Everything is imported when a task is used: ``starling tasks`` needs none of it.

@@ -206,7 +206,7 @@ class ImageFolder:
         return contents.of_files(self._listing.filesystem, self._paths)
 
     def column(self, name: str) -> NDArray[Any] | None:
-        """Of ``folder``: the path of the folder that each image lies in."""
+        """Return column ``folder``: the path of each image's folder."""
         return np.array([path.rpartition("/")[0] for path in self._paths]) if name == "folder" else None
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
@@ -225,7 +225,7 @@ class ImageFolder:
         return images, self.labels[indices]
 
     def present(self, indices: Tensor) -> Tensor:
-        """Those that can be read; all of them unless bad ones are skipped."""
+        """Return the indices of images that can be read; all of them unless bad ones are skipped."""
         if self._task.on_bad_image == "stop":
             return indices
         return indices[torch.tensor([self._is_good(place) for place in indices.tolist()], dtype=torch.bool)]

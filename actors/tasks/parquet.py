@@ -145,7 +145,7 @@ class Parquet(Task, name="parquet"):
         return samples
 
     def _check_schema(self, key: str, path: str) -> None:
-        """What is needed of a file is there, of the types that the others have."""
+        """Check that a file has the needed columns, in the types of the other files."""
         schema = open_row_groups(key, path)[0]
         common = open_row_groups(key, self._common())[0]
         for name in (*_feature_columns(self._common(), self.label, self.features), self.label):

@@ -1,4 +1,4 @@
-"""What tasks that predict a class or a number from inputs have in common: losses and metrics."""
+"""Losses and metrics of tasks that predict a class or a number."""
 
 from __future__ import annotations
 

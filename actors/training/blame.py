@@ -17,7 +17,7 @@ _TOO_SMALL = ("Expected more than 1 value per channel", "Expected more than 1 sp
 
 
 def non_finite(samples: Samples, indices: Tensor) -> str | None:
-    """Which of the samples at ``indices`` is not finite, and where it is from; ``None``: all are."""
+    """Name the first sample at ``indices`` that is not finite, and its origin; ``None`` if all are finite."""
     for index in indices.tolist():
         found = non_finite_of(samples.batch(indices.new_tensor([index])))
         if found is not None:
@@ -28,7 +28,7 @@ def non_finite(samples: Samples, indices: Tensor) -> str | None:
 
 
 def non_finite_of(tensors: Sequence[Tensor]) -> str | None:
-    """The first value that is not finite: of which tensor, and where; ``None``: all are."""
+    """Name the first value that is not finite, with its tensor and place; ``None`` if all are finite."""
     for number, tensor in enumerate(tensors):
         if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all()):
             continue

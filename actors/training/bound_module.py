@@ -1,4 +1,4 @@
-"""A module bound to flat tensors, and what becomes of it while a user's code has it.
+"""A module bound to flat tensors, and repaired after a user's code has had it.
 
 A plain training loop and a model's code share one set of tensors, and code relies on that: it puts new values in place
 of old ones (``self.running = …``, ``weight.data = …``), leaves layers in evaluation mode, swaps parameters. Here the
@@ -26,7 +26,7 @@ _LOOKED_AT = 256
 
 @dataclass(frozen=True)
 class FlatRange:
-    """Where a flat tensor holds one of its parts."""
+    """The range of a flat tensor that holds one tensor."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -65,7 +65,7 @@ class BoundModule:
     # --- binding -----------------------------------------------------------------------------------------------------
 
     def bind(self, views: Sequence[Tensor]) -> None:
-        """Make the parameters views of somebody's."""
+        """Bind the parameters to views of a node's tensor."""
         for parameter, view in zip(self.parameters, views, strict=True):
             parameter.data = view
         self._views = list(views)
@@ -74,7 +74,7 @@ class BoundModule:
         torch.autograd.graph.increment_version(self.parameters)
 
     def bind_buffers(self, flat: Tensor, counters: Sequence[Tensor]) -> None:
-        """Make the buffers somebody's: the floating-point ones parts of ``flat``, the others ``counters``."""
+        """Bind the floating-point buffers to parts of ``flat``, and the others to ``counters``."""
         self._buffers = [*(place.of(flat) for place in self.buffer_places), *counters]
         for slot, tensor in zip((*self.floating, *self.counting), self._buffers, strict=True):
             if not slot.is_loose:
@@ -90,7 +90,7 @@ class BoundModule:
     # --- after a user's code ran -------------------------------------------------------------------------------------
 
     def take_back(self, method: str) -> None:
-        """Copy what was put in place of the bound tensors into them.
+        """Copy tensors that replaced bound ones into the bound ones, and bind these again.
 
         Args:
             method: of the task, for messages.
@@ -129,7 +129,7 @@ class BoundModule:
             slot.tensor = own
 
     def drop(self) -> None:
-        """Bind again what is bound, whatever was put in its place."""
+        """Bind the bound tensors again, and drop what replaced them."""
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.data = view
         for slot, own in zip((*self.floating, *self.counting), self._buffers, strict=True):
@@ -137,7 +137,7 @@ class BoundModule:
                 slot.tensor = own
 
     def check(self, method: str) -> None:
-        """Look at what is not bound.
+        """Check the unbound state of the module.
 
         Raises:
             ProgramError: a parameter was replaced, added or unfrozen, the values of a frozen one changed, or the
@@ -186,7 +186,7 @@ class _BufferSlot:
 
     @property
     def given(self) -> object:
-        """What is there."""
+        """The value in the slot."""
         return self._buffers.get(self._attribute)
 
     @property

@@ -1,4 +1,4 @@
-"""The optimizer of one node: torch's, or its update on flat tensors."""
+"""A node's optimizer: an object of torch's, or its update on flat tensors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NodeOptimizer:
         self.moments, self.is_one_by_one = {}, True
 
     def aged(self, steps: int, moments: dict[str, Tensor]) -> None:
-        """Take over what ``steps`` more steps have made of the moments."""
+        """Count ``steps`` more steps, and copy the moments that they left."""
         self.age += steps
         for name, moment in moments.items():
             if name in self.moments:
@@ -77,11 +77,11 @@ class NodeOptimizer:
                 self.moments[name] = moment.clone()
 
     def reset(self) -> None:
-        """Forget all: the next step is the first."""
+        """Reset the optimizer: the next step is its first."""
         self._object, self.moments, self.age, self.is_one_by_one = None, {}, 0, False
 
     def state(self) -> State:
-        """A copy of what it remembers, for ``load``.
+        """Return a copy of the optimizer's state, for ``load``.
 
         Raises:
             ProgramError: it remembers something that is no tensor, number or text.
@@ -92,7 +92,7 @@ class NodeOptimizer:
         return {"age": self.age, "moments": moments, "object": kept} | apart
 
     def load(self, state: State) -> None:
-        """Remember what another, or this one at another time, gave as ``state``."""
+        """Load the state of another optimizer, or of this one at another time."""
         kept = cast("dict[str, Any]", state)
         self.age = kept["age"]
         self.moments = {name: moment.clone() for name, moment in kept["moments"].items()}

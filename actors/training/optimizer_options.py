@@ -141,7 +141,7 @@ def _as_number(value: Any) -> Any:  # noqa: ANN401 - as above
 
 
 def _in_words(annotation: Any) -> str:  # noqa: ANN401 - a type
-    """What is wanted, for people.
+    """Describe the accepted values in words.
 
     >>> _in_words(bool | None), _in_words(tuple[float, float])
     ('true or false, or null', 'a list of 2 numbers')

@@ -1,4 +1,4 @@
-"""What an optimizer of torch's kind remembers, as a state tree: to be kept, sent, and put back."""
+"""The state of a torch optimizer as a state tree that can be kept, sent and loaded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def unpack(optimizer: Optimizer, state: State) -> None:
 
 
 def taken_apart(state: State, layout: Layout) -> State:
-    """What ``packed`` gave of an optimizer of one flat parameter, for one of the parameters of ``layout``."""
+    """Split the packed state of an optimizer of one flat parameter into the parameters of ``layout``."""
     kept = cast("dict[str, Any]", state)
     flat: dict[str, Any] = kept["state"].get("0", {})
     return {

@@ -64,7 +64,7 @@ def perturbing(flat: Tensor, layout: Layout, point: Perturbed) -> Iterator[None]
 
 
 class _Parameters:
-    """Which memory is whose."""
+    """The owners of parameter memory."""
 
     def __init__(self, flat: Tensor, layout: Layout) -> None:
         self.flat = flat
@@ -79,11 +79,11 @@ class _Parameters:
         return self._low <= value.data_ptr() < self._high
 
     def first(self, view: Tensor) -> int:
-        """Where its first value is."""
+        """Place of the parameter's first value."""
         return (view.data_ptr() - self._low) // self.flat.itemsize
 
     def refuse(self, place: int, what: str) -> ProgramError:
-        """What to raise of an operation on the parameter that has value ``place``."""
+        """Return the error for an operation on the parameter that has value ``place``."""
         name = next((one.name for one in self._layout.entries if one.start <= place < one.stop), "?")
         layer = name.rpartition(".")[0] or "the model itself"
         message = f"parameter {name} of layer {layer} is {what}, and cannot be perturbed as it is used; {_INSTEAD}"

@@ -27,7 +27,7 @@ def check(bench: Workbench) -> None:
 
 
 def _reason(name: str, layer: nn.Module) -> str | None:
-    """What about a layer makes a loss depend on more than parameters and samples."""
+    """Return why a layer makes the loss depend on more than parameters and samples; ``None`` if it does not."""
     where = f"layer {name or type(layer).__name__}"
     drops = layer.p if isinstance(layer, nn.modules.dropout._DropoutNd) else 0.0  # noqa: SLF001 - all dropouts' base
     for attribute in _DROPOUTS:

@@ -1,4 +1,4 @@
-"""The workbench: the module of all nodes of one form in one process, and what is computed with it.
+"""The workbench computes losses and gradients with the one module that the nodes of a process share.
 
 A node owns flat tensors and nothing else of a model. The module, which is hundreds of Python objects, is there once;
 the nodes of a process take turns at it: attaching one makes the module's parameters and buffers views into its tensors.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,8 @@ from starling.actors.tasks import Task, answers
 from starling.actors.training import blame, optimizers, perturbed_forward
 from starling.actors.training.bound_module import BoundModule, buffer_slots, consecutive
 from starling.actors.training.flat_gradient import FlatGradient
-from starling.actors.training.module_init import compile_in_place, give_back_memory, initial_module
+from starling.actors.training.module_init import compile_in_place, initial_module
+from starling.actors.training.slab import ModelTensors, aligned
 from starling.actors.training.updates import update_of
 from starling.algorithms.errors import DataError, ProgramError, SettingsError
 from starling.algorithms.layout import Layout, LayoutEntry
@@ -38,31 +38,14 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Dtype of the master weights by ``optimizer.precision``; bf16 is autocast over fp32 master weights."""
 
-_ALIGNMENT = 64
-"""Bytes, as torch allocates on the CPU."""
-
 _MAX_KEPT_VIEWS = 16
 """To make views anew takes longer than to attach them; each is some 400 bytes, for every node."""
 
 _NO_CONTEXT = contextlib.nullcontext()
 
 
-@dataclass(frozen=True, eq=False)
-class ModelTensors:
-    """A node's own values of a model."""
-
-    parameters: Tensor
-    """Flat and contiguous, shape (P,)."""
-    buffers: Tensor
-    """Floating-point buffers, flat, shape (B,)."""
-    counters: list[Tensor]
-    """Buffers that are not floating-point: how many batches a batch norm has seen, say."""
-    views: list[Tensor] = field(default_factory=list)
-    """The parameters one by one, once the node has been attached, if they are few."""
-
-
 class Workbench:
-    """One module, its gradient and its loss; see the module's docstring."""
+    """Binds the shared module to one node's tensors at a time, and computes with it."""
 
     def __init__(self, task: Task, config: OptimizerConfig, seed: int, device: torch.device) -> None:
         self.task = task
@@ -208,11 +191,11 @@ class Workbench:
     # --- the loss and its gradient -----------------------------------------------------------------------------------
 
     def to_device(self, batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """Samples as the module takes them."""
+        """Move samples to the device, in the module's dtype."""
         return tuple(one.to(self.device, self.dtype if one.is_floating_point() else one.dtype) for one in batch)
 
     def drawn(self, samples: Samples, indices: Tensor) -> tuple[Tensor, ...]:
-        """The samples at ``indices`` as the module takes them.
+        """Load the samples at ``indices`` as the module takes them.
 
         Raises:
             ProgramError: the task's samples give no tensors with a row for each.
@@ -220,11 +203,11 @@ class Workbench:
         return self.to_device(answers.batch(self.task, samples.batch(indices), len(indices)))
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """The task's mean loss of whoever is attached, to be differentiated."""
+        """Compute the task's mean loss of the attached node, to be differentiated."""
         return self._loss(self.module, batch)
 
     def loss_of_module(self, module: nn.Module, batch: DataBatch) -> Tensor:
-        """The same of a module that a rule has made of this one."""
+        """Compute the task's mean loss of a module that a rule has made of the shared one."""
         return self._loss(module, batch.tensors)
 
     def _loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -314,7 +297,7 @@ class Workbench:
 
     @property
     def absent(self) -> frozenset[int]:
-        """Which parameters have no gradient, by their place in ``Layout.entries``."""
+        """Parameters without a gradient, by their place in ``Layout.entries``."""
         return frozenset() if self._gradient is None else self._gradient.absent
 
     def no_gradient(self) -> None:
@@ -346,7 +329,7 @@ class Workbench:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, samples: Samples, batch_size: int, max_batches: int | None) -> dict[str, float]:
-        """The task's metrics of whoever is attached, in batches of the size that the task chooses."""
+        """Evaluate the attached node, in batches of the size that the task chooses."""
         size = answers.evaluation_batch_size(self.task, self.task.evaluation_batch_size(batch_size))
         present = getattr(samples, "present", None)
         self.mode(training=False)
@@ -398,93 +381,8 @@ class Workbench:
         return _NO_CONTEXT
 
 
-class Slab:
-    """The tensors of several nodes as rows, so that many are copied in one call; current and committed ones.
-
-    Args:
-        bench: whose module they are for.
-        num_rows: how many nodes.
-        keeps_copy: of the committed parameters; without one they are the current ones, which no round may write to.
-    """
-
-    def __init__(self, bench: Workbench, num_rows: int = 1, *, keeps_copy: bool = True) -> None:
-        self.bench = bench
-        layout = bench.layout
-        self._parameters = _rows(num_rows, layout.num_values, bench)
-        self._buffers = _rows(num_rows, layout.num_buffer_values, bench)
-        counters = bench.initialize(
-            self._parameters[0, : layout.num_values], self._buffers[0, : layout.num_buffer_values]
-        )
-        for rows in (self._parameters, self._buffers):
-            rows[1:] = rows[0]
-        self.current = [
-            # .data: else all rows would share one version counter, and autograd would take a write to one node's
-            # parameters for a write to all of them.
-            ModelTensors(
-                self._parameters[row, : layout.num_values].data,
-                self._buffers[row, : layout.num_buffer_values].data,
-                [counter.clone() for counter in counters],
-            )
-            for row in range(num_rows)
-        ]
-        # Before the copy below: what the module was built with is freed.
-        bench.attach(self.current[0])
-        give_back_memory()
-        self._keeps_copy = keeps_copy
-        self._committed_parameters = self._parameters.clone() if keeps_copy else self._parameters
-        self._committed_buffers = self._buffers.clone()
-        self._committed_counters = [[counter.clone() for counter in one.counters] for one in self.current]
-        self._layout = layout
-
-    def stacked(self, start: int, stop: int) -> Tensor:
-        """The current parameters of a range of rows, shape (stop - start, P); to be read and written."""
-        return self._parameters[start:stop, : self._layout.num_values]
-
-    def committed(self, row: int) -> ModelTensors:
-        """A row's committed tensors; not to be written to."""
-        parameters = self._committed_parameters[row, : self._layout.num_values].data
-        buffers = self._committed_buffers[row, : self._layout.num_buffer_values].data
-        return ModelTensors(parameters, buffers, self._committed_counters[row])
-
-    def commit(self, start: int, stop: int) -> None:
-        """Make the current values of a range of rows the committed ones."""
-        if self._keeps_copy:
-            self._committed_parameters[start:stop] = self._parameters[start:stop]
-        if self._layout.num_buffer_values:
-            self._committed_buffers[start:stop] = self._buffers[start:stop]
-        if not self._committed_counters[start]:
-            return
-        for row in range(start, stop):
-            for committed, counter in zip(self._committed_counters[row], self.current[row].counters, strict=True):
-                committed.copy_(counter)
-
-    def restore(self, row: int) -> None:
-        """Go back to the committed values."""
-        committed, current = self.committed(row), self.current[row]
-        if self._keeps_copy:
-            current.parameters.copy_(committed.parameters)
-        current.buffers.copy_(committed.buffers)
-        for counter, value in zip(current.counters, committed.counters, strict=True):
-            counter.copy_(value)
-
-
 def _with_a_dimension(batches: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return [tuple(one.unsqueeze(0) for one in batch) for batch in batches]
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it that begins where torch would have a tensor begin.
-
-    The bits of a matrix product may depend on that, and what a node received, or cut out of something larger, begins
-    elsewhere in a simulation than on a cluster.
-    """
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def _rows(num_rows: int, width: int, bench: Workbench) -> Tensor:
-    """Memory for rows, each of which begins where torch would have a tensor begin; see ``aligned``."""
-    unit = _ALIGNMENT // bench.dtype.itemsize
-    return torch.empty(num_rows, -(-width // unit) * unit, dtype=bench.dtype, device=bench.device)
 
 
 def layout_of(module: nn.Module, dtype: torch.dtype) -> Layout:

@@ -1,1 +1,1 @@
-"""What travels between nodes: buffers and tickets."""
+"""Encodings of everything that nodes exchange: buffers and tickets."""

@@ -47,7 +47,7 @@ class MixingMatrix:
 
 
 class Mixtures:
-    """What the nodes of a neighbour gather will mix: what they contributed, as far as they do not change it."""
+    """Mixed values of all nodes of a neighbour gather, computed at once for contributions that nobody has changed."""
 
     def __init__(self, rows: MixingMatrix, own: Mapping[NodeId, Payload], stacked: Mapping[str, torch.Tensor]) -> None:
         self._rows = rows
@@ -58,9 +58,9 @@ class Mixtures:
     def of(
         self, node: NodeId, received: Mapping[NodeId, Payload]
     ) -> Callable[[object, torch.Tensor, str | None], torch.Tensor | None]:
-        """What ``Inbox.mix`` gives, for the payloads that ``node`` received and what it contributed itself.
+        """Return a function that gives the result of ``Inbox.mix`` for ``node``.
 
-        For others, ``None``: to be worked out there.
+        It gives ``None`` for payloads other than ``received``, and for values other than the node's contribution.
         """
         remaining = self._own[node]
 

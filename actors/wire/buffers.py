@@ -161,7 +161,7 @@ def _flat(value: Tensor | float) -> Tensor:
 
 
 class Cuts:
-    """How the tensors of one exchange are cut into parts; a pure function of its arguments."""
+    """Cuts of an exchange's tensors into parts; a pure function of its arguments."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], codec: Codec, result_codec: Codec, num_parts: int) -> None:
         self.specs = specs
@@ -301,7 +301,7 @@ def unpack(specs: tuple[TensorSpec, ...], buffer: Buffer, device: torch.device) 
 
 
 class StackedPayloads(Mapping[Any, "Payload"]):
-    """Payloads of one form, by whose they are: rows of one tensor for each name, made when they are asked for."""
+    """Payloads of one form by owner: rows of one tensor for each name, made when they are asked for."""
 
     def __init__(self, owners: Iterable[Any], stacked: Mapping[str, Tensor], *, bare: bool) -> None:
         self._places = {owner: row for row, owner in enumerate(owners)}
@@ -403,7 +403,7 @@ def payload_nbytes(specs: tuple[TensorSpec, ...]) -> int:
 
 @dataclass(frozen=True)
 class Signature:
-    """What all members' operations at one sequence number must agree on."""
+    """Properties on which all members' operations at one sequence number must agree."""
 
     operation: str
     parts: str

@@ -1,7 +1,8 @@
-"""What must not reach other nodes: values that are not finite, and values so large that their sum is not."""
+"""Checks that keep values from other nodes that are not finite, or whose sum is not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +36,12 @@ def trouble(payload: Any, num_members: int, *, weight: float = 1.0, least: int =
             if found is not None:
                 return f"{name!r} {found}" if name else found
     return None
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite."""
+    # The sum is one pass, and finite only if all values are; that it is not may be its own overflow.
+    return math.isfinite(values.sum()) or bool(values.isfinite().all())
 
 
 def _trouble(tensor: Tensor, factor: float) -> str | None:

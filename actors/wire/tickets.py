@@ -1,4 +1,4 @@
-"""Tickets: what a node's program did last, told to whoever drives it.
+"""Tickets report the latest operation of a node's program to the runtime that drives it.
 
 Those of every round are named tuples: a thousand nodes make thousands in each, at a fifth of a frozen dataclass's cost.
 """

@@ -2,4 +2,4 @@
 
 from starling.algorithms.rules.base import BatchSampler, DataBatch, GradientFunction, LocalProblem, Rule
 
-__all__ = ["DataBatch", "GradientFunction", "LocalProblem", "Rule", "Sampler"]
+__all__ = ["BatchSampler", "DataBatch", "GradientFunction", "LocalProblem", "Rule"]

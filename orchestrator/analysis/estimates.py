@@ -26,7 +26,7 @@ from starling.orchestrator.units import bytes_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from starling.actors.replica.replica import ReplicaSpec
+    from starling.actors.replica.spec import ReplicaSpec
     from starling.actors.tasks import Samples
     from starling.algorithms.api import Layout
     from starling.orchestrator.config.schema import Config

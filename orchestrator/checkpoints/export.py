@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from starling.actors.replica.digest import digest_tensors
 from starling.actors.replica.mean_model import mean_model
+from starling.actors.replica.node_data import DataSource
 from starling.actors.replica.replica import Replica
 from starling.actors.replica.state_transfer import donor_among, load_state, with_shared
 from starling.actors.tasks import Task, TensorSamples
@@ -141,7 +142,7 @@ def model_of(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Tensor],
         task=config.task.model_copy(update={"init_from": None}),
         optimizer=config.optimizer.model_copy(update={"compile": False}),
     )
-    replica = Replica(SERVER, spec, TensorSamples(torch.empty(0)), torch.empty(0, dtype=torch.int64))
+    replica = Replica(SERVER, spec, DataSource(TensorSamples(torch.empty(0)), torch.empty(0, dtype=torch.int64)))
     as_own = {"run": spec.fingerprint, "optimizer": None, "position": None}
 
     def put(node: NodeId) -> None:

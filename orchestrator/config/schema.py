@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from starling.actors.data import DataConfig
-from starling.actors.replica.replica import ReplicaSpec
+from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
 from starling.algorithms.aggregators import Aggregator

@@ -46,8 +46,8 @@ def test_steps_are_those_of_the_concatenated_batch(optimizer: dict[str, Any]):
     task, nodes = Toy(), 4
     ran = run(nodes=nodes, rounds=6, optimizer=optimizer | {"precision": "fp64"})
     together = replica(task=task, precision="fp64")
-    module: Any = together._module
-    samplers = [replica(node, task=task, num_nodes=nodes)._own_data("test") for node in range(nodes)]
+    module: Any = together.trainer.module
+    samplers = [replica(node, task=task, num_nodes=nodes).data.own("test") for node in range(nodes)]
     samples = task.train_samples(nodes)
     kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
     inner = kinds[optimizer["name"]](module.parameters(), lr=optimizer["lr"])
@@ -67,7 +67,7 @@ def test_alone_it_is_plain_training_with_its_schedule():
     ran = run(nodes=1, rounds=5, inner_steps=4, optimizer=optimizer)
     alone = replica(name="adamw", lr=0.01, batch_size=4, algorithm=ran.config.algorithm, rounds=5, **optimizer)
     begin(alone)
-    alone.train(Train(steps=20), threading.Event())
+    alone.trainer.train(Train(steps=20), threading.Event())
     assert torch.equal(ran.parameters, alone.parameters)
 
 
@@ -136,7 +136,7 @@ def test_what_a_codec_leaves_out_is_what_is_left():
     begin(again)
     total = torch.zeros_like(again.parameters)
     for point in points:
-        total += again.gradient(Gradient(at=point)).gradient
+        total += again.trainer.gradient(Gradient(at=point)).gradient
     residual = fed.replicas[0].local["residual"]
     assert isinstance(residual, Tensor)
     torch.testing.assert_close(fed.parameters, points[0] - 0.5 * (total - residual), rtol=1e-5, atol=1e-6)

@@ -42,7 +42,7 @@ def trained(one: Replica, start: Tensor, number: int, nodes: int, steps: int) ->
     """A node's parameters after its inner steps."""
     one.parameters.copy_(start)
     begin(one, number, tuple(range(nodes)))
-    one.train(Train(steps=steps), threading.Event())
+    one.trainer.train(Train(steps=steps), threading.Event())
     return one.parameters
 
 
@@ -75,8 +75,8 @@ def test_d2_one_inner_step_is_descent_on_the_concatenated_batch():
         task, nodes=nodes, rounds=6, steps=1, outer=AVERAGING, batch=4, optimizer={"lr": rate, "precision": "fp64"}
     )
     together = replica(task=task, precision="fp64")
-    module: Any = together._module
-    samplers = [replica(node, task=task, num_nodes=nodes)._own_data("test") for node in range(nodes)]
+    module: Any = together.trainer.module
+    samplers = [replica(node, task=task, num_nodes=nodes).data.own("test") for node in range(nodes)]
     samples = task.train_samples(nodes)
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     for _ in range(6):

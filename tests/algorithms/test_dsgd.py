@@ -101,7 +101,7 @@ def test_buffers_are_mixed_and_optimizers_are_not(order: Literal["atc", "cta"]):
         before = [{name: getattr(node, name).clone() for name in ("parameters", "buffers")} for node in replicas]
         for node in replicas:
             begin(node, number, tuple(range(nodes)))
-            node.train(Train(steps=2), threading.Event())
+            node.trainer.train(Train(steps=2), threading.Event())
         for name in ("parameters", "buffers"):
             after = torch.stack([getattr(node, name) for node in replicas])
             start = torch.stack([values[name] for values in before])

@@ -45,7 +45,7 @@ def reference(nodes: int, rounds: int, outer: dict[str, Any]) -> list[Tensor]:
         for node, one in enumerate(workers):
             one.parameters.copy_(models[node])
             begin(one, number, tuple(range(nodes)))
-            one.train(Train(steps=STEPS), threading.Event())
+            one.trainer.train(Train(steps=STEPS), threading.Event())
             gradient = models[node] - one.parameters
             eager = mean + (gradient - sent[node]) / nodes
             velocity[node] = momentum * velocity[node] + eager

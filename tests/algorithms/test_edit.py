@@ -74,7 +74,7 @@ class Reference:
         for one in self.replicas:
             one.parameters.copy_(self.anchor)
             begin(one, number, tuple(range(len(self.replicas))))
-            one.train(Train(steps=STEPS), threading.Event())
+            one.trainer.train(Train(steps=STEPS), threading.Event())
         return [one.parameters.clone() for one in self.replicas]
 
     def sync(self, module: int, local: list[Tensor], left_out: tuple[int, ...] = (), limit: float = 10.0) -> None:
@@ -117,7 +117,7 @@ def test_e1_synchronized_just_before_it_is_used():
 
             return before
 
-        module: Any = reference.replicas[0]._module
+        module: Any = reference.replicas[0].trainer.module
         handles = [layer.register_forward_pre_hook(hook(place)) for place, layer in enumerate((module[0], module[2]))]
         module(torch.zeros(1, 6))
         for handle in handles:
@@ -327,7 +327,7 @@ def test_e9_with_equal_speeds_the_clock_is_a_counter(step_ms: float):
 
 
 def steps_taken(ran: Ran) -> list[int]:
-    return [one._step for one in ran.replicas.values()]
+    return [one.schedule.step for one in ran.replicas.values()]
 
 
 def test_unequal_nodes_take_as_many_steps_as_they_can():
@@ -354,7 +354,7 @@ def test_who_does_more_counts_more():
     start, deltas = workers[0].parameters.clone(), list[Tensor]()
     for one, steps in zip(workers, (12, 4, 4), strict=True):
         begin(one, 0, (0, 1, 2))
-        one.train(Train(steps=steps), threading.Event())
+        one.trainer.train(Train(steps=steps), threading.Event())
         deltas.append(start - one.parameters)
     expected = start.clone()
     for ranges in modules_of(workers[0].layout):
@@ -383,8 +383,8 @@ def test_the_anchor_is_where_the_warm_up_ends():
     reference = Reference(3)
     reference.anchor = warm.parameters.clone()
     for one, other in zip(reference.replicas, warm.replicas.values(), strict=True):
-        one.position = other.position
-        one._step = other._step
+        one.data.position = other.data.position
+        one.schedule.step = other.schedule.step
     local = reference.train(2)
     for module in range(2):
         reference.sync(module, local)

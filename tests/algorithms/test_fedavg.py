@@ -35,7 +35,7 @@ def run(task: Any, *, nodes: int, rounds: int, batch: int = 8, optimizer: Any = 
 def descent(task: Toy, rate: float, steps: int) -> Tensor:
     """Gradient descent on all samples at once, in double precision."""
     one = replica(task=task, precision="fp64")
-    module: Any = one._module
+    module: Any = one.trainer.module
     samples = tuple(tensor.double() for tensor in task.train_samples(1).tensors)
     optimizer = torch.optim.SGD(module.parameters(), lr=rate)
     for _ in range(steps):
@@ -89,7 +89,7 @@ def test_the_last_batch_of_an_epoch_is_a_step_however_small():
     """48 samples on five nodes are 10, 10, 10, 9 and 9: three batches of 4, twice in a round."""
     ran = run(Toy(), nodes=5, rounds=3, epochs=2, batch=4)
     algorithm: Any = ran.config.algorithm
-    assert {one._step for one in ran.replicas.values()} == {3 * 2 * 3}
+    assert {one.schedule.step for one in ran.replicas.values()} == {3 * 2 * 3}
     assert [algorithm.steps_per_round(count, 4) for count in (10, 9, 8)] == [6, 6, 4]
     assert FedAvg(steps=7).steps_per_round(10, 4) == 7
 
@@ -109,7 +109,7 @@ def test_definition(epochs: int):
         for one in replicas:
             one.parameters.copy_(model)
             begin(one, number, tuple(range(nodes)))
-            one.train(Train(epochs=epochs), threading.Event())
+            one.trainer.train(Train(epochs=epochs), threading.Event())
             term = (model - one.parameters) * float(one.num_samples)
             total = term if one.id == 0 else total + term
         model = model - total / 48.0
@@ -205,12 +205,12 @@ def test_cohorts_depend_on_the_seed():
 
 def test_who_sits_out_does_not_train():
     ran = run(Toy(), nodes=4, rounds=1, epochs=1, fraction=0.25)
-    trained = [one for one in ran.replicas.values() if one._step]
+    trained = [one for one in ran.replicas.values() if one.schedule.step]
     assert len(trained) == 1
     # The model is the one participant's own.
     alone = replica(trained[0].id, num_nodes=4)
     begin(alone, 0, (0, 1, 2, 3))
-    alone.train(Train(epochs=1), threading.Event())
+    alone.trainer.train(Train(epochs=1), threading.Event())
     torch.testing.assert_close(ran.parameters, alone.parameters, rtol=1e-5, atol=1e-6)
 
 
@@ -224,9 +224,9 @@ def test_weights_are_those_of_who_is_there():
     for node in others:
         one = ran.replicas[node]
         again = replica(node, task=Toy(), num_nodes=3, batch_size=16, precision="fp64")
-        again._sampler = EpochSampler(one._own_data("test").indices, 0, node)
+        again.data._draws = EpochSampler(one.data.own("test").indices, 0, node)
         begin(again, 0, (0, 1, 2))
-        again.train(Train(epochs=1), threading.Event())
+        again.trainer.train(Train(epochs=1), threading.Event())
         moved.append(again.parameters)
     torch.testing.assert_close(ran.parameters, torch.stack(moved).mean(0), rtol=1e-12, atol=1e-12)
 
@@ -253,7 +253,7 @@ def test_codecs(codec: str, result_codec: str):
         for one in replicas:
             one.parameters.copy_(model)
             begin(one, number, tuple(range(nodes)))
-            one.train(Train(steps=2), threading.Event())
+            one.trainer.train(Train(steps=2), threading.Event())
             total = total + through(codec, model - one.parameters)
         model = model - through(result_codec, total / nodes)
     assert torch.equal(ran.parameters, model)

@@ -73,7 +73,7 @@ def reference(ran: Ran, task: Toy, nodes: int) -> Tensor:
         one = workers[sender]
         one.parameters.copy_(models[given[sender]])
         begin(one, number, tuple(range(nodes)))
-        one.train(Train(steps=algorithm.steps), threading.Event())
+        one.trainer.train(Train(steps=algorithm.steps), threading.Event())
         staleness = len(models) - 1 - given[sender]
         if staleness <= keep:
             update = models[given[sender]] - one.parameters
@@ -108,7 +108,7 @@ def test_one_worker_with_a_buffer_of_one_is_local_sgd():
     ran = run(nodes=1, rounds=4, buffer_size=1)
     alone = replica(precision="fp64")
     begin(alone)
-    alone.train(Train(steps=4 * STEPS), threading.Event())
+    alone.trainer.train(Train(steps=4 * STEPS), threading.Event())
     torch.testing.assert_close(model(ran), alone.parameters, rtol=1e-12, atol=1e-12)
 
 

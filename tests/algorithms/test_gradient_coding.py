@@ -43,13 +43,13 @@ def descent(nodes: int, batch: int = 4) -> Tensor:
     """SGD on a batch of every node's samples: twelve lines without groups, exchanges or a simulator."""
     task = Toy()
     one = replica(task=task, num_nodes=nodes, precision="fp64")
-    one.parts = assign(task.train_samples(nodes), Iid(), nodes, 0)
+    one.data.parts = assign(task.train_samples(nodes), Iid(), nodes, 0)
     for number in range(ROUNDS):
         begin(one, number)
-        drawn = [one.batch(Batch(part=node, size=batch)) for node in range(nodes)]
+        drawn = [one.data.batch(Batch(part=node, size=batch)) for node in range(nodes)]
         tensors = tuple(torch.cat(parts) for parts in zip(*(part.tensors for part in drawn), strict=True))
         whole = DataBatch(tensors, sum(part.num_samples for part in drawn))
-        one.parameters.sub_(one.gradient(Gradient(batch=whole)).gradient, alpha=0.2)
+        one.parameters.sub_(one.trainer.gradient(Gradient(batch=whole)).gradient, alpha=0.2)
     return one.parameters
 
 

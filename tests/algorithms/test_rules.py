@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from starling.actors.replica.replica import NonFiniteLossError, Replica
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.spec import NonFiniteLossError
 from starling.algorithms.api import Train
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.rules import DataBatch, GradientFunction, LocalProblem, Rule
@@ -23,19 +24,19 @@ NO_FENCE = threading.Event()
 
 def train(one: Replica, rule: Rule | None = None, steps: int = 4, number: int = 0) -> Any:
     begin(one, number)
-    return one.train(Train(steps=steps, rule=rule), NO_FENCE)
+    return one.trainer.train(Train(steps=steps, rule=rule), NO_FENCE)
 
 
 def by_hand(task: Toy, steps: int, change: Any, **keys: Any) -> list[Tensor]:
     """θ ← θ - 0.1 · change(θ, g), by autograd on a module of its own; θ before each step and after the last."""
     like = replica(task=task, **keys)
-    assert like._sampler is not None
+    assert like.data._draws is not None
     module = task.build()
     values = like.parameters.clone()
     samples = task.train_samples(1)
     path = [values.clone()]
     for _ in range(steps):
-        batch = samples.batch(like._sampler.next(like.spec.samples_per_step))
+        batch = samples.batch(like.data._draws.next(like.spec.samples_per_step))
         values = values - 0.1 * change(values, gradient_at(task, module, values, batch))
         path.append(values.clone())
     return path
@@ -87,7 +88,7 @@ def test_rules_without_effect_change_no_bit(task: Toy, keys: dict[str, Any]):
         ruled = train(one, rule)
         assert one.model_digest() == same.model_digest()
         assert (ruled.loss, ruled.num_samples, ruled.num_steps) == (report.loss, report.num_samples, report.num_steps)
-        assert one.position == same.position
+        assert one.data.position == same.data.position
 
 
 # --- control variate ------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def test_a_rule_that_looks_elsewhere(task: Toy):
     module = task.build()
     like = replica(task=task)
     values = like.parameters.clone()
-    sampler = replica(task=task, batch_size=6, accumulate=2)._sampler
+    sampler = replica(task=task, batch_size=6, accumulate=2).data._draws
     assert sampler is not None
     for _ in range(4):
         batch = task.train_samples(1).batch(sampler.next(12))
@@ -277,15 +278,15 @@ class Scripted(Rule):
 
 def test_a_rules_sampler():
     one = replica(1, num_nodes=3, batch_size=2, accumulate=2)
-    assert one._sampler is not None
+    assert one.data._draws is not None
     rule = Scripted([3, 3, 0], [], [15, 1, 2, 3, 4, 5])
-    position = one.position
+    position = one.data.position
     begin(one, 0, (0, 1, 2))
-    report = one.train(Train(steps=3, rule=rule), NO_FENCE)
+    report = one.trainer.train(Train(steps=3, rule=rule), NO_FENCE)
     assert (report.num_samples, report.num_steps) == (9, 3)
     assert rule.sizes == [4, 4, 4]
-    assert one.position == position
-    inputs = one.samples.batch(one._sampler.indices[torch.tensor([3, 3, 0])])[0]
+    assert one.data.position == position
+    inputs = one.data.samples.batch(one.data._draws.indices[torch.tensor([3, 3, 0])])[0]
     assert torch.equal(rule.batches[0].tensors[0], inputs)
     assert [batch.num_samples for batch in rule.batches] == [3, 0, 6]
 
@@ -331,13 +332,13 @@ def test_the_problem():
     rule = Nosy()
     for number in (0, 0, 1):
         begin(one, number, (0, 1, 2))
-        one.train(Train(steps=1, rule=rule), NO_FENCE)
+        one.trainer.train(Train(steps=1, rule=rule), NO_FENCE)
     problem = rule.problem
     assert (problem.num_samples, problem.batch_size, problem.layout) == (16, 4, one.layout)
     assert problem.module is one.bench.module
     again = replica(1, num_nodes=3, batch_size=2, accumulate=2)
     begin(again, 0, (0, 1, 2))
-    again.train(Train(steps=1, rule=rule), NO_FENCE)
+    again.trainer.train(Train(steps=1, rule=rule), NO_FENCE)
     assert rule.draws[3] == rule.draws[0]
     assert len(set(rule.draws)) == 3
 
@@ -363,7 +364,7 @@ def test_results_that_are_not_finite():
         train(replica(), rule, steps=1)
     one = replica(skip_nan=True)
     train(one, rule, steps=1)
-    assert one.skipping
+    assert one.guard.skipping
 
 
 def test_gradients_elsewhere_of_another_shape():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from starling.actors.host.build import build_replicas, load_data
 from starling.actors.host.host import Host
+from starling.actors.host.recorded_clock import Times
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.wire.tickets import Contributed, Posted, Returned, Waiting
 from starling.algorithms.api import View, all_reduce_bytes
@@ -429,7 +430,8 @@ def test_outer_state_is_on_the_cpu_wherever_the_node_computes(device: str):
     algorithm = {"name": "streaming_diloco", "inner_steps": 8, "overlap_steps": 2} | HALVES
     config = parse({"algorithm": algorithm, "task": {"name": "digits", "model": "cnn"}})
     data = load_data(config.task, config.data, 2, 0)
-    host = Host(build_replicas((0, 1), config.replica_spec(), data, [torch.device(device, 0)] * 2))
+    times = Times()
+    host = Host(build_replicas((0, 1), config.replica_spec(), data, [torch.device(device, 0)] * 2, times), times)
     host.init()
     for number in range(4):
         host.begin(number, View(0, (0, 1)), number - 1, (0, 1))

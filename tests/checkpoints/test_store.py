@@ -118,7 +118,7 @@ def test_a_node_goes_on_from_a_checkpoint(tmp_path: Path):
     assert torch.equal(other.parameters, one.parameters)
     assert digest_state(other.shared.committed()) == digest_state(one.shared.committed())
     assert digest_state(other.local.committed()) == digest_state(one.local.committed())
-    assert other.committed_position == one.committed_position
+    assert other.committed_progress.position == one.committed_progress.position
     # What was loaded may be written to, and the checkpoint's arrays may not.
     with pytest.raises(ValueError, match="read-only"):
         store.read().nodes[0].arrays[0][0] = 1

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from starling.actors.replica.replica import NonFiniteLossError
+from starling.actors.replica.spec import NonFiniteLossError
 from starling.orchestrator.api import replay, run, simulate
 from starling.orchestrator.config.schema import Config
 from starling.orchestrator.errors import ClusterError, NodeFailedError, exit_code

@@ -159,7 +159,7 @@ def plans_its_steps(case: Case) -> None:
     # A round of an asynchronous one may be over before any of its nodes' is.
     ran = case.run(rounds=2 if case.algorithm.synchronous else case.config["rounds"])
     batch = ran.config.data.batch_size * ran.config.optimizer.accumulate
-    taken = {one.id: one._step for one in ran.replicas.values()}
+    taken = {one.id: one.schedule.step for one in ran.replicas.values()}
     planned = {
         one.id: (one.committed_round + 1) * case.algorithm.steps_per_round(one.num_samples, batch)
         for one in ran.replicas.values()

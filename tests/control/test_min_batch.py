@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from starling.actors.data import DataConfig, Epoch
 from starling.actors.data.plans import Place, PlannedDraws, Segment
 from starling.actors.data.samplers import Position, piece_sizes, planned_samples
+from starling.actors.replica.node_data import DataSource
 from starling.actors.replica.replica import Replica
 from starling.algorithms.errors import DataError
 from starling.orchestrator.config.schema import parse
@@ -96,4 +97,4 @@ def test_a_node_with_fewer_samples_is_told():
     config = parse({"algorithm": "test_silent", "task": "test_toy", "data": {"batch_size": 4, "min_batch": 2}})
     samples = config.task.train_samples(1)
     with pytest.raises(DataError, match=r"data: node 1 has 1 samples, fewer than data.min_batch \(2\); lower that"):
-        Replica(1, config.replica_spec(), samples, torch.tensor([3]))
+        Replica(1, config.replica_spec(), DataSource(samples, torch.tensor([3])))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from starling.actors.data import Place, Segment
 from starling.actors.host.build import RunData, build_replicas
-from starling.actors.replica.learner import Learner
+from starling.actors.replica.node_data import NodeData
 from starling.actors.replica.replica import Replica
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.wire.tickets import mean_loss
@@ -85,7 +85,7 @@ def test_the_loss_of_a_round_is_the_mean_over_its_samples():
         return losses[-1]
 
     node.bench.loss = noted
-    report = node.train(Train(epochs=1), SimpleNamespace(is_set=lambda: False))
+    report = node.trainer.train(Train(epochs=1), SimpleNamespace(is_set=lambda: False))
     expected = sum(float(one.detach()) * count for one, count in zip(losses, (4, 4, 1), strict=True)) / 9
     assert (report.num_samples, report.loss) == (9, pytest.approx(expected, rel=1e-6))
 
@@ -130,14 +130,14 @@ POINTS = 61
 def test_the_model_of_a_run_in_which_samples_change_hands(events: list[Any], monkeypatch: pytest.MonkeyPatch):
     """Each round's mean is by what each node has trained on, which differs from what it owns while others are away."""
     drawn: dict[int, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    draw = Learner.draw
+    draw = NodeData.draw
 
-    def noted(self: Learner) -> NDArray[np.int64]:
+    def noted(self: NodeData) -> NDArray[np.int64]:
         indices = draw(self)
-        drawn[self.round][self.id].append(torch.from_numpy(indices.copy()))
+        drawn[self._round][self._node].append(torch.from_numpy(indices.copy()))
         return indices
 
-    monkeypatch.setattr(Learner, "draw", noted)
+    monkeypatch.setattr(NodeData, "draw", noted)
     ran = attempt(
         {"algorithm": {"name": "fedavg", "epochs": 1}, "task": f"{__name__}:Points"},
         nodes=3,

@@ -55,15 +55,15 @@ def outcomes(replicas: list[Replica], operation: Train) -> list[Any]:
 
 
 def alone(replicas: list[Replica], operation: Train) -> list[Any]:
-    return [one.train(operation, NO_FENCE) for one in replicas]
+    return [one.trainer.train(operation, NO_FENCE) for one in replicas]
 
 
 def assert_same(some: list[Replica], others: list[Replica]) -> None:
     for one, other in zip(some, others, strict=True):
         # Not torch.equal, for which NaN is not NaN.
         assert same_bits({"": one.parameters}, {"": other.parameters})
-        assert one.position == other.position
-        assert one._step == other._step
+        assert one.data.position == other.data.position
+        assert one.schedule.step == other.schedule.step
         assert one.optimizer.age == other.optimizer.age
         assert same_bits(one.optimizer.moments, other.optimizer.moments)
 
@@ -143,7 +143,7 @@ def test_requests_of_different_kinds():
     some, others = (colocated(6, Closed()) for _ in range(2))
     operations = [Train(steps=1), Train(steps=2), Train(epochs=1), Train(steps=2), Train(steps=1), Train(epochs=1)]
     reports = train_together([(one, two, NO_FENCE) for one, two in zip(some, operations, strict=True)])
-    expected = [one.train(two, NO_FENCE) for one, two in zip(others, operations, strict=True)]
+    expected = [one.trainer.train(two, NO_FENCE) for one, two in zip(others, operations, strict=True)]
     assert plain(reports) == plain(expected)
     assert_same(some, others)
 
@@ -178,19 +178,19 @@ def test_what_is_trained_one_by_one(task: Toy, optimizer: dict[str, Any], rule: 
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("skip", [False, True])
 def test_one_loss_is_not_finite(step: int, skip: bool):
-    order = colocated(3, Closed(num_samples=48))[1]._sampler
+    order = colocated(3, Closed(num_samples=48))[1].data._draws
     assert order is not None
     task = Closed(num_samples=48, poison=int(order.draw(16)[8 * step]))
     some, others = (colocated(3, task, name="adam", skip_nan=skip) for _ in range(2))
     expected: list[Any] = []
     for one in others:
         try:
-            expected.append(one.train(Train(steps=2), NO_FENCE))
+            expected.append(one.trainer.train(Train(steps=2), NO_FENCE))
         except NonFiniteLossError as error:
             expected.append(error)
     results = outcomes(some, Train(steps=2))
     assert_same(some, others)
-    assert [one.skipping for one in some] == [False, skip, False] == [one.skipping for one in others]
+    assert [one.guard.skipping for one in some] == [False, skip, False] == [one.guard.skipping for one in others]
     for result, wanted in zip(results, expected, strict=True):
         if isinstance(wanted, TrainReport):
             assert repr(plain([result])) == repr(plain([wanted]))
@@ -205,7 +205,7 @@ def test_parameters_that_the_last_step_spoiled():
     some[1].parameters.fill_(1e38)
     results = outcomes(some, Train(steps=1))
     assert [math.isnan(one.loss) for one in results] == [False, True, False]
-    assert [one.skipping for one in some] == [False, True, False]
+    assert [one.guard.skipping for one in some] == [False, True, False]
     assert all(one.parameters.isfinite().all() for one in some)
 
 
@@ -230,7 +230,7 @@ class Picky(Closed, name="test_picky"):
 
 
 def test_one_node_raises():
-    order = colocated(3, Closed())[2]._sampler
+    order = colocated(3, Closed())[2].data._draws
     assert order is not None
     some, others = (colocated(3, Picky(poison=int(order.draw(8)[0]))) for _ in range(2))
     results = outcomes(some, Train(steps=2))
@@ -276,7 +276,7 @@ def test_settling_some():
         assert torch.equal(one.buffers, buffers if committed else fresh.buffers)
         assert int(one.tensors.counters[0]) == committed
         assert one.local.get("x") == (one.id if committed else None)
-        assert one._step == committed
+        assert one.schedule.step == committed
         assert one.committed_round == (4 if committed else -1)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from starling.actors.host.build import build_replicas, load_data
 from starling.actors.host.host import Host
+from starling.actors.host.recorded_clock import Times
 from starling.actors.wire.tickets import Computing, Contributed, Posted, Returned
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import parse
@@ -31,7 +32,7 @@ def test_two_nodes_train_on_a_gpu_and_agree(precision: str, compiled: bool):
     data = load_data(config.task, config.data, 2, 0)
     device = torch.device("cuda", 0)
     replicas = build_replicas((0, 1), config.replica_spec(), data, [device, device])
-    host = Host(replicas)
+    host = Host(replicas, Times())
     host.init()
     before = replicas[0].evaluate(data.validation, None)["loss"]
     for number in range(3):

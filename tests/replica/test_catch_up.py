@@ -61,7 +61,7 @@ def test_all_rounds_from_the_initial_state():
     assert torch.equal(one.parameters, models[6])
     assert torch.equal(one.committed, models[6])
     assert one.committed_round == 6
-    assert one.position == Position(2, 5)
+    assert one.data.position == Position(2, 5)
     assert nbytes == sum(map(len, records))
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from starling.actors.data import Position
-from starling.actors.replica.replica import Interrupted, NonFiniteLossError, Replica
+from starling.actors.host.batched import settle_all
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.spec import Interrupted, NonFiniteLossError
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Node, Train, View
 from starling.algorithms.errors import ProgramError, StarlingError
@@ -21,7 +23,7 @@ NO_FENCE = threading.Event()
 
 
 def train(one: Replica, steps: int | None = 1, epochs: int | None = None) -> Any:
-    return one.train(Train(steps=steps, epochs=epochs), NO_FENCE)
+    return one.trainer.train(Train(steps=steps, epochs=epochs), NO_FENCE)
 
 
 def storage(tensor: Tensor) -> int:
@@ -42,7 +44,7 @@ def global_generator():
 def test_parameters_are_views_into_one_tensor():
     one = replica(task=Toy(model="mlp"))
     assert one.parameters.shape == (6 * 8 + 8 + 8 * 3 + 3,)
-    module = one._module
+    module = one.trainer.module
     for entry, (name, parameter) in zip(one.layout.entries, module.named_parameters(), strict=True):
         assert entry.name == name
         assert entry.shape == tuple(parameter.shape)
@@ -82,7 +84,7 @@ def test_tied_weights_are_one_entry_and_stay_tied():
         "head.weight",
         "head.bias",
     ]
-    module: Any = one._module
+    module: Any = one.trainer.module
     begin(one)
     train(one, 3)
     assert module.decoder.weight is module.encoder.weight
@@ -94,7 +96,7 @@ def test_tied_weights_are_one_entry_and_stay_tied():
 def test_frozen_parameters_are_not_trained():
     one = replica(task=Toy(model="frozen"))
     assert [entry.name for entry in one.layout.entries] == ["1.weight", "1.bias"]
-    module: Any = one._module
+    module: Any = one.trainer.module
     before = module[0].weight.clone()
     begin(one)
     train(one, 2)
@@ -103,7 +105,7 @@ def test_frozen_parameters_are_not_trained():
 
 def test_buffers_are_views_too():
     one = replica(task=Toy(model="batch_norm"))
-    norm: Any = one._module[1]  # type: ignore[index]
+    norm: Any = one.trainer.module[1]  # type: ignore[index]
     assert one.layout.num_buffer_values == 10
     assert one.buffers.tolist() == [0.0] * 5 + [1.0] * 5
     begin(one)
@@ -136,7 +138,7 @@ def test_gradient_is_allocated_when_it_is_needed():
     train(one)
     assert one.bench.gradient is not None
     # What backward left at the parameters is gone: there are not two of them.
-    assert all(parameter.grad is None for parameter in one._module.parameters())
+    assert all(parameter.grad is None for parameter in one.trainer.module.parameters())
     assert one.bench.trained[0].grad is one.bench.gradient
     kept = one.bench.gradient
     train(one)
@@ -155,14 +157,14 @@ def reference(task: Toy, steps: int, *, batch_size: int = 8, make: Any = None, c
     like = replica(task=task, batch_size=batch_size)
     with torch.random.fork_rng():
         module = task.build()
-    for parameter, mine in zip(module.parameters(), like._module.parameters(), strict=True):
+    for parameter, mine in zip(module.parameters(), like.trainer.module.parameters(), strict=True):
         parameter.data.copy_(mine)
     module.train()
     optimizer = make(module.parameters()) if make else torch.optim.SGD(module.parameters(), lr=0.1)
     samples = task.train_samples(1)
     for _ in range(steps):
         optimizer.zero_grad()
-        task.loss(module, samples.batch(like._sampler.next(batch_size))).backward()
+        task.loss(module, samples.batch(like.data._draws.next(batch_size))).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()
@@ -272,8 +274,8 @@ def test_planned_steps_are_optimizer_steps(accumulate: int, total: int):
     for number in range(3):
         begin(one, number)
         train(one, None, epochs=1)
-        rates.append(one.rate(-1))
-    assert one._step == total
+        rates.append(one.schedule.rate(-1))
+    assert one.schedule.step == total
     assert rates[-1] == pytest.approx(1 / total)
 
 
@@ -307,8 +309,8 @@ def test_double_precision():
 def test_dropout_is_a_function_of_round_and_node():
     def parameters(number: int, node: int = 0, seed: int = 0) -> Tensor:
         one = replica(node, task=Toy(model="dropout", num_samples=8), num_nodes=2, batch_size=4, seed=seed)
-        one.samples = Toy(num_samples=4).train_samples(1)
-        one._sampler._indices = torch.arange(4)
+        one.data.samples = Toy(num_samples=4).train_samples(1)
+        one.data._draws._indices = torch.arange(4)
         one.parameters.copy_(replica(task=Toy(model="dropout")).parameters)
         begin(one, number, (0, 1))
         train(one, 2)
@@ -323,7 +325,7 @@ def test_dropout_is_a_function_of_round_and_node():
 def test_dropout_differs_between_the_trains_of_a_round():
     one = replica(task=Toy(model="dropout", num_samples=8))
     masks: list[Tensor] = []
-    one._module[1].register_forward_hook(lambda _module, _inputs, output: masks.append(output == 0))  # type: ignore[index]
+    one.trainer.module[1].register_forward_hook(lambda _module, _inputs, output: masks.append(output == 0))  # type: ignore[index]
     begin(one)
     train(one)
     train(one)
@@ -355,9 +357,9 @@ def test_rollback_restores_bits_and_place():
     train(one, 4)
     one.shared["x"] = torch.ones(1)
     one.stage()
-    assert one.settle(0)
-    norm: Any = one._module[1]  # type: ignore[index]
-    before = (one.parameters.clone(), one.buffers.clone(), norm.num_batches_tracked.item(), one._sampler.position)
+    assert settle_all([one], 0)
+    norm: Any = one.trainer.module[1]  # type: ignore[index]
+    before = (one.parameters.clone(), one.buffers.clone(), norm.num_batches_tracked.item(), one.data._draws.position)
     digest = one.model_digest()
 
     begin(one, 1)
@@ -369,8 +371,8 @@ def test_rollback_restores_bits_and_place():
     assert torch.equal(one.parameters, before[0])
     assert torch.equal(one.buffers, before[1])
     assert norm.num_batches_tracked.item() == before[2] == 4
-    assert one._sampler.position == before[3] == Position(0, 32)
-    assert one._step == 4
+    assert one.data._draws.position == before[3] == Position(0, 32)
+    assert one.schedule.step == 4
     assert one.model_digest() == digest
     assert one.shared["x"] == torch.ones(1)
     assert "y" not in one.local
@@ -382,7 +384,7 @@ def test_a_repeated_round_gives_the_same_bits(model: Any):
     begin(one)
     train(one, 2)
     one.stage()
-    one.settle(0)
+    settle_all([one], 0)
     begin(one, 1)
     train(one, 3)
     train(one, 2)
@@ -399,11 +401,11 @@ def test_settling():
     begin(one, 4)
     train(one)
     moved = one.parameters.clone()
-    assert not one.settle(4)  # not staged yet
+    assert not settle_all([one], 4)  # not staged yet
     one.stage()
-    assert not one.settle(3)
-    assert one.settle(4)
-    assert not one.settle(4)
+    assert not settle_all([one], 3)
+    assert settle_all([one], 4)
+    assert not settle_all([one], 4)
     one.rollback()
     assert torch.equal(one.parameters, moved)
 
@@ -452,7 +454,7 @@ def test_fence():
     fence.set()
     before = one.parameters.clone()
     with pytest.raises(Interrupted):
-        one.train(Train(steps=5), fence)
+        one.trainer.train(Train(steps=5), fence)
     assert torch.equal(one.parameters, before)
 
 
@@ -460,7 +462,7 @@ def test_fence():
 
 
 def test_nan_stops():
-    poisoned = Toy(poison=int(replica(0, num_nodes=2)._sampler._indices[0]))
+    poisoned = Toy(poison=int(replica(0, num_nodes=2).data._draws._indices[0]))
     one = replica(1, task=poisoned, num_nodes=2, batch_size=24)
     begin(one, 7)
     assert math.isfinite(train(one).loss)
@@ -481,14 +483,14 @@ def test_nan_skips():
     report = train(one, 2)
     assert math.isnan(report.loss)
     assert (report.num_steps, report.num_samples) == (0, 0)
-    assert one.skipping
+    assert one.guard.skipping
     assert torch.equal(one.parameters, committed)
     one.stage()
-    one.settle(0)
+    settle_all([one], 0)
     # The next round begins anew, with moments that have not seen the NaN.
-    one.samples = Toy().train_samples(1)
+    one.data.samples = Toy().train_samples(1)
     begin(one, 1)
-    assert not one.skipping
+    assert not one.guard.skipping
     assert math.isfinite(train(one, 2).loss)
     assert one.parameters.isfinite().all()
 
@@ -520,7 +522,7 @@ def test_cuda(precision: str):
         begin(each)
         assert math.isfinite(train(each, 4).loss)
         each.stage()
-        each.settle(0)
+        settle_all([each], 0)
     assert one.parameters.device == device
     assert one.model_digest() == same.model_digest()
     begin(one, 1)
@@ -582,7 +584,7 @@ def test_evaluation_is_capped_and_weighted_by_samples():
     samples = task.train_samples(1)
     everything = one.evaluate(samples, None)["loss"]
     with torch.no_grad():
-        expected = task.loss(one._module, samples.batch(torch.arange(600))).item()
+        expected = task.loss(one.trainer.module, samples.batch(torch.arange(600))).item()
     assert everything == pytest.approx(expected, rel=1e-6)  # batches of 256, 256 and 88
     assert one.evaluate(samples, 1)["loss"] != everything
 
@@ -594,4 +596,4 @@ def test_evaluation_moves_no_statistics():
     assert one.model_digest() == digest
     begin(one)
     train(one)
-    assert one._module.training
+    assert one.trainer.module.training

@@ -47,7 +47,7 @@ def donor(**keys: Any) -> Replica:
         one.shared[name] = value
     one.local["mine"] = 1
     begin(one, 6, MEMBERS)
-    one.train(Train(steps=2), NO_FENCE)
+    one.trainer.train(Train(steps=2), NO_FENCE)
     one.commit()
     return one
 
@@ -62,10 +62,10 @@ def joiner(*, fresh: bool = False, **keys: Any) -> Replica:
     one.shared["old"] = 1
     one.local["own"] = torch.ones(2)
     begin(one, 1, MEMBERS)
-    one.train(Train(steps=1), NO_FENCE)
+    one.trainer.train(Train(steps=1), NO_FENCE)
     one.commit()
     begin(one, 2, MEMBERS)
-    one.train(Train(steps=1), NO_FENCE)
+    one.trainer.train(Train(steps=1), NO_FENCE)
     one.local["staged"] = 1
     return one
 
@@ -121,10 +121,10 @@ def test_a_successor_goes_on_as_the_node_would_have(name: str):
     one, other = donor(name=name, **options), replica(0, num_nodes=2, name=name, **options)
     load_state(other, sent(export_state(one, everything=True)))
     assert dict(other.local) == {"mine": 1}
-    assert other.position == one.position
+    assert other.data.position == one.data.position
     for node in (one, other):
         begin(node, 7, MEMBERS)
-        node.train(Train(steps=3), NO_FENCE)
+        node.trainer.train(Train(steps=3), NO_FENCE)
         node.commit()
     assert torch.equal(other.parameters, one.parameters)
     assert same(other.optimizer.state(), one.optimizer.state())
@@ -134,18 +134,18 @@ def test_a_successor_goes_on_as_the_node_would_have(name: str):
 def test_a_rolled_back_optimizer_repeats_its_steps(name: str):
     one = donor(name=name, rollback=True)
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=2), NO_FENCE)
+    one.trainer.train(Train(steps=2), NO_FENCE)
     expected = one.parameters.clone()
     one.rollback()
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=2), NO_FENCE)
+    one.trainer.train(Train(steps=2), NO_FENCE)
     assert torch.equal(one.parameters, expected)
 
 
 def test_where_a_lost_node_was_in_its_data_its_replacement_goes_on():
     other = joiner()
     load_state(other, export_state(donor()), position=Position(2, 4))
-    assert other.position == Position(2, 4)
+    assert other.data.position == Position(2, 4)
 
 
 def test_nothing_is_shared_with_the_donor():
@@ -153,7 +153,7 @@ def test_nothing_is_shared_with_the_donor():
     load_state(other, export_state(one))
     before, shared = other.parameters.clone(), other.shared.digest()
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=1), NO_FENCE)
+    one.trainer.train(Train(steps=1), NO_FENCE)
     one.shared["model"] = torch.zeros(1)
     one.commit()
     assert torch.equal(other.parameters, before)
@@ -171,7 +171,7 @@ def test_a_snapshot_stays_as_it_is(model: Any):
     taken = snapshot(one)
     before = sent(taken)
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=2), NO_FENCE)
+    one.trainer.train(Train(steps=2), NO_FENCE)
     one.buffers.add_(1.0)
     one.shared["model"] = torch.zeros(1)
     one.local["own"] = torch.ones(1)
@@ -197,7 +197,7 @@ def test_an_open_round_stays_at_home():
     one = donor(task=Toy(model="batch_norm"))
     digest, shared = one.model_digest(), one.shared.digest()
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=1), NO_FENCE)
+    one.trainer.train(Train(steps=1), NO_FENCE)
     one.shared["model"] = torch.zeros(1)
     one.stage()
     other = joiner(task=Toy(model="batch_norm"))
@@ -210,21 +210,21 @@ def test_the_schedule_goes_on_where_the_run_is():
     schedule = {"name": "linear", "total_steps": 100}
     one, other = donor(schedule=schedule), joiner(schedule=schedule)
     other.rollback()
-    assert other.rate() != one.rate()
+    assert other.schedule.rate() != one.schedule.rate()
     load_state(other, export_state(one))
-    assert other.rate() == one.rate()
+    assert other.schedule.rate() == one.schedule.rate()
     ahead = joiner(schedule=schedule)
-    ahead.train(Train(steps=5), NO_FENCE)
+    ahead.trainer.train(Train(steps=5), NO_FENCE)
     ahead.commit()
-    rate = ahead.rate()
+    rate = ahead.schedule.rate()
     load_state(ahead, export_state(one))
-    assert ahead.rate() == rate
+    assert ahead.schedule.rate() == rate
 
 
 def test_its_place_in_its_own_data_stays():
     one, other = donor(), joiner()
     load_state(other, export_state(one))
-    assert other.position == Position(0, 8)  # the one committed step's
+    assert other.data.position == Position(0, 8)  # the one committed step's
 
 
 def test_size():
@@ -257,7 +257,7 @@ def test_the_committed_model_while_a_round_is_open():
     one = donor(task=Toy(model="batch_norm"))
     expected = one.parameters.clone(), one.buffers.clone()
     begin(one, 7, MEMBERS)
-    one.train(Train(steps=1), NO_FENCE)
+    one.trainer.train(Train(steps=1), NO_FENCE)
     assert not torch.equal(one.parameters, expected[0])
     for mine, wanted in zip(one.committed_model(), expected, strict=True):
         assert torch.equal(mine, wanted)
@@ -267,20 +267,20 @@ def test_the_committed_model_while_a_round_is_open():
 
 def test_what_a_node_was_handed_of_others_goes_to_whoever_takes_its_place():
     one = joiner()
-    one.parts = [torch.arange(10), torch.arange(10, 20)]
+    one.data.parts = [torch.arange(10), torch.arange(10, 20)]
     one.replan(Place((Segment(1, 3, 2, 8),), Position(2, 4, 1)))
-    drawn = one.draw()
+    drawn = one.data.draw()
     one.commit()
     other = joiner()
-    other.parts = one.parts
+    other.data.parts = one.data.parts
     load_state(other, export_state(one, everything=True))
-    assert other.position == one.position == Position(2, 4, 6)
-    assert (other.extras, len(drawn)) == (one.extras, 5)
-    assert other.draw().tolist() == one.draw().tolist()
+    assert other.data.position == one.data.position == Position(2, 4, 6)
+    assert (other.data.extras, len(drawn)) == (one.data.extras, 5)
+    assert other.data.draw().tolist() == one.data.draw().tolist()
     # A joiner of another node is handed nothing of it.
     third = joiner()
     load_state(third, export_state(one))
-    assert third.extras == ()
+    assert third.data.extras == ()
 
 
 def test_a_donor_that_has_committed_nothing_has_nothing_to_give():

@@ -22,7 +22,7 @@ def problem(size: int = 8) -> tuple[LocalProblem, Tensor]:
     bench = one.bench
     rng = generator("rule")
     return LocalProblem(
-        one._gradient_at, one._module, bench.loss_of_module, one.layout, one.num_samples, size, rng
+        one.trainer._gradient_at, one.trainer.module, bench.loss_of_module, one.layout, one.num_samples, size, rng
     ), one.parameters
 
 
@@ -43,7 +43,7 @@ def test_gradient_is_the_sum_of_clipped_ones(clip: float):
     given, parameters = problem()
     one = replica(task=Toy())
     begin(one)
-    batch = one.batch(Batch(size=8))
+    batch = one.data.batch(Batch(size=8))
     gradient, _ = PrivateGradient(clip, 0.0).wrap(given)(parameters, batch)
     torch.testing.assert_close(gradient * 8, clipped_sum(parameters, batch.tensors, clip), rtol=1e-5, atol=1e-6)
     assert not any(hasattr(parameter, "grad_sample") for parameter in given.module.parameters())
@@ -52,9 +52,9 @@ def test_gradient_is_the_sum_of_clipped_ones(clip: float):
 def test_an_empty_batch_is_noise_of_the_right_size():
     given, parameters = problem()
     one = replica(task=Toy())
-    empty = one.load(torch.empty(0, dtype=torch.int64))
+    empty = one.data.load(torch.empty(0, dtype=torch.int64))
     rule = PrivateGradient(clip=0.5, noise=3.0).wrap(given)
-    draws = torch.cat([rule(parameters, type(one.batch(Batch()))(empty, 0))[0] for _ in range(100)])
+    draws = torch.cat([rule(parameters, type(one.data.batch(Batch()))(empty, 0))[0] for _ in range(100)])
     # 8300 draws: their standard deviation is within 4 % of the true one in all but one of 10⁶ cases.
     assert float(draws.std()) == pytest.approx(3.0 * 0.5 / 8, rel=0.04)
     assert abs(float(draws.mean())) < 5 * 3.0 * 0.5 / 8 / len(draws) ** 0.5

@@ -55,19 +55,19 @@ def descent(algorithm: MSGC, nodes: int, jobs: int) -> list[Tensor]:
     """The models after SGD, each job on all of its samples at once, without rounds, slots or a code."""
     task, size = Toy(), algorithm.stragglers + 1
     one = replica(task=task, num_nodes=nodes, precision="fp64")
-    one.parts = assign(task.train_samples(nodes), Iid(), nodes, 0)
+    one.data.parts = assign(task.train_samples(nodes), Iid(), nodes, 0)
     begin(one, 0)
     models = [one.parameters.clone() for _ in range(algorithm.window - 1 + algorithm.burst)]
     for job in range(jobs):
         owned = [(size, f"job {job}, chunk {chunk}") for chunk in range(algorithm.window - 1)]
         coded = [(1, f"job {job}, group {group}") for group in range(algorithm.burst)]
         drawn = [
-            one.batch(Batch(part=part, size=times * algorithm.chunk, key=key))
+            one.data.batch(Batch(part=part, size=times * algorithm.chunk, key=key))
             for part in range(nodes)
             for times, key in owned + coded
         ]
         model = models[job % len(models)]
-        model -= algorithm.lr * one.gradient(Gradient(at=model, batch=joined(drawn))).gradient
+        model -= algorithm.lr * one.trainer.gradient(Gradient(at=model, batch=joined(drawn))).gradient
     return models
 
 

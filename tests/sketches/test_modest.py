@@ -50,7 +50,7 @@ def test_with_everybody_in_the_sample_it_is_fedavg(aggregators: int):
     for one in ran.replicas.values():
         number: Any = one.local["round"]
         assert number >= 4
-        assert one._step == 5 * (number + 1)
+        assert one.schedule.step == 5 * (number + 1)
         theirs = simulate(
             algorithm={"name": "fedavg", "steps": 5, "weighting": "uniform"},
             task=TASK,

@@ -244,7 +244,7 @@ def test_numbers_are_kept_or_refused():
     task = WideTask()
     one = replica(task=task)
     begin(one)
-    one.train(Train(steps=2), Never())
+    one.trainer.train(Train(steps=2), Never())
     found = one.model_tensors()
     assert torch.equal(found["turn"], torch.tensor([1 + 1j, 0.5 - 2j], dtype=torch.complex64))
     assert (int(found["count"]), found["mask"].tolist()) == (2**40 + 1, [True, False])
@@ -324,7 +324,7 @@ def test_what_a_loss_leaves_is_not_noticed():
     one, other = replica(task=Careless(model="mlp")), replica(task=Toy(model="mlp"))
     for each in (one, other):
         begin(each)
-        each.train(Train(steps=3), Never())
+        each.trainer.train(Train(steps=3), Never())
     assert one.model_digest() == other.model_digest()
     assert initial_module(Careless(), 0, torch.device("cpu")).training
     assert Settings.now().default_dtype == torch.float32

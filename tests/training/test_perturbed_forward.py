@@ -171,14 +171,14 @@ class Made(Task):
 
 def losses(one: Replica, point: Perturbed) -> tuple[float, float]:
     """At ``point``, and at a tensor with the same values."""
-    batch = one.batch(Batch())
+    batch = one.data.batch(Batch())
     z = torch.zeros(one.parameters.shape, dtype=torch.float64)
     fill(z[point.start : point.stop], point.distribution, point.key, point.start)
     whole = one.parameters + z.to(one.parameters.dtype) * point.scale
     before = one.parameters.clone()
-    on_use = one.loss(Loss(at=point, batch=batch, probe=True))
+    on_use = one.trainer.loss(Loss(at=point, batch=batch, probe=True))
     assert torch.equal(one.parameters, before)
-    return on_use, one.loss(Loss(at=whole, batch=batch, probe=True))
+    return on_use, one.trainer.loss(Loss(at=whole, batch=batch, probe=True))
 
 
 def ready(task: Task, **keys: Any) -> Replica:
@@ -200,7 +200,7 @@ def test_a_loss_has_the_bits_of_one_at_a_whole_perturbed_model(name: str):
     for start, stop in ((0, size), (size // 3, size // 2), (1, 2)):
         on_use, whole = losses(one, Perturbed(0.1, "gaussian", KEY, start, stop))
         assert on_use == whole
-    at_model = one.loss(Loss(batch=one.batch(Batch()), probe=True))
+    at_model = one.trainer.loss(Loss(batch=one.data.batch(Batch()), probe=True))
     assert losses(one, Perturbed(0.1, "rademacher", KEY, 0, size))[0] != at_model
     on_use, whole = losses(one, Perturbed(0.0, "gaussian", KEY, 0, size))
     assert on_use == whole
@@ -240,12 +240,12 @@ def test_any_part_of_a_point_is_made_without_the_rest(start: int, size: int, fir
 )
 def test_what_would_take_the_model_itself_is_refused_with_the_layers_name(name: str, words: str):
     one = ready(Made(of=name))
-    point, batch = Perturbed(0.1, "gaussian", KEY, 0, one.layout.num_values), one.batch(Batch())
-    before = one.loss(Loss(batch=batch))
+    point, batch = Perturbed(0.1, "gaussian", KEY, 0, one.layout.num_values), one.data.batch(Batch())
+    before = one.trainer.loss(Loss(batch=batch))
     with pytest.raises(ProgramError, match=words) as caught:
-        one.loss(Loss(at=point, batch=batch, probe=True))
+        one.trainer.loss(Loss(at=point, batch=batch, probe=True))
     assert "\n" not in str(caught.value)
-    assert one.loss(Loss(batch=batch)) == before, "nothing of it stays"
+    assert one.trainer.loss(Loss(batch=batch)) == before, "nothing of it stays"
 
 
 def test_compiled_models_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -254,7 +254,7 @@ def test_compiled_models_are_refused(monkeypatch: pytest.MonkeyPatch):
     point = Perturbed(0.1, "gaussian", KEY, 0, one.layout.num_values)
     words = r"optimizer\.compile makes kernels that read parameters by themselves; set it to false, or take"
     with pytest.raises(ProgramError, match=words):
-        one.loss(Loss(at=point, batch=one.batch(Batch()), probe=True))
+        one.trainer.loss(Loss(at=point, batch=one.data.batch(Batch()), probe=True))
 
 
 @pytest.mark.parametrize("name", ["digits", "text_lm"])
@@ -268,7 +268,9 @@ def test_no_more_is_made_at_a_time_than_one_tensor(name: str, monkeypatch: pytes
 
     monkeypatch.setattr(Perturbed, "write", watched)
     one = ready(TASKS[name], algorithm=JustOneByte(perturb="on_use"))
-    one.loss(Loss(at=Perturbed(0.1, "gaussian", KEY, 0, one.layout.num_values), batch=one.batch(Batch()), probe=True))
+    one.trainer.loss(
+        Loss(at=Perturbed(0.1, "gaussian", KEY, 0, one.layout.num_values), batch=one.data.batch(Batch()), probe=True)
+    )
     sizes = [entry.stop - entry.start for entry in one.layout.entries]
     assert max(made) == max(sizes) < one.layout.num_values
     # GPT's embedding is used twice, and only the first places of its positions.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from starling.actors.replica.learner import Learner
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.schedule_progress import ScheduleProgress
 from starling.algorithms.api import SERVER
 from starling.algorithms.asynchronous.fedbuff import FedBuff
 from starling.orchestrator import api
@@ -33,15 +34,21 @@ Rates = dict[int, list[tuple[int, float]]]
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
     found: Rates = defaultdict(list)
-    original = Learner.rate
+    owners: dict[ScheduleProgress, Replica] = {}
+    begin, original = Replica.begin, ScheduleProgress.rate
 
-    def rate(self: Learner, ahead: int = 0) -> float:
+    def begun(self: Replica, *arguments: Any) -> None:
+        owners[self.schedule] = self
+        begin(self, *arguments)
+
+    def rate(self: ScheduleProgress, ahead: int = 0) -> float:
         value = original(self, ahead)
-        if self.round >= 0:
-            found[self.id].append((self.round, value))
+        if self in owners:
+            found[owners[self].id].append((owners[self].round, value))
         return value
 
-    monkeypatch.setattr(Learner, "rate", rate)
+    monkeypatch.setattr(Replica, "begin", begun)
+    monkeypatch.setattr(ScheduleProgress, "rate", rate)
     return found
 
 

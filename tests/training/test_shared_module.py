@@ -14,7 +14,7 @@ from starling.actors.replica.replica import Replica
 from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
-from starling.actors.training.shared_module import Slab, aligned
+from starling.actors.training.slab import Slab, aligned
 from starling.algorithms.api import SERVER, Train, View
 from starling.algorithms.errors import ProgramError, SettingsError
 from tests.toys import INPUTS, OUTPUTS, Silent, Toy, replica
@@ -54,7 +54,7 @@ def enter(replicas: list[Replica], number: int) -> None:
 
 
 def train(one: Replica, steps: int = 1) -> None:
-    one.train(Train(steps=steps), Never())
+    one.trainer.train(Train(steps=steps), Never())
 
 
 # --- taking turns ---------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_other_points_leave_the_node_alone():
         assert all(not parameter.any() for parameter in one.bench.module.parameters())
     assert torch.equal(one.parameters, parameters)
     assert torch.equal(one.buffers, buffers)
-    module: Any = one._module
+    module: Any = one.trainer.module
     assert module[0].weight.data_ptr() == one.parameters.data_ptr()
     # At the node's own parameters its statistics move.
     with one.bench.at(one.tensors, one.parameters):
@@ -211,7 +211,7 @@ def test_other_points_end_with_an_exception():
     one = replica()
     with pytest.raises(KeyError), one.bench.at(one.tensors, torch.zeros_like(one.parameters)):
         raise KeyError
-    module: Any = one._module
+    module: Any = one.trainer.module
     assert module[0].weight.data_ptr() == one.parameters.data_ptr()
 
 

@@ -158,11 +158,11 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 def batches(one: Replica, count: int) -> Iterator[tuple[Tensor, ...]]:
     """What the node draws in its next steps."""
-    here = one.position
-    drawn = [one.draw() for _ in range(count)]
-    one.position, one.num_drawn = here, 0
+    here = one.data.position
+    drawn = [one.data.draw() for _ in range(count)]
+    one.data.position, one.data.num_drawn = here, 0
     for indices in drawn:
-        yield one.load(torch.from_numpy(indices))
+        yield one.data.load(torch.from_numpy(indices))
 
 
 def plain_loop(one: Replica, task: Toy, count: int = STEPS) -> nn.Module:
@@ -190,7 +190,7 @@ def assert_equal(one: Replica, module: nn.Module) -> None:
 
 def train(one: Replica, *steps: int) -> None:
     for count in steps:
-        one.train(Train(steps=count), Never())
+        one.trainer.train(Train(steps=count), Never())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda keys: "-".join(map(str, keys.values())))
@@ -250,7 +250,7 @@ def test_evaluation_changes_nothing():
     begin(one)
     before = one.model_digest()
     one.evaluate(task.validation_samples(1), None)
-    one.loss(Loss())
+    one.trainer.loss(Loss())
     assert one.model_digest() != before  # a loss is computed in training mode, at the node's own model
     before = one.model_digest()
     one.parameters.mul_(3)
@@ -265,9 +265,9 @@ def test_a_gradient_says_of_which_parameters_it_is_none():
     begin(one)
     expected = plain_loop(one, task)
     for _ in range(STEPS):
-        report = one.gradient(Gradient())
+        report = one.trainer.gradient(Gradient())
         # Others have none either, or the mean of gradients would be a gradient.
-        one.step(Step(0.5 * report.gradient + 0.5 * report.gradient, report))
+        one.trainer.step(Step(0.5 * report.gradient + 0.5 * report.gradient, report))
     assert_equal(one, expected)
 
 
@@ -275,7 +275,7 @@ def test_a_zero_gradient_is_one():
     """Of a layer whose inputs are zero, say: torch decays it."""
     one = replica(task=Own(), name="adamw", weight_decay=0.5)
     before = one.parameters.clone()
-    one.step(Step(torch.zeros_like(before), one.gradient(Gradient())))
+    one.trainer.step(Step(torch.zeros_like(before), one.trainer.gradient(Gradient())))
     assert torch.equal(one.parameters, before * (1 - 0.1 * 0.5))
 
 
@@ -295,7 +295,7 @@ def test_without_samples_nothing_moves():
     begin(one)
     train(one, 2)
     before = one.model_digest()
-    one._present = lambda indices: indices[:0]
+    one.data._present = lambda indices: indices[:0]
     train(one, 2)
     assert one.model_digest() == before
 
@@ -308,11 +308,11 @@ def test_an_optimizer_that_was_taken_apart_is_kept_and_sent():
         train(one, 3)
         one.stage()
         one.commit()
-        position = one.position
+        position = one.data.position
         train(one, 3)
         expected = one.model_digest()
         one.rollback()
-        assert one.position == position != Position()
+        assert one.data.position == position != Position()
         train(one, 3)
         assert one.model_digest() == expected, optimizer
 

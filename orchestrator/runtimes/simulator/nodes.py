@@ -8,6 +8,7 @@ import torch
 
 from starling.actors.host.build import build_replicas, load_data
 from starling.actors.host.host import Host
+from starling.actors.host.recorded_clock import Times
 from starling.orchestrator.runtimes.events import NodeFacts
 from starling.orchestrator.runtimes.user_code import user_code
 
@@ -38,6 +39,7 @@ class SimulatedNodes:
     def __init__(self, config: Config, clock: VirtualClock) -> None:
         self._config = config
         self._clock = clock
+        self._times = Times(lambda: clock.now)
         self._spec = config.replica_spec()
         self.present: set[NodeId] = set()
         """Nodes whose replicas are in the host, and alive."""
@@ -50,7 +52,7 @@ class SimulatedNodes:
             self.fingerprint = self.data.fingerprint()
             self.baselines = self._spec.task.baselines(self._config.num_nodes)
             replicas = self._build(nodes)
-            self.host = Host(replicas, alone=True)
+            self.host = Host(replicas, self._times, alone=True)
             self.host.init()
         self._clock.attempts = dict.fromkeys(nodes, 0)
         self.present = set(nodes)
@@ -58,13 +60,12 @@ class SimulatedNodes:
 
     def build(self, node: NodeId, incarnation: int) -> Replica:
         """Build a replica that is to take a node's place."""
-        (replica,) = self._build([node])
-        replica.incarnation = incarnation
+        (replica,) = self._build([node], incarnation)
         return replica
 
-    def _build(self, nodes: Sequence[NodeId]) -> list[Replica]:
+    def _build(self, nodes: Sequence[NodeId], incarnation: int = 0) -> list[Replica]:
         cpu = torch.device("cpu")
-        return build_replicas(nodes, self._spec, self.data, [cpu] * len(nodes), clock=lambda: self._clock.now)
+        return build_replicas(nodes, self._spec, self.data, [cpu] * len(nodes), self._times, incarnation)
 
     @staticmethod
     def facts_of(replica: Replica) -> NodeFacts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from starling.actors.data.plans import NOTHING_NEW
-from starling.actors.replica.replica import virtual
 from starling.actors.wire.tickets import (
     Computing,
     Failed,
@@ -129,7 +128,7 @@ class SimulatedPrograms:
         for (node, operation), result in zip(computing, host.computation.run(computing), strict=True):
             if isinstance(result, TrainReport):
                 seconds = result.num_steps * self._step_ms / 1000 / self._speeds.get(node, 1.0)
-                self._resume_in(seconds, node, result if is_replay else virtual(result, seconds))
+                self._resume_in(seconds, node, result if is_replay else result._replace(seconds=seconds))
             elif isinstance(result, Failed | Stale):
                 self._take(node, result)
             else:

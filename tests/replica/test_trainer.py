@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from starling.actors.data import Position
-from starling.actors.replica.replica import NonFiniteLossError, Replica
+from starling.actors.host.batched import settle_all
+from starling.actors.replica.replica import Replica
+from starling.actors.replica.spec import NonFiniteLossError
 from starling.algorithms.api import SERVER, Batch, Evaluate, Gradient, GradientReport, Loss, Node, Step, Train
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.rules import DataBatch
@@ -45,38 +47,38 @@ def equal(one: DataBatch, other: DataBatch) -> bool:
 
 def test_own_batches_are_those_of_training():
     one, other = node(batch_size=3, accumulate=2), node(batch_size=3, accumulate=2)
-    assert other._sampler is not None
+    assert other.data._draws is not None
     for size, expected in [(None, 6), (4, 4), (100, 6), (None, 6)]:
-        batch = one.batch(Batch(size=size))
+        batch = one.data.batch(Batch(size=size))
         assert batch.num_samples == len(batch.tensors[0]) == expected
-        indices = other._sampler.next(6 if size is None else size)
-        assert equal(batch, DataBatch(other.samples.batch(indices), expected))
+        indices = other.data._draws.next(6 if size is None else size)
+        assert equal(batch, DataBatch(other.data.samples.batch(indices), expected))
     one.rollback()
-    assert one.position == Position(0, 0)
+    assert one.data.position == Position(0, 0)
 
 
 def test_batches_of_a_part_are_the_same_on_all_nodes():
     replicas = colocated(3, nodes=(SERVER, 0, 1, 2))
     enter(replicas, 4)
-    first = [one.batch(Batch(part=2, size=5)) for one in replicas]
-    others = [one.batch(Batch(part=1, size=5)) for one in replicas]
-    second = [one.batch(Batch(part=2, size=5)) for one in replicas]
+    first = [one.data.batch(Batch(part=2, size=5)) for one in replicas]
+    others = [one.data.batch(Batch(part=1, size=5)) for one in replicas]
+    second = [one.data.batch(Batch(part=2, size=5)) for one in replicas]
     for draws in (first, others, second):
         assert all(equal(draws[0], one) for one in draws)
     assert not equal(first[0], second[0])
-    parts = replicas[0].parts
+    parts = replicas[0].data.parts
     assert parts is not None
     for count, batch in enumerate((first[0], second[0])):
         places = torch.randperm(16, generator=generator(0, 4, "part", 2, count))[:5]
-        assert equal(batch, DataBatch(replicas[0].samples.batch(parts[2][places]), 5))
+        assert equal(batch, DataBatch(replicas[0].data.samples.batch(parts[2][places]), 5))
     # Another round, other samples; the same round again, the same ones.
     one = replicas[1]
     enter([one], 5)
-    assert not equal(one.batch(Batch(part=2, size=5)), first[0])
+    assert not equal(one.data.batch(Batch(part=2, size=5)), first[0])
     enter([one], 4)
-    assert equal(one.batch(Batch(part=2, size=5)), first[0])
-    assert one.position == Position(0, 0)
-    whole = one.batch(Batch(part=2, size=99))
+    assert equal(one.data.batch(Batch(part=2, size=5)), first[0])
+    assert one.data.position == Position(0, 0)
+    whole = one.data.batch(Batch(part=2, size=99))
     assert whole.num_samples == 16
     assert len(whole.tensors[0].unique(dim=0)) == 16
 
@@ -84,35 +86,35 @@ def test_batches_of_a_part_are_the_same_on_all_nodes():
 def test_batches_with_a_key_can_be_drawn_again():
     replicas = colocated(3, nodes=(SERVER, 0, 1, 2))
     enter(replicas, 4)
-    parts = replicas[0].parts
+    parts = replicas[0].data.parts
     assert parts is not None
     places = torch.randperm(16, generator=generator(0, "part", 2, "job 7"))[:5]
-    expected = DataBatch(replicas[0].samples.batch(parts[2][places]), 5)
+    expected = DataBatch(replicas[0].data.samples.batch(parts[2][places]), 5)
     for number, draws in ((4, 3), (5, 1), (0, 0)):
         enter(replicas, number)
         for one in replicas[: draws + 1]:
             for _ in range(draws):
-                one.batch(Batch(part=2, size=5))
-            assert equal(one.batch(Batch(part=2, size=5, key="job 7")), expected)
-            assert equal(one.batch(Batch(part=2, size=5, key="job 7")), expected), "twice in a round"
+                one.data.batch(Batch(part=2, size=5))
+            assert equal(one.data.batch(Batch(part=2, size=5, key="job 7")), expected)
+            assert equal(one.data.batch(Batch(part=2, size=5, key="job 7")), expected), "twice in a round"
     one = replicas[1]
-    assert not equal(one.batch(Batch(part=2, size=5, key="job 8")), expected)
-    assert not equal(one.batch(Batch(part=1, size=5, key="job 7")), expected)
-    assert one.batch(Batch(part=2, size=99, key="job 7")).num_samples == 16
+    assert not equal(one.data.batch(Batch(part=2, size=5, key="job 8")), expected)
+    assert not equal(one.data.batch(Batch(part=1, size=5, key="job 7")), expected)
+    assert one.data.batch(Batch(part=2, size=99, key="job 7")).num_samples == 16
 
 
 def test_draws_with_a_key_leave_the_others_alone():
     one, other = node(), node()
-    one.batch(Batch(part=2, size=5, key="job 7"))
-    assert equal(one.batch(Batch(part=2, size=5)), other.batch(Batch(part=2, size=5)))
-    assert one.position == Position(0, 0)
+    one.data.batch(Batch(part=2, size=5, key="job 7"))
+    assert equal(one.data.batch(Batch(part=2, size=5)), other.data.batch(Batch(part=2, size=5)))
+    assert one.data.position == Position(0, 0)
 
 
 def test_another_run_draws_others_with_a_key():
     one, other = node(), node()
-    other.spec = replace(other.spec, seed=1)
+    other.data._spec = replace(other.spec, seed=1)
     keyed = Batch(part=2, size=5, key="job 7")
-    assert not equal(one.batch(keyed), other.batch(keyed))
+    assert not equal(one.data.batch(keyed), other.data.batch(keyed))
 
 
 def test_a_key_without_a_part():
@@ -123,12 +125,12 @@ def test_a_key_without_a_part():
 def test_batches_of_held_out_data():
     replicas = colocated(2, nodes=(SERVER, 0, 1))
     enter(replicas, 4)
-    draws = [one.batch(Batch("validation", size=7)) for one in replicas]
+    draws = [one.data.batch(Batch("validation", size=7)) for one in replicas]
     assert all(equal(draws[0], one) for one in draws)
-    again = replicas[0].batch(Batch("validation", size=7))
+    again = replicas[0].data.batch(Batch("validation", size=7))
     assert again.num_samples == 7
     assert not equal(draws[0], again)
-    assert replicas[0].batch(Batch("validation", size=1000)).num_samples == 20
+    assert replicas[0].data.batch(Batch("validation", size=1000)).num_samples == 20
 
 
 @pytest.mark.parametrize(
@@ -142,16 +144,16 @@ def test_batches_of_held_out_data():
 )
 def test_batches_that_there_are_not(operation: Batch, message: str):
     with pytest.raises(ProgramError, match=message):
-        node().batch(operation)
+        node().data.batch(operation)
 
 
 def test_a_process_without_the_data():
     one = replica()
     begin(one)
     with pytest.raises(ProgramError, match=r"there is no such part \(there are: none\)"):
-        one.batch(Batch(part=0))
+        one.data.batch(Batch(part=0))
     with pytest.raises(ProgramError, match="this process has no held-out data"):
-        one.batch(Batch("validation"))
+        one.data.batch(Batch("validation"))
     with pytest.raises(ProgramError, match="this process has no held-out data"):
         one.evaluate_at(Evaluate())
 
@@ -159,10 +161,10 @@ def test_a_process_without_the_data():
 def test_the_servers_data():
     server = colocated(2, nodes=(SERVER, 0))[0]
     with pytest.raises(ProgramError, match="the server has no training data: it can await no Batch without a part"):
-        server.batch(Batch())
+        server.data.batch(Batch())
     with pytest.raises(ProgramError, match="no training data"):
-        server.gradient(Gradient())
-    report = server.gradient(Gradient(batch=server.batch(Batch(part=1))))
+        server.trainer.gradient(Gradient())
+    report = server.trainer.gradient(Gradient(batch=server.data.batch(Batch(part=1))))
     assert report.gradient.any()
     assert math.isfinite(server.evaluate_at(Evaluate())["loss"])
 
@@ -186,8 +188,8 @@ def test_gradients_and_losses(task: Toy, keys: dict[str, Any]):
     before = one.parameters.clone()
     point = before + torch.randn(before.shape, dtype=before.dtype, generator=torch.Generator().manual_seed(0))
     for at in (None, point):
-        batch = one.batch(Batch())
-        report, loss = one.gradient(Gradient(at, batch)), one.loss(Loss(at, batch))
+        batch = one.data.batch(Batch())
+        report, loss = one.trainer.gradient(Gradient(at, batch)), one.trainer.loss(Loss(at, batch))
         with one.bench.at(one.tensors, at):
             expected = task.loss(one.bench.module, batch.tensors)
             torch.testing.assert_close(report.gradient, flat_gradient(one.bench.module, expected))
@@ -196,7 +198,7 @@ def test_gradients_and_losses(task: Toy, keys: dict[str, Any]):
         assert loss == pytest.approx(report.loss, rel=1e-6)
         assert torch.equal(one.parameters, before)
         kept = report.gradient.clone()
-        one.gradient(Gradient(at, one.batch(Batch(part=0))))
+        one.trainer.gradient(Gradient(at, one.data.batch(Batch(part=0))))
         assert torch.equal(report.gradient, kept)  # the program's own
 
 
@@ -204,13 +206,13 @@ def test_gradients_and_losses(task: Toy, keys: dict[str, Any]):
 def test_a_step_by_hand_is_a_step_of_training(task: Toy):
     one, same = node(task), node(task)
     for _ in range(3):
-        report = one.gradient(Gradient())
+        report = one.trainer.gradient(Gradient())
         one.parameters.add_(report.gradient, alpha=-0.1)
-        trained = same.train(Train(steps=1), NO_FENCE)
+        trained = same.trainer.train(Train(steps=1), NO_FENCE)
         assert (trained.loss, trained.num_samples) == (report.loss, report.num_samples)
     assert torch.equal(one.parameters, same.parameters)
     assert torch.equal(one.buffers, same.buffers)
-    assert one.position == same.position
+    assert one.data.position == same.data.position
 
 
 @pytest.mark.parametrize("inner", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw", "grad_clip": 0.02}])
@@ -218,16 +220,16 @@ def test_steps_along_gradients_are_training(inner: dict[str, Any]):
     """Moments, clipping and the schedule go on; what the optimizer knew is gone with ``fresh``."""
     keys = inner | {"schedule": {"name": "linear", "warmup_steps": 2}}
     trained, stepped = node(**keys), node(**keys)
-    trained.train(Train(steps=4), NO_FENCE)
+    trained.trainer.train(Train(steps=4), NO_FENCE)
     for _ in range(4):
-        report = stepped.gradient(Gradient())
-        done = stepped.step(Step(report.gradient, report))
+        report = stepped.trainer.gradient(Gradient())
+        done = stepped.trainer.step(Step(report.gradient, report))
         assert (done.loss, done.num_samples, done.num_steps) == (report.loss, report.num_samples, 0)
     assert torch.equal(stepped.parameters, trained.parameters)
     forgetful = node(**keys)
     for number in range(4):
-        report = forgetful.gradient(Gradient())
-        forgetful.step(Step(report.gradient, report, fresh=number == 2))
+        report = forgetful.trainer.gradient(Gradient())
+        forgetful.trainer.step(Step(report.gradient, report, fresh=number == 2))
     assert not torch.equal(forgetful.parameters, trained.parameters)
     assert forgetful.optimizer.age == 2
 
@@ -236,54 +238,54 @@ def test_a_step_along_something_else_is_refused():
     one = node()
     report = GradientReport(torch.zeros(3), 1.0, 1)
     with pytest.raises(ProgramError, match=r"Step takes a gradient of shape \[\d+\], not \[3\]"):
-        one.step(Step(report.gradient, report))
+        one.trainer.step(Step(report.gradient, report))
     with pytest.raises(NonFiniteLossError, match="parameters are not finite after a Step"):
-        one.step(Step(torch.full_like(one.parameters, torch.inf), report))
+        one.trainer.step(Step(torch.full_like(one.parameters, torch.inf), report))
 
 
 def test_they_draw_afresh_and_leave_the_schedule():
     one = node(schedule="linear", rounds=100)
-    rate = one.rate()
-    one.gradient(Gradient())
-    assert one.position == Position(0, 8)
-    one.loss(Loss())
-    assert one.position == Position(1, 0)
-    assert one.rate() == rate
+    rate = one.schedule.rate()
+    one.trainer.gradient(Gradient())
+    assert one.data.position == Position(0, 8)
+    one.trainer.loss(Loss())
+    assert one.data.position == Position(1, 0)
+    assert one.schedule.rate() == rate
 
 
 def test_another_point_moves_no_statistics():
     one = node(Toy(model="batch_norm"))
     before = one.buffers.clone()
-    batch = one.batch(Batch())
+    batch = one.data.batch(Batch())
     elsewhere = one.parameters + 1
-    one.gradient(Gradient(elsewhere, batch))
-    one.loss(Loss(elsewhere, batch))
+    one.trainer.gradient(Gradient(elsewhere, batch))
+    one.trainer.loss(Loss(elsewhere, batch))
     assert torch.equal(one.buffers, before)
-    one.loss(Loss(batch=batch))
+    one.trainer.loss(Loss(batch=batch))
     assert not torch.equal(one.buffers, before)
 
 
 def test_one_mask_for_all_points_at_one_batch():
     """Else a difference of gradients, or of losses, would be one of dropout masks."""
     one = node(Toy(model="dropout"))
-    batch = one.batch(Batch())
-    first = one.gradient(Gradient(batch=batch)).gradient
-    loss = one.loss(Loss(batch=batch))
-    assert torch.equal(one.gradient(Gradient(one.parameters.clone(), batch)).gradient, first)
-    assert one.loss(Loss(one.parameters.clone(), batch)) == loss
-    one.batch(Batch())
-    assert not torch.equal(one.gradient(Gradient(batch=batch)).gradient, first)
+    batch = one.data.batch(Batch())
+    first = one.trainer.gradient(Gradient(batch=batch)).gradient
+    loss = one.trainer.loss(Loss(batch=batch))
+    assert torch.equal(one.trainer.gradient(Gradient(one.parameters.clone(), batch)).gradient, first)
+    assert one.trainer.loss(Loss(one.parameters.clone(), batch)) == loss
+    one.data.batch(Batch())
+    assert not torch.equal(one.trainer.gradient(Gradient(batch=batch)).gradient, first)
     begin(one, 5, (0, 1, 2))
-    assert one.loss(Loss(batch=batch)) != loss
+    assert one.trainer.loss(Loss(batch=batch)) != loss
 
 
 def test_a_point_in_the_middle_of_something_larger():
     one = node(Toy(model="mlp"))
-    batch = one.batch(Batch())
+    batch = one.data.batch(Batch())
     cut = torch.randn(90, generator=torch.Generator().manual_seed(0))[5:88]
-    expected = one.gradient(Gradient(cut.clone(), batch))
+    expected = one.trainer.gradient(Gradient(cut.clone(), batch))
     for at in (cut, cut.double(), cut.clone().requires_grad_(True)):
-        report = one.gradient(Gradient(at, batch))
+        report = one.trainer.gradient(Gradient(at, batch))
         assert torch.equal(report.gradient, expected.gradient)
         assert report.loss == expected.loss
 
@@ -293,24 +295,24 @@ def test_points_of_another_shape(operation: Any):
     one = node()
     message = r"a model of 83 parameters cannot be computed at a tensor of shape \[1, 83\]"
     with pytest.raises(ProgramError, match=message):
-        (one.gradient if operation is Gradient else one.loss)(operation(torch.zeros(1, 83)))
+        (one.trainer.gradient if operation is Gradient else one.trainer.loss)(operation(torch.zeros(1, 83)))
 
 
 def test_mixed_precision():
     one, single = node(precision="bf16"), node()
-    batch = one.batch(Batch())
-    report, exact = one.gradient(Gradient(batch=batch)), single.gradient(Gradient(batch=batch))
+    batch = one.data.batch(Batch())
+    report, exact = one.trainer.gradient(Gradient(batch=batch)), single.trainer.gradient(Gradient(batch=batch))
     assert report.gradient.dtype == torch.float32
-    assert report.loss == one.loss(Loss(batch=batch))
+    assert report.loss == one.trainer.loss(Loss(batch=batch))
     assert not torch.equal(report.gradient, exact.gradient)
     torch.testing.assert_close(report.gradient, exact.gradient, rtol=0.1, atol=0.02)
 
 
 def test_a_batch_without_samples():
     one = node()
-    nothing = DataBatch(one.samples.batch(torch.empty(0, dtype=torch.int64)), 0)
-    assert not one.gradient(Gradient(batch=nothing)).gradient.any()
-    assert one.loss(Loss(batch=nothing)) == 0.0
+    nothing = DataBatch(one.data.samples.batch(torch.empty(0, dtype=torch.int64)), 0)
+    assert not one.trainer.gradient(Gradient(batch=nothing)).gradient.any()
+    assert one.trainer.loss(Loss(batch=nothing)) == 0.0
 
 
 # --- not finite -----------------------------------------------------------------------------------------------------
@@ -320,9 +322,9 @@ def test_a_batch_without_samples():
 def test_what_is_not_finite_stops(task: Toy):
     one = node(task)
     with pytest.raises(NonFiniteLossError, match=r"node 1, round 4: loss is nan in a Gradient; lower optimizer\.lr"):
-        one.gradient(Gradient(torch.full_like(one.parameters, torch.nan)))
+        one.trainer.gradient(Gradient(torch.full_like(one.parameters, torch.nan)))
     with pytest.raises(NonFiniteLossError, match=r"node 1, round 4: loss is inf in a Loss; .* on_nan: skip"):
-        one.loss(Loss(torch.full_like(one.parameters, 1e30)))
+        one.trainer.loss(Loss(torch.full_like(one.parameters, 1e30)))
 
 
 def test_a_gradient_that_is_not_finite_stops():
@@ -332,20 +334,20 @@ def test_a_gradient_that_is_not_finite_stops():
             return gradients * torch.inf, losses
 
     with pytest.raises(NonFiniteLossError, match="the gradient is not finite in a Gradient"):
-        node(Steep()).gradient(Gradient())
+        node(Steep()).trainer.gradient(Gradient())
 
 
 def test_what_is_not_finite_skips():
     one = node(skip_nan=True)
     one.parameters.add_(1)
-    report = one.gradient(Gradient(torch.full_like(one.parameters, torch.nan)))
-    assert one.skipping
+    report = one.trainer.gradient(Gradient(torch.full_like(one.parameters, torch.nan)))
+    assert one.guard.skipping
     assert math.isnan(report.loss)
     assert (report.num_samples, report.gradient.tolist()) == (0, [0.0] * 83)
     assert torch.equal(one.parameters, node().parameters)
     begin(one, 5, (0, 1, 2))
-    assert math.isnan(one.loss(Loss(torch.full_like(one.parameters, torch.nan))))
-    assert one.skipping
+    assert math.isnan(one.trainer.loss(Loss(torch.full_like(one.parameters, torch.nan))))
+    assert one.guard.skipping
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
@@ -373,10 +375,10 @@ def test_evaluation_at_a_point():
 
 def test_evaluate_is_at_the_current_parameters_and_not_the_algorithms_model():
     one = replica(algorithm=Averaged(), task=Toy(model="linear"))
-    one.validation = Toy().validation_samples(1)
+    one.data.validation = Toy().validation_samples(1)
     one.shared["model"], one.local["scale"] = torch.zeros(21), 1.0
-    assert one.evaluate_at(Evaluate()) != one.evaluate(one.validation, None)
-    assert one.evaluate_at(Evaluate()) == one.evaluate(one.validation, None, one.parameters)
+    assert one.evaluate_at(Evaluate()) != one.evaluate(one.data.validation, None)
+    assert one.evaluate_at(Evaluate()) == one.evaluate(one.data.validation, None, one.parameters)
 
 
 def test_the_committed_model_is_made_of_the_committed_state():
@@ -388,5 +390,5 @@ def test_the_committed_model_is_made_of_the_committed_state():
     one.stage()
     assert one.committed_model()[0].tolist() == [2.0] * 21
     assert one.spec.algorithm.model(one).tolist() == [0.0] * 21
-    one.settle(0)
+    settle_all([one], 0)
     assert one.committed_model()[0].tolist() == [0.0] * 21
