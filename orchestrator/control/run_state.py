@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from starling.orchestrator.control.evaluation import Evaluation
 from starling.orchestrator.control.roster import Residuals, Roster
 from starling.orchestrator.control.round_records import RoundRecorder
-from starling.orchestrator.control.samples import Samples
+from starling.orchestrator.control.samples import SampleProgress
 from starling.orchestrator.control.saving import Saving
 from starling.orchestrator.control.sealed_rounds import SealedRounds
 from starling.orchestrator.protocol.byte_ledger import Ledger
@@ -51,7 +51,7 @@ class RunState:
         self.ledger = Ledger()
         self.roster = Roster(run)
         self.residuals = Residuals(run)
-        self.samples = Samples(run.config.data.sampler, run.record, script)
+        self.samples = SampleProgress(run.config.data.sampler, run.record, script)
         self.evaluation = Evaluation(run, self.ledger)
         self.sealed = SealedRounds(run, self.evaluation)
         self.recorder = RoundRecorder(self)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from starling.actors.replica.catch_up import Transcript
 from starling.orchestrator.records import round_log
-from starling.orchestrator.records.round_log import Members, Sealed
+from starling.orchestrator.records.round_log import MembersEntry, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ class SealedRounds:
         if record is None:
             return
         observer = self._run.observer
-        observer.on_sealed(Members(view.number, view.members))
+        observer.on_sealed(MembersEntry(view.number, view.members))
         observer.on_sealed(Sealed(number, record))
         self._records.append(record)
         every = self._run.config.replay.snapshot_every
