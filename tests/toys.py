@@ -87,6 +87,25 @@ class Toy(Task, name="test_toy"):
         return F.mse_loss(module(inputs), targets)
 
 
+class Slope(Task, name="test_slope"):
+    """f(θ) = Σ θ from θ = 0: the gradient is one everywhere, and so is the outer gradient of one step of size one."""
+
+    size: PositiveInt = 2
+
+    def train_samples(self, num_nodes: int) -> TensorSamples:
+        return TensorSamples(torch.zeros(num_nodes, 1))
+
+    validation_samples = train_samples
+
+    def build(self) -> nn.Module:
+        module = nn.Linear(self.size, 1, bias=False)
+        nn.init.zeros_(module.weight)
+        return module
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return next(module.parameters()).sum()
+
+
 @functools.cache
 def _samples(count: int, purpose: str) -> tuple[Tensor, Tensor]:
     rng = generator("toy", purpose)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from starling.algorithms.api import Gradient, Train, all_reduce_bytes
+from starling.algorithms.api import Gradient, Node, Train, all_reduce_bytes
 from starling.algorithms.compressors.powersgd import PowerSGD
 from starling.algorithms.layout import Layout, LayoutEntry
 from starling.algorithms.low_communication.ddp import DDP
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
-from tests.toys import Ran, Toy, begin, replica, simulate
+from tests.toys import Ran, Toy, attempt, begin, replica, simulate
 
 DIGITS = {"name": "digits", "model": {"name": "mlp", "width": 40}}
 
@@ -92,6 +92,22 @@ def test_each_step_draws_places_of_its_own():
     assert moved[0] == moved[1] > 3 * 9
 
 
+class Swerve(DDP, name="test_swerve"):
+    """In round 2 node 1 leaves the others behind."""
+
+    async def steps_together(self, node: Node, steps: int) -> None:
+        await super().steps_together(node, steps)
+        if node.round == 2 and node.id == 1:
+            node.parameters.add_(1e-3)
+
+
+def test_replicas_that_part_are_noticed_in_that_round():
+    """The model is shared state: commits compare it as it is at the round's end, and a joiner is given that."""
+    ran = attempt(algorithm="test_swerve", nodes=3, rounds=5)
+    (diverged,) = ran.sought("diverged")
+    assert (diverged["round"], diverged["groups"]) == (2, ((0, 2), (1,)))
+
+
 def test_the_loss_is_told():
     ran = run(rounds=2, inner_steps=3)
     assert all(record.loss is not None and math.isfinite(record.loss) for record in ran.rounds)
@@ -142,6 +158,24 @@ def test_what_a_codec_leaves_out_is_what_is_left():
     torch.testing.assert_close(fed.parameters, points[0] - 0.5 * (total - residual), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ddp", "local_sgd"])
+def test_bytes_of_codecs_in_either_direction(name: str):
+    """75 010 values on three nodes: (N - 1)(b_in + b_out), and with data-parallel training that in each step."""
+    values = 75 * 1000 + 10
+    sizes = {"bf16": 2 * values, "int8": values + 4 * -(-values // 256)}
+    for codec, result_codec in (("int8", "bf16"), ("bf16", "int8")):
+        ran = simulate(
+            algorithm={"name": name, "inner_steps": 3, "codec": codec, "result_codec": result_codec},
+            task={"name": "digits", "model": {"name": "mlp", "width": 1000}},
+            data={"batch_size": 1},
+            nodes=3,
+            rounds=1,
+            evaluation={"every_rounds": 0, "max_batches": 1},
+        )
+        exchange = 2 * (sizes[codec] + sizes[result_codec])
+        assert ran.rounds[0].payload_bytes == ran.expected_bytes == (3 if name == "ddp" else 1) * exchange
+
+
 # --- local SGD ------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +193,33 @@ def test_local_sgd_is_diloco_with_plain_averaging():
     outer = {"name": "sgd", "lr": 1.0}
     diloco = simulate(algorithm={"name": "diloco", "inner_steps": 5, "outer": outer}, **keys)
     assert local.digest == diloco.digest
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_local_sgd_sends_later_what_was_left_out(nodes: int):
+    """EF-SGD by hand: c = Δ + e, the 11 largest of 108 values arrive, e = c - what arrived. Δ is -2 G in each round."""
+    ran = simulate(
+        algorithm={
+            "name": "local_sgd",
+            "inner_steps": 2,
+            "codec": {"name": "top_k", "fraction": 0.1},
+            "error_feedback": True,
+        },
+        task={"name": "test_planes", "rank": 3},
+        nodes=nodes,
+        rounds=6,
+        optimizer={"name": "sgd", "lr": 1.0},
+        data={"batch_size": 1},
+        evaluation={"every_rounds": 0},
+    )
+    model, left = torch.zeros(108), torch.zeros(108)
+    for _ in range(6):
+        whole = left - 2 * low_rank(3).flatten()
+        sent = torch.zeros(108)
+        places = whole.abs().topk(11).indices
+        sent[places] = whole[places]
+        model, left = model - sent, whole - sent
+    torch.testing.assert_close(ran.parameters, model, rtol=1e-5, atol=1e-5)
 
 
 # --- PowerSGD -------------------------------------------------------------------------------------------------------

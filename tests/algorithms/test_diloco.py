@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from starling.actors.replica.replica import Replica
-from starling.actors.tasks import Task, TensorSamples
+from starling.actors.tasks import Task
 from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Train
 from starling.algorithms.low_communication.diloco import DiLoCo
@@ -18,7 +18,7 @@ from starling.algorithms.outer import SGD, Nesterov
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from tests import codecs
-from tests.toys import Ran, Toy, begin, replica, simulate
+from tests.toys import Ran, Slope, Toy, begin, replica, simulate
 
 assert codecs  # imported for the name that it enters into the table
 AVERAGING = {"name": "sgd", "lr": 1.0}
@@ -116,23 +116,6 @@ def test_d4_equal_outer_gradients_are_as_one(nodes: int):
 
 
 # --- D5: Nesterov's sequence ----------------------------------------------------------------------------------------
-
-
-class Slope(Task, name="test_slope"):
-    """f(θ) = Σ θ: the gradient is one everywhere, and so is the outer gradient of one step of size one."""
-
-    def train_samples(self, num_nodes: int) -> TensorSamples:
-        return TensorSamples(torch.zeros(num_nodes, 1))
-
-    validation_samples = train_samples
-
-    def build(self) -> nn.Module:
-        module = nn.Linear(2, 1, bias=False)
-        nn.init.zeros_(module.weight)
-        return module
-
-    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        return next(module.parameters()).sum()
 
 
 def test_d5_constant_outer_gradient():
@@ -287,6 +270,25 @@ def test_random_places_are_others_in_each_round():
     moved = one != start
     assert 0 < int(moved.sum()) < 0.5 * len(moved)
     assert int((two != start).sum()) > int(moved.sum())
+
+
+def test_the_aggregator_combines_the_outer_gradients():
+    """One inner step of rate 1 makes of each node's outer gradient its gradient, A θ - A c; one outlier of three."""
+    task = Quadratic(dimension=6, heterogeneity=30.0)
+    for name, combine in (("median", lambda rows: rows.median(0).values), ("mean", lambda rows: rows.mean(0))):
+        ran = simulate(
+            algorithm={"name": "diloco", "inner_steps": 1, "outer": AVERAGING, "aggregator": name},
+            task={"name": task.name, **task.model_dump(exclude={"name"})},
+            nodes=3,
+            rounds=2,
+            optimizer={"name": "sgd", "lr": 0.3, "precision": "fp64"},
+            evaluation={"every_rounds": 0},
+        )
+        anchor = torch.zeros(6, dtype=torch.float64)
+        for _ in range(2):
+            rows = [0.3 * task.curvature(node) @ (anchor - task.center(node)) for node in range(3)]
+            anchor = anchor - combine(torch.stack(rows))
+        torch.testing.assert_close(ran.parameters, anchor, rtol=1e-12, atol=1e-12)
 
 
 def test_all_nodes_end_with_the_anchor():

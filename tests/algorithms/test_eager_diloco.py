@@ -13,7 +13,7 @@ from starling.actors.tasks.quadratic import Quadratic
 from starling.algorithms.api import Train
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
-from tests.toys import Ran, Toy, begin, replica, simulate
+from tests.toys import Ran, Slope, Toy, begin, replica, simulate
 
 STEPS = 3
 OUTERS = [{"name": "sgd", "lr": 0.9}, {"name": "nesterov", "lr": 0.7, "momentum": 0.9}]
@@ -101,6 +101,17 @@ def test_a_joiner_begins_at_the_common_model(phase: str):
     news = joiner.local["pending"]
     assert isinstance(news, Tensor)
     torch.testing.assert_close(joiner.parameters, algorithm.model(joiner) - 0.9 / 3 * news, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("rounds", [5, 6, 8])
+def test_a_joiner_is_in_no_mean_before_it_has_news(rounds: int):
+    """All news are 3 steps of 0.1; but for the first round θ moves by η of that, whoever comes in round 3."""
+    late = {"events": [{"kind": "late_join", "node": 2, "round": 3}]}
+    ran = run(rounds=rounds, outer=OUTERS[0], task=Slope(), faults=late, network={"start_s": 0.0})
+    assert [one["node"] for one in ran.sought("transfer")] == [2]
+    algorithm: Any = ran.config.algorithm
+    for one in ran.replicas.values():
+        assert algorithm.model(one).tolist() == pytest.approx([-(rounds - 1) * 0.9 * 0.3] * 2, rel=1e-12)
 
 
 @pytest.mark.slow

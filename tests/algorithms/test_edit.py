@@ -33,7 +33,7 @@ EARLY = {"warmup": 4, "decay": 0.3}
 
 def run(name: str = "edit", *, nodes: int = 3, rounds: int = 4, task: Any = None, **algorithm: Any) -> Ran:
     task = task or Toy()
-    keys = {key: algorithm.pop(key) for key in ("faults", "network", "cluster") if key in algorithm}
+    keys = {key: algorithm.pop(key) for key in ("faults", "network", "cluster", "on_divergence") if key in algorithm}
     return simulate(
         algorithm={"name": name, "inner_steps": STEPS} | algorithm,
         task={"name": task.name, **task.model_dump(exclude={"name"})},
@@ -287,6 +287,26 @@ def test_e8_any_numbers(values: list[int], warmup: int):
     assert flags_of_ours([numbers], Detector(decay=0.1, warmup=warmup, threshold=2.0)) == [expected]
 
 
+def test_e8_decides_as_atorch_where_scores_are_wide():
+    """Heavy tails and a short memory: the threshold is made of the scores, whose deviation is often above 1."""
+    rng = random.Random(7)
+    columns = [[rng.paretovariate(1.0) for _ in range(80)] for _ in range(20)]
+    keys: dict[str, Any] = {"alpha": 0.3, "steps": 5, "base": 1.0}
+    expected = [flags_of_atorch(column, **keys) for column in columns]
+    assert flags_of_ours(columns, Detector(decay=0.3, warmup=5, threshold=1.0)) == expected
+    assert 50 < sum(map(sum, expected)) < 800
+
+
+def test_e8_numbers_far_below_all_others_are_no_outliers():
+    """Of 200 around 1 the deviation is 0.02: 1.5 is an outlier, by 25 of those, and 0.5 is none."""
+    rng = random.Random(2)
+    detector = Detector()
+    history = detector.fresh(2)
+    for _ in range(400):
+        history = detector.updated(history, torch.tensor([rng.gauss(1, 0.02)] * 2, dtype=torch.float64))
+    assert detector.outliers(history, torch.tensor([1.5, 0.5], dtype=torch.float64)).tolist() == [True, False]
+
+
 def test_e8_a_level_that_stays_is_accepted_again():
     """Norms that rise for good, by ten standard deviations: flagged some rounds, and not for ever."""
     rng = random.Random(1)
@@ -343,6 +363,19 @@ def test_too_few_steps_in_all_are_not_synchronized():
     stopped = run("a_edit", interval_s=0.03, min_total_steps=20, max_steps=4, rounds=1, network={"step_ms": 10})
     assert steps_taken(stopped) == [4] * 3
     assert stopped.virtual_seconds == pytest.approx(0.06, rel=1e-6)
+
+
+def test_as_many_steps_as_are_asked_for_are_enough():
+    ran = run("a_edit", interval_s=0.03, min_total_steps=9, rounds=1, network={"step_ms": 10})
+    assert steps_taken(ran) == [3] * 3
+
+
+def test_one_node_at_its_limit_waits_for_the_others():
+    """After 0.04 s one node has taken its 8 steps, and there are 16 of at least 20; after 0.08 s there are 24."""
+    network = {"step_ms": 10, "speeds": {0: 4.0}}
+    ran = run("a_edit", interval_s=0.04, min_total_steps=20, max_steps=8, rounds=1, network=network)
+    assert steps_taken(ran) == [8] * 3
+    assert ran.virtual_seconds == pytest.approx(0.08, rel=1e-6)
 
 
 def test_who_does_more_counts_more():
@@ -430,6 +463,23 @@ def test_a_joiner_has_no_history():
 
     assert count(ran.replicas[0]) == 6
     assert count(ran.replicas[1]) < 6
+
+
+class Odd(EDiT, name="test_odd"):
+    """In round 2 the shared state of node 1 is another."""
+
+    async def round(self, node: Node) -> None:
+        await super().round(node)
+        node.shared["odd"] = node.round == 2 and node.id == 1
+
+
+def test_a_node_that_is_given_the_others_state_has_no_history():
+    """It is the process that it was, and yet joins: norms that led it astray are no measure of the next ones."""
+    ran = run("test_odd", rounds=7, on_divergence="heal", network={"start_s": 0.0})
+    (transfer,) = ran.sought("transfer")
+    assert (transfer["node"], ran.replicas[1].incarnation) == (1, 0)
+    counts = [int(one.local["norms"]["count"][0]) for one in ran.replicas.values()]  # type: ignore[index,call-overload,arg-type]
+    assert counts == [7, 7 - transfer["round"], 7]
 
 
 def test_bad_settings():

@@ -12,7 +12,7 @@ from torch import Tensor
 from starling.actors.tasks.quadratic import Quadratic
 from starling.orchestrator.errors import ConfigError
 from tests.membership import models, scripted
-from tests.toys import simulate
+from tests.toys import Toy, simulate
 
 PROBLEM: dict[str, Any] = {"dimension": 4, "condition": 2, "curvature_heterogeneity": 1.0}
 TASK = Quadratic(**PROBLEM, samples_per_node=1)
@@ -148,6 +148,30 @@ def test_who_skips_a_round_keeps_its_correction():
     assert corrections.abs().max() > 1e-3
     assert corrections.sum(0).abs().max() < 1e-14
     assert sum(not row.any() for row in corrections) == 1
+
+
+class Outlier(Toy, name="test_outlier"):
+    """A target so large that its squared error overflows, though not its gradient."""
+
+    def loss(self, module: torch.nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        inputs, targets = batch
+        return super().loss(module, (inputs, targets.nan_to_num(nan=1e200)))
+
+
+def test_who_skips_a_round_keeps_its_correction_beside_a_huge_gradient():
+    """Of (g + d) - g nothing would be left of d, and Σ d = 0 be lost. In each epoch of two rounds one node skips."""
+    keys: dict[str, Any] = {"algorithm": "gradient_tracking", "nodes": 3, "data": {"batch_size": 8}, "on_nan": "skip"}
+    keys |= {"task": {"name": "test_outlier", "poison": 0}}
+    keys |= {"optimizer": {"name": "sgd", "lr": 0.1, "precision": "fp64"}}
+    before, kept = torch.zeros(3, 83, dtype=torch.float64), 0
+    for rounds in range(1, 7):
+        ran = simulate(rounds=rounds, **keys)
+        after = torch.stack([one.local["correction"] for one in ran.replicas.values()])  # type: ignore[misc]
+        assert after.sum(0).abs().max() < 1e-14
+        kept += sum(map(torch.equal, after, before))
+        before = after
+    assert kept == 3
+    assert all(row.any() for row in before)
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------

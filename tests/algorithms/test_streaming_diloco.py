@@ -215,6 +215,20 @@ def test_a_joiner_begins_at_the_anchor():
     assert moved < (ran.replicas[0].parameters - outer_model(ran)).norm()
 
 
+def test_a_joiner_trains_from_the_anchor_on():
+    """At α = 1 a node's model is its own: three steps of 0.1 a round along a gradient of one, from where it began."""
+    late = {"events": [{"kind": "late_join", "node": 2, "round": 1}]}
+    keys: dict[str, Any] = {"inner_steps": 6, "overlap_steps": 1, "merge_alpha": 1.0, "faults": late, **HALVES, **EXACT}
+    keys |= {"task": "test_slope", "optimizer": {"name": "sgd", "lr": 0.1}, "network": {"start_s": 0.0}}
+    ran = run(rounds=3, **keys)
+    (transfer,) = ran.sought("transfer")
+    assert (transfer["node"], transfer["round"]) == (2, 2), "its first round is the run's last"
+    anchor = outer_model(run(rounds=2, **keys))
+    assert ran.replicas[0].parameters.tolist() == pytest.approx([-3 * 0.3] * 2)
+    assert ran.replicas[2].parameters.tolist() == pytest.approx([value - 0.3 for value in anchor.tolist()])
+    assert not any(value == pytest.approx(-2 * 0.3) for value in anchor.tolist())
+
+
 # --- S6: bytes ------------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +359,17 @@ def test_buffers_are_averaged_uncompressed():
     ran = run(task={"name": "test_toy", "model": "batch_norm"}, inner_steps=6, overlap_steps=1, **HALVES)
     assert ran.replicas[0].buffers.any()
     assert all(torch.equal(one.buffers, ran.replicas[0].buffers) for one in ran.replicas.values())
+
+
+def test_fragments_of_one_round_draw_places_of_their_own():
+    """A quarter of each half of 40 values whose gradients are all alike: five places in each, and not alike."""
+    codec = {"name": "random_k", "fraction": 0.25}
+    keys: dict[str, Any] = {"inner_steps": 2, "overlap_steps": 0, "staggered": False, "codec": codec, **HALVES}
+    task, optimizer = {"name": "test_slope", "size": 40}, {"name": "sgd", "lr": 1.0}
+    ran = run(task=task, nodes=1, rounds=1, result_codec="identity", optimizer=optimizer, **keys)
+    first, second = (outer_model(ran) != 0).view(2, 20)
+    assert (int(first.sum()), int(second.sum())) == (5, 5)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("codec", ["sign", {"name": "top_k", "fraction": 0.2}, {"name": "random_k", "unbiased": False}])

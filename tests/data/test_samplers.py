@@ -175,6 +175,34 @@ def test_samples_of_a_window_are_mixed():
         assert inside != sorted(inside)
 
 
+def places_in_blocks(epochs: int = 1, seed: int = 0, node: int = 0) -> list[tuple[tuple[int, ...], ...]]:
+    """For each epoch of 8 blocks of 10, one at a time: the blocks as they come, and the places drawn in each."""
+    draws = Epoch().begin(torch.arange(80), seed, node, Blocks(Ranges([(n, n + 10) for n in range(0, 80, 10)]), 1))
+    found = []
+    for _ in range(epochs):
+        blocks = draws.next(80).view(8, 10)
+        assert (blocks // 10 == blocks[:, :1] // 10).all()
+        found.append((tuple((blocks[:, 0] // 10).tolist()), *(tuple(row.tolist()) for row in blocks % 10)))
+    return found
+
+
+def test_blocks_are_drawn_in_an_order_of_each_epoch():
+    orders = [epoch[0] for node in (0, 1) for seed in (0, 1) for epoch in places_in_blocks(3, seed, node)]
+    assert len(set(orders)) == 12
+    assert tuple(range(8)) not in orders
+    # Each block is the first one in about an eighth of 400 epochs: 50, with a standard deviation of 6.6.
+    firsts = torch.tensor([epoch[0][0] for epoch in places_in_blocks(400)]).bincount(minlength=8)
+    assert (firsts - 50).abs().max() < 5 * 6.6
+
+
+def test_each_window_is_mixed_in_its_own_way():
+    """Else what lies at the same places of two blocks would always be drawn at the same places of their batches."""
+    epochs = [epoch for node in (0, 1) for seed in (0, 1) for epoch in places_in_blocks(3, seed, node)]
+    mixed = [places for epoch in epochs for places in epoch[1:]]
+    assert len(mixed) == 12 * 8
+    assert len(set(mixed)) == len(mixed)
+
+
 def test_single_samples_of_blocks_are_drawn_block_by_block():
     mine = torch.tensor([3, 4, 11, 12, 13, 40])
     runs = Ranges((start, start + 10) for start in range(0, 50, 10))
