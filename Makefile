@@ -17,6 +17,9 @@ PYTEST = $(BIN)/pytest --doctest-modules $(TESTED)
 # with several threads each they would wait for one another.
 QUICK = OMP_NUM_THREADS=1 $(PYTEST) --ignore=tests/cluster -n auto -m "not slow"
 CLUSTER = $(BIN)/pytest tests/cluster $(TWO_RAYS) -m "not slow"
+# A deprecation that an old dependency finds in a newer one is not ours. What has few dependencies is not tried.
+OLDEST := -W default -m "not slow" tests/conformance tests/config/test_config.py tests/cli/test_cli.py tests/tracking \
+	tests/checkpoints/test_store.py tests/data/test_files.py tests/runtimes/test_ray_internals.py tests/cluster/test_runtime.py
 # Each of two workers has a Ray of its own: tests on Ray wait much for processes that begin, and for losses to be noticed.
 TWO_RAYS := -n 2 --dist loadgroup
 
@@ -84,6 +87,13 @@ test-ci: test ## what .ci/run runs: make test, the slow tests but the long ones,
 .PHONY: test-slow
 test-slow: install ## all slow tests, but those of make soak
 	$(PYTEST) $(TWO_RAYS) -m "slow and not soak"
+
+.PHONY: test-oldest
+test-oldest: ## a smoke run with the oldest dependencies that pyproject.toml allows, in .venv-oldest
+	@test -x .venv-oldest/bin/pip || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --disable-pip-version-check --quiet --constraint constraints-oldest.txt --editable . \
+		pytest pytest-timeout hypothesis
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(OLDEST)
 
 .PHONY: soak
 soak: install ## much at random: fault histories (N=1000 SEED=7 PROCESSES=2), damage, configurations, resume at each commit

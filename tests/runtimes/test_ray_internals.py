@@ -32,11 +32,11 @@ def test_the_installed_ray_is_one_of_those_that_are_known():
 
 @pytest.mark.parametrize(
     ("version", "is_known"),
-    [("2.60.0", True), ("2.60.3", True), ("2.61.0", False), ("3.0.0rc1", False), ("2.9.3", False), ("2.51.0", True)],
+    [("2.60.0", True), ("2.60.3", True), ("2.61.0", False), ("3.0.0rc1", False), ("2.9.3", False), ("2.53.0", True), ("2.52.9", False)],
 )
 def test_another_ray_is_one_warning(version: str, is_known: bool, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "starling"):
         ray_internals.check_version(version)
     lines = [record.getMessage() for record in caplog.records]
-    known = f"Ray {version} was not tried with this Starling; if it fails, install one of 2.51 to 2.60"
+    known = f"Ray {version} was not tried with this Starling; if it fails, install one of 2.53 to 2.60"
     assert lines == ([] if is_known else [known])

@@ -13,7 +13,7 @@ import ray
 
 from starling.orchestrator.errors import ClusterError
 
-FIRST, LAST = (2, 51), (2, 60)
+FIRST, LAST = (2, 53), (2, 60)
 """Versions of Ray, oldest and newest, with which the tests on Ray have passed."""
 
 _KNOWN = f"{'.'.join(map(str, FIRST))} to {'.'.join(map(str, LAST))}"
