@@ -92,7 +92,7 @@ def test_on_a_shared_ray(tmp_path: Path, shared_ray: str):
     assert alone.digest == (best.summary or {})["digest"]
     assert alone.metrics["loss"] == best.value("loss")
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == [
-        *("best.yaml", "config.yaml", "results.csv", "summary.json", "sweep.json", "sweep.png"),
+        *("best.yaml", "config.yaml", "results.csv", "run.json", "summary.json", "sweep.json", "sweep.png"),
         *("trials", "trials.jsonl"),
     ]
     # A second look at a sweep that is over runs nothing.
