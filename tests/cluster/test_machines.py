@@ -112,6 +112,7 @@ def with_its_machine(machines: Machines, story: Story, monkeypatch: pytest.Monke
 # --- machines that die, and that are taken away -----------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_nodes_of_a_machine_that_dies_while_they_train_go_on_elsewhere(
     machines: Machines, story: Story, until: Path, go: Go
 ):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
 
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 TINY = ["rounds=2", "cluster.nodes.target=2", "tracking=none", "evaluation.every_rounds=0"]

@@ -146,6 +146,7 @@ def until(condition: Callable[[], object], limit_s: float = 90) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.smoke
 def test_a_job_trains_to_the_simulators_digest(
     head: Head, submit: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ):

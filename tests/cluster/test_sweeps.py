@@ -71,6 +71,7 @@ def wait_until_nothing_is_left(limit_s: float = 30) -> list[str]:
     return found
 
 
+@pytest.mark.smoke
 def test_on_a_shared_ray(tmp_path: Path, shared_ray: str):
     """Trials are the runs that they would be alone, some are stopped, one fails; nothing is left."""
     del shared_ray
