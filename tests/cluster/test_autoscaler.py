@@ -108,7 +108,7 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
 LIST = """
 import ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-print(sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes()))
+print("GPUs:", sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes()))
 """
 
 
@@ -116,4 +116,5 @@ def num_machines(head: sandbox.Machine) -> int:
     """Those with a GPU."""
     said = head.run("python", "-c", LIST)
     assert said.returncode == 0, said.stdout
-    return int(said.stdout.splitlines()[-1])
+    # Ray's own lines of machines are printed among it, log_to_driver or not.
+    return int(said.stdout.rpartition("GPUs: ")[2].split()[0])
