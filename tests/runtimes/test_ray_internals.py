@@ -32,7 +32,15 @@ def test_the_installed_ray_is_one_of_those_that_are_known():
 
 @pytest.mark.parametrize(
     ("version", "is_known"),
-    [("2.60.0", True), ("2.60.3", True), ("2.61.0", False), ("3.0.0rc1", False), ("2.9.3", False), ("2.53.0", True), ("2.52.9", False)],
+    [
+        ("2.60.0", True),
+        ("2.60.3", True),
+        ("2.61.0", False),
+        ("3.0.0rc1", False),
+        ("2.9.3", False),
+        ("2.53.0", True),
+        ("2.52.9", False),
+    ],
 )
 def test_another_ray_is_one_warning(version: str, is_known: bool, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING, "starling"):
