@@ -1,9 +1,9 @@
 """Methods that communicate little on a small language model: losses, bytes, and how long they take on slow links.
 
 ``python benchmarks/low_communication.py`` writes ``docs/low_communication.md`` and its picture. Each method begins with
-the same model, a data-parallel run's, and is trained once with each learning rate; the best one counts. It is run once
-more for each bandwidth with a task of the same size that computes nothing, which gives its time: neither depends on
-the other. ``--kept FILE`` keeps what was measured, and goes on from there.
+the same model, a data-parallel run's, and is trained once with each learning rate; the best one counts. A dry run for
+each bandwidth gives its time, which does not depend on what is trained. ``--kept FILE`` keeps what was measured, and
+goes on from there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the repository's root as the import root
 
-from starling.actors.tasks.text_lm import TextLM
+from starling.orchestrator.analysis.dry_run import dry_run
 from starling.orchestrator.api import simulate
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.control.controller import Controller
@@ -64,13 +61,6 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "single merge": ({"name": "single_merge", "steps": PERIOD}, PERIOD),
 }
 """By name: the algorithm, and the steps of one of its rounds."""
-
-
-class Weightless(TextLM):
-    """The same model and windows, and no gradient: only bytes and time."""
-
-    def gradients(self, parameters: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(parameters), parameters.new_zeros(len(parameters))
 
 
 @dataclass
@@ -150,11 +140,8 @@ def clock(name: str, mbit: int) -> dict[str, Any]:
     """Virtual seconds of a method at a bandwidth, and its bytes once more."""
     algorithm, steps = METHODS[name]
     raw = _raw(algorithm, STEPS // steps, RATES[0])
-    raw["task"]["name"] = "benchmarks.low_communication:Weightless"
-    raw["optimizer"] = {"name": "sgd", "lr": RATES[0]}
-    raw["evaluation"]["max_batches"] = 1
     raw["network"]["bandwidth_mbps"] = mbit
-    summary = _run(raw, Observer())
+    summary = dry_run(parse(raw), STEPS // steps)
     return {"seconds": summary.virtual_seconds, "payload": summary.bytes["payload"]}
 
 

@@ -1,4 +1,4 @@
-"""What a run will take on this machine, before it begins: memory, and the time of a simulation.
+"""Estimates before a run begins: memory on this machine, and the time of a simulation.
 
 Both are estimates to be warned by. A model is laid out without being allocated, and one step of one node is timed.
 """
@@ -44,7 +44,7 @@ _ASKED = re.compile(r"tried to allocate (\d+) bytes|Unable to allocate ([\d.]+ \
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one node, and of a simulation in which all nodes share one process."""
+    """Memory and time of one node, and of a simulation in which all nodes share one process."""
 
     node_bytes: int
     """Parameters, their committed copy, gradient and optimizer state. The algorithm's own state comes on top."""
@@ -58,7 +58,7 @@ class Estimate:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What of this is likely to be a surprise."""
+        """Lines about memory and time that are likely to surprise."""
         found: list[str] = []
         if self.simulation_bytes > self.available_bytes:
             wants, has = bytes_text(self.simulation_bytes), bytes_text(self.available_bytes)
@@ -131,18 +131,22 @@ def estimate(
         steps: optimizer steps of the whole run and of all nodes; ``None``: not known.
         limit: bytes.
     """
-    copies = 1 if spec.algorithm.steps_at_commit else 2
-    moments = {"sgd": int(bool(spec.optimizer.options.get("momentum")))}.get(spec.optimizer.name, 2)
-    # The gradient is shared by the nodes of a process.
-    own = layout.nbytes * (copies + moments) + layout.buffer_nbytes * copies
     step_s = _timed(spec, samples) if _ROOM * layout.nbytes <= limit else None
     return Estimate(
-        node_bytes=own + layout.nbytes,
-        simulation_bytes=own * num_nodes + layout.nbytes,
+        node_bytes=simulation_bytes(spec, layout, 1),
+        simulation_bytes=simulation_bytes(spec, layout, num_nodes),
         available_bytes=psutil.virtual_memory().available,
         step_s=step_s,
         simulation_s=None if step_s is None or steps is None else step_s * steps,
     )
+
+
+def simulation_bytes(spec: ReplicaSpec, layout: Layout, num_nodes: int) -> int:
+    """Return the memory of nodes that share a process, without the algorithm's own state."""
+    copies = 1 if spec.algorithm.steps_at_commit else 2
+    moments = {"sgd": int(bool(spec.optimizer.options.get("momentum")))}.get(spec.optimizer.name, 2)
+    own = layout.nbytes * (copies + moments) + layout.buffer_nbytes * copies
+    return own * num_nodes + layout.nbytes  # the gradient is shared
 
 
 def _timed(spec: ReplicaSpec, samples: Samples) -> float | None:

@@ -1,4 +1,4 @@
-"""What ``starling bandwidth`` prints."""
+"""The page of ``starling bandwidth``: traffic of a run, and the links it needs."""
 
 from __future__ import annotations
 
@@ -7,90 +7,41 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from starling.orchestrator.analysis import bandwidth
-from starling.orchestrator.errors import ConfigError
-from starling.orchestrator.units import bytes_text
+from starling.orchestrator.analysis.bandwidth import TARGETS, Workload
+from starling.orchestrator.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from rich.console import Console
 
     from starling.orchestrator.config.schema import Config
 
-_WORDS = {
-    "data_parallel": "data-parallel",
-    "diloco": "DiLoCo",
-    "streaming": "streaming DiLoCo",
-    "streaming_overlap": "  with overlap",
-    "streaming_overlap_fp4": "  with overlap and FP4",
-}
 
-
-def print_preset(console: Console, name: str) -> dict[str, Any]:
-    """The published table of a model; returns what ``--json`` says.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
-    if name not in bandwidth.PRESETS:
-        known = ", ".join(bandwidth.PRESETS)
-        raise ConfigError(f"--model {name}: there is no such model in the table (there are: {known})")
-    preset, table = bandwidth.PRESETS[name], bandwidth.preset_table(name)
-    count = preset.layers // preset.layers_per_fragment
+def print_workload(console: Console, config: Config, rounds: int | None) -> dict[str, Any]:
+    """Print the traffic of a configuration and the bandwidth it needs; return them as ``--json`` has them."""
+    work = Workload(config, rounds)
+    layout, network, per_round = work.layout, config.network, work.bytes_per_round
     console.print(
-        f"[bold cyan]{name}[/]: {preset.layers} layers, {preset.step_s:g} s a step, 2 nodes, "
-        f"H = {preset.inner_steps} in {count} fragments; Gbit/s for a compute utilization of\n",
+        f"[bold cyan]{escape(config.name)}[/]: {escape(config.algorithm.name)} of {layout.num_values:,} parameters "
+        f"({bytes_text(layout.nbytes + layout.buffer_nbytes)}) on {config.num_nodes} nodes, {network.step_ms:g} ms a "
+        f"step, {network.latency_ms:g} ms latency; {work.rounds} rounds in the simulator, without training:\n",
         highlight=False,
         soft_wrap=True,
     )
-    _print_table(console, table)
-    console.print(
-        "\n[dim]As published (arXiv:2501.18512, table 4): the last point of a grid of factors of 1.2 that "
-        "is below the target. FP4 is four bits both ways; the table of a configuration has bf16 on the way back.[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return {"status": "ok", "model": name, "targets": list(bandwidth.TARGETS), "table": table}
-
-
-def print_workload(console: Console, config: Config) -> dict[str, Any]:
-    """The same for the user's model, nodes and step time."""
-    work = bandwidth.Workload.of(config)
+    console.print(f"  {bytes_text(per_round)} a round over all nodes, {seconds_text(work.seconds)} of computing")
     table = work.table()
-    layout, network = work.layout, config.network
-    console.print(
-        f"[bold cyan]{escape(config.name)}[/]: {layout.num_values:,} parameters "
-        f"({bytes_text(layout.nbytes + layout.buffer_nbytes)}), {config.num_nodes} nodes, {network.step_ms:g} ms a "
-        f"step, H = {work.inner_steps} in {work.fragments} fragments, overlap of {work.overlap_steps} steps, "
-        f"{network.latency_ms:g} ms latency; Gbit/s of each node's link for a compute utilization of\n",
-        highlight=False,
-        soft_wrap=True,
-    )
-    _print_table(console, table)
-    answer: dict[str, Any] = {"status": "ok", "model": config.name, "targets": list(bandwidth.TARGETS)}
-    if network.bandwidth_mbps is not None:
-        shares = {method: work.utilization(method, network.bandwidth_mbps / 1000) for method in work.methods}
-        answer["utilization"] = shares
-        texts = ", ".join(f"{_WORDS[method].strip()} {share:.1%}" for method, share in shares.items())
-        console.print(f"\nAt {network.bandwidth_mbps:g} Mbit/s: {texts}", highlight=False, soft_wrap=True)
-    console.print(
-        "\n[dim]The least with which it is reached, in the network of starling simulate: an access link for each node, "
-        "the same each way.[/]",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return answer | {"table": table}
-
-
-def _print_table(console: Console, table: Mapping[str, Sequence[float | None]]) -> None:
     shown = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    shown.add_column("")
-    for target in bandwidth.TARGETS:
+    shown.add_column("compute utilization")
+    for target in TARGETS:
         shown.add_column(f"{target:.0%}", justify="right")
-    for method, row in table.items():
-        shown.add_row(_WORDS[method], *("never" if cell is None else _number(cell) for cell in row))
+    shown.add_row("Gbit/s of each link", *("never" if cell is None else _number(cell) for cell in table))
     console.print(shown)
+    answer: dict[str, Any] = {"status": "ok", "name": config.name, "algorithm": config.algorithm.name}
+    answer |= {"rounds": work.rounds, "bytes_per_round": per_round, "seconds_per_round": work.seconds}
+    answer |= {"targets": list(TARGETS), "gbit_s": table, "utilization": None}
+    if network.bandwidth_mbps is not None:
+        share = answer["utilization"] = work.utilization(network.bandwidth_mbps / 1000)
+        console.print(f"\nAt {network.bandwidth_mbps:g} Mbit/s: {share:.1%}", highlight=False)
+    return answer
 
 
 def _number(gbit_s: float) -> str:

@@ -1,114 +1,74 @@
-"""``starling bandwidth``: the published table, and the user's run against the simulator."""
+"""``starling bandwidth``: dry runs against real ones, and the links that a run needs."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from starling.orchestrator.analysis import bandwidth
-from starling.orchestrator.analysis.bandwidth import (
-    GRID,
-    METHODS,
-    PRESETS,
-    TARGETS,
-    Workload,
-    places_in_grid,
-    preset_table,
-    printed,
-)
+from starling.algorithms.api import SERVER, Algorithm, Node, Receive, Send, Train
+from starling.orchestrator.analysis.bandwidth import MOST_ROUNDS, TARGETS, Workload
+from starling.orchestrator.analysis.dry_run import dry_run
 from starling.orchestrator.cli.main import app
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
+from tests.cases import CASES
+from tests.conformance import Case
 from tests.paths import ROOT
 from tests.toys import simulate
 
-PUBLISHED = {
-    "1b": {
-        "data_parallel": (86.8, 152.6, 184.2, 222.3, 569.0),
-        "diloco": (1.4, 6.2, 13.3, 23.3, 86.8),
-        "streaming": (1.4, 5.2, 9.1, 16.0, 28.1),
-        "streaming_overlap": (1.4, 4.3, 6.2, 9.1, 11.0),
-        "streaming_overlap_fp4": (0.4, 0.9, 1.7, 2.0, 3.0),
-    },
-    "10b": {
-        "data_parallel": (104.8, 222.3, 222.3, 268.3, 471.5),
-        "diloco": (1.7, 7.5, 16.0, 33.9, 104.8),
-        "streaming": (1.7, 5.2, 9.1, 13.3, 19.3),
-        "streaming_overlap": (1.7, 3.6, 5.2, 6.2, 7.5),
-        "streaming_overlap_fp4": (0.4, 0.9, 1.4, 1.4, 1.7),
-    },
-    "100b": {
-        "data_parallel": (184.2, 323.8, 390.7, 390.7, 471.5),
-        "diloco": (3.0, 11.0, 23.3, 49.4, 184.2),
-        "streaming": (2.4, 6.2, 9.1, 11.0, 19.3),
-        "streaming_overlap": (1.7, 3.6, 4.3, 5.2, 5.2),
-        "streaming_overlap_fp4": (0.5, 0.9, 1.1, 1.1, 1.4),
-    },
-}
-"""arXiv:2501.18512, table 4."""
-
-LABELS = [printed(float(value)) for value in GRID]
+# --- dry runs -------------------------------------------------------------------------------------------------------
 
 
-# --- the published table --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_dry_run_has_the_bytes_and_the_time_of_a_real_one(case: Case):
+    rounds = 3 if case.algorithm.synchronous else 8
+    network = {"bandwidth_mbps": 50, "latency_ms": 2, "speeds": {0: 0.7}}
+    real = case.run(rounds=rounds, network=network)
+    keys = {"tracking": "none", "evaluation": {"every_rounds": 0}, "network": network, "rounds": rounds}
+    dry = dry_run(parse(case.config | keys), rounds)
+    assert real.summary is not None
+    assert dry.bytes == real.summary.bytes
+    assert dry.virtual_seconds == pytest.approx(real.virtual_seconds, rel=1e-9)
 
 
-def test_the_published_table():
-    distances = [
-        min(abs(place - other) for other, label in enumerate(LABELS) if label == cell)
-        for model, rows in PUBLISHED.items()
-        for method, cells in rows.items()
-        for place, cell in zip(places_in_grid(PRESETS[model], method), cells, strict=True)
-    ]
-    assert len(distances) == 75
-    assert max(distances) <= 1
-    assert distances.count(0) == 69
+class Push(Algorithm):
+    """Of a user: each node sends its parameters to the server, which answers nobody."""
+
+    synchronous = False
+
+    async def round(self, node: Node) -> None:
+        await Train(steps=5)
+        await Send(SERVER, node.parameters)
+
+    async def server(self, node: Node) -> None:
+        message = await Receive()
+        assert message is not None
 
 
-def test_every_published_number_is_of_the_grid():
-    assert {cell for rows in PUBLISHED.values() for cells in rows.values() for cell in cells} <= set(LABELS)
-    # Twice rounded, and not once: 0.954 is 0.95 and that is 0.9.
-    assert printed(0.9541) == 0.9
+def test_an_algorithm_of_a_users_own_has_an_answer():
+    algorithm = {"name": f"{__name__}:Push"}
+    work = Workload(parse(RUN | {"algorithm": algorithm, "rounds": 40}), rounds=40)
+    assert work.bytes_per_round == pytest.approx(work.layout.nbytes, rel=0.1)
+    assert all(cell is not None and cell > 0 for cell in work.table())
 
 
-@pytest.mark.parametrize("model", PRESETS)
-def test_order_of_methods(model: str):
-    table = preset_table(model)
-    assert list(table) == list(METHODS)
-    for better, worse in zip(METHODS[1:], METHODS, strict=False):
-        assert all(one <= other for one, other in zip(table[better], table[worse], strict=True))
-    for row in table.values():
-        assert list(row) == sorted(row)
+def test_a_dry_run_trains_nothing_and_disturbs_nothing():
+    raw = RUN | {
+        "algorithm": {"name": "diloco", "inner_steps": 3},
+        "optimizer": {"name": "adamw", "lr": 1e30, "schedule": {"name": "cosine", "warmup_steps": 500}},
+        "faults": {"events": [{"kind": "kill", "node": 1, "round": 0}]},
+        "cluster": {"nodes": {"target": 4}, "round_deadline_s": 0.001},
+        "network": {"step_ms": 20, "bandwidth_mbps": 0.1},
+        "rounds": 300,
+    }
+    summary = dry_run(parse(raw), 2)
+    assert (summary.rounds, summary.nodes["lost"], summary.nodes["started"]) == (2, 0, 4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_utilization_grows_with_the_bandwidth(method: str):
-    shares = bandwidth.utilization_of(PRESETS["1b"], method, GRID)
-    assert (np.diff(shares) >= -1e-12).all()
-    assert 0 < shares[0] < shares[-1] <= 1 + 1e-12
-
-
-def test_sequential_fragments_need_more():
-    """Figure 7's effect: their layers are next to one another, so that what is waited for comes at once."""
-    preset = PRESETS["100b"]
-    strided, sequential = (places_in_grid(preset, "streaming", strided=one) for one in (True, False))
-    assert all(one <= other for one, other in zip(strided, sequential, strict=True))
-    assert (LABELS[strided[-1]], LABELS[sequential[-1]]) == (19.3, 33.9)
-
-
-def test_data_parallel_at_infinite_speed_is_compute():
-    shares = bandwidth.utilization_of(PRESETS["1b"], "data_parallel", np.array([1e9]))
-    assert shares[0] == pytest.approx(1.0, abs=1e-6)
-    # At a crawl the link is all there is: 16 bits a parameter in each step.
-    share = bandwidth.utilization_of(PRESETS["1b"], "data_parallel", np.array([1.0]))[0]
-    assert share == pytest.approx(0.1 / (16e9 * 1.02 / 1e9), rel=0.01)
-
-
-# --- the user's run -------------------------------------------------------------------------------------------------
+# --- what links must carry ------------------------------------------------------------------------------------------
 
 RUN: dict[str, Any] = {
     "algorithm": {"name": "streaming_diloco", "inner_steps": 12, "fragments": 3, "overlap_steps": 2, "pattern": "size"},
@@ -118,66 +78,68 @@ RUN: dict[str, Any] = {
     "network": {"step_ms": 20, "latency_ms": 0.5, "speeds": {2: 0.8}},
     "tracking": "none",
     "evaluation": {"every_rounds": 0, "max_batches": 1},
+    "rounds": 6,
+}
+WHOLE = RUN["algorithm"] | {"codec": "identity", "result_codec": "identity"}
+METHODS: dict[str, Any] = {
+    "data_parallel": {"name": "ddp"},
+    "diloco": {"name": "diloco", "inner_steps": 12},
+    "streaming": WHOLE | {"overlap_steps": 0},
+    "streaming_overlap": WHOLE,
+    "streaming_overlap_fp4": RUN["algorithm"],
 }
 
 
-def simulated(raw: dict[str, Any], algorithm: Any, gbit_s: float, rounds: int) -> float:
-    """What the simulator says: the slowest node's steps, of the time that it all took."""
+def simulated(raw: dict[str, Any], gbit_s: float) -> float:
+    """What a run that trains says: the slowest node's steps, of the time that it all took."""
     network = raw["network"] | {"bandwidth_mbps": gbit_s * 1000}
-    ran = simulate(raw, algorithm=algorithm.model_dump(), network=network, rounds=rounds, nodes=4)
-    steps = rounds * algorithm.steps_per_round(1, 1)
+    ran = simulate(raw, network=network, nodes=4)
+    steps = raw["rounds"] * ran.config.algorithm.steps_per_round(1, 1)
     return steps * network["step_ms"] / 1000 / min(network.get("speeds", {0: 1.0}).values()) / ran.virtual_seconds
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_simulator_agrees(method: str):
-    """Within 2 %; large and small exchanges, unequal nodes, latency."""
+    """Large and small exchanges, unequal nodes, latency."""
     for width, target in ((1000, 0.5), (1000, 0.9), (100, 0.8)):
-        raw = RUN | {"task": {"name": "digits", "model": {"name": "mlp", "width": width}}}
-        work = Workload.of(parse(raw))
-        needed = work.needed(method, target)
+        task = {"name": "digits", "model": {"name": "mlp", "width": width}}
+        raw = RUN | {"task": task, "algorithm": METHODS[method]}
+        needed = Workload(parse(raw)).needed(target)
         assert needed is not None
-        assert work.utilization(method, needed) == pytest.approx(target, rel=1e-3)
-        assert simulated(raw, work.methods[method], needed, rounds=6) == pytest.approx(target, rel=0.02)
+        assert simulated(raw, needed) == pytest.approx(target, rel=1e-3)
 
 
 def test_overlap_hides_an_exchange_that_costs_a_third_of_the_time():
     """At the link at which 30 % of the time is waiting, less than 5 % is when a fragment may take three steps."""
-    algorithm = RUN["algorithm"] | {"overlap_steps": 3}
-    raw = RUN | {"algorithm": algorithm, "network": {"step_ms": 20, "latency_ms": 0.5}}
-    work = Workload.of(parse(raw))
-    link = work.needed("streaming", 0.7)
+    raw = RUN | {"network": {"step_ms": 20, "latency_ms": 0.5}}
+    alone = raw | {"algorithm": WHOLE | {"overlap_steps": 0}}
+    link = Workload(parse(alone)).needed(0.7)
     assert link is not None
-    assert simulated(raw, work.methods["streaming"], link, rounds=6) == pytest.approx(0.7, rel=0.02)
-    assert simulated(raw, work.methods["streaming_overlap"], link, rounds=6) > 0.95
+    assert simulated(alone, link) == pytest.approx(0.7, rel=1e-3)
+    assert simulated(raw | {"algorithm": WHOLE | {"overlap_steps": 3}}, link) > 0.95
 
 
-def test_buffers_are_counted():
+@pytest.mark.parametrize("method", ["data_parallel", "diloco", "streaming_overlap_fp4"])
+def test_buffers_are_counted(method: str):
     raw = RUN | {"task": {"name": "digits", "model": {"name": "cnn"}}, "network": {"step_ms": 20, "latency_ms": 1}}
-    work = Workload.of(parse(raw))
-    for method in ("data_parallel", "diloco", "streaming_overlap_fp4"):
-        share = work.utilization(method, 0.05)
-        assert simulated(raw, work.methods[method], 0.05, rounds=3) == pytest.approx(share, rel=1e-6)
+    raw |= {"algorithm": METHODS[method], "rounds": 3}
+    assert simulated(raw, 0.05) == pytest.approx(Workload(parse(raw)).utilization(0.05), rel=1e-6)
 
 
 def test_latency_may_be_too_much():
-    work = Workload.of(parse(RUN | {"network": {"step_ms": 1, "latency_ms": 2}}))
-    assert work.needed("data_parallel", 0.5) is None
-    assert work.needed("streaming_overlap", 0.5) is not None
-    alone = Workload.of(parse(RUN | {"cluster": {"nodes": {"target": 1}}, "network": {"step_ms": 1}}))
-    assert alone.table() == dict.fromkeys(METHODS, [0.0] * 5)
+    slow = RUN | {"network": {"step_ms": 1, "latency_ms": 2}}
+    assert Workload(parse(slow | {"algorithm": METHODS["data_parallel"]})).needed(0.5) is None
+    assert Workload(parse(slow | {"algorithm": METHODS["streaming_overlap"]})).needed(0.5) is not None
+    alone = Workload(parse(RUN | {"cluster": {"nodes": {"target": 1}}, "network": {"step_ms": 1}}))
+    assert alone.table() == [0.0] * 5
 
 
-def test_what_it_takes_from_the_algorithm():
-    work = Workload.of(parse(RUN))
-    assert (work.inner_steps, work.fragments, work.overlap_steps) == (12, 3, 2)
-    work = Workload.of(parse(RUN | {"algorithm": {"name": "diloco", "inner_steps": 25}}))
-    assert (work.inner_steps, work.fragments, work.overlap_steps) == (25, 5, 1)
-    work = Workload.of(parse(RUN | {"algorithm": "fedavg"}))
-    assert (work.inner_steps, work.fragments) == (100, 4)
-    assert Workload.of(parse(RUN | {"algorithm": {"name": "diloco", "inner_steps": 1}})).overlap_steps == 0
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="step_ms is 0: there is nothing to utilize"):
-        Workload.of(parse(RUN | {"network": {"step_ms": 0}}))
+        Workload(parse(RUN | {"network": {"step_ms": 0}}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**5}))
+    with pytest.raises(ConfigError, match=r"a dry round of 4 nodes of this model needs .* of memory, .* 100 kB left"):
+        Workload(parse(RUN))
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -189,39 +151,19 @@ def answer(*arguments: str) -> tuple[int, Any, str]:
     return result.exit_code, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None, result.output
 
 
-@pytest.mark.parametrize("model", PRESETS)
-def test_json_of_a_model(model: str):
-    code, found, _ = answer("--model", model, "--json")
-    assert code == 0
-    assert found["table"] == preset_table(model)
-    assert found["targets"] == list(TARGETS)
-
-
 def test_json_of_a_run():
-    path = str(ROOT / "examples/diloco.yaml")
-    code, found, _ = answer(path, "--json", "--set", "network.bandwidth_mbps=100")
+    path = str(ROOT / "examples/dsgd.yaml")
+    code, found, _ = answer(path, "--json", "--set", "network.bandwidth_mbps=100", "--rounds", "3")
     assert code == 0
-    assert list(found["table"]) == list(METHODS)
-    assert all(len(row) == 5 and row == sorted(row) for row in found["table"].values())
-    assert set(found["utilization"]) == set(METHODS)
+    assert (found["rounds"], found["algorithm"], found["targets"]) == (3, "dsgd", list(TARGETS))
+    assert found["bytes_per_round"] == 615040
+    assert found["gbit_s"] == sorted(found["gbit_s"])
+    assert 0 < found["utilization"] < 1
 
 
 def test_the_page():
-    code, _, text = answer()
+    code, _, text = answer(str(ROOT / "examples/dsgd.yaml"), "--set", "network.bandwidth_mbps=100")
     assert code == 0
-    assert "1b: 24 layers, 0.1 s a step" in text
-    assert "86.8" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--model", "7b"), "--model 7b: there is no such model in the table (there are: 1b, 10b, 100b)"),
-        (("x.yaml", "--model", "1b"), "takes a CONFIG, or --model instead"),
-        (("--set", "rounds=3"), "--set needs a CONFIG"),
-    ],
-)
-def test_bad_usage(arguments: tuple[str, ...], message: str):
-    code, _, text = answer(*arguments)
-    assert code == 2
-    assert message in " ".join(text.split())
+    assert f"{MOST_ROUNDS} rounds in the simulator, without training" in text
+    assert "615 kB a round over all nodes" in text
+    assert "At 100 Mbit/s: " in text
