@@ -1,1 +1,1 @@
-"""What is known of a configuration without running it: its plan, traffic, data and topology."""
+"""Analysis of a configuration that is not trained: its plan, traffic, data and topology."""

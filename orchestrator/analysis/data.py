@@ -1,10 +1,11 @@
-"""What ``starling data`` prints and draws: how many samples of each label each node has."""
+"""The division of a task's data over nodes, counted by label, printed and drawn for ``starling data``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.markup import escape
 from rich.table import Table
@@ -12,8 +13,7 @@ from rich.table import Table
 from starling.actors.data.row_groups import UNREADABLE
 from starling.actors.data.samples import Samples
 from starling.actors.host.build import load_data
-from starling.orchestrator.errors import ConfigError
-from starling.orchestrator.given_path import given
+from starling.orchestrator.config.reference import written
 from starling.orchestrator.runtimes.user_code import user_code
 from starling.orchestrator.units import number_text
 
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from rich.console import Console
 
     from starling.actors.data import Indices
     from starling.orchestrator.config.schema import Config
 
-_FORMATS = ("png", "svg", "pdf")
 _MAX_COLUMNS = 12
 """Labels that are shown by themselves; the rarer ones are counted together."""
 _MAX_ROWS = 64
@@ -37,7 +35,7 @@ _NUMBERS_UP_TO = 24
 
 @dataclass(frozen=True)
 class DataReport:
-    """Who has what."""
+    """Counts of samples by node and label."""
 
     name: str
     task: str
@@ -60,7 +58,7 @@ class DataReport:
 
     @property
     def skew(self) -> float | None:
-        """How far a node's labels are from those of all, as the mean total variation distance, 0 to 1."""
+        """Mean total variation distance, 0 to 1, between a node's labels and all labels; None without labels."""
         if not self.has_labels:
             return None
         table = torch.tensor(self.counts, dtype=torch.float64)
@@ -68,7 +66,7 @@ class DataReport:
         return float(((table / table.sum(1, keepdim=True)) - overall).abs().sum(1).mean() / 2)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data for ``--json``."""
         return {
             "task": self.task,
             "source": self.source,
@@ -119,18 +117,12 @@ def _partition(config: Config, train: Samples) -> str:
     if config.data.source == "federated" or train.owners is not None:
         return "by owner"
     partition = config.data.partition
-    fields = {field: getattr(partition, field) for field in type(partition).model_fields}
-    default = {field: info.default for field, info in type(partition).model_fields.items()}
-    texts = [
-        f"{field}: {str(value).lower() if isinstance(value, bool) else value}"
-        for field, value in fields.items()
-        if field not in {"min_samples", "balanced"} or value != default[field]
-    ]
-    return f"{partition.name} ({', '.join(texts)})" if texts else partition.name
+    usual = {name for name in ("min_samples", "balanced") if name not in partition.model_fields_set}
+    return written(partition, usual)
 
 
 def _labels(train: Samples) -> tuple[torch.Tensor | None, list[str]]:
-    """The label of each sample as a number, and what the numbers stand for."""
+    """Return the label of each sample as a number, None without labels, and the name of each number."""
     labels: torch.Tensor | None = getattr(train, "labels", None)
     if labels is None:
         return None, []
@@ -151,7 +143,7 @@ def _counted(labels: torch.Tensor, parts: Sequence[Indices], source: str, num_la
 
 
 def _cut_short(counts: list[list[int]], names: list[str]) -> tuple[list[list[int]], list[str]]:
-    """The most frequent labels, and the others together."""
+    """Keep the most frequent labels; count the others together."""
     if len(names) <= _MAX_COLUMNS:
         return counts, names
     table = torch.tensor(counts)
@@ -165,7 +157,7 @@ def _cut_short(counts: list[list[int]], names: list[str]) -> tuple[list[list[int
 
 
 def print_report(console: Console, report: DataReport, plot: Path | None) -> None:
-    """The table; and a picture in ``plot`` if that is given.
+    """Print the table, and draw it into ``plot`` if that is given.
 
     Raises:
         ConfigError: ``plot`` cannot be written.
@@ -208,29 +200,18 @@ def draw(report: DataReport, path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from starling.orchestrator import plots
 
-    given(path, "--plot")
-    form = path.suffix.removeprefix(".").lower()
-    if form not in _FORMATS:
-        raise ConfigError(f"--plot {path}: must end in {', '.join(f'.{one}' for one in _FORMATS)}")
-    counts: NDArray[np.int64] = np.array(report.counts).T
+    counts = np.array(report.counts).T
     width = min(16.0, max(6.0, 0.55 * report.num_nodes + 2.5))
     height = (0.4 * len(report.labels) + 1.2 if report.has_labels else 0.0) + 2.6
-    # A figure and canvas of its own: pyplot's global state belongs to the user.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     ratios = [1.2, max(1.0, 0.36 * len(report.labels))] if report.has_labels else [1.0]
-    grid: Any = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
-    bars = grid[0][0]
-    bars.bar(range(report.num_nodes), report.sizes, color="#0072B2", width=0.8)
+    figure, (bars, *more) = plots.canvas(width, height, len(ratios), sharex=True, height_ratios=ratios)
+    bars.bar(range(report.num_nodes), report.sizes, color=plots.BLUE, width=0.8)
     bars.set_ylabel("samples")
     bars.spines[["top", "right"]].set_visible(False)
-    last = grid[-1][0]
-    if report.has_labels:
+    last = bars
+    for last in more:
         image = last.imshow(counts, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
         last.set_yticks(range(len(report.labels)), report.labels)
         last.set_ylabel("label")
@@ -242,11 +223,7 @@ def draw(report: DataReport, path: Path) -> None:
                 last.text(node, label, text, ha="center", va="center", color=color, fontsize=7.5)
         else:
             figure.colorbar(image, ax=last, label="samples", pad=0.01)
-    last.set_xlabel("node")
-    last.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(report.num_nodes, 20)))
+    plots.count_along_x(last, "node", min(report.num_nodes, 20))
     last.set_xlim(-0.6, report.num_nodes - 0.4)
     figure.suptitle(f"{report.task}: {report.partition}, {report.num_nodes} nodes", fontsize=11)
-    try:
-        figure.savefig(path, dpi=120, metadata={"Software": "Starling"} if form == "png" else None)
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot be written: {error.strerror or error}") from None
+    plots.save_plot(figure, path)

@@ -1,4 +1,4 @@
-"""The plan of a run: what it needs and what it will send, from the configuration and the task on this machine."""
+"""The plan of a run: resources, steps and payload, worked out on this machine without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_ROUNDS = 10_000
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``starling check`` prints."""
+    """The facts that ``starling check`` prints."""
 
     name: str
     algorithm: str
@@ -62,7 +62,7 @@ class Plan:
     """Where it can run; a slow network that is configured is the simulator's, and a cluster is throttled to it."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -136,7 +136,7 @@ def _payload(algorithm: Algorithm, layout: Layout, num_nodes: int, rounds: int) 
 
 
 def _schedule(config: Config, pace: Pace, *, is_known: bool) -> str:
-    """The learning rate over the run, in words."""
+    """Describe the learning rate over the run in words."""
     optimizer, schedule = config.optimizer, config.optimizer.schedule
     if is_known and not pace.steps:
         return f"none: with {config.algorithm.name} nodes take no optimizer steps; it has a step size of its own"

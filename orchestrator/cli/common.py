@@ -1,4 +1,4 @@
-"""What commands share: their options, how they answer, and how they fail."""
+"""Options, answers and error messages shared by all commands."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ AsJson = Annotated[
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Show this one, in full.")]
 
 
-def print_catalog(console: Console, family: type[Part], name: str | None) -> dict[str, Any]:
+def print_catalog(console: Console, family: type[Part], name: str | None, more: str = "") -> dict[str, Any]:
     """Print the names of a family of parts, or one part with its fields; return what was printed, as JSON has it."""
     from pydantic_core import PydanticCustomError
 
@@ -98,8 +98,9 @@ def print_catalog(console: Console, family: type[Part], name: str | None) -> dic
 
     if name is None:
         names = {known: summary_of(part) for known, part in table(family).items()}
-        print_names(console, family.family, names)
-        return {f"{family.family}s": names}
+        families = f"{family.family.removesuffix('y')}ies" if family.family.endswith("y") else f"{family.family}s"
+        print_names(console, f"starling {families} NAME shows one in full{more}.", names)
+        return {families: names}
     stand_here()
     try:
         description = describe(find(family, name))
@@ -150,7 +151,7 @@ def _of_the_machine(error: OSError | MemoryError) -> str:
 
 
 def _print_error(message: str, trace: str | None = None) -> None:
-    """Plain text, never folded: people search for it, and scripts read it."""
+    """Print an error as plain text, never folded: people search for it, and scripts read it."""
     if trace:
         streams.say(trace.rstrip(), err=True)
     label = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
@@ -173,7 +174,7 @@ def load_config(path: Path, overrides: list[str] | None, *, trust: bool = False)
 
 
 def load_run_config(folder: Path, overrides: list[str] | None = None, *, trust: bool) -> Config:
-    """The configuration of a run, in whose directory no modules are looked for."""
+    """Load the configuration of a run; modules in its directory are not importable."""
     from starling.orchestrator.records import run_config
 
     path = run_config.directory(folder)

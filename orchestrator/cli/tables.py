@@ -1,4 +1,4 @@
-"""What ``starling check``, ``starling algorithms`` and ``starling tasks`` print."""
+"""Tables of ``starling check``, ``starling algorithms`` and their like."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_WIDTH = 120
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """A configuration that is in order, and what it comes to."""
+    """Print the plan of a valid configuration."""
     console.print(f"[bold]{escape(plan.name)}[/]: {escape(plan.algorithm)} on {escape(plan.task)}, as configured:\n")
     samples = plan.samples
     processes = "" if plan.actors == plan.nodes else f" in {plan.actors} processes"
@@ -82,7 +82,7 @@ def _range(least_and_most: Mapping[str, int]) -> str:
 
 
 def print_rebuilt(console: Console, rebuilt: Rebuilt) -> None:
-    """A model that was rebuilt from the log of rounds."""
+    """Print the facts of a model rebuilt from the log of rounds."""
     start = "the first model" if rebuilt.since is None else f"the snapshot after round {rebuilt.since}"
     compared = f"{rebuilt.checked} in the log, all equal" if rebuilt.checked else "none in the log to compare with"
     rows = {
@@ -97,7 +97,7 @@ def print_rebuilt(console: Console, rebuilt: Rebuilt) -> None:
 
 
 def print_exported(console: Console, exported: Exported) -> None:
-    """A model that was written."""
+    """Print the facts of an exported model."""
     which = "the final model" if exported.round is None else f"the model of the checkpoint of round {exported.round}"
     mean = f", the mean of {exported.nodes} nodes'" if (exported.nodes or 0) > 1 else ""
     rows = {"run": exported.run_id, "model": which + mean, "digest": exported.digest, exported.format: exported.path}
@@ -105,13 +105,13 @@ def print_exported(console: Console, exported: Exported) -> None:
         console.print(f"  [dim]{label:<12}[/] {escape(value)}", soft_wrap=True, highlight=False)
 
 
-def print_names(console: Console, family: str, names: Mapping[str, str]) -> None:
-    """All parts of a family, a line each."""
+def print_names(console: Console, hint: str, names: Mapping[str, str]) -> None:
+    """Print the parts of a family, a line each, and a hint."""
     table = _table("name", "")
     for name, summary in names.items():
         table.add_row(f"[bold cyan]{escape(name)}[/]", escape(summary))
     console.print(table, width=min(console.width, _MAX_WIDTH))
-    console.print(f"\n[dim]starling {family}s NAME shows one in full.[/]", highlight=False)
+    console.print(f"\n[dim]{hint}[/]", highlight=False)
 
 
 def print_description(console: Console, family: str, description: Description) -> None:
@@ -153,7 +153,7 @@ def _print_block(console: Console, block: str, width: int) -> None:
 
 
 def _prose(text: str) -> str:
-    """A docstring's text as markup."""
+    """Turn the text of a docstring into markup."""
     return re.sub(r"``(.+?)``", r"[cyan]\1[/]", escape(text))
 
 

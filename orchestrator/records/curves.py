@@ -5,10 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from starling.orchestrator import plots
 from starling.orchestrator.units import bytes_unit, number_text
 
 if TYPE_CHECKING:
@@ -19,29 +16,20 @@ if TYPE_CHECKING:
 
     from starling.orchestrator.records.observers import RoundRecord, Started
 
-# Distinguishable with any colour vision (Okabe and Ito).
-_TRAIN, _VALIDATION, _BASELINES = "#0072B2", "#D55E00", ("#555555", "#009E73", "#CC79A7")
-_LOG_SCALE_FROM = 30
-"""The greatest loss over the smallest, from which on a linear axis would show a flat line."""
-_MARKERS_UP_TO = 60
-"""Points; more would make a thick line."""
+_TRAIN, _VALIDATION, _BASELINES = plots.BLUE, plots.ORANGE, (plots.DARK, plots.GREEN, plots.PINK)
 
 
 def draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
     """Draw the committed rounds into a png file."""
-    # A figure and canvas of its own: pyplot's global state belongs to the user.
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = plots.canvas(11, 4.4, 1, 2, sharey=True)
     sent = list(accumulate(record.payload_bytes for record in rounds))
     scale, unit = bytes_unit(sent[-1])
     _curves(left, rounds, [record.round + 1 for record in rounds], started.baselines)
     _curves(right, rounds, [nbytes / scale for nbytes in sent], started.baselines)
-    left.set_xlabel("rounds done")
+    plots.count_along_x(left, "rounds done")
     left.set_ylabel("loss")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel(f"payload of all nodes, total ({unit})")
-    if _spreads(rounds, started.baselines):
+    if plots.is_wide([*_losses(rounds), *started.baselines.values()]):
         left.set_yscale("log")
     handles, labels = left.get_legend_handles_labels()
     if handles:
@@ -49,7 +37,7 @@ def draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
     config = started.config
     nodes = f"{len(started.nodes)} node{'s' if len(started.nodes) != 1 else ''}"
     figure.suptitle(f"{config.algorithm.name} on {config.task.name}, {nodes}  ({started.run_id})", fontsize=11)
-    figure.savefig(path, dpi=120, metadata={"Software": "Starling"})
+    plots.save(figure, path)
 
 
 def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], baselines: Mapping[str, float]) -> None:
@@ -61,10 +49,8 @@ def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], 
     ]
     for points, label, color in ((trained, "training loss", _TRAIN), (evaluated, "validation loss", _VALIDATION)):
         if points:
-            marker = "o" if len(points) <= _MARKERS_UP_TO else None
-            axes.plot(
-                *zip(*points, strict=True), label=label, color=color, linewidth=1.8, marker=marker, markersize=3.5
-            )
+            form = {"color": color, "linewidth": 1.8, "marker": plots.marker(points), "markersize": 3.5}
+            axes.plot(*zip(*points, strict=True), label=label, **form)
     spans = [
         (place, *record.spread["loss"]) for place, record in zip(places, rounds, strict=True) if "loss" in record.spread
     ]
@@ -75,14 +61,9 @@ def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], 
         color = _BASELINES[index % len(_BASELINES)]
         label = f"{name.replace('_', ' ')} ({number_text(value)})"
         axes.axhline(value, label=label, color=color, linestyle="--", linewidth=1.3)
-    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.style(axes)
 
 
-def _spreads(rounds: Sequence[RoundRecord], baselines: Mapping[str, float]) -> bool:
-    """Whether the losses cover orders of magnitude."""
+def _losses(rounds: Sequence[RoundRecord]) -> list[float]:
     losses = [record.loss for record in rounds if record.loss is not None]
-    losses += [record.metrics["loss"] for record in rounds if record.metrics and "loss" in record.metrics]
-    shown = [*losses, *baselines.values()]
-    return bool(losses) and min(shown) > 0 and max(shown) / min(shown) > _LOG_SCALE_FROM
+    return losses + [record.metrics["loss"] for record in rounds if record.metrics and "loss" in record.metrics]

@@ -1,14 +1,11 @@
-"""The picture of a sweep: each trial's curve, and what the objective depends on or is traded against."""
+"""The picture of a sweep: a curve for each trial, and the objective over the values that were varied."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from starling.orchestrator import plots
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.sweeps.trial_thread import reports_of
 from starling.orchestrator.sweeps.trials import TRIALS
@@ -24,8 +21,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.sweeps.result import SweepResult
     from starling.orchestrator.sweeps.trials import Board, Objective, Trial
 
-_BEST, _OTHER, _STOPPED, _FRONT = "#D55E00", "#0072B2", "#999999", "#009E73"
-_LOG_SCALE_FROM = 30
+_BEST, _OTHER, _STOPPED, _FRONT = plots.ORANGE, plots.BLUE, plots.GREY, plots.GREEN
 _MOST_PATHS = 3
 
 
@@ -34,9 +30,7 @@ def draw(path: Path, result: SweepResult, board: Board, config: Config) -> None:
     objectives: Sequence[Objective] = list(board.objectives)
     paths = _numeric_paths(result)
     panels = 2 if len(objectives) > 1 or not paths else 1 + len(paths)
-    figure = Figure(figsize=(4.8 + 3.4 * (panels - 1), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: list[Axes] = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure, axes = plots.canvas(4.8 + 3.4 * (panels - 1), 4.2, 1, panels)
     _curves(axes[0], result, objectives[0])
     if len(objectives) > 1:
         _front(axes[1], result, objectives)
@@ -45,11 +39,11 @@ def draw(path: Path, result: SweepResult, board: Board, config: Config) -> None:
             _over(place, result, objectives[0], name)
     kinds = f"{len(result.rows)} samples of {result.options.space}"
     figure.suptitle(f"{config.algorithm.name} on {config.task.name}: {kinds}  ({result.sweep_dir.name})", fontsize=11)
-    figure.savefig(path, dpi=120, metadata={"Software": "Starling"})
+    plots.save(figure, path)
 
 
 def _numeric_paths(result: SweepResult) -> list[str]:
-    """What was varied over numbers."""
+    """Return the keys of the space that hold numbers, the first few."""
     first = result.trials[0].values
     return [name for name, value in first.items() if isinstance(value, int | float)][:_MOST_PATHS]
 
@@ -79,9 +73,8 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
             alpha=1.0 if best else 0.6,
         )
         values += [value for _, value in points]
-    axes.set_xlabel("rounds done")
+    plots.count_along_x(axes, "rounds done")
     axes.set_ylabel(objective.metric)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _scale(axes, values)
     for label, color in (("best", _BEST), ("finished", _OTHER), ("stopped", _STOPPED)):
         axes.plot([], [], color=color, label=label)
@@ -89,7 +82,7 @@ def _curves(axes: Axes, result: SweepResult, objective: Objective) -> None:
 
 
 def _reports(result: SweepResult, trial: Trial) -> list[dict[str, Any]]:
-    """After each evaluated round: the board has only what was asked for in time."""
+    """Return the report of each evaluated round; the board has only those that were asked for in time."""
     found: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ConfigError):
         found = reports_of(result.sweep_dir / TRIALS / trial.name)
@@ -97,18 +90,12 @@ def _reports(result: SweepResult, trial: Trial) -> list[dict[str, Any]]:
 
 
 def _over(axes: Axes, result: SweepResult, objective: Objective, name: str) -> None:
-    values: list[float] = []
     for row in result.rows:
-        color = (
-            _BEST if row is result.best or row == result.best else _OTHER if row.first.end == "finished" else _STOPPED
-        )
+        color = _BEST if row == result.best else _OTHER if row.first.end == "finished" else _STOPPED
         axes.plot(row.first.values[name], row.means[objective.metric], "o", color=color, markersize=5)
-        values.append(row.first.values[name])
     axes.set_xlabel(name)
     axes.set_ylabel(objective.metric)
-    if values and min(values) > 0 and max(values) / min(values) > _LOG_SCALE_FROM:
-        axes.set_xscale("log")
-    _scale(axes, [row.means[objective.metric] for row in result.rows])
+    _scale(axes, [row.means[objective.metric] for row in result.rows], [row.first.values[name] for row in result.rows])
 
 
 def _front(axes: Axes, result: SweepResult, objectives: Sequence[Objective]) -> None:
@@ -124,22 +111,22 @@ def _front(axes: Axes, result: SweepResult, objectives: Sequence[Objective]) -> 
         axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel(second)
     axes.set_ylabel(first)
-    _scale(axes, [row.means[first] for row in rows])
-    _scale(axes, [row.means[second] for row in rows], horizontal=True)
+    _scale(axes, [row.means[first] for row in rows], [row.means[second] for row in rows])
 
 
 def _has(report: dict[str, object], objective: Objective) -> bool:
     return isinstance(report.get(objective.metric), int | float)
 
 
-def _scale(axes: Axes, values: list[float], *, horizontal: bool = False) -> None:
-    if values and min(values) > 0 and max(values) / min(values) > _LOG_SCALE_FROM:
-        (axes.set_xscale if horizontal else axes.set_yscale)("log")
-    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def _scale(axes: Axes, up: Sequence[float], along: Sequence[float] = ()) -> None:
+    """Choose the scales for values along both axes."""
+    if plots.is_wide(up):
+        axes.set_yscale("log")
+    if plots.is_wide(along):
+        axes.set_xscale("log")
+    plots.style(axes)
 
 
 def label(value: object) -> str:
-    """A value of a sample, for a table."""
+    """Write a value of a sample for a table."""
     return number_text(value) if isinstance(value, float) else str(value)
