@@ -1,4 +1,4 @@
-"""What a sweep is asked for: how many trials, what they search, how they are scheduled."""
+"""Options of a sweep: search space, number of trials, search and scheduler."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_TRIALS = 1_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of a sweep."""
+    """Options of a sweep."""
 
     space: str
     """A name in ``tune_spaces``, ``file.py:name`` or ``module:name``."""
@@ -64,5 +64,5 @@ class Options:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What is to be small, or large."""
+        """Metrics to minimize or maximize."""
         return tuple(Objective.parse(text) for text in self.metrics)

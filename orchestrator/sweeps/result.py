@@ -1,4 +1,4 @@
-"""What a sweep came to, as data, as files, and as a picture."""
+"""The results of a sweep as data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep came to."""
+    """Results of a sweep."""
 
     status: Literal["finished", "failed", "interrupted"]
     sweep_dir: Path
@@ -34,7 +34,7 @@ class SweepResult:
 
     @classmethod
     def of(cls, board: Board, folder: Path, options: Options, status: Any, seconds: float) -> SweepResult:  # noqa: ANN401
-        """What a board says."""
+        """Return the results that a board has."""
         front = tuple(board.front()) if len(board.objectives) > 1 else ()
         confirmed = tuple(board.rows("confirm"))
         best = board.best()
@@ -55,11 +55,11 @@ class SweepResult:
 
     @property
     def best_config(self) -> Path:
-        """A configuration that ``run`` takes."""
+        """File of the best configuration, which ``run`` takes."""
         return self.sweep_dir / "best.yaml"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data for ``--json``."""
         return finite(
             {
                 "status": self.status,
@@ -104,5 +104,5 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def board_metrics(result: SweepResult) -> tuple[str, ...]:
-    """What the sweep's objectives are about."""
+    """Return the metrics of the sweep's objectives."""
     return tuple(one.metric for one in result.options.objectives)

@@ -1,4 +1,4 @@
-"""Where a sweep's samples come from, and how Ray Tune is given the trials of each."""
+"""Sources of samples, and the searchers that give Ray Tune their trials."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Source(Protocol):
     """Thinks of samples."""
 
     def ask(self, number: int) -> Values:
-        """The next sample, the ``number``-th."""
+        """Return sample ``number``."""
         ...
 
     def tell(self, number: int, values: Values, row: Row | None) -> None:
-        """What came of a sample; ``None``: nothing that can be compared."""
+        """Hear the results of a sample; None: it has none that can be compared."""
         ...
 
 
@@ -102,16 +102,16 @@ class Trials(Searcher):
         return self._spec(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Nothing: the board knows more of it."""
+        """Do nothing: the board knows the trial's end."""
 
     def sample_done(self, number: int) -> None:
-        """A trial is over, and the board knows it."""
+        """Hear that a trial is over."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: all is in the sweep's own directory, and nothing is read back with pickle."""
+        """Do nothing: all is in the sweep's own directory, and nothing is read back with pickle."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing; as above."""
+        """Do nothing: nothing was saved."""
 
 
 class SampleTrials(Trials):

@@ -1,4 +1,4 @@
-"""What a search space does to a configuration: its keys are paths of it, and its values are checked beforehand."""
+"""Search spaces applied to configurations: keys are paths, and values are checked beforehand."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check(space: Space, name: str, config: Config, *, seeds: int = 1) -> None:
 
 
 def extremes(domain: Domain) -> Iterator[Any]:
-    """The values of a domain that are likeliest to be refused: all of a choice, the ends of an interval."""
+    """Return the values of a domain that are likeliest to be refused: all of a choice, the ends of an interval."""
     if isinstance(domain, Categorical):
         yield from domain.categories
     elif isinstance(domain, Integer):
@@ -91,11 +91,11 @@ def extremes(domain: Domain) -> Iterator[Any]:
 
 
 def sampled(space: Space, seed: int, number: int) -> Values:
-    """The ``number``-th random sample; it depends on ``seed`` and on nothing that was drawn before."""
+    """Draw random sample ``number``; it depends on ``seed``, not on earlier draws."""
     generator = np.random.default_rng((seed & 0xFFFFFFFFFFFFFFFF, number))
     return {path: plain(domain.sample(random_state=generator)) for path, domain in space.items()}
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a domain holds
-    """The value without numpy's types."""
+    """Turn a value of numpy's into Python's."""
     return value.item() if isinstance(value, np.generic) else value

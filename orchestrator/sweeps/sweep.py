@@ -155,7 +155,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _marked(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """What may reach for code or for places elsewhere."""
+    """Return the settings that may name code or places elsewhere, for the check of trust."""
     return {**config, "sweep": {"space": options.space}}
 
 
@@ -252,7 +252,7 @@ def _tracking(folder: Path, config: Config, options: Options) -> SweepTracking |
 
 def _search(folder: Path, config: Config, options: Options, board: Board, watcher: Watcher) -> None:
     from starling import tune_spaces
-    from starling.orchestrator.sweeps.tune import scheduler_of, tune_all
+    from starling.orchestrator.sweeps.tune import Interrupt, scheduler_of, tune_all
 
     space = tune_spaces.find(options.space)
     scheduler = scheduler_of(options.scheduler, config, board, space)
@@ -266,7 +266,8 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
     there = board.of_stage("search")
     if len(there) == num_trials and all(trial.end is not None for trial in there):
         return
-    with _Ray(config, options, simulated=options.simulate) as place:
+    interrupt = Interrupt(folder)
+    with _Ray(config, options, interrupt.set, simulated=options.simulate) as place:
         stepwise = options.scheduler != "none"
         searcher = SampleTrials(
             board, source, options.samples, seeds, lambda trial: place.spec(folder, trial, stepwise=stepwise)
@@ -280,12 +281,13 @@ def _search(folder: Path, config: Config, options: Options, board: Board, watche
             # Those that pause for others count too.
             max_concurrent=num_trials if options.scheduler == "pbt" else min(place.room, num_trials),
             watcher=watcher,
+            interrupt=interrupt,
         )
 
 
 def _confirm(folder: Path, config: Config, options: Options, board: Board, watcher: Watcher) -> None:
     """Run the best samples again on the cluster."""
-    from starling.orchestrator.sweeps.tune import scheduler_of, tune_all
+    from starling.orchestrator.sweeps.tune import Interrupt, scheduler_of, tune_all
 
     there = {trial.of for trial in board.of_stage("confirm")}
     for row in board.rows()[: options.confirm]:
@@ -297,7 +299,8 @@ def _confirm(folder: Path, config: Config, options: Options, board: Board, watch
     trials = board.of_stage("confirm")
     if all(trial.end is not None for trial in trials):
         return
-    with _Ray(config, options, simulated=False) as place:
+    interrupt = Interrupt(folder)
+    with _Ray(config, options, interrupt.set, simulated=False) as place:
         searcher = Given(trials, lambda trial: place.spec(folder, trial, stepwise=False))
         tune_all(
             folder,
@@ -307,4 +310,5 @@ def _confirm(folder: Path, config: Config, options: Options, board: Board, watch
             num_trials=len(trials),
             max_concurrent=min(place.room, len(trials)),
             watcher=watcher,
+            interrupt=interrupt,
         )

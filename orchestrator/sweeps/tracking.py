@@ -1,4 +1,4 @@
-"""A sweep in MLflow: a run for the whole, in which those of its trials are nested, and one sender for all of them."""
+"""A sweep in MLflow: a run in which the runs of its trials are nested, and one sender for all."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class SweepTracking:
-    """From its making until ``end``, what the sweep and its trials have to say is sent."""
+    """Sends the records of a sweep and its trials until ``end``."""
 
     def __init__(self, tracking: MLflowTracking, folder: Path, config: Config, options: Options, space: Space) -> None:
         self._folder = folder

@@ -48,7 +48,7 @@ Bundle = dict[str, float]
 
 
 def bundles(config: Config, *, simulated: bool, machine: str | None) -> list[Bundle]:
-    """What a trial reserves: the controller's bundle, then one for each process of nodes."""
+    """Return the bundles that a trial reserves: the controller's, then one for each process of nodes."""
     head: Bundle = {machine: _PIN} if machine else {}
     if simulated:
         return [head | {"CPU": 1.0}]
@@ -64,13 +64,13 @@ def bundles(config: Config, *, simulated: bool, machine: str | None) -> list[Bun
 
 
 def machine_of_driver() -> str | None:
-    """The resource by which Ray names the machine that we are on."""
+    """Return the resource by which Ray names this machine; None if Ray does not know it."""
     name = f"node:{ray.util.get_node_ip_address()}"
     return name if name in ray.cluster_resources() else None
 
 
 def count_fitting(wanted: list[Bundle], limit: int) -> int:
-    """How many trials of ``wanted`` there is room for at a time on the machines of the cluster, at most ``limit``."""
+    """Return how many trials of ``wanted`` fit on the cluster at a time, at most ``limit``."""
     free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     # The largest first: GPUs, then what else there is.
     order = sorted(wanted, key=lambda one: (-one.get("GPU", 0.0), -sum(one.values())))
@@ -98,7 +98,7 @@ def _base(folder: str) -> tuple[Config, dict[str, Any]]:
 
 
 def config_of(spec: dict[str, Any]) -> Config:
-    """The configuration of a trial's run; ``spec`` is what Tune calls its config."""
+    """Return the configuration of a trial's run; Tune calls ``spec`` its config."""
     base, _ = _base(spec["folder"])
     config = assigned(base, {"seed": spec["seed"], **spec["values"]})
     if spec["clones"]:  # from the last round, and where it can be copied from

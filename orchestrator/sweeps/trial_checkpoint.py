@@ -1,4 +1,4 @@
-"""What a trial goes on from: its own checkpoint after the sweep was interrupted, or that of another trial (PBT)."""
+"""Checkpoints of trials: its own after an interruption, or another trial's, which it clones (PBT)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WAIT_S = 30.0
 def opened(
     config: Config, run_dir: Path, *, picture: bool
 ) -> tuple[RunDirectory, Lease | None, Restoration | None, CheckpointStore | None]:
-    """The run directory of a trial, and what it goes on from; made anew if there is nothing.
+    """Open the run directory of a trial and the state to go on from; make it anew without a state.
 
     Without ``picture`` none is drawn, which takes longer than a small simulated run.
     """
@@ -60,7 +60,7 @@ def opened(
 
 
 def _checkpoint(config: Config, run_dir: Path) -> tuple[CheckpointStore | None, Checkpoint]:
-    """The last one: of its own, with its store, or, before it had one, of the trial that it was cloned from."""
+    """Find the last checkpoint, with its store: the trial's own, or that of the trial it was cloned from."""
     names = [run_dir.name]
     origin = run_files.read(Folder(run_dir), _ORIGIN, TypeAdapter(OriginFile))
     if origin is not None:

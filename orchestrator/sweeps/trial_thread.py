@@ -160,12 +160,12 @@ class _Reporter(Observer):
 
 
 def recorded(run_dir: Path) -> Iterator[RoundRecord]:
-    """The rounds of a run, as its directory has them."""
+    """Read the rounds of a run from its directory."""
     return run_files.rounds(run_dir)
 
 
 def reports_of(run_dir: Path) -> list[dict[str, Any]]:
-    """What a run would have reported after each evaluated round, had each report been taken.
+    """Return the report of each evaluated round of a run, also of those that Tune did not take.
 
     Raises:
         OSError: its records cannot be read.

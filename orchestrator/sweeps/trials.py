@@ -1,4 +1,4 @@
-"""What is known of a sweep: its trials, their reports, the best of them, the Pareto front. Plain data, no Ray.
+"""The board of a sweep: trials, reports, the best sample, the Pareto front. Plain data, no Ray.
 
 ``trials.jsonl`` in the sweep's directory has all of it, a line for each thing that happened, written by one process::
 
@@ -115,7 +115,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its run directory."""
+        """Name of its run directory."""
         return name_of(self.number)
 
     @property
@@ -124,19 +124,19 @@ class Trial:
         return self.reports[-1]["rounds"] if self.reports else 0
 
     def value(self, metric: str) -> float | None:
-        """The last that is known; ``None`` if there is none, or it is no number."""
+        """Return the last value of a metric; None if there is none, or it is no number."""
         value = self.reports[-1].get(metric) if self.reports else None
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def name_of(number: int) -> str:
-    """The run directory's name of a trial."""
+    """Return the name of a trial's run directory."""
     return f"trial-{number:04}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sample with the means of its trials: what is compared."""
+    """A sample with the means of its trials, by which samples are compared."""
 
     trials: tuple[Trial, ...]
     means: dict[str, float]
@@ -160,13 +160,13 @@ class Board:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What objectives are about."""
+        """Metrics of the objectives."""
         return tuple(one.metric for one in self.objectives)
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def add(self, trial: Trial) -> None:
-        """A trial is to be run."""
+        """Add a trial that is to be run."""
         self.trials[trial.number] = trial
         self._write(
             trial=trial.number,
@@ -178,23 +178,23 @@ class Board:
         )
 
     def change(self, number: int, values: Values) -> None:
-        """A trial goes on with other values, as a scheduler decided."""
+        """Give a trial other values, as a scheduler decided."""
         self.trials[number].values = values
         self._write(trial=number, change=values)
 
     def report(self, number: int, report: dict[str, Any]) -> None:
-        """A trial has come so far."""
+        """Add a report of a trial."""
         self.trials[number].reports.append(report)
         self._write(trial=number, report=report)
 
     def close(self, number: int, end: End, summary: dict[str, Any] | None = None, error: str | None = None) -> None:
-        """A trial is over."""
+        """Book the end of a trial."""
         trial = self.trials[number]
         trial.end, trial.summary, trial.error = end, summary, error
         self._write(trial=number, end=end, summary=summary, error=error)
 
     def reopen(self, number: int, *, keep: int) -> None:
-        """A trial that was not over goes on; what it reported of rounds after ``keep`` is forgotten."""
+        """Let an unfinished trial go on; forget its reports of rounds after ``keep``."""
         trial = self.trials[number]
         trial.reports = [report for report in trial.reports if report["rounds"] <= keep]
         trial.end = trial.summary = trial.error = None
@@ -216,7 +216,7 @@ class Board:
 
     @classmethod
     def load(cls, objectives: Sequence[Objective], path: Path) -> Board:
-        """What ``trials.jsonl`` says; a last line that was cut off is left out.
+        """Read ``trials.jsonl``; a last line that was cut off is left out.
 
         Raises:
             ConfigError: there is none, or it is none.
@@ -269,7 +269,7 @@ class Board:
         return [trial for trial in self.trials.values() if trial.stage == stage]
 
     def rows(self, stage: Stage = "search") -> list[Row]:
-        """The samples all of whose trials have come to a value of the first metric, best first.
+        """Return the samples all of whose trials have a value of the first metric, best first.
 
         Those that went to their end come before those that were stopped on the way.
         """
@@ -300,11 +300,11 @@ class Board:
         return Row(tuple(trials), means, deviations)
 
     def best(self, stage: Stage = "search") -> Row | None:
-        """The best sample that went to its end; if none did, the best there is."""
+        """Return the best sample that went to its end, else the best of all; None without samples."""
         return next(iter(self.rows(stage)), None)
 
     def front(self, stage: Stage = "search") -> list[Row]:
-        """The Pareto front of those that went to their end: nobody is as good in all objectives and better in one."""
+        """Return the Pareto front of finished samples: no other is as good in all objectives and better in one."""
         rows = [row for row in self.rows(stage) if all(trial.end == "finished" for trial in row.trials)]
         rows = [row for row in rows if all(metric in row.means for metric in self.metrics)]
         points = [tuple(one.sign * row.means[one.metric] for one in self.objectives) for row in rows]

@@ -57,13 +57,13 @@ class Watcher:
     """Told what happens in a sweep; every method does nothing unless overridden."""
 
     def on_trial_start(self, trial: Trial) -> None:
-        """A trial runs."""
+        """Hear that a trial runs."""
 
     def on_report(self, trial: Trial) -> None:
-        """A trial has reported."""
+        """Hear a report of a trial."""
 
     def on_trial_end(self, trial: Trial) -> None:
-        """A trial is over."""
+        """Hear that a trial is over."""
 
 
 def scheduler_of(kind: Scheduler, config: Config, board: Board, space: Space) -> TrialScheduler:
@@ -141,7 +141,7 @@ class Unlimited:
 
 
 class _Known:
-    """What a scheduler needs to know of a trial of an earlier session."""
+    """A trial of an earlier session, as a scheduler sees it."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial_id = f"known-{trial.number}"
@@ -157,10 +157,10 @@ def _tell(scheduler: AsyncHyperBandScheduler, trial: Trial) -> None:
 
 
 class Interrupt(Stopper):
-    """Ends all trials when it is told to."""
+    """Ends all trials of the sweep in ``folder`` when it is told to, also by another thread."""
 
-    def __init__(self, stop_file: Path) -> None:
-        self._stop_file = stop_file
+    def __init__(self, folder: Path) -> None:
+        self._stop_file = folder / STOP_FILE
         self.problem: BaseException | None = None
         self._set = threading.Event()
 
@@ -173,7 +173,7 @@ class Interrupt(Stopper):
             self._stop_file.touch()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes a snapshot of all that it has, which nobody reads."""
+        """Return nothing: Tune writes a snapshot of all that it has, which nobody reads."""
         return {}
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -227,7 +227,7 @@ class _Callback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: object) -> None:  # noqa: ANN401
         known = self._trial(trial)
-        if known.end is None:
+        if known.end is None and self._interrupt.problem is None:  # else it may go on another time
             text = str(trial.get_pickled_error() or "its controller's process died").strip()
             self._close(known, "failed", error=text.splitlines()[-1][:300])
 
@@ -248,14 +248,15 @@ def tune_all(
     num_trials: int,
     max_concurrent: int,
     watcher: Watcher,
+    interrupt: Interrupt,
 ) -> None:
-    """Run trials until all are over.
+    """Run trials until all are over, or ``interrupt`` is set.
 
     Raises:
         KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP came; all trials have been closed.
-        ConfigError: the trials do not report what they are to be judged by; as above.
+        ConfigError: the trials do not report what they are to be judged by; all trials have been closed.
+        RunError: the sweep's own Ray is gone.
     """
-    interrupt = Interrupt(folder / STOP_FILE)
     algorithm: Any = SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=max_concurrent))
     if isinstance(scheduler, Population):
         algorithm = Unlimited(algorithm)

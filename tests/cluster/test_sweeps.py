@@ -231,6 +231,28 @@ def test_one_that_is_ended_leaves_nothing_and_goes_on(tmp_path: Path, processes:
     assert processes.wait_until_gone(limit_s=100) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
+def test_one_whose_own_ray_is_gone_says_so_and_goes_on(tmp_path: Path, processes: Processes, number: int):
+    path = write(tmp_path, rounds=3000)
+    path.write_text(path.read_text() + "checkpoint: {every_rounds: 2}\n")
+    program = start(processes, tmp_path, "--samples", "2", "--max-concurrent", "1", "--set", "cluster.cancel_grace_s=1")
+    trial = tmp_path / "sweep" / "trials" / "trial-0000"
+    deadline = time.monotonic() + 300
+    while not list(trial.glob("checkpoints/*/manifest.json")) and time.monotonic() < deadline:
+        assert program.poll() is None, program.communicate()[1]
+        time.sleep(0.05)
+    os.kill(processes.of_ray(program, "raylet"), number)
+    out, err = program.communicate(timeout=150)
+    assert program.returncode == 3, err
+    said = "error: the sweep's own Ray is gone: its raylet ended; starling sweep --resume goes on"
+    assert err.splitlines()[-1] == said
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["status"] == "failed"
+    assert {one["status"] for one in answer["trials"]} == {"unfinished"}, "they go on another time"
+    assert processes.wait_until_gone() == []
+    assert processes.temporary_files() == []
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -115,11 +115,11 @@ class Session:
         """Ids by name of the processes of our own Ray that a run cannot do without."""
         return {} if self._folder is None else ray_internals.vital_processes()
 
-    def ended(self, name: str) -> RunError:
-        """Return the error that says that a vital process has ended."""
+    def ended(self, name: str, what: str = "run", resume: str = "starling resume") -> RunError:
+        """Return the error that says which vital process has ended, whose Ray it was, and which command goes on."""
         told = None if self._folder is None else failures.said_last(self._folder / _LOGS, [name])
         reason = f" ({told})" if told else ""
-        return RunError(f"the run's own Ray is gone: its {name} ended{reason}; starling resume goes on")
+        return RunError(f"the {what}'s own Ray is gone: its {name} ended{reason}; {resume} goes on")
 
     def close(self) -> None:
         """Disconnect, and end a Ray of our own."""
