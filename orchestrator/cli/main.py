@@ -1,4 +1,4 @@
-"""The command line. What it does is in ``api``, ``plan`` and ``describe``; this file reads arguments and prints.
+"""The commands: each reads its arguments, calls another room, and prints the answer.
 
 Little is imported before it is needed: ``--help`` and a misspelt key must not wait for torch, or even Ray.
 """
@@ -6,6 +6,7 @@ Little is imported before it is needed: ``--help`` and a misspelt key must not w
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -172,6 +173,15 @@ def data(
     respond(act, as_json=as_json)
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of configurations, with which editors complete and check a YAML file."""
+    from starling.orchestrator.config.json_schema import schema_of
+    from starling.orchestrator.config.schema import Config
+
+    streams.say(json.dumps(schema_of(Config), indent=1, ensure_ascii=False))
+
+
 @app.command(epilog=EXIT_CODES)
 def algorithms(name: Name = None, as_json: AsJson = False) -> None:
     """List the algorithms, or show one: update, fields, elasticity, cost, reference."""
@@ -221,7 +231,7 @@ def topologies(
         stand_here()
         if name is None or nodes is None:
             page.refuse_without_nodes(name, {"--nodes": nodes, "--set": overrides, "--rounds": rounds, "--plot": plot})
-            return page.print_topologies(console) if name is None else print_catalog(console, Topology, name)
+            return print_catalog(console, Topology, name, ", and with --nodes N what it comes to")
         report = page.measure(page.make(name, overrides or []), nodes, 4 * parameters, seed=seed, rounds=rounds)
         page.print_report(console, report, plot)
         return {"status": "ok"} | report.to_json()
@@ -231,27 +241,21 @@ def topologies(
 
 @app.command(epilog=EXIT_CODES)
 def bandwidth(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help=CONFIG_HELP, show_default=False)] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="1b|10b|100b", help="Instead of CONFIG: a model of the published table; by default 1b."),
-    ] = None,
+    config: ConfigPath,
     overrides: Overrides = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds to count: as many as traffic takes to repeat itself; by default 8 at most."),
+    ] = None,
     trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the bandwidth that methods need for 50, 80, 90, 95 and 99 % compute utilization."""
-    if config is not None and model is not None:
-        raise typer.BadParameter("takes a CONFIG, or --model instead")
-    if config is None and overrides:
-        raise typer.BadParameter("--set needs a CONFIG")
+    """Count a run's traffic in the simulator, and print the bandwidth for 50 to 99 % compute utilization."""
 
     def act(console: Console) -> dict[str, Any]:
-        from starling.orchestrator.cli import bandwidth as page
+        from starling.orchestrator.cli.bandwidth import print_workload
 
-        if config is None:
-            return page.print_preset(console, (model or "1b").lower())
-        return page.print_workload(console, load_config(config, overrides, trust=trust))
+        return print_workload(console, load_config(config, overrides, trust=trust), rounds)
 
     respond(act, as_json=as_json)
 

@@ -1,1 +1,1 @@
-"""What the YAML may say, and how errors in it read."""
+"""The schema of configurations, reading and writing them, and messages about errors in them."""

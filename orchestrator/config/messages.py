@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in one line each for the person who wrote the file."""
+"""Pydantic's errors as one line each, for the person who wrote the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECTION_EXPECTED = frozenset({"model_type", "model_attributes_type", "dict_type
 
 
 def explain(errors: Iterable[Mapping[str, Any]], root: type[BaseModel], at: Place = ()) -> Iterator[tuple[Place, str]]:
-    """The place and the line of each error; ``root`` is what was validated, ``at`` where it stands in the file."""
+    """Yield the place and the line of each error; ``root`` was validated, and stands in the file at ``at``."""
     for error in errors:
         location = tuple(step for step in error["loc"] if step != "[key]")
         place = (*at, *(str(step) for step in location))
@@ -61,7 +61,7 @@ def _line(error: Mapping[str, Any], location: tuple[Any, ...], place: Place, roo
 
 
 def shown(value: object) -> str:
-    """A value as it stands in YAML, cut short."""
+    """Write a value as YAML has it, cut short."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What the fields of a configuration's models hold."""
+"""Paths through the models of a configuration."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def model_in(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None:
-    """The model that a field holds, one or several of them; ``None`` if it holds plain values."""
+    """Return the model that a field holds, also as items of a list; None if it holds plain values."""
     info = model.model_fields.get(field) if model else None
     return next(_models(info.annotation), None) if info else None
 
 
 def model_at(model: type[BaseModel] | None, path: Sequence[object]) -> type[BaseModel] | None:
-    """The model at the end of ``path``, which may lead through lists."""
+    """Return the model at the end of ``path``, which may lead through lists; None if there is none."""
     for step in path:
         if not isinstance(step, int):
             model = model_in(model, str(step))

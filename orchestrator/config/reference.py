@@ -1,4 +1,4 @@
-"""What algorithms and tasks say of themselves: fields, defaults, and the sections of their docstrings."""
+"""Descriptions of algorithms, tasks and other parts: fields, defaults, and the sections of their docstrings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tokenize
 import types
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from starling.algorithms.registry import Part, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
 SECTIONS = ("Deviations", "Elasticity", "Cost", "Reference")
 
@@ -54,7 +54,7 @@ class Description:
     """Field → name → fields, for fields that hold one of several parts."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data for ``--json``."""
         return asdict(self)
 
 
@@ -77,13 +77,27 @@ def describe(part: type[Part]) -> Description:
 
 
 def summary_of(part: type[Part]) -> str:
-    """A part in one line."""
+    """Return the first line of a part's documentation."""
     text = inspect.cleandoc(sys.modules[part.__module__].__doc__ or part.__doc__ or "")
     return text.partition("\n")[0]
 
 
+def written(part: Part, left_out: Collection[str] = ()) -> str:
+    """Return a part as a configuration has it: ``dirichlet (alpha: 0.5)``; fields that are None are left out."""
+    texts = [f"{key}: {_written(value)}" for key, value in part if value is not None and key not in left_out]
+    return f"{part.name} ({', '.join(texts)})" if texts else part.name
+
+
+def _written(value: object) -> str:
+    if isinstance(value, Part):
+        return written(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_written(one) for one in cast('tuple[object, ...]', value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _paragraph(text: str) -> str:
-    """A section without the line breaks of its source."""
+    """Join the lines of a section's first paragraph."""
     return " ".join(text.partition("\n\n")[0].split())
 
 
@@ -91,8 +105,8 @@ def _paragraph(text: str) -> str:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[FieldDescription]:
-    """All fields; those of plain sections follow with their path."""
-    comments = _comments(model)
+    """Describe all fields; those of plain sections have their path as name."""
+    comments = comments_of(model)
     found: list[FieldDescription] = []
     for name, info in model.model_fields.items():
         inner = info.annotation
@@ -122,7 +136,7 @@ def _families(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, t
 
 
 def type_text(info: FieldInfo) -> str:
-    """A field's type as a person would write it: ``int > 0``, ``samples | uniform``, ``null``."""
+    """Write a field's type for people: ``int > 0``, ``samples | uniform``, ``null``."""
     return _type(info.annotation, info.metadata)
 
 
@@ -177,14 +191,14 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def _plain(value: object) -> object:
-    """A default as plain data; a part as it stands in the configuration."""
+    """Return a default as plain data, a part as a configuration has it."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return list(value) if isinstance(value, tuple) else value
 
 
-def _comments(model: type[BaseModel]) -> dict[str, str]:
-    """What stands beside each field in the source: a comment on its line, or a text below it."""
+def comments_of(model: type[BaseModel]) -> dict[str, str]:
+    """Return the description of each field: the comment on its line in the source, or the text below it."""
     found: dict[str, str] = {}
     for cls in reversed(model.__mro__):
         if issubclass(cls, BaseModel) and cls not in (BaseModel, Part):

@@ -60,7 +60,7 @@ _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", 
 
 
 class NodesConfig(Section):
-    """How many nodes a run has."""
+    """Number of nodes of a run."""
 
     min: PositiveInt = 1
     """With fewer a round is not finished."""
@@ -84,7 +84,7 @@ class NodesConfig(Section):
 
     @property
     def most(self) -> int:
-        """How many there are wanted at most."""
+        """Greatest number of nodes that is wanted."""
         if isinstance(self.target, int):
             return self.target
         assert self.max is not None
@@ -92,7 +92,7 @@ class NodesConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where nodes run, and what each is given."""
+    """Ray cluster, resources of nodes, and deadlines."""
 
     address: str = "local"
     """``local`` starts a Ray of our own for the run; else ``auto`` or the address of a running one, ``host:port``."""
@@ -143,7 +143,7 @@ class ClusterConfig(Section):
 
     @property
     def object_store_bytes(self) -> int | None:
-        """Of a Ray of our own; ``None``: Ray's default."""
+        """Size of our own Ray's object store; None: Ray's default."""
         return None if self.object_store_gb is None else int(self.object_store_gb * 1e9)
 
     @property
@@ -153,7 +153,7 @@ class ClusterConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """When the model is evaluated on held-out data."""
+    """Evaluation on held-out data."""
 
     every_rounds: NonNegativeInt = 1
     """0: only after the last round."""
@@ -164,7 +164,7 @@ class EvaluationConfig(Section):
 
 
 class ReplayConfig(Section):
-    """What is kept so that rounds can be replayed, where the algorithm offers it."""
+    """Snapshots for replaying rounds, of algorithms that offer it."""
 
     snapshot_every: NonNegativeInt = 256
     """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
@@ -214,7 +214,7 @@ TRACKING_URI = "MLFLOW_TRACKING_URI"
 
 
 def _usable(uri: str | None) -> str | None:
-    """What the environment names, if it is something that we write to; a tracker says so if it is not."""
+    """Return the address that the environment names; None if it cannot be written to, as the tracker says later."""
     try:
         return _checked(uri) if uri else None
     except ValueError:
@@ -349,12 +349,12 @@ class Config(Section):
 
     @property
     def initial_nodes(self) -> tuple[NodeId, ...]:
-        """Those that a run begins with, if there is room for them."""
+        """Nodes with which a run begins, if there is room for them."""
         late = self.faults.late
         return tuple(node for node in range(self.num_nodes) if node not in late)
 
     def nodes_for(self, least: int) -> int | None:
-        """How many nodes there have to be for ``least`` to contribute to a round; ``None``: so many never do."""
+        """Return the number of nodes of which ``least`` contribute to a round; None: so many never do."""
 
         def contributing(num_nodes: int) -> int:
             view = View(0, tuple(range(num_nodes)))
@@ -368,13 +368,13 @@ class Config(Section):
         return self.need_of(self.num_nodes)
 
     def need_of(self, view_size: int) -> int:
-        """The same, for a view of so many members."""
+        """Return the contributions without which an exchange of a view of this size does not close."""
         # Rounded: 0.55 · 20 is 11.000000000000002 in floating point, and must not become 12.
         quorum = math.ceil(round(self.cluster.quorum_fraction * view_size, 9))
         return max(self.cluster.nodes.min, quorum)
 
     def replica_spec(self) -> ReplicaSpec:
-        """What every replica of the run needs to know."""
+        """Return the settings that all replicas of the run share."""
         return ReplicaSpec(
             algorithm=self.algorithm,
             task=self.task,
@@ -387,11 +387,11 @@ class Config(Section):
         )
 
     def dump(self) -> dict[str, Any]:
-        """All keys with their resolved values, as plain data."""
+        """Return all keys with their resolved values, as plain data."""
         return self.model_dump(mode="json")
 
     def public(self) -> dict[str, Any]:
-        """The same without what may be a secret: values of environment variables, and passwords in addresses."""
+        """Return plain data without secrets: values of environment variables, and passwords in addresses."""
         data = self.dump()
         variables = data["cluster"]["runtime_env"].get("env_vars")
         if isinstance(variables, dict):
@@ -446,13 +446,13 @@ def parse(raw: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str 
 
 
 def _source(place: Place, given: Mapping[Place, str], source: str) -> str:
-    """Who set the value at ``place``: an override, or else the file."""
+    """Return the override that set the value at ``place``, or else the file."""
     hits = [text for key, text in given.items() if place[: len(key)] == key or (place and key[: len(place)] == place)]
     return f"--set {hits[-1]}" if hits else source
 
 
 def _booleans(raw: object, resolved: object, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """The places where a number was given as true or false; pydantic takes them for 1 and 0."""
+    """Yield the places where a number was given as true or false; pydantic takes them for 1 and 0."""
     if isinstance(raw, bool) and isinstance(resolved, int | float) and not isinstance(resolved, bool):
         yield place, f"{'.'.join(place)} should be a number, got {shown(raw)}"
     elif isinstance(raw, dict) and isinstance(resolved, dict):
@@ -466,7 +466,7 @@ def _booleans(raw: object, resolved: object, place: Place = ()) -> Iterator[tupl
 
 
 def _huge(resolved: object) -> Iterator[tuple[Place, str]]:
-    """The places of numbers that float32, in which most of them are used, does not have."""
+    """Yield the places of numbers beyond float32, in which most of them are used."""
     for place, value in _walk(resolved):
         if isinstance(value, float) and _LARGEST < abs(value) < math.inf:
             yield place, f"{'.'.join(place)} should be {_LARGEST:.3g} at most, the largest float32, got {shown(value)}"

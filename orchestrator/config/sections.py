@@ -55,7 +55,7 @@ class LinkConfig(Section):
 
 
 class NetworkConfig(Section):
-    """How slow the network is, in the simulator, and on a cluster that is throttled to it.
+    """Bandwidths and latencies of the simulator's network, and of a cluster throttled to it.
 
     What takes time besides is the simulator's alone: on a cluster that is real.
     """
@@ -85,7 +85,7 @@ SERVER_NAME = "server"
 
 
 class FaultEvent(Section):
-    """Something that happens to a node, once."""
+    """A fault of a node, once."""
 
     kind: Literal["kill", "hang", "preempt", "late_join"]
     """Its process ends; it stands still and answers nothing; it is told to leave, and ends ``cluster.drain_s`` later;
@@ -124,7 +124,7 @@ class FaultsConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Where and how often the run is saved."""
+    """Place and cadence of checkpoints."""
 
     uri: str | None = None
     """Where checkpoints go: a folder, or an address that pyarrow.fs knows (``s3://bucket/folder``, ``gs://…``).
@@ -158,12 +158,12 @@ class CheckpointConfig(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether there are any."""
+        """Whether checkpoints are written."""
         return self.every_rounds != 0
 
 
 def without_password(uri: str) -> str:
-    """An address that may be shown.
+    """Hide the password in an address.
 
     >>> without_password("postgresql://me:secret@host/runs")
     'postgresql://me:***@host/runs'

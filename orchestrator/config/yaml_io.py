@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds.
+    """Read the mapping that a file holds.
 
     Raises:
         ConfigError: there is no such file, or it holds something else.
@@ -69,7 +69,7 @@ def _parse(text: str) -> object:
 
 
 def split(text: str) -> tuple[tuple[str, ...], object]:
-    """The path and the value of ``a.b=c``; the value is YAML, and a text where it is not.
+    """Split ``a.b=c`` into path and value; the value is YAML, or a text where it is not.
 
     Raises:
         ConfigError: it is not written like that.
@@ -114,7 +114,7 @@ def cut(text: str, limit: int = 200) -> str:
 
 
 def assigned(data: object, path: Sequence[str], value: object, model: type[BaseModel] | None) -> dict[str, Any]:
-    """A copy of ``data`` (what ``model`` is made from) with ``value`` at ``path``.
+    """Return a copy of ``data``, from which ``model`` is made, with ``value`` at ``path``.
 
     What stands on the way as a bare name becomes the section of that name, and a part that is not there at all the
     default one: ``algorithm.outer.lr=0.4`` needs no ``algorithm.outer.name``.

@@ -83,7 +83,7 @@ class Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, counts: dict[int, int], above: set[int]) -> int:
-    """The values that ``node`` unfolds to.
+    """Count the values that ``node`` unfolds to.
 
     Raises:
         ComposerError: too many, or a node inside of itself.
