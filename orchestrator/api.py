@@ -164,7 +164,7 @@ def replay(
 
 
 def load_model(run_dir: str | Path, *, trust: bool = False) -> nn.Module:
-    """The model that a run ended with, as a module in evaluation mode, in float32 on the CPU.
+    """Load the trained model of a run, as a module in evaluation mode, in float32 on the CPU.
 
     Args:
         run_dir: of the run.

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("starling")
 
 
 def resolve(config: Source, overrides: Sequence[str] = (), *, trust: bool = False) -> Config:
-    """The validated configuration.
+    """Return the validated configuration.
 
     Raises:
         ConfigError: one line for each thing that is wrong.

@@ -52,7 +52,7 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class Choice(StrEnum):
-    """What happens to the job when its submitter is interrupted."""
+    """Choices for the job when its submitter is interrupted."""
 
     ASK = "ask"
     STOP = "stop"
@@ -73,12 +73,12 @@ class Job:
     run_dir: str
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return plain data for ``--json``."""
         return {"job_id": self.name, "address": self.address, "run_dir": self.run_dir}
 
 
 def plan(config: Config, path: Path, overrides: list[str], working_dir: Path) -> tuple[str, str, dict[str, Any]]:
-    """The job's id, the command that it runs on the cluster, and Ray's description of what that needs.
+    """Return the job's id, the command that it runs on the cluster, and the runtime environment for Ray.
 
     Raises:
         ConfigError: the file is not among those that are sent.
@@ -113,7 +113,7 @@ def plan(config: Config, path: Path, overrides: list[str], working_dir: Path) ->
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """The job server at ``address``.
+    """Connect to the job server at ``address``.
 
     Raises:
         ClusterError: there is none, or it does not let us in.
@@ -214,7 +214,7 @@ class Follower:
         """Characters of the log: a connection begins with its first one again."""
 
     def follow(self, said: str = "") -> int:
-        """The exit code: the job's own, or that of an interruption. ``said`` is noted first.
+        """Follow the job; return its exit code, or that of an interruption. ``said`` is noted first.
 
         Raises:
             ClusterError: the connection is lost, and does not come back.

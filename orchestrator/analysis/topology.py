@@ -308,6 +308,6 @@ def _draw_graph(axes: Axes, mixing: Mixing, places: Mapping[int, Any], *, direct
     nx.draw_networkx_edges(
         graph, places, ax=axes, arrows=arrows, width=widths, edge_color=plots.DARK, node_size=side**2
     )
-    nx.draw_networkx_nodes(graph, places, ax=axes, node_size=side**2, node_color=plots.BLUE)
+    nx.draw_networkx_nodes(graph, places, ax=axes, node_size=side**2, node_color=plots.BLUE, margins=0.1)
     if len(graph) <= _LABELS_UP_TO:
         nx.draw_networkx_labels(graph, places, ax=axes, font_color="white", font_size=0.4 * side)

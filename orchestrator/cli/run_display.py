@@ -1,4 +1,4 @@
-"""What people see of a run: a live view on a terminal, plain lines elsewhere, and a summary at the end."""
+"""Views of a run: live on a terminal, plain lines elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _COMPARED = "loss"
 
 
 def display(console: Console) -> Display:
-    """The view that suits where the output goes."""
+    """Return the live view for a terminal, else the plain one."""
     return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
 
 
 class Display(Observer, LiveView):
-    """What both views share: the start, the notes and the end."""
+    """Base of both views: the start, the notes and the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -117,7 +117,7 @@ class Display(Observer, LiveView):
 
 
 class PlainDisplay(Display):
-    """A line for each round."""
+    """Prints a line for each round."""
 
     @unfailing
     def open(self, config: Config, place: str) -> None:
@@ -147,7 +147,7 @@ class PlainDisplay(Display):
 
 
 class LiveDisplay(Display):
-    """A progress bar and the latest values, drawn in place."""
+    """Draws a progress bar and the latest values in place."""
 
     _live: Live | Status | None = None
     _metrics: Mapping[str, float] | None = None
@@ -213,7 +213,7 @@ def _opening(config: Config, place: str) -> str:
 
 
 def _nodes(record: RoundRecord) -> str:
-    """How many nodes have committed a round, and of how many."""
+    """Write the number of nodes that committed a round, of all."""
     if record.nodes == record.in_view == record.alive:
         return _plural(record.nodes, "node")
     late = f", {record.late} late" if record.late else ""
@@ -221,7 +221,7 @@ def _nodes(record: RoundRecord) -> str:
 
 
 def headline(started: Started) -> str:
-    """What runs, in a line."""
+    """Write one line about the run that begins."""
     config = started.config
     devices = sorted({node.device for node in started.nodes})
     where = "simulated" if started.virtual else f"on {', '.join(devices)}"
@@ -234,7 +234,7 @@ def headline(started: Started) -> str:
 
 
 def print_summary(console: Console, summary: Summary, config: Config) -> None:
-    """What the run came to, and where to look."""
+    """Print the results of a run, and where they are recorded."""
     color = {"finished": "green", "failed": "red", "interrupted": "yellow"}[summary.status]
     rows = [("status", f"[bold {color}]{summary.status}[/] after {_plural(summary.rounds, 'round')}")]
     for name, value in summary.metrics.items():
@@ -280,7 +280,7 @@ def print_summary(console: Console, summary: Summary, config: Config) -> None:
 
 
 def _tracked(tracking: MLflowTracking, path: Path) -> list[tuple[str, str]]:
-    """Where the run is recorded besides, as far as it is."""
+    """Return rows about the tracker that records the run."""
     store = store_of(tracking, path)
     state = is_recorded(path)
     later = escape(f"starling track {shlex.quote(str(path))}")
@@ -331,7 +331,7 @@ def _duration(started: Started, record: RoundRecord) -> str:
 
 
 def _span(record: RoundRecord) -> str:
-    """The least and the greatest validation loss of a node's own model."""
+    """Write the least and the greatest validation loss of the nodes' own models."""
     return " to ".join(number_text(value) for value in record.spread[_COMPARED])
 
 

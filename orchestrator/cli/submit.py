@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def asker(choice: Choice) -> Callable[[], Choice | None]:
-    """What asks the user, if there is one to be asked: without a terminal the job is left running."""
+    """Return a function that asks the user what to do with the job; without a terminal it is left running."""
     if choice is not Choice.ASK:
         return lambda: choice
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

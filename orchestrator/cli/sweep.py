@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SchedulerName(StrEnum):
-    """Who is stopped early."""
+    """Schedulers, which stop trials early."""
 
     ASHA = "asha"
     PBT = "pbt"
@@ -29,7 +29,7 @@ class SchedulerName(StrEnum):
 
 
 class SearchName(StrEnum):
-    """Where samples come from."""
+    """Search algorithms, which draw samples."""
 
     RANDOM = "random"
     OPTUNA = "optuna"

@@ -1,4 +1,4 @@
-"""What people see of a sweep: a line for each trial that is over, or a live view; a table at the end."""
+"""Views of a sweep: a line for each trial that is over, a live view on a terminal, a table at the end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_ROWS = 20
 
 
 class SweepDisplay(Watcher, LiveView):
-    """A line for each trial that is over; on a terminal also how far the others are."""
+    """Prints a line for each trial that is over; on a terminal also shows the progress of the others."""
 
     def __init__(self, console: Console, board: Board, options: Options, folder: Path) -> None:
         self._console, self._board, self._options = console, board, options
@@ -129,7 +129,7 @@ class SweepDisplay(Watcher, LiveView):
 
 
 def print_result(console: Console, result: SweepResult) -> None:
-    """What a sweep came to, and where to look."""
+    """Print the results of a sweep, and where they are recorded."""
     metrics = [one.metric for one in result.options.objectives]
     shown = list(dict.fromkeys([*metrics, "bytes"]))
     table = Table(box=None, padding=(0, 2), show_edge=False, header_style="dim")
@@ -184,7 +184,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def _same(row: Row, there: Row) -> str:
-    """Whether the cluster ended with the simulator's bits."""
+    """Write whether the trials of two rows have equal digests."""
     digests = [{(trial.summary or {}).get("digest") for trial in one.trials} for one in (row, there)]
     return " (same digest)" if digests[0] == digests[1] and None not in digests[0] else ""
 

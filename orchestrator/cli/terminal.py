@@ -1,4 +1,4 @@
-"""What commands do with the terminal: where output goes, and what Ctrl-C does."""
+"""Output streams of commands, and views that may fail without ending a run."""
 
 from __future__ import annotations
 

@@ -47,8 +47,9 @@ def _schema(model: type[BaseModel], families: dict[str, type[Part]], definitions
         def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
             cls = cast("type[BaseModel]", schema["cls"])
             if cls is not model and issubclass(cls, Part):
-                families[cls.family] = cls
-                return {_FAMILY: cls.family}
+                family = cls.family.replace(" ", "_")  # part of an address
+                families[family] = cls
+                return {_FAMILY: family}
             found = super().model_schema(schema)
             properties = found.get("properties", {})
             for name, comment in comments_of(cls).items():

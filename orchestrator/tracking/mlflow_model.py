@@ -56,7 +56,7 @@ def save_for_mlflow(run_dir: Path, path: Path) -> None:
 
 
 def _inputs(task: Any, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[list[str], list[Tensor]]:  # noqa: ANN401 - a Task
-    """What the task calls its model with on a batch, by name or by place."""
+    """Return the arguments with which the task calls its model on a batch, by name or by place."""
     seen: dict[str, Any] = {}
 
     def look(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -53,12 +53,12 @@ _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 def store_of(tracking: MLflowTracking, run_dir: Path) -> str:
-    """The address of the store: ``mlflow.db`` beside the run directories, unless another one is configured."""
+    """Return the address of the store: ``mlflow.db`` beside the run directories, unless another one is configured."""
     return tracking.uri or f"sqlite:///{run_dir.parent / 'mlflow.db'}"
 
 
 def artifacts_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
-    """Where a new experiment keeps its files: ``mlartifacts`` beside the database; ``None``: its server decides."""
+    """Return the folder of a new experiment's files, ``mlartifacts`` beside the database; None: its server decides."""
     store = store_of(tracking, run_dir)
     if store.startswith(("http", "databricks")):
         return None
@@ -69,7 +69,7 @@ def artifacts_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
 
 
 def ui_command(store: str) -> str | None:
-    """What to type to look at a store of one's own; ``None`` where a server has its own page."""
+    """Return the command that shows a store of one's own; None where a server has its own page."""
     if store.startswith(("http", "databricks")):
         return None
     return shlex.join([str(Path(sys.executable).parent / "mlflow"), "ui", "--backend-store-uri", store])
@@ -196,7 +196,7 @@ def written(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def link_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
-    """The page with the runs of the experiment, in MLflow's user interface; ``None`` if nothing is there.
+    """Return the page of the experiment in MLflow's user interface; None if nothing is there.
 
     Without the type of workflow that page shows something else than runs.
     """
@@ -209,7 +209,7 @@ def link_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
 
 
 def is_recorded(run_dir: Path) -> bool | None:
-    """Whether a tracker has all of a run that is over; ``None``: it has nothing."""
+    """Tell whether a tracker has all of a run that is over; None: it has nothing."""
     outbox = Outbox(run_dir)
     if outbox.state.run_id is None:
         return None
@@ -243,7 +243,7 @@ def begin(spool: Spool, name: str, tags: Mapping[str, str], *, parent: Path | No
 
 
 def tags_of(config: Config) -> dict[str, str]:
-    """What runs are compared by."""
+    """Return the tags by which runs are compared."""
     planned = Counter(event.kind for event in config.faults.events)
     return {
         "algorithm": config.algorithm.name,
@@ -254,7 +254,7 @@ def tags_of(config: Config) -> dict[str, str]:
 
 
 def fault_tags(summary: Summary) -> dict[str, str]:
-    """What became of the nodes."""
+    """Return the tags that count joins, losses and drains."""
     return {f"nodes.{what}": str(summary.nodes[what]) for what in ("lost", "drained", "joined")}
 
 
@@ -284,7 +284,7 @@ def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, boo
 
 
 def folders_of(folder: Path) -> list[Path]:
-    """Where the spools of a run or a sweep are: its directory, and one for each trial; links are none.
+    """Return the folders of the spools of a run or a sweep: its directory, and one for each trial, but no links.
 
     Raises:
         ConfigError: the folder of the trials' spools cannot be read, or is a link.
@@ -297,7 +297,7 @@ def folders_of(folder: Path) -> list[Path]:
 
 
 def spool_of(sweep_dir: Path, trial: str) -> Path:
-    """Where the spool of a trial is: not in its run directory, which may have to be made anew."""
+    """Return the folder of a trial's spool: not its run directory, which may have to be made anew."""
     folder = sweep_dir / TRIALS_OF / trial
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -328,7 +328,7 @@ def _now() -> int:
 
 
 def metrics_of(record: RoundRecord) -> dict[str, float]:
-    """A round's metrics under the names that they have in a tracker."""
+    """Return a round's metrics under their names in a tracker."""
     values: dict[str, float | None] = {
         "train/loss": record.loss,
         "train/samples": record.num_samples,

@@ -132,7 +132,7 @@ class Sender:
 
     @contextmanager
     def _asking(self, nbytes: int = 0) -> Iterator[None]:
-        """The tracker is asked for something meanwhile, and may be given files of ``nbytes``."""
+        """Measure the time of a request to the tracker, and grant it more for files of ``nbytes``."""
         self._granted_s += nbytes / _UPLOAD_BYTES_PER_S
         self._asked_at = began = time.monotonic()
         try:
@@ -330,7 +330,7 @@ class Sender:
         outbox.note(run_id=run.info.run_id, experiment_id=experiment)
 
     def _experiment(self, client: MlflowClient) -> str:
-        """The experiment's id; made if it is not there."""
+        """Return the experiment's id; create the experiment if there is none."""
         from mlflow.exceptions import MlflowException
 
         if self._experiment_id is not None:
@@ -377,7 +377,7 @@ class Sender:
 
 
 def _own_file(folder: Path, name: str) -> Path | None:
-    """A file that a spool in ``folder`` may have sent: one of that run, whatever path the spool says."""
+    """Return a file of the run in ``folder`` that its spool may send, whatever path the spool says."""
     # A trial's spool is not where its run is, which may have to be made anew.
     run_dir = folder.parents[1] / "trials" / folder.name if folder.parent.name == TRIALS_OF else folder
     try:
@@ -388,7 +388,7 @@ def _own_file(folder: Path, name: str) -> Path | None:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether it is worth asking again: nobody answers, or somebody else writes."""
+    """Tell whether an error is worth another try: nobody answers, or somebody else writes."""
     if isinstance(error, StarlingError):
         return False
     found: BaseException | None = error

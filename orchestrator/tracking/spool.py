@@ -109,7 +109,7 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that is there has been sent."""
+        """Tell whether all that is there has been sent."""
         try:
             return self._files.size(SPOOL) <= self.state.offset
         except OSError:
@@ -149,7 +149,7 @@ class Outbox:
         self._files.write(STATE, self.state.model_dump_json().encode())
 
     def forget(self) -> None:
-        """All is sent, and the run is over: the spool is not needed any more; who the run is, stays."""
+        """Remove the spool of a run that is over and sent; keep the file that says which of MLflow's runs it is."""
         if self.is_empty and self.state.ended:
             self._files.remove(SPOOL)
             self.note(offset=0)

@@ -51,7 +51,8 @@ class Push(Algorithm):
 def test_an_algorithm_of_a_users_own_has_an_answer():
     algorithm = {"name": f"{__name__}:Push"}
     work = Workload(parse(RUN | {"algorithm": algorithm, "rounds": 40}), rounds=40)
-    assert work.bytes_per_round == pytest.approx(work.layout.nbytes, rel=0.1)
+    # A message for each round of the server, and those that are on their way when the run ends.
+    assert work.layout.nbytes <= work.bytes_per_round <= 1.2 * work.layout.nbytes
     assert all(cell is not None and cell > 0 for cell in work.table())
 
 
