@@ -308,6 +308,8 @@ def _draw_graph(axes: Axes, mixing: Mixing, places: Mapping[int, Any], *, direct
     nx.draw_networkx_edges(
         graph, places, ax=axes, arrows=arrows, width=widths, edge_color=plots.DARK, node_size=side**2
     )
-    nx.draw_networkx_nodes(graph, places, ax=axes, node_size=side**2, node_color=plots.BLUE, margins=0.1)
+    nx.draw_networkx_nodes(graph, places, ax=axes, node_size=side**2, node_color=plots.BLUE)
     if len(graph) <= _LABELS_UP_TO:
         nx.draw_networkx_labels(graph, places, ax=axes, font_color="white", font_size=0.4 * side)
+    # Layouts lie in the square from -1 to 1; the limits of one or two nodes alone would be a line.
+    axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
