@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from starling.algorithms.api import SERVER, Algorithm, Node, Receive, Send, Train
+from starling.algorithms.api import Algorithm, AllReduce, Node, Train
 from starling.orchestrator.analysis.bandwidth import MOST_ROUNDS, TARGETS, Workload
 from starling.orchestrator.analysis.dry_run import dry_run
 from starling.orchestrator.cli.main import app
@@ -34,25 +34,19 @@ def test_a_dry_run_has_the_bytes_and_the_time_of_a_real_one(case: Case):
     assert dry.virtual_seconds == pytest.approx(real.virtual_seconds, rel=1e-9)
 
 
-class Push(Algorithm):
-    """Of a user: each node sends its parameters to the server, which answers nobody."""
+class Mean(Algorithm):
+    """Of a user: train, then average."""
 
-    synchronous = False
+    replicated = False
 
     async def round(self, node: Node) -> None:
         await Train(steps=5)
-        await Send(SERVER, node.parameters)
-
-    async def server(self, node: Node) -> None:
-        message = await Receive()
-        assert message is not None
+        node.parameters.copy_((await AllReduce(node.parameters)).value)
 
 
 def test_an_algorithm_of_a_users_own_has_an_answer():
-    algorithm = {"name": f"{__name__}:Push"}
-    work = Workload(parse(RUN | {"algorithm": algorithm, "rounds": 40}), rounds=40)
-    # A message for each round of the server, and those that are on their way when the run ends.
-    assert work.layout.nbytes <= work.bytes_per_round <= 1.2 * work.layout.nbytes
+    work = Workload(parse(RUN | {"algorithm": f"{__name__}:Mean"}))
+    assert work.bytes_per_round >= 3 * work.layout.nbytes
     assert all(cell is not None and cell > 0 for cell in work.table())
 
 
