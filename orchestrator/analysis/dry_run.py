@@ -121,10 +121,10 @@ class _NoTraining(Computation):
 
 
 def _trained(replica: Replica, operation: Train) -> TrainReport:
-    steps = replica.num_steps(operation)
-    return TrainReport(0.0, sum(len(replica.draw()) for _ in range(steps)), steps, 0.0)
+    steps = replica.trainer.num_steps(operation)
+    return TrainReport(0.0, sum(len(replica.data.draw()) for _ in range(steps)), steps, 0.0)
 
 
 def _gradient(replica: Replica, operation: Gradient) -> GradientReport:
-    batch = replica.batch(Batch()) if operation.batch is None else operation.batch
+    batch = replica.data.batch(Batch()) if operation.batch is None else operation.batch
     return GradientReport(torch.zeros_like(replica.parameters), 0.0, batch.num_samples)
