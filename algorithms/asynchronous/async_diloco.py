@@ -9,15 +9,13 @@ once and answers with the new model. With ``rule: delayed_nesterov`` (N_b = ``bu
     the others:      θ ← θ - ε (c β m + g / N_b)
 
 With c = 0 the N_b steps together are one of Nesterov's with the mean of their g. ``delayed_sgd`` waits for N_b updates
-and takes that one. With ``dynamic_steps`` a slow worker takes fewer steps, so that none is late by much:
-n_w = ⌊H v_w / max v⌋, v being steps per second as last measured, H = ``inner_steps``.
+and takes that one. With ``dynamic_steps`` a worker takes n_w = ⌊H v_w / max v⌋ steps, so that none is late by much; v
+are steps per second as last measured, H = ``inner_steps``.
 
 Deviations: a worker draws its own samples. Floating-point buffers move by 1/N_b towards those of the worker. The
 formulas are those of public code (halos), to the same values; the paper is unread.
-Elasticity: a worker is the model that it was given and nothing else: with one that is gone its update is lost, and its
-speed is forgotten after ``speed_timeout_s``; a new one begins with the server's model. N_b by the number of workers
-is that of when B was 0: whoever comes or goes counts from the next B on. The server has θ, m and B, and must not be
-lost.
+Elasticity: a worker that is gone loses one update; a new one begins with the server's model. N_b by the number of
+workers is that of when B was 0. The server has θ, m and B, and must not be lost.
 Cost: 2·(b·P + 8) bytes for an update and its answer, b = 4 for float32; a round of the server is one update, or all
 that come within ``grace_s``. State: 3·P values on the server, P on a worker.
 Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024, arXiv:2401.09135, Alg. 1 to 3.
@@ -25,7 +23,7 @@ Reference: Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -40,9 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from starling.algorithms.api import Layout, NodeId
-
-Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 class Local(NodeState):
@@ -67,17 +62,16 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
     inner_steps: PositiveInt = 50  # H, steps of the fastest worker between two exchanges; the paper's (secondary)
     rule: Literal["delayed_nesterov", "delayed_sgd"] = "delayed_nesterov"  # step with each update, or with N_b
     buffer_size: PositiveInt | None = None  # N_b, updates to a change of momentum; null: as there are workers
-    between: Share = 0.0  # c, how much momentum steps in between have; at most 1 / N_b
+    between: Annotated[float, Field(ge=0, le=1)] = 0.0  # c, how much momentum steps in between have; at most 1 / N_b
     lr: PositiveFloat | None = None  # ε; null: 0.7, and 0.2 with delayed_sgd, which does not bear more
-    momentum: Decay = 0.5  # β; ours, as 0.9 is far behind it with few workers
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5  # β; ours, as 0.9 is far behind it with few workers
     dynamic_steps: bool = True  # slow workers take fewer steps
     speed_timeout_s: PositiveFloat = 600.0  # after which what was measured of a worker is forgotten
     grace_s: NonNegativeFloat = 0.0  # the first of some updates is answered when these are over, or all are in
 
     def validate_for(self, num_nodes: int) -> None:
         super().validate_for(num_nodes)
-        size = self.buffer_size or num_nodes
-        if self.between * size > 1 + 1e-9:
+        if self.between * (size := self.buffer_size or num_nodes) > 1 + 1e-9:
             raise SettingsError(f"algorithm.between: {self.between:g} is more than 1/{size}, one for each update")
 
     def init(self, node: Node) -> None:
@@ -119,9 +113,8 @@ class AsyncDiLoCo(Algorithm, name="async_diloco"):
         local, update, speed = ServerLocal(node.local), message.tensor("update"), message.number("speed")
         if speed > 0:
             local.speeds = {**local.speeds, str(message.sender): [speed, node.now]}
-        buffer = local.buffer + update
+        buffer, count = local.buffer + update, local.count + 1
         size = self.buffer_size or (local.size if local.count else num_workers)
-        count = local.count + 1
         full, velocity = count >= size, local.velocity
         if self.rule == "delayed_sgd":
             if full:

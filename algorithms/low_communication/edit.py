@@ -12,11 +12,10 @@ A node whose G_m is an outlier in its own history (``detector``) tells an infini
 others sum to 1. A module in which all nodes do keeps φ and v: it is rolled back, and if that happens again and again
 the node's log says so. With ``penalty: false`` weights are 1/N, which without ``max_norm`` is DiLoCo.
 
-Deviations: modules are exchanged one behind another at the round's end, and not inside of the next forward pass, which
-gives the same values. Floating-point buffers are averaged, uncompressed.
+Deviations: modules are exchanged at the round's end, not in the next forward pass, to equal values. Floating-point
+buffers are averaged, uncompressed.
 Elasticity: φ and v are shared state; a joiner receives both, and its detector begins anew, during which nothing of it
-is an outlier. Who is lost between norms and means is left out, and the weights of the others count as they are. In the
-warm-up it is as with ``ddp``.
+is an outlier. A node that is lost between norms and means is left out; the others' weights stay. The warm-up is ddp's.
 Cost: 4·L·N·(N-1) bytes for the norms of L modules, and 2·b·P·(N-1) for the means, b as encoded by ``codec`` in and by
 ``result_codec`` out; up to 64 KiB a contribution travels inline. In the warm-up that of ``ddp``. State: 2·P values
 (φ, v) on the CPU, and the detectors'.

@@ -211,7 +211,7 @@ def test_who_does_not_answer_a_probe_in_time_is_lost():
 
 
 def test_a_replacement_without_its_data_is_started_again_on_another_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(placement.ray_session, "elsewhere", sorted)
+    monkeypatch.setattr(placement.session, "elsewhere", sorted)
     made, placed = Made(), list[object]()
     handles = SimpleNamespace(remote=lambda: made.actor(0).handle)
     options = SimpleNamespace(options=lambda **those: placed.append(those["scheduling_strategy"]) or handles)
