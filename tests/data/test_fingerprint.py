@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -244,3 +245,4 @@ def test_a_replacement_with_other_data_is_refused_alone_and_its_machine_avoided(
     assert "node 2 (pid 2 on b)" in lost.reason
     soft: Any = placement.strategy().soft
     assert [(one.key, one.operator.values) for one in soft] == [("ray.io/node-id", ["b"])]
+    assert not ray.is_initialized(), "ending a process without a connection to Ray has started a Ray"

@@ -51,8 +51,6 @@ def config(**keys: Any) -> Config:
 
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[Any] = []
-    monkeypatch.setattr(actors.ray, "kill", lambda handle, no_restart: ended.append(handle))
     monkeypatch.setattr(actors.ray, "wait", lambda refs, timeout: ([one for one in refs if one.future().done()], []))
     monkeypatch.setattr(store.ray, "nodes", list)
 

@@ -168,8 +168,10 @@ class ActorPool:
     @staticmethod
     def kill(actor: Actor) -> None:
         """End an actor's process. Never raises."""
+        # Without a connection, as after a Ray that is gone, ray.kill starts a Ray of its own first.
         with contextlib.suppress(Exception):
-            ray.kill(actor.handle, no_restart=True)
+            if ray.is_initialized():
+                ray.kill(actor.handle, no_restart=True)
 
     def lost(self, actor: Actor, error: BaseException) -> None:
         """Report an actor's nodes as lost, and end a process that may still run.
@@ -205,7 +207,7 @@ class ActorPool:
         self._retired.add((actor.index, node))
         if all((actor.index, other) in self._retired for other in actor.nodes):
             actor.alive = False
-            ray.kill(actor.handle, no_restart=True)
+            self.kill(actor)
         self._on_gone(node)
         self._succeed(node)
 
