@@ -107,6 +107,7 @@ class _Synchronous(_Loop):
     epoch: Count
     late: list[Node] = []
     halting: list[Node] = []
+    entered: list[Node] = []
 
 
 class _Asynchronous(_Loop):

@@ -64,6 +64,11 @@ class Holdings:
         """
         return any(number in (None, kept) for node, kept in self.kept.items() if node not in (other_than, SERVER))
 
+    @property
+    def begun(self) -> set[NodeId]:
+        """New nodes, with nothing kept of them, that were given a committed state and have not committed since."""
+        return (self.new & self._held.keys()) - self.kept.keys()
+
     def to_save(self, there: Iterable[NodeId], begun: Collection[NodeId] = ()) -> list[NodeId]:
         """Return whose state a checkpoint needs: who is ``there`` with more than the initial one, and whose was kept.
 

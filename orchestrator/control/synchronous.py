@@ -117,16 +117,19 @@ class Synchronous(Loop):
         """Save the last commit; no program of a round is open, or what it does is void."""
         self._settle()
         view = self._view
+        # Resumed without them, a node that was late after it had caught up would catch up from the first round again.
+        begun = self._members.holdings.begun & set(self._roster.nodes)
         state = {
             "view": [view.number, view.members, view.joined, view.left],
             "epoch": self._epoch,
             "late": sorted(self._late),
             "halting": sorted(self._halting),
             "faults": self._faults.to_json(),
+            "entered": sorted(begun),
         }
         shared = min(self.result) if self._config.algorithm.replicated else None
-        nodes = self._members.holdings.to_save(self._roster.nodes)
-        self._state.saving.save(state, nodes, shared, self._mail, self._members)
+        nodes = self._members.holdings.to_save(self._roster.nodes, begun)
+        self._state.saving.save(state, nodes, shared, self._mail, self._members, begun)
 
     def _restore(self, state: Mapping[str, Any], rounds: Mapping[NodeId, int] | None) -> None:
         self._view = View(state["view"][0], *map(tuple, state["view"][1:]))

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _preload()
     os.environ.update(PYTHONHASHSEED="0")
     with tempfile.TemporaryDirectory(prefix="starling-mutants-") as name:
+        # Trials end without atexit: each would leave the folder of its tests' key behind.
+        os.environ["STARLING_STATE_DIR"] = str(Path(name, "state"))
         outcomes = Trials(_copied(Path(name).resolve())).run(chosen)
     return _report(outcomes, options.survivors)
 

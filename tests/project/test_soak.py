@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from starling.algorithms.api import SERVER, AllGather, AllReduce, Node, Train
+from starling.orchestrator.config.schema import parse
 from starling.orchestrator.protocol.faults import Faults
 from starling.orchestrator.protocol.mailboxes import Delivery, Mailroom
 from starling.orchestrator.protocol.pool import Pool
@@ -16,7 +17,8 @@ from starling.orchestrator.runtimes.simulator.processes import SimulatedProcesse
 from starling.orchestrator.runtimes.simulator.state import End
 from tests.soak.histories import algorithms, draw
 from tests.soak.shrink import shrink
-from tests.soak.watch import Wrong, live
+from tests.soak.states import Watched
+from tests.soak.watch import Wrong, check_last_words, live
 from tests.toys import Program, attempt
 
 if TYPE_CHECKING:
@@ -262,6 +264,49 @@ def test_who_only_received_and_was_late_then_has_contributed_in_a_replay():
     assert commit["closed"] == {0: (0, 1), 1: (0, 1, 2), 2: (0, 1)}
     assert commit["committed"] == (0, 1)
     assert live(raw) == "finished"
+
+
+def test_a_new_node_that_was_late_after_it_caught_up_is_in_a_checkpoint():
+    """It has replayed round 0, and commits neither that nor round 1. Resumed, it replayed round 0 once more."""
+    raw = {
+        "rounds": 3,
+        "algorithm": {"name": "just_one_byte", "verify_every": 1, "lr": 0.01},
+        "task": {"name": "tests.soak.programs:Unequal"},
+        "data": {"batch_size": 16},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "evaluation": {"every_rounds": 0},
+        "network": {"start_s": 0, "adopt_s": 0, "step_ms": 100, "speeds": {0: 0.2, 1: 0.05, 2: 3.0}},
+        "tracking": "none",
+        "faults": {"events": [fault(0, 0)]},
+        "cluster": {"nodes": {"min": 1, "target": 3}, "quorum_fraction": 0.01, "round_deadline_s": 0.3},
+        "soak": {"killed": 1},
+    }
+    assert live(raw) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("text", "events", "kind"),
+    [
+        ("round 1: 2 nodes are there, and cluster.nodes.min is 3", [], None),
+        ("round 1: 1 nodes are there, and cluster.nodes.min is 3", [], "the nodes are there"),
+        ("round 2: no node is left that has the model of round 1", [], "a node is left that has the model"),
+        (
+            "round 2: no node is left that has the model of round 1",
+            [{"event": "lost", "node": 0}, {"event": "left", "node": 1}],
+            None,
+        ),
+        ("round 2: nodes 0 do not become ready; waited for 5 s", [], "nodes do not become ready"),
+        ("round 2: nodes 0 do not become ready; waited for 5 s", [{"event": "up", "node": 0}], None),
+    ],
+)
+def test_the_last_words_of_a_run_are_compared_with_its_log(text: str, events: list[dict[str, Any]], kind: str | None):
+    ran = Watched(parse({"algorithm": "fedavg", "task": "digits", "cluster": {"nodes": {"min": 3, "target": 3}}}))
+    ran.events = [{"event": "start", "nodes": [0, 1]}, {"event": "commit", "round": 1, "committed": [0, 1]}, *events]
+    if kind is None:
+        check_last_words(ran, text)
+    else:
+        with pytest.raises(Wrong, match=kind):
+            check_last_words(ran, text)
 
 
 def test_spares_that_die_and_a_run_that_is_killed_are_part_of_a_history(monkeypatch: pytest.MonkeyPatch):

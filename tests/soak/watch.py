@@ -44,6 +44,7 @@ LEGITIMATE = (
     "cannot be finished",
     "has died too often to be started again",
     "cannot finish its round",
+    "do not become ready; waited for",
 )
 """Errors that a run may end with, as every key that would help is named, or nothing would."""
 
@@ -200,7 +201,7 @@ def _check(ran: Watched) -> None:
         text, allowed = str(ran.error), LEGITIMATE + OF_SOME.get(ran.config.algorithm.name, ())
         if "\n" in text or not any(one in text for one in allowed):
             raise Wrong(f"error: {re.sub(r'[0-9.]+', '#', text)[:80]}", text)
-        _check_loss(ran, text)
+        check_last_words(ran, text)
     try:
         check_books(ran)
         (check_synchronous if ran.config.algorithm.synchronous else check_asynchronous)(ran)
@@ -219,7 +220,7 @@ def _check(ran: Watched) -> None:
             raise Wrong("broken: samples are not committed once", f"sample: (committed, booked) {differ}")
 
 
-def _check_loss(ran: Watched, text: str) -> None:
+def check_last_words(ran: Watched, text: str) -> None:
     """A run that ends for want of nodes, or of the model, wants them by its own log.
 
     Raises:
@@ -245,6 +246,13 @@ def _check_loss(ran: Watched, text: str) -> None:
         said = int(re.findall(r"(\d+) nodes are there", text)[0])
         if said != len(there) or (said >= ran.config.cluster.nodes.min and "min is" in text):
             raise Wrong("error: the nodes are there", f"{text}: {sorted(there)}")
+    elif "do not become ready" in text:
+        # A process that began, or was given state, since the last commit may need longer than the run waits.
+        last = max((place for place, event in enumerate(ran.events) if event["event"] == "commit"), default=-1)
+        since = {event["node"] for event in ran.events[last + 1 :] if event["event"] in {"up", "transfer"}}
+        idle = {int(node) for node in re.findall(r"\d+", text.partition("nodes ")[2].partition(" do not")[0])} - since
+        if idle:
+            raise Wrong("error: nodes do not become ready, without a cause", f"{text}: {sorted(idle)}")
     elif "no node is left that has" in text and trained:
         raise Wrong("error: a node is left that has the model", f"{text}: {sorted(trained)}")
 
