@@ -32,7 +32,7 @@ class Reduced(Generic[TensorsT]):
     """The result of an ``AllReduce``, identical on all members."""
 
     value: TensorsT
-    """As the contributions: a tensor, or a dict of tensors."""
+    """Combined contributions, shaped as each of them: a tensor, or a dict of tensors."""
     members: tuple[NodeId, ...]
     """The contributors, sorted. For 1/N instead of 1/|members| scale by len(members)/len(view.members)."""
     weight: float
@@ -100,7 +100,7 @@ class Inbox(Generic[PayloadT]):
     """Payloads from a node's in-neighbours, and the mixing weights."""
 
     payloads: Mapping[NodeId, PayloadT]
-    """By sender, sorted. Not to be written to: nodes of one process receive the same tensors."""
+    """Contributions by sender, sorted. Read-only: nodes of one process receive the same tensors."""
     weights: Mapping[NodeId, float]
     """This node's row of the mixing matrix, own weight included, sorted; they sum to 1."""
     mixed: Callable[[object, Tensor, str | None], Tensor | None] | None = field(default=None, repr=False, compare=False)

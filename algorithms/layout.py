@@ -1,4 +1,4 @@
-"""Where the named tensors of a model live in its flat parameters."""
+"""Places of a model's named tensors in its flat parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayoutEntry:
-    """Where one named tensor lives in a flat one."""
+    """Place of one named tensor in a flat one."""
 
     name: str
     start: int

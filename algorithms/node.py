@@ -59,7 +59,7 @@ class Node(Protocol):
     """Counts the processes that have embodied this node, from 0."""
     round: int
     num_rounds: int
-    """How many the run is to do."""
+    """Rounds that the run is to do."""
     view: View
     participates: bool
     """Whether this node is in the round's cohort. One that is not awaits no ``Train`` and contributes ``None``."""

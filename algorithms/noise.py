@@ -52,7 +52,7 @@ class Perturbed:
     key: int
     start: int
     stop: int
-    """Of the range."""
+    """The range of parameters that is perturbed is ``start`` to ``stop``."""
 
     def write(self, out: Tensor, center: Tensor, first: int) -> None:
         """Make the part that ``center``, shape (n,), is of θ, which begins at its value ``first``."""

@@ -32,7 +32,7 @@ class TrainReport(NamedTuple):
     loss: float
     """Mean over the samples; NaN when the node skips the round (``on_nan: skip``)."""
     num_samples: int
-    """Those that were trained on: of the node's own part or, while others are away, of theirs."""
+    """Samples that were trained on: of the node's own part or, while others are away, of theirs."""
     num_steps: int
     seconds: float
 

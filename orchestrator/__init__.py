@@ -1,1 +1,1 @@
-"""Who runs what, when: the controller, its two runtimes, and what people see of them."""
+"""The controller of a run, its two runtimes, and the commands, records and pages that people see."""

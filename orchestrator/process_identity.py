@@ -1,4 +1,4 @@
-"""Which process of this machine it is: a number alone is used again."""
+"""Identity of a process of this machine: its number alone is used again."""
 
 from __future__ import annotations
 

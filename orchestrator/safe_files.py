@@ -48,7 +48,7 @@ class Folder:
         self._below = below
 
     def __str__(self) -> str:
-        """Its path."""
+        """Return the path of the folder."""
         return str(self._root.joinpath(*self._below))
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Folder:
         return file
 
     def append_text(self, path: str) -> IO[str]:
-        """The same for text."""
+        """Open a text file at its end, as ``append`` does; make it if it is missing."""
         return io.TextIOWrapper(self.append(path), encoding="utf-8")
 
     @contextlib.contextmanager

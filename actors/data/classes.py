@@ -46,7 +46,7 @@ class Classes:
 
     count: int
     names: tuple[str, ...] | None = None
-    """In the order of their numbers."""
+    """Names in the order of their numbers."""
     texts: bool = False
     """Whether the column holds the names, and not the numbers."""
 

@@ -34,7 +34,7 @@ Fingerprint: TypeAlias = "dict[str, int | str]"
 _IN_MEMORY = 256
 """Samples that are looked at of those that are in memory, evenly spaced."""
 _READ = 2
-"""Of others, at each end: they may have to be read from files."""
+"""Samples read at each end of data that are not in memory: they may have to be read from files."""
 
 
 def fingerprint(train: Samples | None, validation: Samples) -> Fingerprint:

@@ -43,7 +43,7 @@ class Place(NamedTuple):
     extras: tuple[Segment, ...] = ()
     """Before its own part goes on."""
     position: Position = Position()
-    """Its ``extra`` counts from the begin of these ``extras``."""
+    """Position whose ``extra`` counts from the begin of ``extras``."""
 
     @staticmethod
     def of(extras: Sequence[Sequence[int]], position: Sequence[int]) -> Place:

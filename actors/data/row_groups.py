@@ -48,10 +48,10 @@ class RowGroup:
 
     fragment: pyarrow.dataset.ParquetFileFragment
     number: int
-    """In its file."""
+    """Number in its file."""
     start: int
     stop: int
-    """Of its rows that are meant."""
+    """Rows ``start`` to ``stop`` of the group belong to the data."""
 
     @property
     def place(self) -> str:
@@ -265,7 +265,7 @@ class RowGroupSamples:
 
     owners = None
     class_names: Sequence[str] | None = None
-    """Of the classes, in the order of their numbers, if they have names."""
+    """Names of the classes, in the order of their numbers; None if they have none."""
 
     def __init__(
         self,

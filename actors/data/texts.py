@@ -66,7 +66,7 @@ class TokenizerFile:
     path: str
 
     def load(self) -> tuple[Callable[[str], list[int]], int]:
-        """Its function, without the special tokens that it may add around a text."""
+        """Return the tokenizer's function, without the special tokens that it may add around a text."""
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -108,7 +108,7 @@ class Text:
     tokens: NDArray[Any]
     """uint8, uint16 or uint32; not to be written to."""
     ends: NDArray[np.int64]
-    """Where each file's tokens end."""
+    """End of each file's tokens."""
 
 
 class Windows:
@@ -209,7 +209,7 @@ class TextSource:
     max_bytes: int
     encoding: Encoding
     length: int
-    """Of a window."""
+    """Tokens of a window."""
 
     def train(self) -> Windows:
         """The texts that are not held out."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     Request: TypeAlias = tuple[Replica, Train, Fence]
 
 Outcome: TypeAlias = "TrainReport | Exception"
-"""What came of a ``Train``; the exception is ``Interrupted``, or whatever the node's task or rule raised."""
+"""Result of a ``Train``: a report, or ``Interrupted``, or whatever the node's task or rule raised."""
 
 _MAX_ROWS = 256
 """Nodes that are trained as one: enough to make the calls cheap, few enough for their batches to stay in the cache."""
@@ -161,7 +161,7 @@ class _Rows:
         self._spec, self._bench, self._samples = first.spec, first.bench, first.data.samples
         (slab, start, stop), *others = _runs(replicas)
         self._run: tuple[Slab, int, int] | None = None
-        """What is copied at once: rows of one slab, if the nodes come in their order."""
+        """Rows of one slab that are copied at once; None if the nodes do not come in their order."""
         if not others and [one.row for one in replicas] == [*range(start, stop)]:
             self._run = slab, start, stop
             self.values = slab.stacked(start, stop).clone(memory_format=torch.contiguous_format)
@@ -172,7 +172,7 @@ class _Rows:
             for name in first.optimizer.moments
         }
         self.losses: list[Tensor] = []
-        """Of each step, shape (n,)."""
+        """Losses of each step, shape (n,)."""
         self.counts: list[list[int]] = [[] for _ in replicas]
         """Samples of each step, node by node."""
 

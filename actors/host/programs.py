@@ -38,7 +38,7 @@ class CollectiveCall:
     cuts: Cuts | None = None
     parts: Sequence[Buffer] = ()
     payload: Payload | None = None
-    """Of a gather."""
+    """Contribution to a gather."""
     open: bool = False
     """It was started, and has not been waited for."""
     written: list[tuple[torch.Tensor, int]] = field(default_factory=list)

@@ -65,7 +65,7 @@ class Ready:
     part_sizes: tuple[int, ...] | None = None
     """Samples of each part, if others may draw it while its node is away."""
     fingerprint: dict[str, int | str] = field(default_factory=dict[str, "int | str"])
-    """Of its data."""
+    """Fingerprint of the data that the process sees."""
     machine: str = ""
     """Ray's name for it."""
     import_s: float = 0.0

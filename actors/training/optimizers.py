@@ -58,7 +58,7 @@ _REFUSED = {
 
 
 _OTHER_LR = 0.01
-"""By default."""
+"""Default learning rate of optimizers other than SGD."""
 
 
 class Schedule(BaseModel):

@@ -39,7 +39,7 @@ class LocalProblem:
     """The task's mean loss, to be differentiated."""
     layout: Layout
     num_samples: int
-    """That the node owns."""
+    """Training samples that the node owns."""
     batch_size: int
     """Samples of one optimizer step."""
     rng: torch.Generator

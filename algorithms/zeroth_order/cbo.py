@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENERGY_NBYTES = 8
-"""Of a number."""
+"""Bytes of an energy."""
 
 _UNFIT = 1e300
 """The energy of a particle whose loss is not finite at a node: what travels is finite, and so is the mean."""

@@ -33,7 +33,7 @@ class Plan:
     actors: int
     """Processes that host the nodes on a cluster."""
     num_cpus: float
-    """That Ray must have, in all."""
+    """CPUs that Ray must have, in all."""
     num_gpus: float
     samples: dict[str, int]
     """``training``, ``validation``, and the ``least`` and ``most`` that a node owns."""

@@ -53,7 +53,7 @@ _LARGEST = 3.4028234e38
 _LEAST_STORE_GB = 0.08
 """Ray takes 75 MiB at least."""
 _MOST_LINES = 10
-"""Of errors."""
+"""Errors shown at most."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ADDRESS = re.compile(r"local|auto|(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 _TRACKING_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
@@ -63,9 +63,9 @@ class NodesConfig(Section):
     """Number of nodes of a run."""
 
     min: PositiveInt = 1
-    """With fewer a round is not finished."""
+    """Fewest nodes with which a round is finished."""
     target: Annotated[int, Field(gt=0, le=_MOST_NODES)] | Literal["auto"] = 4
-    """How many there are to be. A run begins with those for which there is room, if they are ``min``; the others, and
+    """Number of nodes wanted. A run begins with those for which there is room, if they are ``min``; the others, and
     replacements of lost ones, join when there is room for them. ``auto``: one for each free place, at most ``max``."""
     max: Annotated[int, Field(gt=0, le=_MOST_NODES)] | None = None
     """Upper bound; default: the target."""
@@ -98,25 +98,25 @@ class ClusterConfig(Section):
     """``local`` starts a Ray of our own for the run; else ``auto`` or the address of a running one, ``host:port``."""
     nodes: NodesConfig = NodesConfig()
     num_gpus: NonNegativeFloat = 0
-    """Per node; 0 sees none."""
+    """GPUs per node; with 0 a node sees none."""
     num_cpus: NonNegativeFloat = 0.25
-    """Per node; what Ray reserves."""
+    """CPUs per node that Ray reserves."""
     object_store_gb: Annotated[float, Field(ge=_LEAST_STORE_GB, le=1e6)] | None = None
-    """Of a Ray of our own, where exchanges lie; default: 30 % of the memory that is free."""
+    """Size of the object store of a Ray of our own, which holds exchanges; default: 30 % of the free memory."""
     nodes_per_actor: PositiveInt = 1
     """Nodes that share one process."""
     round_deadline_s: PositiveFloat = 120
-    """How long an exchange waits for stragglers, from the round's begin and again from each close."""
+    """Seconds that an exchange waits for stragglers, from the round's begin and again from each close."""
     start_timeout_s: PositiveFloat = 300
-    """How long all nodes may take to come up."""
+    """Seconds that all nodes may take to come up."""
     min_nodes_timeout_s: PositiveFloat = 600
-    """How long a run waits for ``nodes.min`` healthy nodes."""
+    """Seconds that a run waits for ``nodes.min`` healthy nodes."""
     cancel_grace_s: PositiveFloat = 10
-    """How long a node that is told to stop may take before its process is ended."""
+    """Seconds that a node may take to stop, before its process is ended."""
     quorum_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the view, at least ``nodes.min``: what a round needs to finish."""
+    """Fraction of the view that a round needs to finish; at least ``nodes.min`` nodes."""
     drain_s: PositiveFloat = 30
-    """How long a node has to leave after SIGTERM, the notice of its end. A machine's own notice says how long."""
+    """Seconds that a node has to leave after SIGTERM. A machine's own notice of its end says how many itself."""
     warm_spares: NonNegativeInt = 0
     """Processes that stand by, started and with the data at hand, to take the place of lost ones."""
     runtime_env: dict[str, Any] = {}
@@ -156,9 +156,9 @@ class EvaluationConfig(Section):
     """Evaluation on held-out data."""
 
     every_rounds: NonNegativeInt = 1
-    """0: only after the last round."""
+    """Rounds between two evaluations; 0: only after the last round."""
     max_batches: PositiveInt | None = None
-    """``null``: all held-out data."""
+    """Batches of an evaluation at most; ``null``: all held-out data."""
     per_node: bool = False
     """Evaluate each node's own model too, where nodes' models differ."""
 
@@ -169,11 +169,11 @@ class ReplayConfig(Section):
     snapshot_every: NonNegativeInt = 256
     """Rounds between two snapshots of the model in the run directory; 0: none, and all begins with the first model."""
     keep: PositiveInt = 3
-    """How many snapshots are kept. ``rounds.log`` is whole all the same: from the first model any round is rebuilt."""
+    """Snapshots that are kept. ``rounds.log`` stays whole: from the first model any round is rebuilt."""
 
 
 class Tracking(Part, family="tracking", catalog="starling.orchestrator.config.schema"):
-    """Where a run's parameters and metrics are recorded."""
+    """Tracker that records parameters and metrics of a run."""
 
     @abstractmethod
     def observer(self, run_dir: Path) -> Observer | None:
@@ -181,22 +181,22 @@ class Tracking(Part, family="tracking", catalog="starling.orchestrator.config.sc
 
 
 class NoTracking(Tracking, name="none"):
-    """Nowhere but the run directory."""
+    """Records in the run directory alone."""
 
     def observer(self, run_dir: Path) -> None:
         del run_dir
 
 
 class MLflowTracking(Tracking, name="mlflow"):
-    """In MLflow."""
+    """Records in MLflow."""
 
     uri: str | None = Field(default_factory=lambda: _usable(os.environ.get(TRACKING_URI)))
-    """Default: what ``MLFLOW_TRACKING_URI`` of the environment names; null, and without it: ``mlflow.db`` (sqlite)
-    beside the run directories."""
+    """Tracking server. Default: ``MLFLOW_TRACKING_URI`` of the environment, or else ``mlflow.db`` (sqlite) beside the
+    run directories."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = Field(
         default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME", "")[:500] or "starling"
     )
-    """Under which runs are listed; made if it is not there. Default: ``MLFLOW_EXPERIMENT_NAME``, or ``starling``."""
+    """Experiment that lists the runs; made if it is missing. Default: ``MLFLOW_EXPERIMENT_NAME``, or ``starling``."""
 
     @field_validator("uri")
     @classmethod
@@ -241,22 +241,22 @@ def _checked(uri: str) -> str:
 
 
 class Config(Section):
-    """A run."""
+    """Configuration of a run."""
 
     schema_version: Literal[1] = 1
-    """Of this format."""
+    """Version of this format."""
     name: str = "run"
-    """Begins the names of run directories."""
+    """First part of the names of run directories."""
     seed: int = 0
-    """All randomness of a run derives from it."""
+    """Seed from which all randomness of a run derives."""
     rounds: Annotated[int, Field(gt=0, le=10**12)] = 10
-    """How many are committed before the run is over."""
+    """Rounds that are committed before the run is over."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """When a node's loss is NaN or infinite: end the run, or leave out that node's round."""
+    """Answer to a NaN or infinite loss of a node: end the run, or leave out that node's round."""
     on_divergence: Literal["stop", "heal"] = "stop"
-    """When the shared state of replicas differs at a commit: end the run, or give the majority's to the others."""
+    """Answer to replicas whose shared state differs at a commit: end the run, or give the majority's to the others."""
     algorithm: Algorithm
-    """What nodes exchange, and when."""
+    """Algorithm: what nodes exchange, and when."""
     task: Task
     """Model, loss, data and metrics."""
     data: DataConfig = DataConfig()

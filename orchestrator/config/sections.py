@@ -49,9 +49,9 @@ class LinkConfig(Section):
     between: tuple[NonNegativeInt, NonNegativeInt]
     """The two nodes."""
     bandwidth_mbps: PositiveFloat | None = None
-    """Of this link, below that of the nodes' own; ``null``: only theirs count."""
+    """Bandwidth of this link, if lower than the nodes' own; ``null``: only theirs count."""
     latency_ms: NonNegativeFloat | None = None
-    """One way; ``null``: as ``network.latency_ms``."""
+    """Latency one way; ``null``: ``network.latency_ms``."""
 
 
 class NetworkConfig(Section):
@@ -61,19 +61,19 @@ class NetworkConfig(Section):
     """
 
     bandwidth_mbps: PositiveFloat | None = None
-    """Of each node's access link, each way; ``null`` is infinite."""
+    """Bandwidth of each node's access link, each way; ``null`` is infinite."""
     latency_ms: NonNegativeFloat = 0
-    """One way, between any two nodes."""
+    """Latency one way, between any two nodes."""
     links: tuple[LinkConfig, ...] = ()
-    """Pairs that differ."""
+    """Pairs of nodes with links of their own."""
     step_ms: NonNegativeFloat = 10
-    """One optimizer step of a node of speed 1."""
+    """Duration of an optimizer step of a node of speed 1."""
     start_s: NonNegativeFloat = 5
-    """Until a node that is started, in the place of a lost one say, is there."""
+    """Seconds until a node that is started, say in place of a lost one, is ready."""
     adopt_s: NonNegativeFloat = 0.5
-    """The same where a warm spare takes the place."""
+    """Seconds until a warm spare that takes a lost node's place is ready."""
     speeds: dict[NonNegativeInt, PositiveFloat] = {}
-    """Node → relative speed; 1 if not named."""
+    """Relative speed by node; 1 if not named."""
 
 
 FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit", "transfer"]
@@ -88,12 +88,12 @@ class FaultEvent(Section):
     """A fault of a node, once."""
 
     kind: Literal["kill", "hang", "preempt", "late_join"]
-    """Its process ends; it stands still and answers nothing; it is told to leave, and ends ``cluster.drain_s`` later;
-    or it is not there before this moment."""
+    """Kind: its process ends; it stands still and answers nothing; it is told to leave, and ends ``cluster.drain_s``
+    later; or it joins at this moment."""
     node: NonNegativeInt | Literal["server"]
     round: NonNegativeInt
     phase: FaultPhase = "train"
-    """At which moment of the round."""
+    """Moment of the round."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -113,9 +113,9 @@ class FaultsConfig(Section):
     rate_per_hour: Annotated[float, _off(0)] = 0
     """Random losses per node."""
     seed: int = 0
-    """Of the random losses."""
+    """Seed of the random losses."""
     events: tuple[FaultEvent, ...] = ()
-    """What happens to nodes at given rounds."""
+    """Faults of nodes at given rounds."""
 
     @property
     def late(self) -> tuple[NodeId, ...]:
@@ -127,14 +127,14 @@ class CheckpointConfig(Section):
     """Place and cadence of checkpoints."""
 
     uri: str | None = None
-    """Where checkpoints go: a folder, or an address that pyarrow.fs knows (``s3://bucket/folder``, ``gs://…``).
+    """Place of checkpoints: a folder, or an address that pyarrow.fs knows (``s3://bucket/folder``, ``gs://…``).
     Default: the run directory."""
     every_rounds: NonNegativeInt | Literal["auto"] = "auto"
-    """After how many committed rounds; 0: never. ``auto``: as often as that costs less than a hundredth of the time."""
+    """Committed rounds between two; 0: never. ``auto``: as often as that costs less than a hundredth of the time."""
     every_s: PositiveFloat | None = None
-    """Instead: at the first commit after so many seconds."""
+    """Seconds between two, instead of rounds; the first commit after them is saved."""
     keep: PositiveInt = 3
-    """How many are kept."""
+    """Checkpoints that are kept."""
 
     @model_validator(mode="after")
     def _one_cadence(self) -> Self:

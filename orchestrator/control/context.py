@@ -1,4 +1,4 @@
-"""What a run is: its configuration, runtime, observers, directory and clock."""
+"""Context of a run: its configuration, runtime, observers, directory and clock."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _always() -> None:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What stays as it is while a run goes on; all parts of the control loop have it."""
+    """Facts of a run that never change; every part of the control loop has them."""
 
     config: Config
     runtime: Runtime

@@ -1,4 +1,4 @@
-"""Which committed round's state each node holds, and what is kept of nodes that have left."""
+"""Books of the committed round that each node holds, and of state kept from nodes that have left."""
 
 from __future__ import annotations
 

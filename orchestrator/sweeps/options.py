@@ -10,7 +10,7 @@ from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.sweeps.trials import Objective
 
 _MOST_TRIALS = 1_000_000
-"""Of a sweep: more is a typing error, or damage."""
+"""Trials of a sweep at most: more is a typing error, or damage."""
 
 
 @dataclass(frozen=True)

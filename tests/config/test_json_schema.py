@@ -74,4 +74,4 @@ def test_every_algorithm_and_every_comment_is_in_it():
     options = {one["properties"]["name"]["const"]: one for one in schema["$defs"]["algorithm"]["anyOf"][1:-2]}
     assert list(options) == list(table(Algorithm))
     assert options["diloco"]["properties"]["inner_steps"]["description"].startswith("H")
-    assert schema["properties"]["rounds"]["description"] == "How many are committed before the run is over."
+    assert schema["properties"]["rounds"]["description"] == "Rounds that are committed before the run is over."
