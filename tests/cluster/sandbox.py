@@ -104,7 +104,8 @@ class Sandbox:
         self.folder = Path(tempfile.mkdtemp(prefix="st-", dir="/tmp"))
         for key in ("host", "user"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
-        here = [sys.executable, __file__]
+        # By its path, env sets what it imports from: neither an activated environment nor the caller's shell does.
+        here = ["env", f"PYTHONPATH={PYTHONPATH}", sys.executable, __file__]
         self._network = subprocess.Popen(
             [*_UNSHARE, "--net", "--fork", "--kill-child", *here, "network", *addresses],
             stdin=subprocess.PIPE,
