@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from starling import simulate
-from tests.cluster.conftest import Processes, Rays
+from tests.cluster.conftest import Processes
 from tests.paths import PYTHONPATH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# One Ray with a job server serves them all, and is the only one that its jobs may find.
+# One Ray with a job server serves them all.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("submit")]
 
 HEAD = """
 import sys, ray
-from ray._private import parameter
+from ray._private import parameter, utils
 
 class Params(parameter.RayParams):
     def __init__(self, **options):
@@ -40,6 +40,8 @@ class Params(parameter.RayParams):
 parameter.RayParams = Params
 ray.init(address="local", num_cpus=4, _temp_dir=sys.argv[1], include_dashboard=True, dashboard_host="127.0.0.1",
          dashboard_port=int(sys.argv[2]), log_to_driver=False)
+# As ray start does: a job asks this file which of the machine's Rays it is in, and is given any one without it.
+utils.write_ray_address(ray.get_runtime_context().gcs_address, sys.argv[1])
 print("ready", flush=True)
 sys.stdin.read()
 ray.shutdown()
@@ -112,8 +114,7 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(rays: Rays) -> Iterator[Head]:
-    rays.close()  # a job looks for the Ray of its machine, and must find this one
+def head() -> Iterator[Head]:
     one = Head()
     yield one
     one.close()
