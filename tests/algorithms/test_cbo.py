@@ -119,7 +119,7 @@ class Two(Task):
 
 
 @pytest.mark.parametrize("more", [0.0, 0.2, 50.0])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_the_consensus_is_the_optimum_of_the_mean_loss(seed: int, more: float):
     """A node whose loss is lower everywhere has no more to say than another."""
     ran = simulate(
@@ -133,6 +133,7 @@ def test_the_consensus_is_the_optimum_of_the_mean_loss(seed: int, more: float):
     assert float(ran.parameters.abs().max()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heterogeneity", [0.0, 2.0])
 def test_it_comes_to_the_optimum_of_quadratics_that_differ(heterogeneity: float):
     from starling.actors.tasks.quadratic import Quadratic
@@ -172,6 +173,7 @@ class Holes(Rastrigin):
         return x.square().sum() / 2 + (torch.inf if float(x.detach()[0]) > 0 else 0)
 
 
+@pytest.mark.slow
 def test_it_finds_the_global_minimum_of_rastrigin():
     """B6: d = 2, 200 particles, α = 100, anisotropic: at least 9 of 10 runs."""
     keys: Any = {"particles": 200, "alpha": 100.0, "spread": 2.0, "diffusion": 1.0, "dt": 0.1}
@@ -185,6 +187,7 @@ def test_it_finds_the_global_minimum_of_rastrigin():
     assert found >= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("anisotropic", "factor"), [(True, 0.8590), (False, 0.81 + 4 * 0.049)])
 def test_the_spread_changes_as_computed(anisotropic: bool, factor: float):
     """B7: E‖x − x_α‖² by (1 − λΔt)² + σ²Δt a step (λ = 1, σ = 0.7, Δt = 0.1: 0.8590); isotropic: P times that noise."""
@@ -226,9 +229,14 @@ def test_a_joiner_has_the_particles_of_all():
 
 
 def test_its_bytes():
-    """Energies of all particles, 8 bytes each, whatever the model: inline, and by parts above 64 KiB."""
+    """Energies of all particles, 8 bytes each, whatever the model."""
     ran = run(3, rounds=2, particles=10)
     assert [one.payload_bytes for one in ran.rounds] == [3 * 2 * 8 * 10] * 2 == [ran.expected_bytes] * 2
+    assert CBO().steps_per_round(10, 2) == 0
+
+
+@pytest.mark.slow
+def test_its_bytes_by_parts():
+    """Above 64 KiB an exchange is cut into parts."""
     many = run(3, rounds=1, particles=8200)
     assert many.rounds[0].payload_bytes == (2 + 2) * 8 * 8200 == many.expected_bytes
-    assert CBO().steps_per_round(10, 2) == 0

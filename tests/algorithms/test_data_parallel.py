@@ -130,6 +130,7 @@ def test_replicas_stay_the_same_when_a_loss_is_nan():
     assert ran.parameters.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "codec", ["sign", {"name": "top_k", "fraction": 0.1}, {"name": "qsgd", "block_size": 64}, "fp4"]
 )

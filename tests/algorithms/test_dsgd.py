@@ -191,6 +191,7 @@ def test_one_peer_exponential_graphs_give_the_exact_mean(nodes: int):
 # --- A1.7: it stops beside the optimum ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["atc", "cta"])
 def test_a_constant_step_ends_beside_the_optimum(order: str):
     """At the solution of X = W (X − η G(X)), or of X = W X − η G(X), with G(X)_i = A_i (x_i − c_i)."""

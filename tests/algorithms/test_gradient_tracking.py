@@ -76,6 +76,7 @@ def test_the_mean_of_what_is_tracked_is_the_mean_gradient(steps: int):
         assert corrections.mean(0).abs().max() < 7e-15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "rounds"),
     [

@@ -392,6 +392,7 @@ class Bowl(Task):
         return sum((one.square().sum() / 2 for one in module.parameters()), torch.zeros(()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nodes", "samples", "distribution"), [(1, 1, "gaussian"), (1, 2, "rademacher"), (2, 1, "rademacher")]
 )
@@ -409,6 +410,7 @@ def test_expected_contraction(nodes: int, samples: int, distribution: str):
     assert abs(float(total.mean()) - expected) < 3 * float(total.std()) / math.sqrt(trials)
 
 
+@pytest.mark.slow
 def test_logistic_regression_comes_close_to_its_optimum():
     """Z10: d = 20, gap below 1e-2."""
     task = {"name": "logistic", "dimension": 20, "heterogeneity": 0.3}

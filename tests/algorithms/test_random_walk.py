@@ -228,6 +228,7 @@ def walk(transition: Tensor, alpha: float, runs: int, steps: int, exponent: floa
         here = (rows.cumsum(1) < drawn).sum(1).clamp_(max=nodes - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("alpha", [0.0, 2.0, 8.0])
 def test_sampling_variance(alpha: float):
@@ -245,6 +246,7 @@ def test_sampling_variance(alpha: float):
     assert measured == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_repulsion_makes_sgd_more_exact():
     """On f_i(θ) = ½ (θ − c_i)², whose optimum is the mean of the c_i, with a < b."""

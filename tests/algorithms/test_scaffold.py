@@ -126,6 +126,7 @@ def test_control_variates_are_gradients_whatever_the_optimizer_makes_of_them():
 # --- E3: the optimum ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_it_converges_to_the_optimum_where_fedavg_does_not(fraction: float):
     rounds = 150 if fraction == 1.0 else 400
@@ -149,6 +150,7 @@ def test_it_converges_to_the_optimum_where_fedavg_does_not(fraction: float):
 # --- members --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("forget", [None, {20: 4}])
 def test_a_leave_and_a_return(fraction: float, forget: dict[int, int] | None):

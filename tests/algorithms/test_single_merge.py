@@ -210,6 +210,7 @@ def accuracies(ran: Ran) -> list[float]:
     return [one.evaluate(held_out, None)["accuracy"] for one in ran.replicas.values()]
 
 
+@pytest.mark.slow
 def test_h5_a_single_merge_is_worth_more_than_all_models_alone():
     local = accuracies(skewed(neighbors=0.2, merge=False))
     merged = skewed(neighbors=0.2)
@@ -220,6 +221,7 @@ def test_h5_a_single_merge_is_worth_more_than_all_models_alone():
     assert accuracy > max(local)
 
 
+@pytest.mark.slow
 def test_h5_late_is_better_than_early_at_equal_bytes():
     keys: dict[str, Any] = {"schedule": "window", "neighbors": 0.0, "late_neighbors": 3.0, "width": 0.1, "merge": False}
     early, late = (skewed(begin=begin, **keys) for begin in (0.1, 0.9))

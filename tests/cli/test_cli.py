@@ -396,6 +396,7 @@ def test_nobody_reads_what_a_run_says(folder: Path):
     assert json.loads((folder / "here" / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_nothing_but_json_reaches_stdout(folder: Path):
     noise = "    def build(self):\n        import os\n        os.system('echo noise')\n        return super().build()\n"
     path = task(folder, "noisy", noise)
@@ -406,7 +407,10 @@ def test_nothing_but_json_reaches_stdout(folder: Path):
     assert "noise" in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGTERM, signal.SIGHUP))],
+)
 def test_an_interrupted_run_ends_cleanly(folder: Path, number):
     child = process("simulate", "run.yaml", "--json", "--run-dir", "here", "--set", "rounds=1000000")
     metrics = folder / "here" / "metrics.jsonl"

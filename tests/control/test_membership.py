@@ -153,7 +153,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.algorithm.synchronous], ids=lambda case: case.name)
-@pytest.mark.parametrize("warm_spares", [0, 1])
+@pytest.mark.parametrize("warm_spares", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_algorithm_lives_through_joins_leaves_crashes_hangs_and_flapping(case: Case, warm_spares: int):
     keys: dict[str, Any] = {
         "rounds": 11,
@@ -411,6 +411,7 @@ def test_where_nobody_is_the_majority_the_run_stops():
 # --- conserved quantities -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "preempt"])
 def test_scaffold_reaches_the_optimum_after_a_leave_and_a_rejoin(kind: str):
     """Its control variates add up to the shared one: what a lost node's was is taken out again."""
@@ -428,6 +429,7 @@ def test_scaffold_reaches_the_optimum_after_a_leave_and_a_rejoin(kind: str):
     assert torch.allclose(ran.parameters, calm.parameters, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "preempt"])
 def test_gradient_tracking_reaches_the_optimum_after_a_leave_and_a_rejoin(kind: str):
     config = {

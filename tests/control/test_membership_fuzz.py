@@ -229,6 +229,7 @@ def test_any_asynchronous_history(rng: random.Random):
     asynchronous(rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [synchronous, asynchronous])
 def test_many_histories(which: Callable[[random.Random], Ran | None]):
     """More than hypothesis can look at in the same time, and enough of each kind to mean something."""

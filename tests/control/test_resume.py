@@ -357,6 +357,7 @@ def test_asynchronous_simulations_do_not_depend_on_this_machines_clock(tmp_path:
     assert one.checkpoints["written"] >= 2
 
 
+@pytest.mark.slow
 def test_the_tracker_has_one_run(tmp_path: Path):
     from mlflow import MlflowClient
 

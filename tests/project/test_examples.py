@@ -37,7 +37,7 @@ def test_each_is_in_order(path: Path, written: dict[str, list[str]], monkeypatch
     assert plan.name == path.stem
 
 
-@pytest.mark.parametrize("name", ["fedavg", "dsgd", "noniid", "parquet"])
+@pytest.mark.parametrize("name", ["fedavg", "dsgd", pytest.param("noniid", marks=pytest.mark.slow), "parquet"])
 def test_it_learns_digits(tmp_path: Path, name: str, written: dict[str, list[str]]):
     overrides = ["tracking=none", *written.get(name, [])]
     summary = simulate(EXAMPLES / f"{name}.yaml", overrides, run_dir=tmp_path / "run")

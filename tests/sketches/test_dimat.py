@@ -98,6 +98,7 @@ def test_permuted_is_the_same_function_and_match_undoes_it():
     assert [order.tolist() for order in match(own, own)] == [list(range(width)) for width in WIDTHS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_models_of_different_origin_are_merged(seed: int):
     """After one merge of models from starts of their own, matching keeps far more of what they have learnt."""

@@ -134,6 +134,7 @@ def test_a_classifier_is_trained_and_exported(folder: Path, tmp_path: Path, mode
     assert again(**batch).logits.argmax(1).tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])
 def test_a_model_is_tuned_with_forward_passes_alone(folder: Path, tmp_path: Path, lora: dict[str, Any] | None):
     """MeZO on one node, then the model again from its log."""
