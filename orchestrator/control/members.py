@@ -230,7 +230,8 @@ class Members:
 
     def next_due(self) -> float | None:
         """Return when ``act`` is to be called again, if nothing happens before."""
-        return self._pool.next_due(self._runtime.processes.num_spares)
+        due = self._pool.next_due(self._runtime.processes.num_spares), self.transfers.next_due()
+        return min((moment for moment in due if moment is not None), default=None)
 
     def suffer(self, event: FaultEvent, number: int) -> None:
         """Let a scheduled fault happen, in round ``number``."""

@@ -2,13 +2,19 @@
 
 Only a node of the last committed round can be a donor: one that is new can never overwrite the model. Several joiners
 are spread over several donors. A donor that dies meanwhile is followed by another.
+
+A transfer may fail before its donor's death is known, or though the donor lives: a donor that is there is asked again
+before the run ends for want of one.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from starling.algorithms.words import listed
 from starling.orchestrator.errors import RunError
 from starling.orchestrator.runtimes.events import Loaded, NotLoaded
 
@@ -31,14 +37,24 @@ class _Joiner:
     began: float
     place: int
     position: Position | None
-    refused: set[NodeId] = field(default_factory=set)
-    """Donors whose transfer failed."""
+    refused: Counter[NodeId] = field(default_factory=Counter)
+    """Transfers that failed, by donor."""
+    catches_up: bool = True
+    """It has not tried yet to repeat the rounds that it missed, which needs no donor's state."""
     kept: int | None = None
     """Round of its own kept state."""
     restored: bool = False
     """It has its own kept state now."""
     waits: bool = False
     """No donor is there yet."""
+    again_at: float = -math.inf
+    """Until then no donor is asked again."""
+
+
+_MOST_FAILURES = 3
+"""Transfers from one donor to one joiner."""
+_PAUSE_S = 1.0
+"""Before a donor is asked again: a dead one's death is known by then, as a rule."""
 
 
 class Transfers:
@@ -95,26 +111,42 @@ class Transfers:
             self._ask_donor(node, joiner)
 
     def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
-        donors = [donor for donor in self._donors() if donor != node and donor not in joiner.refused]
+        there = [donor for donor in self._donors() if donor != node]
+        donors = [donor for donor in there if donor not in joiner.refused]
         joiner.waits = not donors and self._is_kept(node)
         if joiner.waits:
             joiner.refused.clear()  # who could not give may be who comes back
             return
+        again = [donor for donor in there if joiner.refused[donor] < _MOST_FAILURES]
+        if not donors and again:
+            joiner.waits = self._runtime.now < joiner.again_at
+            if joiner.waits:
+                return
+            donors = again
         if not donors:
             del self._joiners[node]
             committed = self._state.committed
             which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
+            if there:
+                failed = f"{_MOST_FAILURES} transfers from each of nodes {listed(sorted(there))} failed"
+                raise RunError(f"round {joiner.number}: node {node} cannot be given {which}: {failed}")
             raise RunError(f"round {joiner.number}: no node is left that has {which}")
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
         position = None if joiner.restored else joiner.position
-        transcript = None if joiner.refused else self._state.sealed.transcript(self._state.committed)
+        transcript = self._state.sealed.transcript(self._state.committed) if joiner.catches_up else None
         if transcript is None:
             self._runtime.states.transfer(node, donor, position)
         else:
             # Whoever cannot, says so, and is given a donor's state then.
+            joiner.catches_up = False
             self._runtime.states.replay(node, donor, *transcript, position)
         self._on_begin(node, donor)
+
+    def next_due(self) -> float | None:
+        """Return when to ``retry`` next for the sake of time; None: not before something happens."""
+        now = self._runtime.now
+        return min((one.again_at for one in self._joiners.values() if one.waits and one.again_at > now), default=None)
 
     def retry(self) -> None:
         """Ask again for nodes for which there was no donor.
@@ -133,7 +165,8 @@ class Transfers:
             case NotLoaded(node, source) if node in self._joiners:
                 joiner = self._joiners[node]
                 if source != node:
-                    joiner.refused.add(source)
+                    joiner.refused[source] += 1
+                    joiner.again_at = self._runtime.now + _PAUSE_S
                 self._ask_donor(node, joiner)
             case _:
                 pass

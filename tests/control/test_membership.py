@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from starling.actors.data import Position
 from starling.algorithms.api import AllReduce, Node
 from starling.orchestrator.errors import DivergedError, RunError
+from starling.orchestrator.runtimes.events import NotLoaded
+from starling.orchestrator.runtimes.simulator.states import SimulatedStates
 from tests.cases import CASES
 from tests.conformance import Case
 from tests.toys import Program, Ran, attempt, simulate
@@ -371,6 +374,46 @@ def test_a_donor_or_joiner_that_dies_during_the_transfer(who: str, kind: str):
         (second,) = [one for one in ran.sought("transfer") if one["node"] == 2]
         assert second["round"] == calm["round"]
         assert second["donor"] != calm["donor"]
+
+
+def test_a_donor_that_is_there_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    """As where a transfer fails for the network's sake: the run ended, for want of a node that has the model."""
+    asked: list[tuple[int, int]] = []
+    really = SimulatedStates.transfer
+
+    def transfer(self: SimulatedStates, joiner: int, donor: int, position: Position | None = None) -> None:
+        asked.append((joiner, donor))
+        if len(asked) <= 2:
+            self._clock.at(self._clock.now, joiner, NotLoaded(joiner, donor))
+        else:
+            really(self, joiner, donor, position)
+
+    monkeypatch.setattr(SimulatedStates, "transfer", transfer)
+    ran = suffer(fault(1, 2), nodes=2)
+    assert ran.summary is not None
+    assert ran.summary.nodes["lost"] == 1
+    assert ran.sought("transfer")[-1]["donor"] == 0
+
+
+def test_a_donor_that_never_gives_ends_the_run(monkeypatch: pytest.MonkeyPatch):
+    def transfer(self: SimulatedStates, joiner: int, donor: int, position: Position | None = None) -> None:
+        del position
+        self._clock.at(self._clock.now, joiner, NotLoaded(joiner, donor))
+
+    monkeypatch.setattr(SimulatedStates, "transfer", transfer)
+    said = "node 1 cannot be given the model of round 3: 3 transfers from each of nodes 0 failed"
+    with pytest.raises(RunError, match=said):
+        suffer(fault(1, 2), nodes=2)
+
+
+def test_the_loss_of_the_only_donor_is_in_the_log():
+    """That its transfer has failed may be known before: the run ended without a word of the death."""
+    keys: dict[str, Any] = {"algorithm": "fedavg", "task": "digits", "network": {"start_s": 0.3, "step_ms": 100}}
+    keys |= {"cluster": {"nodes": {"min": 1, "target": 2}}, "rounds": 9}
+    (calm,) = attempt(faults={"events": [fault(0, 1)]}, **keys).sought("transfer")
+    ran = attempt(faults={"events": [fault(0, 1), fault(1, calm["round"], "transfer")]}, **keys)
+    assert str(ran.error) == f"round {calm['round']}: no node is left that has the model of round {calm['round'] - 1}"
+    assert [one["node"] for one in ran.sought("lost")] == [0, 1]
 
 
 # --- replicas that differ -------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ _SYSTEM_CONFIG = {
     # Nobody looks at the record of each call that the GCS keeps: 100,000 of them, and with them 29 kB a round of four
     # nodes. 0: none are kept.
     "task_events_report_interval_ms": 0,
+    # By default 15: beside any other program of the machine's user a node would get a tenth of a core.
+    "worker_niceness": 0,
 }
 
 
