@@ -9,6 +9,7 @@ from torch import Tensor
 
 from starling.algorithms.api import (
     SERVER,
+    Algorithm,
     AllGather,
     AllReduce,
     Batch,
@@ -148,6 +149,22 @@ class Hasty(Program):
         count: Any = node.shared["count"]
         node.shared["count"] = count + len(got.members)
         node.parameters.add_(float(len(got.members)))
+
+
+class InTurn(Program):
+    """Takes a round of each part by turns: one run, and its processes, for all of them."""
+
+    replicated: ClassVar[bool] = False
+    parts: tuple[Algorithm, ...]
+
+    def init(self, node: Node) -> None:
+        for part in self.parts:
+            part.init(node)
+
+    async def round(self, node: Node) -> None:
+        await self.parts[node.round % len(self.parts)].round(node)
+        # Some of them begin with equal parameters.
+        node.parameters.copy_((await AllReduce(node.parameters)).value)
 
 
 class Changing(Program):

@@ -63,7 +63,9 @@ def lora(tmp_path: Path) -> dict[str, object]:
     [
         ("parquet", ["data.partition={name: dirichlet, alpha: 0.5, min_samples: 8}", "data.sampler=poisson"]),
         pytest.param("sites", ["data.source=federated", "data.batch_size=4"], marks=pytest.mark.slow),
-        ("lora", ["optimizer.name=adamw", "optimizer.lr=0.01"]),
+        pytest.param(
+            "lora", ["optimizer.name=adamw", "optimizer.lr=0.01"], marks=[pytest.mark.slow, pytest.mark.smoke]
+        ),
     ],
 )
 def test_the_cluster_ends_with_the_simulators_bits(
@@ -84,6 +86,8 @@ def test_the_cluster_ends_with_the_simulators_bits(
             transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / place / "export")
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_data_that_are_others_in_each_process_are_refused(config: Make, tmp_path: Path):
     settings = config(
         "fedavg", "cluster.nodes.target=2", "cluster.nodes_per_actor=1", task="tests.cluster.programs:Divided"

@@ -21,7 +21,11 @@ def finish(processes: Processes, folder: Path, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedavg", *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("diloco", "dsgd"))]
+    "name",
+    [
+        pytest.param("fedavg", marks=[pytest.mark.slow, pytest.mark.smoke]),
+        *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("diloco", "dsgd")),
+    ],
 )
 def test_an_example_runs_and_equals_its_simulation(tmp_path, processes: Processes, name: str):
     path = str(ROOT / f"examples/{name}.yaml")

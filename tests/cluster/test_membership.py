@@ -62,6 +62,8 @@ def test_a_killed_node_is_replaced_and_all_end_alike(phase: str, config: Make, t
     assert [one["node"] for one in events(tmp_path / "run", "transfer")] == [2]
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_survivors_go_on_at_once(config: Make, tmp_path: Path):
     kill = {"kind": "kill", "node": 1, "round": 1, "phase": "train"}
     settings = config(FEDAVG, "rounds=3", *LARGE, faults(kill))
@@ -71,6 +73,8 @@ def test_survivors_go_on_at_once(config: Make, tmp_path: Path):
     assert events(tmp_path / "run", "commit")[1]["committed"] == [0, 2, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_stopped_process_is_ended_and_replaced(config: Make, tmp_path: Path):
     hang = {"kind": "hang", "node": 3, "round": 1, "phase": "train"}
     settings = config(
@@ -170,7 +174,9 @@ class _Drift(Observer):
             self._marker.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(10**9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.smoke]), pytest.param(10**9, marks=pytest.mark.slow)]
+)
 def test_a_replacement_with_other_data_is_refused_and_the_others_go_on(times: int, config: Make, tmp_path: Path):
     """It is tried again, elsewhere if there is another machine; that fails for good here in the second case."""
     drift = _Drift(tmp_path / "marker", times)

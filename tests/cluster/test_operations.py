@@ -30,49 +30,62 @@ def events(run_dir: Path, what: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == what]
 
 
+IN_CI = [pytest.mark.slow, pytest.mark.smoke]
+
+
+def rounds(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 # Two processes of two nodes each, unless said otherwise.
 APART = "cluster.nodes_per_actor=1"
-SYNCHRONOUS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "neighbours": ({"name": f"{HERE}:Gossiping", "values": 5}, ["cluster.nodes.target=5"]),
-    "large neighbours": ({"name": f"{HERE}:Gossiping", "values": LARGE}, [APART]),
-    "large neighbours in shared processes": (
-        {"name": f"{HERE}:Gossiping", "values": LARGE, "topology": "one_peer_exponential"},
-        ["cluster.nodes.target=5"],
+SMALL = [
+    {"name": f"{HERE}:Gossiping", "values": 5},
+    {"name": f"{HERE}:Overlapping"},
+    {"name": f"{HERE}:Mailing"},
+    {"name": f"{HERE}:Computing"},
+    {"name": f"{HERE}:Pinging"},
+]
+GOSSIP: dict[str, Any] = {"name": f"{HERE}:Gossiping", "values": LARGE}
+OVERLAP = {"name": f"{HERE}:Overlapping", "values": 400_000}
+MAIL = {"name": f"{HERE}:Mailing", "values": LARGE}
+RUNS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "small": ({"name": f"{HERE}:InTurn", "parts": SMALL}, ["cluster.nodes.target=5", "rounds=10"]),
+    "large": ({"name": f"{HERE}:InTurn", "parts": [GOSSIP, OVERLAP, MAIL]}, [APART, "rounds=6"]),
+    "large, in shared processes": (
+        {"name": f"{HERE}:InTurn", "parts": [GOSSIP | {"topology": "one_peer_exponential"}, OVERLAP, MAIL]},
+        ["cluster.nodes.target=5", "rounds=6"],
     ),
-    "overlap": ({"name": f"{HERE}:Overlapping"}, []),
-    "large overlap": ({"name": f"{HERE}:Overlapping", "values": 400_000}, [APART]),
-    "large overlap in shared processes": ({"name": f"{HERE}:Overlapping", "values": 400_000}, []),
-    "messages": ({"name": f"{HERE}:Mailing"}, []),
-    "large messages": ({"name": f"{HERE}:Mailing", "values": LARGE}, []),
-    "compute": ({"name": f"{HERE}:Computing"}, []),
-    "pings": ({"name": f"{HERE}:Pinging"}, []),
-    "participants": ({"name": f"{HERE}:Changing"}, []),
+    "participants": ({"name": f"{HERE}:Changing"}, ["rounds=2"]),
 }
+SOME = [pytest.param(one, marks=[] if one in ("small", "large") else IN_CI) for one in RUNS]
 
 
-@pytest.mark.parametrize("which", SYNCHRONOUS)
+@pytest.mark.parametrize("which", SOME)
 def test_both_runtimes_end_with_the_same_bits_and_bytes(which: str, config: Make, tmp_path: Path):
-    algorithm, overrides = SYNCHRONOUS[which]
-    settings = config(algorithm, "rounds=2", *overrides)
+    algorithm, overrides = RUNS[which]
+    settings = config(algorithm, *overrides)
     real = run(settings, run_dir=tmp_path / "real")
     simulated = simulate(settings, run_dir=tmp_path / "simulated")
     assert real.digest == simulated.digest
     assert real.bytes["payload"] == simulated.bytes["payload"]
+    assert {one["round"]: one["payload_bytes"] for one in rounds(tmp_path / "real")} == {
+        one["round"]: one["payload_bytes"] for one in rounds(tmp_path / "simulated")
+    }
 
 
-@pytest.mark.parametrize(
-    "which",
-    ["large overlap", *(pytest.param(one, marks=pytest.mark.slow) for one in ("large messages", "neighbours"))],
-)
-def test_a_throttled_cluster_does_the_same(which: str, config: Make, tmp_path: Path):
-    algorithm, overrides = SYNCHRONOUS[which]
+@pytest.mark.slow
+@pytest.mark.smoke
+def test_a_throttled_cluster_does_the_same(config: Make, tmp_path: Path):
+    algorithm, overrides = RUNS["large, in shared processes"]
     slow = ["network.bandwidth_mbps=100", "network.latency_ms=5"]
-    settings = config(algorithm, "rounds=2", *overrides, *slow)
-    real = run(settings, run_dir=tmp_path / "real")
-    free = simulate(config(algorithm, "rounds=2", *overrides), run_dir=tmp_path / "free")
+    real = run(config(algorithm, *overrides, *slow), run_dir=tmp_path / "run")
+    free = simulate(config(algorithm, *overrides), run_dir=tmp_path / "free")
     assert (real.digest, real.bytes["payload"]) == (free.digest, free.bytes["payload"])
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: Path):
     settings = config({"name": f"{HERE}:Hasty", "first": 3, "seconds": 20.0}, "rounds=3", APART)
     summary = run(settings, run_dir=tmp_path / "run")
@@ -86,8 +99,8 @@ def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: P
     ("algorithm", "overrides"),
     [
         ({"name": f"{HERE}:Counting"}, [APART]),
-        ({"name": f"{HERE}:Counting", "large": LARGE}, []),
-        ({"name": f"{HERE}:Passing"}, []),
+        pytest.param({"name": f"{HERE}:Counting", "large": LARGE}, [], marks=IN_CI),
+        pytest.param({"name": f"{HERE}:Passing"}, [], marks=IN_CI),
         pytest.param(
             {"name": "fedbuff", "buffer_size": 2, "steps": 3},
             ["optimizer.schedule={name: cosine, warmup_steps: 4}"],

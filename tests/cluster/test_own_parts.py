@@ -86,6 +86,8 @@ def train(script: str, folder: Path) -> list[str]:
     return [line.removeprefix("as simulated: ") for line in ran.stdout.splitlines() if line.startswith("as simulated")]
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_class_with_a_builtins_name_and_one_of_a_script_are_trained_themselves(tmp_path: Path):
     assert train(SCRIPT, tmp_path) == ["false_name", "script"]
 

@@ -57,7 +57,9 @@ def test_a_finished_run_leaves_nothing(tmp_path, processes: Processes):
     assert processes.temporary_files() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=[pytest.mark.slow, pytest.mark.smoke])]
+)
 def test_an_interrupted_run_leaves_nothing_and_exits_130(tmp_path, processes: Processes, number: int):
     program = processes.start("run", str(write(tmp_path, 150)), "--json", cwd=tmp_path)
     wait_for(program, "3 of 150 rounds done")
@@ -80,6 +82,8 @@ def test_a_killed_driver_takes_its_ray_along(tmp_path, processes: Processes):
     assert processes.temporary_files() == []
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_failed_run_leaves_nothing_and_exits_3(tmp_path, processes: Processes):
     config = write(tmp_path, 5)
     faulty = ("--set", "algorithm=fedavg", "--set", "task=tests.cluster.programs:Faulty")
@@ -118,6 +122,8 @@ def test_a_wrong_token_says_what_to_check(tmp_path, shared_ray: str, processes: 
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_another_process_reaches_a_running_ray_by_its_address(tmp_path, shared_ray: str, processes: Processes):
     program = processes.start(
         "run",
@@ -134,6 +140,8 @@ def test_another_process_reaches_a_running_ray_by_its_address(tmp_path, shared_r
     assert json.loads(out.splitlines()[-1])["status"] == "finished"
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_store_that_is_too_small_is_named_and_nobody_is_left_out(tmp_path, processes: Processes):
     settings = [
         "cluster.object_store_gb=0.08",
@@ -164,6 +172,8 @@ class Mine(Base):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_runtime_env_takes_the_users_module_to_the_nodes(tmp_path, shared_ray: str, processes: Processes):
     folder = tmp_path / "code"
     folder.mkdir()

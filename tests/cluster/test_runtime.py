@@ -18,6 +18,7 @@ from tests.conformance import Case
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 Make = Callable[..., Config]
+IN_CI = [pytest.mark.slow, pytest.mark.smoke]
 HERE = "tests.cluster.programs"
 
 
@@ -47,24 +48,29 @@ def actors_alive(limit_s: float = 20) -> float:
     ("algorithm", "overrides"),
     [
         ("fedavg", ["algorithm.fraction=0.5", "cluster.nodes.target=5", "cluster.nodes_per_actor=2"]),
-        ({"name": "diloco", "inner_steps": 3}, ["task.model=cnn", "cluster.nodes_per_actor=3"]),
+        pytest.param(
+            {"name": "diloco", "inner_steps": 3}, ["task.model=cnn", "cluster.nodes_per_actor=3"], marks=IN_CI
+        ),
         # 12 MB: twelve parts would fit, so each node reduces one
         ({"name": "diloco", "inner_steps": 2}, ["task.model.name=mlp", "task.model.width=40000"]),
         # the same in one process, where nothing goes through the store
-        (
+        pytest.param(
             {"name": "diloco", "inner_steps": 2},
             ["task.model.name=mlp", "task.model.width=40000", "cluster.nodes_per_actor=4"],
+            marks=IN_CI,
         ),
         # fewer contributors than parts, and the reducers are not those that were expected
-        (
+        pytest.param(
             {"name": "fedavg", "fraction": 0.4, "steps": 1},
             ["task.model.name=mlp", "task.model.width=40000", "cluster.nodes.target=5", "cluster.nodes_per_actor=2"],
+            marks=IN_CI,
         ),
-        (f"{HERE}:Gathering", []),
+        pytest.param(f"{HERE}:Gathering", [], marks=IN_CI),
         ({"name": f"{HERE}:Gathering", "sizes": [10, 20_000, 30_000]}, ["task.model.name=mlp", "task.model.width=500"]),
-        (
+        pytest.param(
             {"name": f"{HERE}:Gathering", "sizes": [20_000, 30_000]},
             ["task.model.name=mlp", "task.model.width=500", "cluster.nodes_per_actor=2"],
+            marks=IN_CI,
         ),
     ],
 )
@@ -80,11 +86,11 @@ def test_the_cluster_ends_with_the_simulators_bits_and_bytes(config: Make, tmp_p
     assert actors_alive() == 0
 
 
-LAST = {type(case.algorithm).__module__.split(".")[1]: case for case in CASES}
-"""One of each family: what others of it do on Ray differs little from that. They are in the slow tests."""
+LAST = {type(case.algorithm).__module__.split(".")[2]: case for case in CASES}
+"""One of each family: what others of it do on Ray differs little from that."""
 
 FULL = [pytest.mark.slow, pytest.mark.long]
-SOME = [pytest.param(case, id=case.name, marks=[] if case in LAST.values() else FULL) for case in CASES]
+SOME = [pytest.param(case, id=case.name, marks=IN_CI if case in LAST.values() else FULL) for case in CASES]
 
 
 @pytest.mark.parametrize("case", SOME)
@@ -119,11 +125,15 @@ def test_what_a_users_task_raises_comes_back_with_its_traceback_and_the_nodes_na
     assert actors_alive() == 0
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_a_loss_that_is_not_finite_names_node_and_round(config: Make, tmp_path):
     with pytest.raises((NodeFailedError, NonFiniteLossError), match=r"node \d, round \d+: loss is (nan|inf)"):
         run(config("fedavg", "optimizer.lr=1e30", "rounds=6"), run_dir=tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_the_tracker_is_told_what_each_nodes_process_uses(config: Make, tmp_path):
     from mlflow import MlflowClient
 

@@ -25,7 +25,7 @@ ALGORITHM: dict[str, Any] = {"name": "just_one_byte", "lr": 0.05, "samples": 3, 
 @pytest.mark.parametrize(
     ("every", "perturb"),
     [
-        (0, "copy"),
+        pytest.param(0, "copy", marks=[pytest.mark.slow, pytest.mark.smoke]),
         pytest.param(2, "copy", marks=pytest.mark.slow),
         pytest.param(2, "on_use", marks=pytest.mark.slow),
     ],
