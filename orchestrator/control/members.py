@@ -133,6 +133,8 @@ class Members:
         if isinstance(happening, NotLoaded) and happening.source == happening.node:
             holdings.kept.pop(happening.node, None)  # it cannot be read
             self._state.residuals.forfeit(number, happening.node)
+        if isinstance(happening, Loaded) and happening.source == happening.node:
+            self._state.samples.set_back(happening.node)
         match self.transfers.take(happening):
             case (node, True):
                 holdings.restored(node)  # for its program, and everybody else's, nothing has happened
@@ -186,7 +188,7 @@ class Members:
         self._succeed(node)
 
     def _gone(self, node: NodeId) -> None:
-        self._state.samples.gone(node)
+        self._state.samples.set_back(node)
         self.departures.gone(node)
         self.holdings.gone(node)
         self.transfers.gone(node)

@@ -86,10 +86,10 @@ class SampleProgress:
             if draws:
                 self._record("draws", round=number, law=self._law, nodes=draws)
 
-    def gone(self, node: NodeId) -> None:
-        """Book that the process of ``node`` is gone."""
+    def set_back(self, node: NodeId) -> None:
+        """Book that the process of ``node`` does not know its plan: it is a new one, or has got kept state."""
         if self.ledger is not None:
-            self.ledger.gone(node)
+            self.ledger.set_back(node)
 
     def position(self, node: NodeId) -> Position:
         """Return the committed position of ``node`` in its own part."""

@@ -68,8 +68,11 @@ class DataLedger:
             self._positions[node] = position
             self._most = max(self._most, count)
 
-    def gone(self, node: NodeId) -> None:
-        """Whoever embodied ``node`` is gone, and with it what it knew; what it had not committed is not drawn."""
+    def set_back(self, node: NodeId) -> None:
+        """The process of ``node`` is a new one, or has got kept state: it does not know what ``node`` was handed since.
+
+        What it had not committed is not drawn.
+        """
         if node in self._extras:
             self._stale.add(node)
 
@@ -129,7 +132,7 @@ class DataLedger:
         """Give ``nodes`` their shares of the pool: so much that all have as much to draw besides their own part."""
         self._pool.sort()
         left = sum(one.size for one in self._pool)
-        if not left:
+        if not left or not there:  # a server goes on while all workers are away
             return
         loads = {node: sum(one.size for one in self.rest(node)) for node in there}
         # Who has more than that already is given nothing.

@@ -266,6 +266,33 @@ def test_who_only_received_and_was_late_then_has_contributed_in_a_replay():
     assert live(raw) == "finished"
 
 
+def test_a_server_goes_on_while_all_workers_are_away():
+    """What their parts still held was to be handed out, and nobody was there: an IndexError."""
+    events = ("kill", 1, 1, "receive"), ("kill", 0, 4, "train")
+    chatter = {"name": "tests.soak.programs:Chatter", "patience_s": 0.02}
+    keys: dict[str, Any] = {"network": {"start_s": 0.15, "step_ms": 0}, "rounds": 5, "data": {"batch_size": 16}}
+    assert live(history(chatter, *events, nodes=2, task={"name": UNEQUAL, "num_samples": 37}, **keys)) == "finished"
+
+
+def test_who_gets_kept_state_for_a_second_time_is_told_again_what_it_draws():
+    """It was late in the round in which it had been told, and drew on from where it had been kept."""
+    events = ("preempt", 0, 7, "train"), ("kill", 0, 7, "secure"), ("kill", 0, 8, "post"), ("preempt", 1, 10, "train")
+    drawing = {"name": "tests.soak.programs:Drawing", "large": True, "topology": "exponential"}
+    drawing |= {"close": {"name": "grace", "after": 2, "seconds": 0.01}, "codec": {"name": "top_k"}}
+    keys: dict[str, Any] = {
+        "seed": 25,
+        "rounds": 12,
+        "task": {"name": UNEQUAL, "num_samples": 12},
+        "data": {"batch_size": 5},
+        "optimizer": {"name": "sgd", "momentum": 0.9, "lr": 0.01, "on_join": "donor", "grad_clip": 1.0},
+        "on_divergence": "heal",
+        "network": {"start_s": 0.02, "adopt_s": 0.01, "step_ms": 100, "bandwidth_mbps": 20, "latency_ms": 0},
+        "cluster": {"quorum_fraction": 0.5, "warm_spares": 1, "round_deadline_s": 0.02, "drain_s": 0.001},
+    }
+    keys["cluster"]["cancel_grace_s"] = 0.001
+    assert live(history(drawing, *events, nodes=2, **keys)) == "finished"
+
+
 def test_a_new_node_that_was_late_after_it_caught_up_is_in_a_checkpoint():
     """It has replayed round 0, and commits neither that nor round 1. Resumed, it replayed round 0 once more."""
     raw = {

@@ -82,7 +82,7 @@ class World:
 
     def go(self, node: NodeId) -> None:
         del self.processes[node]
-        self.ledger.gone(node)
+        self.ledger.set_back(node)
 
     def begin(self, *nodes: NodeId) -> None:
         told = self.ledger.begin(nodes, self.processes)
