@@ -95,6 +95,17 @@ class Node(Protocol):
         """Return a CPU generator that is a pure function of (run seed, round, node, purpose)."""
         ...
 
+    def report(self, **metrics: float) -> None:
+        """Report metrics of this round by name; a name that was reported before in the round gets the new value.
+
+        Committed rounds record their mean, minimum and maximum over nodes: in ``metrics.jsonl``, on the screen, among
+        the curves, and in a tracker as ``algorithm/<name>``. With ``evaluation.per_node`` each node's value is kept.
+
+        Raises:
+            ProgramError: a value is not a number.
+        """
+        ...
+
     def module(self, at: Tensor | None = None) -> Callable[..., Any]:
         """Return the model as a function of its inputs, at parameters ``at``, shape (P,), or at the current ones."""
         ...

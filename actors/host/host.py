@@ -318,6 +318,7 @@ class Host:
             num_drawn=replica.data.num_drawn - replica.data.num_void,
             num_void=replica.data.num_void,
             unsent=self._algorithm.unsent(replica),
+            metrics=replica.reported or None,
         )
 
     def _digest(self, replica: Replica, record: bytes | None) -> str:

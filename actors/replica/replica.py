@@ -95,6 +95,8 @@ class Replica:
         self.guard = RoundGuard(node, self._undo, skips=spec.skip_nan)
         parts = self.data, self.optimizer, self.schedule, self.guard
         self.trainer = Trainer(node, spec, self.bench, self.tensors, *parts)
+        self.reported: dict[str, float] = {}
+        """Metrics that the program has reported in the open round."""
         self.shared = StagedState("shared")
         self.local = StagedState("local")
         for state in (self.shared, self.local):
@@ -128,6 +130,14 @@ class Replica:
     def rng(self, purpose: str) -> torch.Generator:
         """Return a CPU generator that is a pure function of (run seed, round, node, purpose)."""
         return generator(self.spec.seed, self.round, self.id, purpose)
+
+    def report(self, **metrics: float) -> None:
+        """Report metrics of the open round by name; see ``Node.report``."""
+        for name, value in metrics.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                kind = type(value).__name__
+                raise ProgramError(f"node.report({name}=…): a {kind}, and not a number; of a tensor, give its .item()")
+            self.reported[name] = float(value)
 
     def module(self, at: Tensor | None = None) -> Callable[..., Any]:
         """Return the model in evaluation mode as a function of its inputs, at parameters ``at`` or the current ones."""
@@ -194,6 +204,7 @@ class Replica:
     def begin(self, number: int, view: View, cohort: Collection[NodeId]) -> None:
         """Enter round ``number`` of the members of ``view``, in which ``cohort`` takes part."""
         self.round, self.view, self.participates = number, view, self.id in cohort
+        self.reported = {}
         if self.spec.algorithm.synchronous:
             self.schedule.hear(number)
         for part in (self.data, self.trainer, self.guard):
@@ -324,6 +335,9 @@ class _Committed:
 
     def rng(self, purpose: str) -> torch.Generator:
         return self._replica.rng(purpose)
+
+    def report(self, **metrics: float) -> None:
+        """Ignore what is reported outside of a round."""
 
     def module(self, at: Tensor | None = None) -> Callable[..., Any]:
         return self._replica.module(self.parameters if at is None else at)

@@ -131,6 +131,8 @@ class Returned(NamedTuple):
     """The same, in rounds since its last commit that were given up."""
     unsent: float = 0.0
     """``Algorithm.unsent``."""
+    metrics: dict[str, float] | None = None
+    """``Node.report``; ``None``: nothing was reported."""
 
 
 def mean_loss(losses: Sequence[tuple[float, int]]) -> float | None:

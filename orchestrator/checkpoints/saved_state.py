@@ -120,6 +120,7 @@ class _Asynchronous(_Loop):
     commits: Count
     last: Node
     since: list[Annotated[tuple[Value, Count, float], LIST]]
+    reported: list[Annotated[tuple[Node, dict[str, Value]], LIST]] = []
     contributed: list[Node]
     entered: list[Node] = []
     too_few_since: float | None = None

@@ -140,6 +140,7 @@ class PlainDisplay(Display):
             parts.append(f"eval {' '.join(values)}")
         if _COMPARED in record.spread:
             parts.append(f"of nodes {_span(record)}")
+        parts += [f"{name} {_reported(values)}" for name, values in record.reported.items()]
         parts += [_nodes(record), bytes_text(record.payload_bytes), _duration(started, record)]
         if done < rounds:
             parts.append(f"ETA {seconds_text(left_s)}")
@@ -195,6 +196,8 @@ class LiveDisplay(Display):
             table.add_row(escape(label), f"[bold]{number_text(value)}[/]{_beside(name, started.baselines)}{age}")
         if _COMPARED in record.spread:
             table.add_row("of the nodes", _span(record))
+        for name, values in record.reported.items():
+            table.add_row(escape(name), _reported(values))
         counts = {"committed": record.nodes, "contributing": record.contributing, "in view": record.in_view}
         counts |= {"alive": record.alive, "late": record.late}
         table.add_row(
@@ -333,6 +336,13 @@ def _duration(started: Started, record: RoundRecord) -> str:
 def _span(record: RoundRecord) -> str:
     """Write the least and the greatest validation loss of the nodes' own models."""
     return " to ".join(number_text(value) for value in record.spread[_COMPARED])
+
+
+def _reported(values: Mapping[str, float]) -> str:
+    """Write the mean of a metric that nodes report, and where these differ the least and the greatest value."""
+    least, most = number_text(values["min"]), number_text(values["max"])
+    span = "" if least == most else f" ({least} to {most})"
+    return f"{number_text(values['mean'])}{span}"
 
 
 def _phases(record: RoundRecord) -> str:

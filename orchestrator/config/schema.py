@@ -160,7 +160,7 @@ class EvaluationConfig(Section):
     max_batches: PositiveInt | None = None
     """Batches of an evaluation at most; ``null``: all held-out data."""
     per_node: bool = False
-    """Evaluate each node's own model too, where nodes' models differ."""
+    """Evaluate each node's own model too, where nodes' models differ, and keep what each node's program reports."""
 
 
 class ReplayConfig(Section):

@@ -138,9 +138,8 @@ class Asynchronous(Loop):
         self._readings.pop(node, None)
         self._watch.committed(node)
         self._mail.discard(self._mail.room.end(node))
-        if node != SERVER:
-            self._tally.add(node, report)
-        else:
+        self._tally.add(node, report)
+        if node == SERVER:
             # Should it die, it goes on from here.
             self._runtime.states.settle({SERVER: number})
             self._runtime.states.keep(SERVER, number)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from math import fsum
 from typing import TYPE_CHECKING, NamedTuple
 
 from starling.actors.wire.tickets import mean_loss
+from starling.algorithms.api import SERVER
 from starling.orchestrator.records.observers import RoundRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from starling.actors.host.host import Returned
     from starling.algorithms.api import NodeId
@@ -30,6 +33,29 @@ class Cost(NamedTuple):
         return Cost(self.seconds - before.seconds, self.payload - before.payload, self.transport - before.transport)
 
 
+def spread_of(reported: Iterable[tuple[NodeId, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the mean, the minimum and the maximum of each metric over the reports that have it.
+
+    >>> spread_of([(0, {"drift": 1.0}), (1, {"drift": 4.0}), (2, {})])
+    {'drift': {'mean': 2.5, 'min': 1.0, 'max': 4.0}}
+    """
+    columns: defaultdict[str, list[float]] = defaultdict(list)
+    for _, metrics in reported:
+        for name, value in metrics.items():
+            columns[name].append(value)
+    return {
+        name: {"mean": fsum(values) / len(values), "min": min(values), "max": max(values)}
+        for name, values in sorted(columns.items())
+    }
+
+
+def _last_of_each(reported: Iterable[tuple[NodeId, Mapping[str, float]]]) -> dict[NodeId, dict[str, float]] | None:
+    found: dict[NodeId, dict[str, float]] = {}
+    for node, metrics in reported:
+        found[node] = found.get(node, {}) | dict(metrics)
+    return found or None
+
+
 class RoundRecorder:
     """Makes the record of each committed round, its evaluation included."""
 
@@ -43,7 +69,7 @@ class RoundRecorder:
 
     def done(
         self,
-        reports: Sequence[Returned],
+        reports: Sequence[tuple[NodeId, Returned]],
         committed: Mapping[NodeId, int],
         cost: Cost,
         *,
@@ -55,7 +81,7 @@ class RoundRecorder:
         """Record the round that was committed last.
 
         Args:
-            reports: of the programs that returned in it.
+            reports: of the nodes' programs that returned in it.
             committed: whose mean model is evaluated, if that is due, each after this round of its own.
             cost: of this round.
             alike: these have one model, and one of them is asked.
@@ -66,13 +92,15 @@ class RoundRecorder:
         state, run, number = self._state, self._state.run, self._state.committed
         metrics, node_metrics, evaluate_seconds = state.evaluation.after(number, committed, alike=alike)
         residuals, exist = state.residuals.untold(), state.residuals.exist
-        losses = [(report.loss, report.num_samples) for report in reports if report.loss is not None]
-        train_seconds = max((report.train_seconds for report in reports), default=0.0)
+        trained = [report for node, report in reports if node != SERVER]
+        losses = [(report.loss, report.num_samples) for report in trained if report.loss is not None]
+        train_seconds = max((report.train_seconds for report in trained), default=0.0)
+        reported = [(node, report.metrics) for node, report in reports if report.metrics]
         run.observer.on_round(
             RoundRecord(
                 round=number,
                 loss=mean_loss([(loss, count) for loss, count in losses if not math.isnan(loss)]),
-                num_samples=sum(report.num_samples for report in reports),
+                num_samples=sum(report.num_samples for report in trained),
                 nodes=len(state.members),
                 contributing=contributing,
                 alive=len(state.roster.nodes),
@@ -86,6 +114,8 @@ class RoundRecorder:
                 evaluate_seconds=evaluate_seconds,
                 metrics=metrics,
                 node_metrics=node_metrics,
+                reported=spread_of(reported),
+                node_reported=_last_of_each(reported) if run.config.evaluation.per_node else None,
                 samples=state.sample_counts,
                 residuals_lost=len(residuals) if exist else None,
                 residual_norm_lost=math.hypot(*residuals) if exist else None,

@@ -229,7 +229,7 @@ class Synchronous(Loop):
         self._members.committed(number, reports)
         state.sealed.seal(number, attempt.view, reports[state.members[0]].record, self.result)
         state.recorder.done(
-            list(reports.values()),
+            list(reports.items()),
             dict.fromkeys(self.result, number),
             state.recorder.cost().since(attempt.cost),
             alike=self._config.algorithm.replicated,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from starling.actors.wire.tickets import Returned
+from starling.algorithms.api import SERVER
 from starling.orchestrator.control.round_records import Cost
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Tally:
-    """What nodes, without the server, have committed since the last recorded round."""
+    """What nodes have committed since the last recorded round; the server's rounds are not counted."""
 
     def __init__(self, recorder: RoundRecorder) -> None:
         self._recorder = recorder
@@ -23,7 +25,7 @@ class Tally:
         """Since the run began."""
         self.last = -1
         """The node that committed last."""
-        self._reports: list[Returned] = []
+        self._reports: list[tuple[NodeId, Returned]] = []
         self._contributed: set[NodeId] = set()
         self._mark = Cost()
         """What the run had cost at the last recorded round."""
@@ -36,12 +38,13 @@ class Tally:
 
     def add(self, node: NodeId, report: Returned) -> None:
         """Count a round of ``node``."""
-        self.num_commits += 1
-        self.last = node
-        self._reports.append(report)
-        self._contributed.add(node)
+        self._reports.append((node, report))
+        if node != SERVER:
+            self.num_commits += 1
+            self.last = node
+            self._contributed.add(node)
 
-    def take(self) -> tuple[list[Returned], int, Cost]:
+    def take(self) -> tuple[list[tuple[NodeId, Returned]], int, Cost]:
         """Return the reports, the number of nodes that made them, and their cost; begin with none."""
         before, self._mark = self._mark, self._recorder.cost()
         found = self._reports, len(self._contributed), self._mark.since(before)
@@ -53,7 +56,8 @@ class Tally:
         return {
             "commits": self.num_commits,
             "last": self.last,
-            "since": [[one.loss, one.num_samples, one.train_seconds] for one in self._reports],
+            "since": [[one.loss, one.num_samples, one.train_seconds] for _, one in self._reports],
+            "reported": [[node, one.metrics or {}] for node, one in self._reports],
             "contributed": sorted(self._contributed),
             "mark": list(self._recorder.cost().since(self._mark)),
         }
@@ -61,7 +65,16 @@ class Tally:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``to_json`` gave; ``start`` follows when the clock is set."""
         self.num_commits, self.last = state["commits"], state["last"]
-        self._reports = [Returned("", 0, loss, count, seconds) for loss, count, seconds in state["since"]]
+        # A checkpoint of before nodes reported metrics has no second list, and has no report of a server.
+        reported = state.get("reported") or [(0, {})] * len(state["since"])
+        self._reports = [
+            (node, Returned("", 0, loss, count, seconds, metrics=_numbers(metrics)))
+            for (node, metrics), (loss, count, seconds) in zip(reported, state["since"], strict=True)
+        ]
         self._contributed = set(state["contributed"])
         seconds, payload, transport = state["mark"]
         self._spent = Cost(seconds, int(payload), int(transport))
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING
 
 from starling.orchestrator import plots
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
     from starling.orchestrator.records.observers import RoundRecord, Started
 
+_MOST_REPORTED = 8
+"""Metrics of programs that have axes of their own."""
 _TRAIN, _VALIDATION, _BASELINES = plots.BLUE, plots.ORANGE, (plots.DARK, plots.GREEN, plots.PINK)
 
 
 def draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
     """Draw the committed rounds into a png file."""
-    figure, (left, right) = plots.canvas(11, 4.4, 1, 2, sharey=True)
+    names = list(dict.fromkeys(name for record in rounds for name in record.reported))[:_MOST_REPORTED]
+    num_rows = 1 + -(-len(names) // 2)
+    figure, (left, right, *others) = plots.canvas(11, 4.4 + 2.2 * (num_rows - 1), num_rows, 2)
+    right.sharey(left)
     sent = list(accumulate(record.payload_bytes for record in rounds))
     scale, unit = bytes_unit(sent[-1])
     _curves(left, rounds, [record.round + 1 for record in rounds], started.baselines)
@@ -31,6 +36,11 @@ def draw(path: Path, started: Started, rounds: Sequence[RoundRecord]) -> None:
     right.set_xlabel(f"payload of all nodes, total ({unit})")
     if plots.is_wide([*_losses(rounds), *started.baselines.values()]):
         left.set_yscale("log")
+    for axes, name in zip_longest(others, names):
+        if name is None:
+            axes.set_axis_off()
+        else:
+            _reported(axes, rounds, name)
     handles, labels = left.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -61,6 +71,19 @@ def _curves(axes: Axes, rounds: Sequence[RoundRecord], places: Sequence[float], 
         color = _BASELINES[index % len(_BASELINES)]
         label = f"{name.replace('_', ' ')} ({number_text(value)})"
         axes.axhline(value, label=label, color=color, linestyle="--", linewidth=1.3)
+    plots.style(axes)
+
+
+def _reported(axes: Axes, rounds: Sequence[RoundRecord], name: str) -> None:
+    """Draw the mean of a metric that programs report, and the span over nodes."""
+    points = [(record.round + 1, record.reported[name]) for record in rounds if name in record.reported]
+    places = [place for place, _ in points]
+    form = {"color": plots.BLUE, "linewidth": 1.8, "marker": plots.marker(points), "markersize": 3.5}
+    axes.plot(places, [values["mean"] for _, values in points], **form)
+    least, most = ([values[kind] for _, values in points] for kind in ("min", "max"))
+    axes.fill_between(places, least, most, color=plots.BLUE, alpha=0.18, linewidth=0)
+    plots.count_along_x(axes, "rounds done")
+    axes.set_ylabel(name)
     plots.style(axes)
 
 

@@ -52,6 +52,10 @@ class RoundRecord:
     """Metrics of the model after the round, if it was evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
     """Metrics of each node's own model, where these differ and ``evaluation.per_node`` is set."""
+    reported: dict[str, dict[str, float]] = field(default_factory=dict)
+    """``mean``, ``min`` and ``max`` over nodes of each metric that programs have reported (``Node.report``)."""
+    node_reported: dict[int, dict[str, float]] | None = None
+    """Reported metrics by node, if ``evaluation.per_node`` is set."""
     samples: dict[str, int] = field(default_factory=dict)
     """As in ``Summary``, up to this round."""
 

@@ -63,6 +63,8 @@ class RoundLine(Stored):
     evaluate_seconds: Value = 0.0
     metrics: dict[str, Value] | None = None
     node_metrics: dict[int, dict[str, Value]] | None = None
+    reported: dict[str, dict[str, Value]] = {}
+    node_reported: dict[int, dict[str, Value]] | None = None
     samples: dict[str, int] = {}
     residuals_lost: Count | None = None
     residual_norm_lost: Value = None
@@ -71,8 +73,10 @@ class RoundLine(Stored):
         """As it was when it was written."""
         values: dict[str, Any] = self.model_dump()
         values["metrics"] = None if self.metrics is None else _numbers(self.metrics)
-        if self.node_metrics is not None:
-            values["node_metrics"] = {node: _numbers(one) for node, one in self.node_metrics.items()}
+        values["reported"] = {name: _numbers(one) for name, one in self.reported.items()}
+        for name, of_nodes in (("node_metrics", self.node_metrics), ("node_reported", self.node_reported)):
+            if of_nodes is not None:
+                values[name] = {node: _numbers(one) for node, one in of_nodes.items()}
         return RoundRecord(**values)
 
 

@@ -350,6 +350,10 @@ def metrics_of(record: RoundRecord) -> dict[str, float]:
     values |= {f"eval/{name}": value for name, value in (record.metrics or {}).items()}
     for name, (least, most) in record.spread.items():
         values |= {f"eval/nodes/{name}_min": least, f"eval/nodes/{name}_max": most}
+    for name, of_nodes in record.reported.items():
+        values |= {f"algorithm/{name}{'' if kind == 'mean' else f'_{kind}'}": value for kind, value in of_nodes.items()}
+    for node, reported in (record.node_reported or {}).items():
+        values |= {f"algorithm/nodes/{node}/{name}": value for name, value in reported.items()}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

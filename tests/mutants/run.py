@@ -206,7 +206,7 @@ def _child(tree: Path, what: Sequence[str], keyword: str, *, measures: bool) -> 
     chosen = ["-k", keyword] if keyword else []
     # Imported before pytest could rewrite their asserts, of which we want nothing.
     options = ["-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    options += ["-x", "-q", "-m", "not slow and not cluster", "--doctest-modules", *chosen]
+    options += ["-x", "-q", "-m", "not cluster and not long and not soak", "--doctest-modules", *chosen]
     code = int(pytest.main([*options, *what], plugins=[ShortestFirst(tree / "seconds.json", measures=measures)]))
     sys.stdout.flush()
     return code
