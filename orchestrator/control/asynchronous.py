@@ -111,9 +111,11 @@ class Asynchronous(Loop):
         self._watch.computes(node, self._runtime.now)
         # Nobody's first round follows a change of members; a joiner's first one begins with `join` instead.
         repair = changed and seen is not None and number > 0
-        begun = self._begun.get(node)
-        if begun is not None and begun[0] == number and not joins:
-            _, repair, joins = begun  # what it did then is done again
+        begun = self._begun.get(node, (-1, False, False))
+        again = begun[0] == number and not joins
+        if again:
+            # What it did then is done again: with other samples it would not be what it has sent.
+            _, repair, joins = begun
         self._begun[node] = number, repair, joins
         readings = self._readings.pop(node, [])
         self._runtime.programs.begin(
@@ -124,7 +126,7 @@ class Asynchronous(Loop):
             (node,),
             repair=repair,
             joiners=(node,) if joins and node != SERVER else (),
-            places=self._state.samples.begin(number, (node,), self._nodes.present),
+            places=self._state.samples.begin(number, (node,), self._nodes.present, again=again),
             seen=readings,
         )
         self._strike("train", number, node)

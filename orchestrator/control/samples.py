@@ -49,13 +49,15 @@ class SampleProgress:
         self.num_parts = num_parts
         self.ledger = None if part_sizes is None else DataLedger(part_sizes)
 
-    def begin(self, number: int, nodes: Sequence[NodeId], present: Collection[NodeId]) -> Mapping[NodeId, Place]:
-        """Return the changed plans of ``nodes``, which begin round ``number``."""
+    def begin(
+        self, number: int, nodes: Sequence[NodeId], present: Collection[NodeId], *, again: bool = False
+    ) -> Mapping[NodeId, Place]:
+        """Return the changed plans of ``nodes``, which begin round ``number``, ``again`` with the draws of before."""
         if self.ledger is None:
             return NOTHING_NEW
         if self._script is None:
             there = [node for node in present if node != SERVER]
-            places = self.ledger.begin((node for node in nodes if node != SERVER), there)
+            places = self.ledger.begin((node for node in nodes if node != SERVER), there, again=again)
         else:
             scripted = {node: self._script(node, number) for node in nodes}
             places = {node: place for node, place in scripted.items() if place is not None}

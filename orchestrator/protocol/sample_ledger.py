@@ -76,17 +76,21 @@ class DataLedger:
         if node in self._extras:
             self._stale.add(node)
 
-    def begin(self, nodes: Iterable[NodeId], present: Collection[NodeId]) -> dict[NodeId, Place]:
+    def begin(
+        self, nodes: Iterable[NodeId], present: Collection[NodeId], *, again: bool = False
+    ) -> dict[NodeId, Place]:
         """What has changed for ``nodes``, which begin a round from their last commit.
 
         Args:
             nodes: of ``present``.
             present: all that are there; some may be in the middle of a round.
+            again: these begin a round that they had begun, and draw in it what they drew then.
         """
         nodes, there = sorted(nodes), frozenset(present)
-        self._collect(there)
-        self._hand_out(nodes, there)
-        self._feed(nodes, there)
+        if not again:
+            self._collect(there)
+            self._hand_out(nodes, there)
+            self._feed(nodes, there)
         told: dict[NodeId, Place] = {}
         for node in nodes:
             if node in self._changed:

@@ -141,11 +141,12 @@ def check_books(ran: Ran) -> None:
 
 
 def check_synchronous(ran: Ran) -> None:
-    """Every round is committed once, in order, by members of its view that are alive; donors had committed the last."""
+    """Every round is committed once, in order, by members of its view that are alive; donors have the last."""
     at = -1
     view: set[int] = set()
     alive: set[int] = set()
     committed: set[int] = set()
+    given: set[int] = set()
     for event in ran.events:
         match event["event"]:
             case "start":
@@ -154,6 +155,7 @@ def check_synchronous(ran: Ran) -> None:
                 alive.add(event["node"])
             case "lost" | "left":
                 alive.discard(event["node"])
+                given.discard(event["node"])
             case "begin":
                 assert event["round"] == at + 1
                 view = set(event["view"])
@@ -162,11 +164,12 @@ def check_synchronous(ran: Ran) -> None:
                 need = event["need"]
             case "commit":
                 assert event["round"] == at + 1
-                at, committed = event["round"], set(event["committed"])
+                at, committed, given = event["round"], set(event["committed"]), set[int]()
                 assert committed <= view & alive
                 assert len(committed) >= need
             case "transfer" if event["donor"] != event["node"]:
-                assert event["donor"] in committed
+                assert event["donor"] in committed | given
+                given.add(event["node"])
             case _:
                 pass
     assert ran.summary is not None

@@ -293,6 +293,27 @@ def test_who_gets_kept_state_for_a_second_time_is_told_again_what_it_draws():
     assert live(history(drawing, *events, nodes=2, **keys)) == "finished"
 
 
+def test_a_round_that_is_begun_again_has_the_samples_of_before():
+    """It had sent what it had made of them, was told to stand still for a checkpoint, and was handed others then."""
+    raw = history({"name": "fedbuff", "buffer_size": 2, "steps": 2}, ("late_join", 1, 1, "train"), rounds=2)
+    raw |= {"task": {"name": UNEQUAL, "num_samples": 37}, "data": {"batch_size": 16}, "soak": {"killed": 0}}
+    assert live(raw | {"network": {"start_s": 0.15, "step_ms": 10}}) == "finished"
+
+
+def test_who_was_given_the_last_commit_gives_it_on_where_all_who_made_it_are_lost():
+    """One hangs and one dies in the next round; the third was late, had got their state, and was asked by nobody."""
+    events = ("preempt", 0, 1, "post"), ("hang", 0, 4, "transfer"), ("kill", 2, 4, "deliver")
+    edit = {"name": "edit", "inner_steps": 1, "warmup_steps": 2, "outer": {"name": "nesterov", "lr": 0.5}}
+    keys: dict[str, Any] = {
+        "rounds": 6,
+        "task": {"name": UNEQUAL, "num_samples": 37},
+        "data": {"batch_size": 16},
+        "network": {"start_s": 0, "step_ms": 100, "speeds": {0: 3.0, 1: 0.5, 2: 1.0}},
+        "cluster": {"quorum_fraction": 0.5, "round_deadline_s": 0.1, "cancel_grace_s": 0.5, "drain_s": 0.01},
+    }
+    assert live(history(edit, *events, **keys)) == "finished"
+
+
 def test_a_new_node_that_was_late_after_it_caught_up_is_in_a_checkpoint():
     """It has replayed round 0, and commits neither that nor round 1. Resumed, it replayed round 0 once more."""
     raw = {
