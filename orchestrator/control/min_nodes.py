@@ -58,11 +58,28 @@ class MinNodes:
         Raises:
             RunError: says who is missing, or does not become ready.
         """
-        members, what = self._members, str(self)
+        what = str(self)
         if not self.are_missing:
-            slow = {*halting, *members.transfers.pending, *members.departures.leaving}
-            what = f"nodes {listed(sorted(slow))} do not become ready"
+            what = f"nodes {listed(sorted(self._unready(halting)))} do not become ready"
         raise RunError(f"round {number}: {what}; {self._waited}")
+
+    def give_up_joiners(self, halting: Collection[NodeId]) -> bool:
+        """Give up the nodes that are being given state, for too long; return False if those that are ready are too few.
+
+        A run goes on without them: they are started again, as often as others that die.
+        """
+        pending = self._members.transfers.pending
+        ready = set(self._state.roster.nodes) - self._unready(halting)
+        if not pending or len(ready) < self._least:
+            return False
+        for node in pending:
+            reason = f"it was not given the model within {self._cluster.min_nodes_timeout_s:g} s"
+            self._state.run.runtime.processes.give_up(node, f"{reason} (cluster.min_nodes_timeout_s)")
+        return True
+
+    def _unready(self, halting: Collection[NodeId]) -> set[NodeId]:
+        members = self._members
+        return {*halting, *members.transfers.pending, *members.departures.leaving}
 
     @property
     def _waited(self) -> str:

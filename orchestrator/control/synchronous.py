@@ -423,7 +423,9 @@ class Synchronous(Loop):
             if not self._halting and self._is_assembled(number):
                 return
             if self._runtime.now >= deadline:
-                self._min_nodes.give_up(number, self._halting)
+                if not self._min_nodes.give_up_joiners(self._halting):
+                    self._min_nodes.give_up(number, self._halting)
+                deadline = self._runtime.now + cluster.min_nodes_timeout_s
             # Bounded also for those that halt, retire or load: a runtime ends who takes too long.
             until = min(deadline, self._members.next_due() or deadline)
 

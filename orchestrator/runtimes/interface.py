@@ -83,6 +83,10 @@ class Processes(Protocol):
         """End a node's process, as a scheduled fault."""
         ...
 
+    def give_up(self, node: NodeId, reason: str) -> None:
+        """End the process of a node that is of no use; ``Died`` with ``reason`` is reported for all of its nodes."""
+        ...
+
     def hang(self, node: NodeId) -> None:
         """Stop a node's process, so that it answers nothing, as a scheduled fault."""
         ...

@@ -395,6 +395,16 @@ def test_a_donor_that_is_there_is_asked_again(monkeypatch: pytest.MonkeyPatch):
     assert ran.sought("transfer")[-1]["donor"] == 0
 
 
+def test_a_joiner_that_is_not_given_the_model_in_time_is_given_up_and_the_others_go_on():
+    """The run ended, though enough nodes were ready; its own exchanges take as long as the transfer."""
+    network = {"start_s": 0.01, "step_ms": 10, "bandwidth_mbps": 2}
+    cluster = {"nodes": {"min": 3, "target": 4}, "min_nodes_timeout_s": 0.2, "round_deadline_s": 60}
+    ran = suffer(fault(2, 1), network=network, cluster=cluster)
+    assert members(ran)[2:] == [(0, 1, 3)] * 6
+    reasons = [one["reason"] for one in ran.sought("lost")]
+    assert reasons[1] == "it was not given the model within 0.2 s (cluster.min_nodes_timeout_s)"
+
+
 def test_a_donor_that_never_gives_ends_the_run(monkeypatch: pytest.MonkeyPatch):
     def transfer(self: SimulatedStates, joiner: int, donor: int, position: Position | None = None) -> None:
         del position

@@ -382,6 +382,13 @@ def test_a_joiner_gives_up_on_a_donor_that_is_gone():
     assert [type(one) for one in made.at(0.0)] == [Died, NotLoaded]
 
 
+def test_who_is_given_up_is_lost_for_the_reason_that_was_told():
+    made = Made()
+    made.cluster.processes.give_up(1, "too slow")
+    (died,) = made.at(0.0)
+    assert (died.node, died.reason) == (1, "too slow")
+
+
 def test_a_joiner_that_cannot_take_a_state_is_lost():
     made = Made()
     made.cluster.states.transfer(1, 0)

@@ -281,6 +281,9 @@ class Processes:
     def kill(self, node: NodeId) -> None:
         self._pool.kill(self._pool.home[node])
 
+    def give_up(self, node: NodeId, reason: str) -> None:
+        self._pool.lost(self._pool.home[node], RuntimeError(reason))
+
     def hang(self, node: NodeId) -> None:
         self._pool.home[node].handle.hang.remote()
 

@@ -94,9 +94,12 @@ class SimulatedProcesses:
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def kill(self, node: NodeId) -> None:
+        self.give_up(node, "its process died (faults.events)")
+
+    def give_up(self, node: NodeId, reason: str) -> None:
         if node in self._nodes.present:  # else its death is on its way already
             self._nodes.stop(node)
-            self._died(node, "its process died (faults.events)")
+            self._died(node, reason)
 
     def hang(self, node: NodeId) -> None:
         if node in self._nodes.present:
