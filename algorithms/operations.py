@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar
@@ -41,15 +42,23 @@ class TrainReport(NamedTuple):
 class Train(Operation[TrainReport]):
     """Take local optimizer steps on the node's own data: ``steps`` of them, or whole ``epochs``.
 
-    With a ``rule`` each step uses the gradient that the rule gives, on the step's whole batch.
+    With a ``rule`` each step uses the gradient that the rule gives, on the step's whole batch. In this ``Train`` alone
+    ``batch_size`` is the number of samples of a step (default: ``data.batch_size`` × ``optimizer.accumulate``), and
+    ``lr_factor`` multiplies the scheduled learning rate.
     """
 
     steps: int | None = None
     epochs: int | None = None
     rule: Rule | None = None
+    batch_size: int | None = None
+    lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse anything but exactly one positive amount of work."""
+        """Refuse anything but exactly one positive amount of work, and sizes and factors that are not positive."""
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"Train(batch_size={self.batch_size}): a step takes at least one sample")
+        if not 0 < self.lr_factor < math.inf:
+            raise ValueError(f"Train(lr_factor={self.lr_factor}): must be positive and finite")
         amount = self.epochs if self.steps is None else self.steps
         if amount is None or amount < 1 or (self.steps is not None and self.epochs is not None):
             message = f"Train takes either steps or epochs, at least 1; got steps={self.steps}, epochs={self.epochs}"

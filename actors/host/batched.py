@@ -111,7 +111,8 @@ def _likeness(replica: Replica, operation: Train) -> tuple[object, ...]:
     steps = replica.trainer.num_steps(operation) if replica.num_samples else None
     optimizer = replica.optimizer
     age = optimizer.age if optimizer.moments else 0
-    return id(replica.bench), id(replica.data.samples), steps, age, replica.schedule.place
+    size, factor = replica.trainer.step_size(operation), operation.lr_factor
+    return id(replica.bench), id(replica.data.samples), steps, size, factor, age, replica.schedule.place
 
 
 def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
@@ -120,7 +121,7 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
     replicas = [replica for replica, _, _ in requests]
     positions = [(replica.data.position, replica.data.num_drawn) for replica in replicas]
     steps = replicas[0].trainer.num_steps(requests[0][1])
-    rows = _Rows(replicas, [fence for _, _, fence in requests])
+    rows = _Rows(replicas, requests[0][1], [fence for _, _, fence in requests])
     # Of tensors in memory nothing is drawn at random, and a round may be as short as looking takes.
     may_draw = type(replicas[0].data.samples) is not TensorSamples
     before = drawn_from() if may_draw else None
@@ -154,8 +155,9 @@ def _train_rows(requests: Sequence[Request]) -> list[TrainReport | None]:
 class _Rows:
     """Nodes in batched training; their own tensors stay as they were until ``write_back``."""
 
-    def __init__(self, replicas: Sequence[Replica], fences: Sequence[Fence]) -> None:
+    def __init__(self, replicas: Sequence[Replica], operation: Train, fences: Sequence[Fence]) -> None:
         self._replicas = replicas
+        self._size, self._lr_factor = replicas[0].trainer.step_size(operation), operation.lr_factor
         self._fences = list({id(fence): fence for fence in fences}.values())
         first = replicas[0]
         self._spec, self._bench, self._samples = first.spec, first.bench, first.data.samples
@@ -181,7 +183,7 @@ class _Rows:
         if any(fence.is_set() for fence in self._fences):
             return False
         first, bench, config = self._replicas[0], self._bench, self._spec.optimizer
-        drawn = [replica.data.draw() for replica in self._replicas]
+        drawn = [replica.data.draw(self._size) for replica in self._replicas]
         result = self._gradients(drawn)
         if result is None:
             return False
@@ -189,7 +191,8 @@ class _Rows:
         if config.grad_clip is not None:
             gradients = _clip(gradients, config.grad_clip)
         assert bench.update is not None
-        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, first.schedule.rate(number))
+        rate = first.schedule.rate(number) * self._lr_factor
+        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, rate)
         self.losses.append(losses)
         for row, indices in enumerate(drawn):
             self.counts[row].append(len(indices))

@@ -106,9 +106,9 @@ class NodeData:
             raise ProgramError(f"the server has no training data: it can await no {operation} on its own")
         return self._draws
 
-    def draw(self) -> NDArray[np.int64]:
-        """Draw the samples of one optimizer step; return their indices."""
-        drawn = self.own("Train").draw(self._spec.samples_per_step)
+    def draw(self, size: int) -> NDArray[np.int64]:
+        """Draw the samples of an optimizer step of ``size``; return their indices."""
+        drawn = self.own("Train").draw(size)
         drawn = drawn if self._present is None else self._present(torch.from_numpy(drawn)).numpy()
         self.num_drawn += len(drawn)
         return drawn

@@ -92,6 +92,7 @@ class Trainer:
         """
         began = time.perf_counter()
         steps = self.num_steps(operation)
+        size, rule = self.step_size(operation), operation.rule
         bench, clip = self._bench, self._spec.optimizer.grad_clip
         bench.attach(self._tensors)
         bench.mode(training=True)
@@ -101,22 +102,26 @@ class Trainer:
         immediate = bench.device.type == "cpu"
         rate = 0.0
         with self._seeded(self._schedule.step, "train"):
-            backward = self._backward if operation.rule is None else self._ruled(operation.rule)
-            for _ in range(steps):
-                if fence.is_set():
-                    raise Interrupted
-                loss, num_samples = backward()
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(bench.trained, clip)
-                rate = self._schedule.rate()
-                self._optimizer.step(self._parameters, rate)
-                self._schedule.advance(1)
-                if num_samples:
-                    counts.append(num_samples)
-                    # On a GPU reading a loss waits for the device, so they are looked at once, at the end.
-                    losses.append(loss.item() if immediate else loss)
-                    if immediate and not math.isfinite(losses[-1]):
-                        break
+            try:
+                backward = self._backward if rule is None else self._ruled(rule, size)
+                for _ in range(steps):
+                    if fence.is_set():
+                        raise Interrupted
+                    loss, num_samples = backward(size)
+                    if clip is not None:
+                        nn.utils.clip_grad_norm_(bench.trained, clip)
+                    rate = self._schedule.rate() * operation.lr_factor
+                    self._optimizer.step(self._parameters, rate)
+                    self._schedule.advance(1)
+                    if num_samples:
+                        counts.append(num_samples)
+                        # On a GPU reading a loss waits for the device, so they are looked at once, at the end.
+                        losses.append(loss.item() if immediate else loss)
+                        if immediate and not math.isfinite(losses[-1]):
+                            break
+            finally:
+                if rule is not None:
+                    rule.finish()
         bench.check("loss")
         values = [float(loss) for loss in losses]
         seconds = time.perf_counter() - began
@@ -141,40 +146,43 @@ class Trainer:
             ProgramError: the node has no data.
         """
         draws = self._data.own("Train")
-        return operation.steps or (operation.epochs or 0) * draws.steps_per_epoch(self._spec.samples_per_step)
+        return operation.steps or (operation.epochs or 0) * draws.steps_per_epoch(self.step_size(operation))
+
+    def step_size(self, operation: Train) -> int:
+        """Return the samples of an optimizer step of a ``Train``."""
+        return operation.batch_size or self._spec.samples_per_step
 
     def take_over(self, steps: int, moments: dict[str, Tensor]) -> None:
         """Count steps that were taken in one batch with other nodes, and keep the moments that they left."""
         self._optimizer.aged(steps, moments)
         self._schedule.advance(steps)
 
-    def _backward(self) -> tuple[Tensor, int]:
-        """Fill the gradient of one optimizer step; return the mean loss and the number of samples."""
+    def _backward(self, size: int) -> tuple[Tensor, int]:
+        """Fill the gradient of an optimizer step of ``size``; return the mean loss and the number of samples."""
         # Drawn at once and weighted by size: k batches of b are one batch of k·b, also where an epoch ends.
-        drawn = self._data.draw()
+        drawn = self._data.draw(size)
         self._seen.append(torch.from_numpy(drawn))
         num_samples = len(drawn)
         sizes = piece_sizes(num_samples, self._spec.batch_size, self._spec.min_batch)
         starts = itertools.accumulate(sizes, initial=0)
         pieces = (
-            self._data.load(torch.from_numpy(drawn[start : start + size]))
-            for start, size in zip(starts, sizes, strict=False)
+            self._data.load(torch.from_numpy(drawn[start : start + length]))
+            for start, length in zip(starts, sizes, strict=False)
         )
         if not num_samples and not self._data.own("Train").may_be_empty:
             self._bench.no_gradient()
             return self._parameters.new_zeros(()), 0
         return self._bench.differentiate(self._parameters, pieces, num_samples), num_samples
 
-    def _ruled(self, rule: Rule) -> Callable[[], tuple[Tensor, int]]:
-        """Return a ``_backward`` that uses a rule's gradient and sampler."""
+    def _ruled(self, rule: Rule, size: int) -> Callable[[int], tuple[Tensor, int]]:
+        """Return a ``_backward`` for steps of ``size`` that uses a rule's gradient and sampler."""
         bench, spec, data, own = self._bench, self._spec, self._data, self._data.own("Train")
         rng = generator(spec.seed, self._round, self._node, self._schedule.step, "rule")
-        size = spec.samples_per_step
         loss = bench.loss_of_module
         problem = LocalProblem(self._gradient_at, self.module, loss, bench.layout, len(own.indices), size, rng)
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
-        def backward() -> tuple[Tensor, int]:
+        def backward(size: int) -> tuple[Tensor, int]:
             drawn = own.next(size) if chosen is None else _at_places(own.indices, rule, chosen.next(size))
             indices = data.take(drawn)
             self._seen.append(indices)

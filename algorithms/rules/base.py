@@ -69,3 +69,6 @@ class Rule:
         """Return a sampler for this ``Train``; ``None`` keeps the node's own."""
         del problem
         return None
+
+    def finish(self) -> None:
+        """Release what ``wrap`` has taken, such as hooks on the module; runs once, also where the ``Train`` fails."""

@@ -86,8 +86,11 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 
 
+OPERATIONS = [Train(steps=3), Train(epochs=2), Train(epochs=1, batch_size=5, lr_factor=0.3)]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-@pytest.mark.parametrize("operation", [Train(steps=3), Train(epochs=2)], ids=["steps", "epochs"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=["steps", "epochs", "size and factor"])
 def test_the_bits_of_one_after_another(optimizer: dict[str, Any], operation: Train):
     # 97 samples: some nodes have 20 and some 19, so that the last batch of an epoch has 4 samples or 3.
     task = Closed(num_samples=97)
@@ -141,7 +144,8 @@ def test_logistic():
 
 def test_requests_of_different_kinds():
     some, others = (colocated(6, Closed()) for _ in range(2))
-    operations = [Train(steps=1), Train(steps=2), Train(epochs=1), Train(steps=2), Train(steps=1), Train(epochs=1)]
+    small, slow = Train(steps=2, batch_size=4), Train(steps=2, lr_factor=0.5)
+    operations = [Train(steps=1), Train(steps=2), Train(epochs=1), Train(steps=2), small, slow]
     reports = train_together([(one, two, NO_FENCE) for one, two in zip(some, operations, strict=True)])
     expected = [one.trainer.train(two, NO_FENCE) for one, two in zip(others, operations, strict=True)]
     assert plain(reports) == plain(expected)

@@ -269,14 +269,14 @@ def test_what_a_node_was_handed_of_others_goes_to_whoever_takes_its_place():
     one = joiner()
     one.data.parts = [torch.arange(10), torch.arange(10, 20)]
     one.replan(Place((Segment(1, 3, 2, 8),), Position(2, 4, 1)))
-    drawn = one.data.draw()
+    drawn = one.data.draw(one.spec.samples_per_step)
     one.commit()
     other = joiner()
     other.data.parts = one.data.parts
     load_state(other, export_state(one, everything=True))
     assert other.data.position == one.data.position == Position(2, 4, 6)
     assert (other.data.extras, len(drawn)) == (one.data.extras, 5)
-    assert other.data.draw().tolist() == one.data.draw().tolist()
+    assert other.data.draw(other.spec.samples_per_step).tolist() == one.data.draw(one.spec.samples_per_step).tolist()
     # A joiner of another node is handed nothing of it.
     third = joiner()
     load_state(third, export_state(one))

@@ -159,7 +159,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 def batches(one: Replica, count: int) -> Iterator[tuple[Tensor, ...]]:
     """What the node draws in its next steps."""
     here = one.data.position
-    drawn = [one.data.draw() for _ in range(count)]
+    drawn = [one.data.draw(one.spec.samples_per_step) for _ in range(count)]
     one.data.position, one.data.num_drawn = here, 0
     for indices in drawn:
         yield one.data.load(torch.from_numpy(indices))
