@@ -111,7 +111,7 @@ class NodeFailedError(RunError):
     def __init__(self, message: str, traceback: str | None = None) -> None:
         super().__init__(message)
         self.traceback = traceback
-        """Of the exception on the node, where it says more than the message."""
+        """Traceback of the exception on the node, where it says more than the message."""
 
 
 def exit_code(error: StarlingError) -> int:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 EXCLUDES = ("/runs/", "/mlruns/", "/mlartifacts/", "/mlflow.db", ".venv/", ".git/", "__pycache__/", "*.pyc")
-"""Of the working directory; besides what ``.gitignore`` and ``.rayignore`` name."""
+"""Patterns left out of the working directory, besides those of ``.gitignore`` and ``.rayignore``."""
 
 _RUNS = "~/starling/runs"
 """On the cluster's head. The working directory of a job is removed some time after it."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MOST_LINE_BYTES = 16 * 1024 * 1024
-"""Of a line in a file that is read by lines."""
+"""Bytes of a line at most, in a file that is read by lines."""
 
 _BLOCK = 1024 * 1024
 _ALWAYS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -115,7 +115,7 @@ class Folder:
             _refuse_link(os.stat(name, dir_fd=folder, follow_symlinks=False), name)
 
     def size(self, path: str) -> int:
-        """Of a file, in bytes.
+        """Return the size of a file in bytes.
 
         Raises:
             OSError: it is not there, or no file.
@@ -269,7 +269,7 @@ class Folder:
 
 
 def _require(folder: int, name: str, kind: int) -> os.stat_result:
-    """What is known of a name, which must be of this kind."""
+    """Return the file status of a name, which must be of this kind."""
     known = os.stat(name, dir_fd=folder, follow_symlinks=False)
     found = stat.S_IFMT(known.st_mode)
     if found == kind:

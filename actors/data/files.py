@@ -57,7 +57,7 @@ class Listing:
     stamps: tuple[int, ...]
     """When each was written, in nanoseconds."""
     root: str
-    """What their paths are relative to."""
+    """Directory that relative paths start from."""
 
     def open(self, path: str) -> AbstractContextManager[object]:
         """A file's bytes, as a stream."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 _PACKAGES = ("algorithms", "actors")
-"""Whose code decides what a node computes."""
+"""Packages whose code decides what a node computes."""
 
 
 @functools.cache

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _MOST_CHARACTERS = 600
-"""Of what a user's exception says; all of it is in the traceback."""
+"""Characters kept of a user's exception text; the traceback has all of it."""
 
 
 class UnfinishedExchange(ProgramError):  # noqa: N818 - the protocol's word

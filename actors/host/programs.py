@@ -33,7 +33,7 @@ class CollectiveCall:
     """A node's side of one exchange: the operation, and its contribution."""
 
     operation: Collective
-    """Its settings; of an AllReduce without the tensors, which are as large as the model."""
+    """Settings of the collective; for an AllReduce without the tensors, which are as large as the model."""
     signature: Signature
     cuts: Cuts | None = None
     parts: Sequence[Buffer] = ()

@@ -69,9 +69,9 @@ class Concluded:
     result: Any
     """``Reduced``, or payloads by member."""
     neighborhoods: Neighborhoods | None = None
-    """Of a neighbour gather: as all members would have it."""
+    """Neighbourhoods of a neighbour gather if all members contribute."""
     mixing: Mixing | None = None
-    """Of a neighbour gather: among the members whose contributions are in."""
+    """Mixing weights of a neighbour gather among the members that have contributed."""
     mixtures: Mixtures | None = None
     num_taken: int = 0
     """Nodes that have taken the result."""

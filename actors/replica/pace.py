@@ -30,9 +30,9 @@ class Milestone(NamedTuple):
     """A node's place in the run."""
 
     round: int = 0
-    """Of the run, as far as the node knows."""
+    """Latest round of the run that the node knows of."""
     steps: int = 0
-    """That it has taken since."""
+    """Optimizer steps that the node has taken since that round began."""
 
 
 @dataclass(frozen=True)

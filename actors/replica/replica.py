@@ -43,7 +43,7 @@ class NodeProgress(NamedTuple):
     """A node's position in its data and along the learning-rate schedule."""
 
     position: Position
-    """Of the next draw."""
+    """Position of the next draw."""
     step: int
     """Optimizer steps that the schedule has counted."""
     milestone: Milestone

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _TOKENS = 8
 _TOLERANCE = 1e-4
-"""Of the largest logit: rounding is below it, and what a model sees or has lost above."""
+"""Tolerance relative to the largest logit: rounding is below it, and what a model sees or has lost is above."""
 
 
 def looks_ahead(module: Any, vocabulary: int) -> bool:  # noqa: ANN401 - transformers' own types

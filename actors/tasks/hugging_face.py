@@ -256,7 +256,7 @@ _ADVICE = re.compile(
     "generation flags|copying from a non-meta parameter",
     re.IGNORECASE,
 )
-"""Of what transformers and peft say, what changes no result."""
+"""Advice of transformers and peft that changes no result."""
 
 
 @contextlib.contextmanager

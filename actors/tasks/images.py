@@ -49,7 +49,7 @@ _SUFFIXES = frozenset(
 _NOTES = frozenset(
     {"", ".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"}
 )
-"""Of files that lie beside images."""
+"""Names of files that lie beside images."""
 _PARQUET = frozenset({".parquet", ".pq"})
 _HOLD_OUT_EVERY = 10
 _MAX_PIXELS = 64_000_000

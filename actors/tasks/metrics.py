@@ -14,7 +14,7 @@ class TopKAccuracy(Metric, name="top_k"):
     k: PositiveInt = 5
 
     def of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits, shape (r, classes), and classes, shape (r,)."""
+        """Compute the metric of logits, shape (r, classes), and classes, shape (r,)."""
         best = outputs.topk(min(self.k, outputs.shape[1]), dim=1).indices
         return (best == targets.unsqueeze(1)).any(dim=1).double().mean()
 
@@ -27,6 +27,6 @@ class Brier(Metric, name="brier"):
     """The mean squared distance of predicted probabilities from the class that is the case, 0 to 2: calibration."""
 
     def of(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Of logits, shape (r, classes), and classes, shape (r,)."""
+        """Compute the metric of logits, shape (r, classes), and classes, shape (r,)."""
         truth = nn.functional.one_hot(targets, outputs.shape[1])
         return (outputs.double().softmax(dim=1) - truth).square().sum(dim=1).mean()

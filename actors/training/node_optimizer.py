@@ -27,7 +27,7 @@ class NodeOptimizer:
         self._bench = bench
         self._object: Optimizer | None = None
         self.moments: dict[str, Tensor] = {}
-        """Of an optimizer in ``_UPDATES``, each of shape (P,)."""
+        """Moments of an optimizer in ``_UPDATES``, each of shape (P,)."""
         self.age = 0
         """Steps since it was fresh."""
         self.is_one_by_one = False

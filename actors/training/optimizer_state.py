@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from starling.algorithms.layout import Layout
 
 _PARAMETERS = "params"
-"""Of a group: which parameters it has, not what it remembers."""
+"""Key of a group's parameters in torch's state: they say which tensors, and remember nothing."""
 
 
 def packed(optimizer: Optimizer) -> State:

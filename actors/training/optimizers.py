@@ -99,7 +99,7 @@ class Schedule(BaseModel):
         return self.name == "constant" and not self.warmup_steps
 
     def factor(self, step: float, total_steps: float) -> float:
-        """What to multiply the learning rate with at ``step``; ``total_steps`` serves where the field is null.
+        """Return the factor of the learning rate at ``step``; ``total_steps`` serves where the field is null.
 
         >>> schedule = Schedule(name="linear", warmup_steps=2)
         >>> [schedule.factor(step, total_steps=6) for step in range(8)]

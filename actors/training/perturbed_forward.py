@@ -36,7 +36,7 @@ _ALIGNMENT = 64
 _INSTEAD = "take algorithm.perturb: copy"
 
 _READERS: frozenset[object] = frozenset({Tensor.tolist, Tensor.numpy, Tensor.data_ptr, Tensor.untyped_storage})
-"""What hands out a tensor's memory without an operation."""
+"""Methods that hand out a tensor's memory without an operation."""
 
 
 def check(module: nn.Module, *, compiled: bool) -> None:

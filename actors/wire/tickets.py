@@ -40,7 +40,7 @@ class Posted(NamedTuple):
     seq: int
     signature: Signature
     specs: tuple[TensorSpec, ...] | None
-    """What is contributed; ``None`` contributes nothing."""
+    """Specs of the contributed tensors; ``None``: nothing is contributed."""
     weight: float
     part_nbytes: tuple[int, ...]
     """Booked bytes of each part."""
@@ -51,7 +51,7 @@ class Posted(NamedTuple):
     close: ClosePolicy | None
     """``None`` is the usual one, ``Quorum``."""
     wants: Wants | None = None
-    """Of a neighbour gather: this round's in-neighbours."""
+    """In-neighbours of this round, in a neighbour gather."""
     waits: bool = True
     """False after a ``Start``: the program runs on at once."""
     skipped: str | None = None
@@ -128,7 +128,7 @@ class Returned(NamedTuple):
     num_drawn: int = 0
     """Samples of training data that it has drawn in this round, from whatever sampler."""
     num_void: int = 0
-    """The same, in rounds since its last commit that were given up."""
+    """Samples drawn in rounds since the last commit that were given up."""
     unsent: float = 0.0
     """``Algorithm.unsent``."""
     metrics: dict[str, float] | None = None

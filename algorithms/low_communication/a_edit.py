@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 _TOLERANCE = 1e-9
-"""Of an interval: sums of seconds are not exact, and a step more would be taken for the last bit."""
+"""Tolerance relative to an interval: sums of seconds are not exact, and the last bit would cost one more step."""
 
 
 class AEDiT(EDiT, name="a_edit"):

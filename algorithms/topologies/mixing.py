@@ -15,7 +15,7 @@ Rows: TypeAlias = "dict[int, dict[int, float]]"
 """By node, the weights with which it mixes whose values; itself included, all sorted."""
 
 STOCHASTIC_TOLERANCE = 1e-9
-"""What a sum of weights may be away from 1."""
+"""Greatest distance of a sum of weights from 1."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _MOST_LR = 0.05
-"""Of a small model: above 2 n / tr H, for n directions and the Hessian H, SPSA diverges; see docs/algorithms.md."""
+"""Learning rate of a small model at most: above 2 n / tr H, for n directions and the Hessian H, SPSA diverges."""
 
 _LR_TIMES_VALUES = 200.0
 """tr H grows with the model: between the bounds a learning rate is this by P."""
@@ -39,7 +39,7 @@ class SPSA(Algorithm):
 
     uses_optimizer: ClassVar[bool] = False
     least_lr: ClassVar[float] = 1e-3
-    """Of a large model, if ``lr`` is null."""
+    """Learning rate of a large model, if ``lr`` is null."""
 
     lr: PositiveFloat | None = None  # η; null: 200 / P, at most 0.05, and at least ``least_lr``
     eps: PositiveFloat = 1e-3  # ε, how far a probe is from the model, in units of the direction; MeZO's default

@@ -20,10 +20,10 @@ TARGETS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Compute utilizations."""
 
 MOST_ROUNDS = 8
-"""Of a dry run, unless more are asked for."""
+"""Rounds of a dry run, unless more are asked for."""
 
 _TOLERANCE = 1e-3
-"""Of the time in which nodes wait."""
+"""Tolerance relative to the time in which nodes wait."""
 
 
 class Workload:

@@ -43,13 +43,13 @@ class DataReport:
     partition: str
     num_nodes: int
     labels: list[str]
-    """What the columns are; without labels one, ``samples``."""
+    """Names of the columns; without labels the one column ``samples``."""
     counts: list[list[int]]
     """Row by row of nodes, a column for each label."""
     validation: int
     has_labels: bool
     reading: dict[str, str]
-    """What is read of the data, and what is left out, as the task says it."""
+    """Counts of data that are read, and that are left out, in the task's words."""
 
     @property
     def sizes(self) -> list[int]:

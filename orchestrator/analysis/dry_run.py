@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.events import NodeFacts
 
 _NO_DEADLINE_S = 1e12
-"""Of virtual time: on a slow link an exchange takes as long as it takes."""
+"""Deadline in virtual seconds: on a slow link an exchange takes as long as it takes."""
 
 
 def dry_run(config: Config, rounds: int) -> Summary:

@@ -52,7 +52,7 @@ class Estimate:
     available_bytes: int
     """On this machine, now."""
     step_s: float | None
-    """Of one batch on this machine; ``None``: it was not measured."""
+    """Seconds of one batch on this machine; ``None``: not measured."""
     simulation_s: float | None
     """Of all steps of all nodes, one after the other, without evaluation; ``None``: how many is not known."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _MOST_ROUNDS = 10_000
-"""Whose bytes are added up; of more, these are taken for all."""
+"""Rounds whose bytes are added up; for longer runs these stand for all."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
     batch_size: int
     parameters: int
     model_bytes: int
-    """Of the parameters and floating-point buffers, as they are exchanged without a codec."""
+    """Bytes of the parameters and floating-point buffers, as they are exchanged without a codec."""
     steps_per_round: dict[str, int] | None
     """``least`` and ``most`` that a node takes in a round of its own; all 0: it does not use its optimizer.
 
@@ -53,11 +53,11 @@ class Plan:
     evaluations: int
     baselines: dict[str, float]
     reading: dict[str, str]
-    """What is read of the data, and what is left out, as the task says it."""
+    """Counts of data that are read, and that are left out, in the task's words."""
     estimate: dict[str, Any]
     """Memory and time, as ``estimates.Estimate``."""
     warnings: tuple[str, ...]
-    """What of this is likely to be a surprise."""
+    """Properties of the plan that are likely to surprise."""
     runtimes: list[str]
     """Where it can run; a slow network that is configured is the simulator's, and a cluster is throttled to it."""
 

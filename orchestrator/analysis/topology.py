@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _ROUNDS_OF_REDRAWN = 10
-"""What a topology is measured over that never repeats."""
+"""Rounds over which a topology is measured that never repeats."""
 _MAX_PANELS = 6
 _LABELS_UP_TO = 64
 """Nodes; the labels of more would cover each other."""
@@ -66,13 +66,13 @@ class TopologyReport:
     period: int | None
     """Rounds after which the matrices repeat; ``None``: never."""
     mixings: tuple[Mixing, ...]
-    """Of the rounds that were measured, from round 0."""
+    """Mixing weights of the measured rounds, from round 0."""
     in_degree: Degrees
     out_degree: Degrees
     diameter: int | None
     """Hops; ``None`` if somebody is not reached."""
     payload_bytes: int
-    """Of a node, to each neighbour."""
+    """Bytes from a node to each neighbour."""
     product_rho: float
     """‖W_{R−1} … W_0 − J‖₂ over the measured rounds."""
 

@@ -166,7 +166,7 @@ def model_of(checkpoint: Checkpoint, config: Config) -> tuple[dict[str, Tensor],
 
 
 def _result(checkpoint: Checkpoint, config: Config, states: dict[NodeId, StateExport]) -> list[NodeId]:
-    """Whose mean model is the run's, as the loops over rounds have it."""
+    """Return the nodes whose mean model is the run's, as the loops over rounds have it."""
     algorithm, saved = config.algorithm, checkpoint.controller
     if algorithm.has_server:
         return [SERVER]

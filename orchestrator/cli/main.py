@@ -402,7 +402,7 @@ _NO_RUN: dict[str, Any] = {
     "baselines": {},
     "checkpoints": None,
 }
-"""What ``--json`` says of a run that could not begin."""
+"""Answer of ``--json`` for a run that could not begin."""
 
 
 from starling.orchestrator.cli import sweep as sweep_cli  # noqa: E402, F401 - it enters its commands, and uses what is above

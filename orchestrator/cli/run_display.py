@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from starling.orchestrator.records.observers import RoundRecord, Started, Summary
 
 _MAX_LINES = 200
-"""Of a run's rounds where there is no terminal; of longer runs every k-th is shown."""
+"""Lines for rounds where there is no terminal; of longer runs every k-th round is shown."""
 
 _MAX_EVENTS = 200
-"""Of what happens to nodes; all of it is in the run directory."""
+"""Lines about nodes that come and go; the run directory has all of them."""
 
 _COMPARED = "loss"
 """The metric that a task's baselines belong to."""
@@ -56,7 +56,7 @@ class Display(Observer, LiveView):
         self._num_told = 0
         self._began = time.monotonic()
         self.summary: Summary | None = None
-        """What the run came to, when it is over."""
+        """Summary of the run, when it is over."""
 
     def open(self, config: Config, place: str) -> None:
         """Say that nodes are being started, in ``place``; it may take a while."""

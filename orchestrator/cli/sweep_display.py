@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MAX_LINES = 200
 _WIDEST = 1000
 _MAX_ROWS = 20
-"""Of the table at the end; results.csv has all."""
+"""Rows of the table at the end; results.csv has all."""
 
 
 class SweepDisplay(Watcher, LiveView):

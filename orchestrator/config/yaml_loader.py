@@ -13,9 +13,9 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 MAX_BYTES = 256 * 1024
-"""Of a text. PyYAML reads some 100 kB/s."""
+"""Bytes of a text at most. PyYAML reads some 100 kB/s."""
 MAX_DEPTH = 50
-"""Of sections and lists inside of one another."""
+"""Nesting depth of sections and lists at most."""
 MAX_VALUES = 50_000
 """With each alias unfolded: nine lines of aliases to lists of aliases are a billion values."""
 _MAX_NUMBER = 2**64

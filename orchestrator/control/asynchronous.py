@@ -56,7 +56,7 @@ class Asynchronous(Loop):
         self._begun: dict[NodeId, tuple[int, bool, bool]] = {}
         """The open round of each node, and whether it began with ``on_view_change``, and with ``join``."""
         self._readings: defaultdict[NodeId, list[float]] = defaultdict(list)
-        """What the programs of each node have seen of the clock in their open round."""
+        """Clock readings of each node's program in its open round."""
         self._idle: set[NodeId] = set()
         """Have committed, or stand still, and do not begin a round: the run is about to be saved."""
         self._saving_since: float | None = None

@@ -25,7 +25,7 @@ class ComputeWatch:
         self._limit_s = run.config.cluster.round_deadline_s
         self._since: dict[NodeId, float] = {}
         self._late: dict[NodeId, tuple[int, int]] = {}
-        """Of nodes that were late: how often, since the run had done so many rounds."""
+        """Nodes that were late: how often, since the run had done so many rounds."""
 
     @property
     def any_computes(self) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.interface import Runtime
 
 _WITHDRAW_FRACTION = 0.2
-"""Of the time that a node is given to leave: kept for handing over what it holds."""
+"""Share of the time until a node must leave that is kept for handing over its state."""
 
 
 class Departures:

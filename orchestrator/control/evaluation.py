@@ -23,9 +23,9 @@ class Evaluated(NamedTuple):
     """Metrics of one round; None where it was not evaluated."""
 
     metrics: dict[str, float] | None = None
-    """Of the nodes' mean model."""
+    """Metrics of the nodes' mean model."""
     node_metrics: dict[NodeId, dict[str, float]] | None = None
-    """Of each node's own model."""
+    """Metrics of each node's own model."""
     seconds: float = 0.0
 
 

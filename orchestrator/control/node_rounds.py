@@ -1,4 +1,4 @@
-"""Who takes part in a run without a barrier, how many rounds each node has committed, and which view each saw last."""
+"""Books of a run without a barrier: participants, the rounds that each has committed, the view that each saw last."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class NodeRounds:
     def __init__(self, nodes: Collection[NodeId], *, has_server: bool) -> None:
         self._has_server = has_server
         self.entered = set(nodes)
-        """Who takes part."""
+        """Participants, the server included."""
         self.present = self.entered - {SERVER}
-        """Who takes part, without the server."""
+        """Participants without the server."""
         self.numbers: dict[NodeId, int] = dict.fromkeys(nodes, 0)
         """The open round of each node, or its next one: as many as it has committed."""
         self._view_number = 0

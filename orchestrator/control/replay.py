@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Step: TypeAlias = (
     "tuple[Literal['left', 'left empty', 'up'], NodeId] | tuple[Literal['transfer'], NodeId, NodeId, Position | None]"
 )
-"""What happens to members between two rounds: one leaves, one comes up, one is given another's state (or its own)."""
+"""Events between two rounds: a node leaves, comes up, or is given another's state or its own."""
 
 
 _NEVER_S = 1e9
@@ -64,7 +64,7 @@ class Done:
     view: View
     joiners: frozenset[NodeId]
     closed: dict[int, tuple[NodeId, ...]]
-    """Who was in which exchange."""
+    """Contributors of each exchange."""
     late: frozenset[NodeId]
     """Members that did not commit it: lost, or cancelled."""
 
@@ -84,11 +84,11 @@ class Done:
 
 @dataclass
 class History:
-    """What a run's log says."""
+    """Parse a run's log into the course of its rounds."""
 
     path: Path
     digest: str | None
-    """That the run ended with."""
+    """Digest with which the run ended."""
     received: defaultdict[NodeId, deque[tuple[int, int, int] | Left | Timeout]] = field(
         default_factory=lambda: defaultdict(deque)
     )
@@ -101,13 +101,13 @@ class History:
     """From which round of a node on it had another view."""
     lost: set[NodeId] = field(default_factory=set)
     start: tuple[NodeId, ...] = ()
-    """Who was there at the start."""
+    """Nodes at the start."""
     parts: int | None = None
     """Into how many the data were divided."""
     plans: dict[tuple[NodeId, int], Place] = field(default_factory=dict)
     """From which round of a node on it drew something else than before."""
     rounds_done: dict[int, Done] = field(default_factory=dict)
-    """What came of each round of a synchronous run."""
+    """Outcome of each round of a synchronous run."""
     _steps: list[Step] = field(default_factory=list)
     """Since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)

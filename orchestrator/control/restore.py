@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.interface import Runtime
 
 _DIVISION = ("data.partition", "data.sampler", "task")
-"""What says which samples a node owns, and in which order it draws them."""
+"""Keys that decide which samples a node owns, and in which order it draws them."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Restoration:
 
     checkpoint: Checkpoint
     config: Config
-    """As it is now; faults that have happened are left out."""
+    """Configuration as it is now; faults that have happened are left out."""
     before: Config
-    """As it was when the checkpoint was written."""
+    """Configuration when the checkpoint was written."""
     accept_changes: bool = False
     """The data may be others."""
     same_data: bool = field(init=False)
@@ -133,7 +133,7 @@ class Restoration:
             )
 
     def _as_own(self, export: StateExport) -> StateExport:
-        """What a node of the run as it is configured now takes for its own."""
+        """Return the samples that a node of the run takes for its own, as the run is configured now."""
         meta = export.meta | {"run": self.config.replica_spec().fingerprint}
         if not self.same_data:
             meta |= {"position": None, "extras": []}  # in an order of samples that are not its own any more

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Cost(NamedTuple):
-    """What a run has cost up to a moment, or a round by itself."""
+    """Cost of a run up to a moment, or of one round."""
 
     seconds: float = 0.0
     """On the runtime's clock."""

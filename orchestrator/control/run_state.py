@@ -43,7 +43,7 @@ class RunState:
         self.committed = -1
         """The last committed round."""
         self.members: tuple[NodeId, ...] = ()
-        """Who committed it."""
+        """Nodes that committed the last round."""
         self.digest: str | None = None
         """The final model's."""
         self.num_healed = 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Tally:
-    """What nodes have committed since the last recorded round; the server's rounds are not counted."""
+    """Collect the reports of nodes since the last recorded round; the server's rounds are not counted."""
 
     def __init__(self, recorder: RoundRecorder) -> None:
         self._recorder = recorder
@@ -28,9 +28,9 @@ class Tally:
         self._reports: list[tuple[NodeId, Returned]] = []
         self._contributed: set[NodeId] = set()
         self._mark = Cost()
-        """What the run had cost at the last recorded round."""
+        """Cost of the run up to the last recorded round."""
         self._spent = Cost()
-        """What the open round had cost when the run was saved."""
+        """Cost of the open round when the run was saved."""
 
     def start(self) -> None:
         """Measure the cost of the open round from now on, and add what it had cost before a resumption."""

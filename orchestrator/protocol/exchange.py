@@ -60,7 +60,7 @@ class Exchange:
         return max(len(post.part_nbytes) for post in self.posts.values())
 
     def wanted(self, by: NodeId) -> tuple[NodeId, ...]:
-        """Those in ``closed`` whose contributions ``by`` is to have, its own included."""
+        """Return the members of ``closed`` whose contributions ``by`` is to have, its own included."""
         wants = self.posts[by].wants
         if wants is None:
             return self.closed

@@ -79,7 +79,7 @@ class DataLedger:
     def begin(
         self, nodes: Iterable[NodeId], present: Collection[NodeId], *, again: bool = False
     ) -> dict[NodeId, Place]:
-        """What has changed for ``nodes``, which begin a round from their last commit.
+        """Return the changed plans of ``nodes``, which begin a round from their last commit.
 
         Args:
             nodes: of ``present``.

@@ -70,7 +70,7 @@ class RoundLine(Stored):
     residual_norm_lost: Value = None
 
     def record(self) -> RoundRecord:
-        """As it was when it was written."""
+        """Return the record that was written."""
         values: dict[str, Any] = self.model_dump()
         values["metrics"] = None if self.metrics is None else _numbers(self.metrics)
         values["reported"] = {name: _numbers(one) for name, one in self.reported.items()}
@@ -101,7 +101,7 @@ class SummaryFile(Stored):
     checkpoints: dict[str, int] | None = None
 
     def summary(self) -> Summary:
-        """As it was when it was written."""
+        """Return the summary that was written."""
         data: dict[str, Any] = self.model_dump()
         data["metrics"] = _numbers(self.metrics)
         return Summary(**data)

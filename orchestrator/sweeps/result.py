@@ -29,7 +29,7 @@ class SweepResult:
     front: tuple[Row, ...]
     """The Pareto front, if there are several objectives; else empty."""
     confirmed: tuple[Row, ...]
-    """The same of what was run again on the cluster."""
+    """Results of trials that were run again on the cluster."""
     seconds: float
 
     @classmethod

@@ -90,7 +90,7 @@ class Trials(Searcher):
     """Gives Tune trials, one after the other."""
 
     numbers: dict[str, int]
-    """Of trials, by Tune's names for them."""
+    """Numbers of trials, by Tune's names for them."""
     _trials: Iterator[Trial]
     _spec: Callable[[Trial], dict[str, Any]]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starling.tune_spaces import Space
 
 Values = dict[str, Any]
-"""What a sample sets, by path; plain data."""
+"""Values that a sample sets, by path; plain data."""
 
 _FIXED = {
     "name": "a sweep names its trials itself",
@@ -31,7 +31,7 @@ _FIXED = {
     "cluster.runtime_env": "all trials of a sweep share a cluster",
     "checkpoint": "a sweep keeps what its trials need",
 }
-"""What no trial may have of its own, and why."""
+"""Keys that no trial may have of its own, each with the reason."""
 
 
 def assigned(config: Config, values: Mapping[str, Any]) -> Config:

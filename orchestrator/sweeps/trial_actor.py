@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 STOP_FILE = ".stop"
 _PIN = 0.001
-"""Of a machine's own resource, which each has 1 of: enough to name it."""
+"""Amount of a machine's own resource, of which each has 1: enough to name the machine."""
 
 Bundle = dict[str, float]
 

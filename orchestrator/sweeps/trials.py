@@ -59,7 +59,7 @@ _LINE = TypeAdapter(_Line)
 _KINDS: dict[str, tuple[str, ...]] = {
     "values": ("sample", "seed", "stage"), "report": (), "change": (), "reopen": (), "end": ("summary", "error"),
 }  # fmt: skip
-"""What happened, and what a line that says so has besides."""
+"""Kinds of lines, each with the keys that it has besides."""
 
 JOURNAL = "trials.jsonl"
 TRIALS = "trials"
@@ -106,7 +106,7 @@ class Trial:
     values: Values
     stage: Stage = "search"
     of: int | None = None
-    """Of a confirmation: the trial that it confirms."""
+    """Number of the trial that a confirmation confirms."""
     reports: list[dict[str, Any]] = field(default_factory=list)
     """After evaluated rounds: ``rounds`` (done so far), metrics, ``train_loss``, ``bytes``, ``seconds``."""
     end: End | None = None
@@ -265,7 +265,7 @@ class Board:
     # --- what it comes to --------------------------------------------------------------------------------------------
 
     def of_stage(self, stage: Stage) -> list[Trial]:
-        """Its trials, in order."""
+        """Return the trials of a stage, in order."""
         return [trial for trial in self.trials.values() if trial.stage == stage]
 
     def rows(self, stage: Stage = "search") -> list[Row]:

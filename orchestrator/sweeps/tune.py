@@ -38,7 +38,7 @@ REDUCTION = 3
 """Of the trials that come to a rung, one in three goes on: Li et al., arXiv:1603.06560, section 3.6, has 3 or 4."""
 _BRACKETS = 3
 _MAX_LOSSES = 2
-"""Of a trial's controller."""
+"""Losses of a trial's controller at most."""
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # csv, json and TensorBoard files: the board has all of it

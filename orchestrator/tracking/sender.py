@@ -80,7 +80,7 @@ class Sender:
         self._goes_on = "" if after_run else "the run goes on, and "
         self.failed = False
         self.problem: str | None = None
-        """What it was given up for."""
+        """Reason for giving up."""
         self._tracking = tracking
         self._artifacts = artifacts
         self._folders = folders
