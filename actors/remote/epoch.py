@@ -1,0 +1,13 @@
+"""The attempt that a process takes part in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Epoch:
+    """Number of the running attempt; whatever belongs to an older one is answered with nothing done."""
+
+    number: int = -1
+    """−1 before the first."""
