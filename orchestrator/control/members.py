@@ -133,7 +133,8 @@ class Members:
         if isinstance(happening, NotLoaded) and happening.source == happening.node:
             holdings.kept.pop(happening.node, None)  # it cannot be read
             self._state.residuals.forfeit(number, happening.node)
-        if isinstance(happening, Loaded) and happening.source == happening.node:
+        if isinstance(happening, Loaded) and happening.node in holdings.new:
+            # Its draws go on where it last committed, also if it was told more in a round for which it was late.
             self._state.samples.set_back(happening.node)
         match self.transfers.take(happening):
             case (node, True):

@@ -89,7 +89,7 @@ class SampleProgress:
                 self._record("draws", round=number, law=self._law, nodes=draws)
 
     def set_back(self, node: NodeId) -> None:
-        """Book that the process of ``node`` does not know its plan: it is a new one, or has got kept state."""
+        """Book that the process of ``node`` does not know its plan: it is a new one, or was given state."""
         if self.ledger is not None:
             self.ledger.set_back(node)
 

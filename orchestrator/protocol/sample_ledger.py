@@ -69,7 +69,7 @@ class DataLedger:
             self._most = max(self._most, count)
 
     def set_back(self, node: NodeId) -> None:
-        """The process of ``node`` is a new one, or has got kept state: it does not know what ``node`` was handed since.
+        """The process of ``node`` is a new one, or was given state: it does not know what ``node`` was handed since.
 
         What it had not committed is not drawn.
         """

@@ -293,6 +293,19 @@ def test_who_gets_kept_state_for_a_second_time_is_told_again_what_it_draws():
     assert live(history(drawing, *events, nodes=2, **keys)) == "finished"
 
 
+def test_who_is_given_a_donors_state_for_a_second_time_is_told_again_what_it_draws():
+    events = ("late_join", 0, 5, "train"), ("kill", 0, 9, "train"), ("kill", 1, 7, "train")
+    drawing = {"name": "tests.soak.programs:Drawing", "large": True, "codec": "sign"}
+    drawing |= {"close": {"name": "grace", "after": 1, "seconds": 0.01}}
+    keys: dict[str, Any] = {
+        "rounds": 10,
+        "task": {"name": UNEQUAL, "num_samples": 37},
+        "data": {"batch_size": 5},
+        "network": {"start_s": 0, "step_ms": 10, "speeds": {0: 0.2, 1: 0.05}},
+    }
+    assert live(history(drawing, *events, nodes=2, **keys)) == "finished"
+
+
 def test_a_round_that_is_begun_again_has_the_samples_of_before():
     """It had sent what it had made of them, was told to stand still for a checkpoint, and was handed others then."""
     raw = history({"name": "fedbuff", "buffer_size": 2, "steps": 2}, ("late_join", 1, 1, "train"), rounds=2)
