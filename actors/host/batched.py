@@ -50,10 +50,9 @@ def train_together(requests: Sequence[Request], on_turn: Callable[[NodeId], None
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, (replica, operation, _) in enumerate(requests):
-        is_plain = (
-            replica.bench.update is not None and not replica.bench.is_random and not replica.optimizer.is_one_by_one
-        )
-        if replica.bench.has_closed_form and is_plain and operation.rule is None:
+        bench = replica.bench
+        is_plain = bench.optimizers.update is not None and not bench.is_random and not replica.optimizer.is_one_by_one
+        if bench.gradients.has_closed_form and is_plain and operation.rule is None:
             alike.setdefault(_likeness(replica, operation), []).append(place)
     outcomes: list[Outcome | None] = [None] * len(requests)
     for places in alike.values():
@@ -190,9 +189,9 @@ class _Rows:
         gradients, losses = result
         if config.grad_clip is not None:
             gradients = _clip(gradients, config.grad_clip)
-        assert bench.update is not None
+        assert bench.optimizers.update is not None
         rate = first.schedule.rate(number) * self._lr_factor
-        bench.update(self.values, gradients, self._moments, first.optimizer.age + number, rate)
+        bench.optimizers.update(self.values, gradients, self._moments, first.optimizer.age + number, rate)
         self.losses.append(losses)
         for row, indices in enumerate(drawn):
             self.counts[row].append(len(indices))
@@ -222,10 +221,10 @@ class _Rows:
         def batches() -> Iterator[tuple[Tensor, ...]]:
             for start, size in zip(itertools.accumulate(sizes, initial=0), sizes, strict=False):
                 indices = np.concatenate([one[start : start + size] for one in drawn])
-                tensors = self._bench.drawn(self._samples, torch.from_numpy(indices))
+                tensors = self._bench.loss.drawn(self._samples, torch.from_numpy(indices))
                 yield tuple(tensor.unflatten(0, (len(drawn), -1)) for tensor in tensors)
 
-        return self._bench.closed_form(values, batches(), num_samples)
+        return self._bench.gradients.closed_form(values, batches(), num_samples)
 
     def finite(self, losses: Sequence[Sequence[float]]) -> list[bool]:
         """Return for each node whether its losses and parameters are finite."""

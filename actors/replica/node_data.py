@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from starling.actors.data.plans import Order
     from starling.actors.replica.spec import ReplicaSpec
     from starling.actors.tasks import Samples
-    from starling.actors.training.shared_module import Workbench
+    from starling.actors.training.workbench import Workbench
     from starling.algorithms.api import Batch, NodeId
 
 _NOTHING = contextlib.nullcontext()
@@ -121,7 +121,7 @@ class NodeData:
 
     def load(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Load training samples by index, as the module takes them."""
-        return self._bench.drawn(self.samples, indices)
+        return self._bench.loss.drawn(self.samples, indices)
 
     @property
     def position(self) -> Position:
@@ -184,7 +184,7 @@ class NodeData:
             raise ProgramError(f"Batch(source='validation', part={operation.part}): {why}")
         places = self._choose(("validation",), len(self.validation), size)
         with self._seeded_for_load("validation", self._round, self._counts["validation",]):
-            tensors = self._bench.drawn(self.validation, places)
+            tensors = self._bench.loss.drawn(self.validation, places)
         return DataBatch(tensors, len(places))
 
     def _chosen(self, operation: Batch, size: int) -> tuple[Tensor, tuple[int | str, ...]]:
@@ -215,7 +215,7 @@ class NodeData:
         """For samples that draw from the generators of the process: their noise is of (seed, round, node, draw)."""
         if type(self.samples) is TensorSamples and type(self.validation) in (TensorSamples, type(None)):
             return _NOTHING  # they draw nothing, and a round may be as short as this takes
-        return seeded(derive_seed(self._spec.seed, "load", *labels), self._bench.device)
+        return seeded(derive_seed(self._spec.seed, "load", *labels), self._bench.shared.device)
 
     # --- blame -------------------------------------------------------------------------------------------------------
 

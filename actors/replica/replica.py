@@ -84,7 +84,7 @@ class Replica:
         self._clock = clock
         self.slab, self.row = row or (spec.slab(torch.device("cpu")), 0)
         self.bench = self.slab.bench
-        self.device, self.layout = self.bench.device, self.bench.layout
+        self.device, self.layout = self.bench.shared.device, self.bench.shared.layout
         self.tensors = self.slab.current[self.row]
         self.parameters, self.buffers = self.tensors.parameters, self.tensors.buffers
         self.data = NodeData(node, spec, self.bench, source)
@@ -147,7 +147,7 @@ class Replica:
 
         def call(*inputs: Any) -> Any:  # noqa: ANN401 - whatever the user's module takes and returns
             module = self.trainer.module
-            self.bench.mode(training=False)
+            self.bench.shared.mode(training=False)
             return torch.func.functional_call(module, tensors, inputs) if tensors else module(*inputs)
 
         return call
@@ -178,14 +178,14 @@ class Replica:
         at = self.spec.algorithm.model(self) if at is None else at
         # The same noise whoever evaluates and whenever: metrics are compared.
         chance = seeded(derive_seed(self.spec.seed, "evaluate"), self.device)
-        with chance, self.bench.at(self.tensors, at, buffers, moves=False):
-            return self.bench.evaluate(samples, self.spec.batch_size, max_batches)
+        with chance, self.bench.shared.at(self.tensors, at, buffers, moves=False):
+            return self.bench.evaluator.evaluate(samples, self.spec.batch_size, max_batches)
 
     def model_tensors(self, at: Tensor | None = None, buffers: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors of a model and its buffers by name, as they are saved; defaults as for ``evaluate``."""
         flat = (self.spec.algorithm.model(self) if at is None else at).detach()
         tensors = {entry.name: flat[entry.start : entry.stop].view(entry.shape) for entry in self.layout.entries}
-        return tensors | self.bench.named_buffers(self.tensors, buffers)
+        return tensors | self.bench.shared.named_buffers(self.tensors, buffers)
 
     def model_digest(self, at: Tensor | None = None, buffers: Tensor | None = None) -> str:
         """Return the digest of a model, the run's if it ended here; defaults as for ``evaluate``."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from pydantic import BaseModel
 
-from starling.actors.training.shared_module import Workbench
 from starling.actors.training.slab import Slab
+from starling.actors.training.workbench import Workbench
 from starling.algorithms.api import SERVER
 from starling.algorithms.errors import StarlingError
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from starling.actors.replica.schedule_progress import ScheduleProgress
     from starling.actors.replica.spec import Fence, ReplicaSpec
     from starling.actors.training.node_optimizer import NodeOptimizer
-    from starling.actors.training.shared_module import Workbench
     from starling.actors.training.slab import ModelTensors
+    from starling.actors.training.workbench import Workbench
     from starling.algorithms.api import Gradient, Loss, NodeId, Step, Train
     from starling.algorithms.rules import GradientFunction, Rule
 
@@ -64,6 +64,7 @@ class Trainer:
         guard: RoundGuard,
     ) -> None:
         self._node, self._spec, self._bench, self._tensors = node, spec, bench, tensors
+        self._shared, self._gradients = bench.shared, bench.gradients
         self._data, self._optimizer, self._schedule, self._guard = data, optimizer, schedule, guard
         self._parameters = tensors.parameters
         self._round = NOT_STARTED
@@ -77,8 +78,8 @@ class Trainer:
     @property
     def module(self) -> nn.Module:
         """The module of all nodes in the process, bound to this node's tensors."""
-        self._bench.attach(self._tensors)
-        return self._bench.module
+        self._shared.attach(self._tensors)
+        return self._shared.module
 
     # --- training ----------------------------------------------------------------------------------------------------
 
@@ -93,13 +94,13 @@ class Trainer:
         began = time.perf_counter()
         steps = self.num_steps(operation)
         size, rule = self.step_size(operation), operation.rule
-        bench, clip = self._bench, self._spec.optimizer.grad_clip
-        bench.attach(self._tensors)
-        bench.mode(training=True)
+        clip = self._spec.optimizer.grad_clip
+        self._shared.attach(self._tensors)
+        self._shared.mode(training=True)
         losses: list[float | Tensor] = []
         counts: list[int] = []
         self._seen = []
-        immediate = bench.device.type == "cpu"
+        immediate = self._shared.device.type == "cpu"
         rate = 0.0
         with self._seeded(self._schedule.step, "train"):
             try:
@@ -109,7 +110,7 @@ class Trainer:
                         raise Interrupted
                     loss, num_samples = backward(size)
                     if clip is not None:
-                        nn.utils.clip_grad_norm_(bench.trained, clip)
+                        nn.utils.clip_grad_norm_(self._bench.optimizers.trained, clip)
                     rate = self._schedule.rate() * operation.lr_factor
                     self._optimizer.step(self._parameters, rate)
                     self._schedule.advance(1)
@@ -122,7 +123,7 @@ class Trainer:
             finally:
                 if rule is not None:
                     rule.finish()
-        bench.check("loss")
+        self._shared.check("loss")
         values = [float(loss) for loss in losses]
         seconds = time.perf_counter() - began
         bad = next((step for step, value in enumerate(values) if not math.isfinite(value)), None)
@@ -170,16 +171,16 @@ class Trainer:
             for start, length in zip(starts, sizes, strict=False)
         )
         if not num_samples and not self._data.own("Train").may_be_empty:
-            self._bench.no_gradient()
+            self._gradients.none()
             return self._parameters.new_zeros(()), 0
-        return self._bench.differentiate(self._parameters, pieces, num_samples), num_samples
+        return self._gradients.differentiate(self._parameters, pieces, num_samples), num_samples
 
     def _ruled(self, rule: Rule, size: int) -> Callable[[int], tuple[Tensor, int]]:
         """Return a ``_backward`` for steps of ``size`` that uses a rule's gradient and sampler."""
-        bench, spec, data, own = self._bench, self._spec, self._data, self._data.own("Train")
+        spec, data, own = self._spec, self._data, self._data.own("Train")
         rng = generator(spec.seed, self._round, self._node, self._schedule.step, "rule")
-        loss = bench.loss_of_module
-        problem = LocalProblem(self._gradient_at, self.module, loss, bench.layout, len(own.indices), size, rng)
+        loss = self._bench.loss.of_module
+        problem = LocalProblem(self._gradient_at, self.module, loss, self._shared.layout, len(own.indices), size, rng)
         gradient_of, chosen = rule.wrap(problem), rule.sampler(problem)
 
         def backward(size: int) -> tuple[Tensor, int]:
@@ -188,7 +189,7 @@ class Trainer:
             self._seen.append(indices)
             batch = DataBatch(data.load(indices), len(indices))
             gradient, loss = self._checked(rule, gradient_of, batch)
-            bench.set_gradient(gradient)
+            self._gradients.set(gradient)
             return loss.detach(), len(indices)
 
         return backward
@@ -228,16 +229,16 @@ class Trainer:
             NonFiniteLossError: the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
             ProgramError: the gradient has the wrong shape.
         """
-        gradient, bench, clip = operation.gradient, self._bench, self._spec.optimizer.grad_clip
+        gradient, clip = operation.gradient, self._spec.optimizer.grad_clip
         if gradient.shape != self._parameters.shape:
             shapes = f"{list(self._parameters.shape)}, not {list(gradient.shape)}"
             raise ProgramError(f"Step takes a gradient of shape {shapes}")
-        bench.attach(self._tensors)
+        self._shared.attach(self._tensors)
         if operation.fresh:
             self._optimizer.reset()
-        bench.set_gradient(gradient)
+        self._gradients.set(gradient)
         if clip is not None:
-            nn.utils.clip_grad_norm_(bench.trained, clip)
+            nn.utils.clip_grad_norm_(self._bench.optimizers.trained, clip)
         rate = self._schedule.rate()
         self._optimizer.step(self._parameters, rate)
         self._schedule.advance(1)
@@ -254,33 +255,31 @@ class Trainer:
             ProgramError: ``at`` has the wrong shape, the node has no data, or the model cannot be probed.
         """
         batch = self._data.batch(Batch()) if operation.batch is None else operation.batch
-        bench = self._bench
-        at = operation.at
+        at, shared = operation.at, self._shared
         if operation.probe:
-            probe_checks.check(bench)
+            probe_checks.check(self._bench)
         total = 0.0
-        place = bench.perturbed(self._tensors, at) if isinstance(at, Perturbed) else bench.at(self._tensors, at)
+        place = shared.perturbed(self._tensors, at) if isinstance(at, Perturbed) else shared.at(self._tensors, at)
         with self._seeded_for_batch(), torch.no_grad(), place:
-            bench.mode(training=True)
+            self._shared.mode(training=True)
             for part in self._split(batch) if batch.num_samples else ():
-                total += float(bench.loss(part)) * (len(part[0]) / batch.num_samples)
-        bench.check("loss")
+                total += float(self._bench.loss.of_batch(part)) * (len(part[0]) / batch.num_samples)
+        self._shared.check("loss")
         if not (math.isfinite(total) or operation.probe):
             self._guard.give_up(f"loss is {total} in a Loss", self._data.culprit_of(batch))
             return math.nan
         return total
 
     def _gradient_at(self, parameters: Tensor, batch: DataBatch) -> tuple[Tensor, Tensor]:
-        bench = self._bench
-        with bench.at(self._tensors, parameters) as point:
-            bench.mode(training=True)
-            loss = bench.differentiate(point, self._split(batch), batch.num_samples)
-            bench.check("loss")
-        return bench.distinct_gradient(), loss
+        with self._shared.at(self._tensors, parameters) as point:
+            self._shared.mode(training=True)
+            loss = self._gradients.differentiate(point, self._split(batch), batch.num_samples)
+            self._shared.check("loss")
+        return self._gradients.distinct(), loss
 
     def _split(self, batch: DataBatch) -> Iterator[tuple[Tensor, ...]]:
         """Split a batch into pieces of the configured size: it says how much is computed at once."""
-        tensors = self._bench.to_device(batch.tensors)
+        tensors = self._bench.loss.to_device(batch.tensors)
         sizes = piece_sizes(batch.num_samples, self._spec.batch_size, self._spec.min_batch)
         pieces = ((aligned(piece) for piece in one.split(sizes)) for one in tensors)
         return zip(*pieces, strict=True)
@@ -290,7 +289,7 @@ class Trainer:
         return self._seeded(*self._data.position.labels, "batch")
 
     def _seeded(self, *labels: int | str) -> contextlib.AbstractContextManager[None]:
-        return seeded(derive_seed(self._spec.seed, self._round, self._node, *labels), self._bench.device)
+        return seeded(derive_seed(self._spec.seed, self._round, self._node, *labels), self._shared.device)
 
 
 def _at_places(own: Indices, rule: Rule, places: Tensor) -> Tensor:

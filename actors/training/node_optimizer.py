@@ -12,7 +12,7 @@ from starling.actors.training import optimizer_state
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from starling.actors.training.shared_module import Workbench
+    from starling.actors.training.workbench import Workbench
     from starling.algorithms.api import State
 
 
@@ -35,20 +35,20 @@ class NodeOptimizer:
 
     def step(self, parameters: Tensor, rate: float) -> None:
         """Take one step of the node that is attached, along the workbench's gradient; ``parameters`` are its own."""
-        bench = self._bench
-        update, gradient, absent = bench.update, bench.gradient, bench.absent
+        optimizers, gradients = self._bench.optimizers, self._bench.gradients
+        update, gradient, absent = optimizers.update, gradients.values, gradients.absent
         assert gradient is not None
-        if len(absent) == len(bench.parameters):
+        if len(absent) == len(self._bench.shared.parameters):
             return  # torch's optimizers would leave all alone
-        if absent and bench.is_flat and not self.is_one_by_one:
+        if absent and optimizers.is_flat and not self.is_one_by_one:
             self._take_apart()
         if update is not None and not self.is_one_by_one:
             update(parameters, gradient, self.moments, self.age, rate)
         else:
             if self.is_one_by_one:
-                bench.publish()
+                gradients.publish()
             if self._object is None:
-                self._object = bench.make_optimizer(one_by_one=self.is_one_by_one)
+                self._object = optimizers.make(one_by_one=self.is_one_by_one)
             for group in self._object.param_groups:
                 group["lr"] = rate
             self._object.step()
@@ -63,8 +63,8 @@ class NodeOptimizer:
             # Adam's objects count for themselves, from 1 as here.
             counted = {"step": torch.tensor(float(self.age))} if "exp_avg" in self.moments else {}
             kept = {"state": {"0": self.moments | counted} if self.moments else {}, "groups": None}
-        self._object = bench.make_optimizer(one_by_one=True)
-        optimizer_state.unpack(self._object, optimizer_state.taken_apart(kept, bench.layout))
+        self._object = bench.optimizers.make(one_by_one=True)
+        optimizer_state.unpack(self._object, optimizer_state.taken_apart(kept, bench.shared.layout))
         self.moments, self.is_one_by_one = {}, True
 
     def aged(self, steps: int, moments: dict[str, Tensor]) -> None:
@@ -99,5 +99,5 @@ class NodeOptimizer:
         self._object = None
         self.is_one_by_one = kept.get("one_by_one", False)
         if kept["object"] is not None:
-            self._object = self._bench.make_optimizer(one_by_one=self.is_one_by_one)
+            self._object = self._bench.optimizers.make(one_by_one=self.is_one_by_one)
             optimizer_state.unpack(self._object, kept["object"])

@@ -9,7 +9,7 @@ from torch import nn
 from starling.algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from starling.actors.training.shared_module import Workbench
+    from starling.actors.training.workbench import Workbench
 
 
 _DROPOUTS = ("dropout", "attention_dropout")
@@ -19,7 +19,7 @@ _DROPOUTS = ("dropout", "attention_dropout")
 def check(bench: Workbench) -> None:
     """Raise ``ProgramError`` if losses of the model depend on chance, or change the model."""
     if not bench.can_be_probed:
-        for name, layer in bench.module.named_modules():
+        for name, layer in bench.shared.module.named_modules():
             reason = _reason(name, layer)
             if reason is not None:
                 raise ProgramError(f"losses of this model cannot be compared: {reason}")

@@ -12,7 +12,8 @@ from starling.actors.training.module_init import give_back_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from starling.actors.training.shared_module import Workbench
+    from starling.actors.training.shared_module import SharedModule
+    from starling.actors.training.workbench import Workbench
 
 _ALIGNMENT = 64
 """Bytes, as torch allocates on the CPU."""
@@ -36,17 +37,18 @@ class Slab:
     """The tensors of several nodes as rows, so that many are copied in one call; current and committed ones.
 
     Args:
-        bench: whose module they are for.
+        bench: has the module that they are for.
         num_rows: how many nodes.
         keeps_copy: of the committed parameters; without one they are the current ones, which no round may write to.
     """
 
     def __init__(self, bench: Workbench, num_rows: int = 1, *, keeps_copy: bool = True) -> None:
         self.bench = bench
-        layout = bench.layout
-        self._parameters = _rows(num_rows, layout.num_values, bench)
-        self._buffers = _rows(num_rows, layout.num_buffer_values, bench)
-        counters = bench.initialize(
+        shared = bench.shared
+        layout = shared.layout
+        self._parameters = _rows(num_rows, layout.num_values, shared)
+        self._buffers = _rows(num_rows, layout.num_buffer_values, shared)
+        counters = shared.initialize(
             self._parameters[0, : layout.num_values], self._buffers[0, : layout.num_buffer_values]
         )
         for rows in (self._parameters, self._buffers):
@@ -62,7 +64,7 @@ class Slab:
             for row in range(num_rows)
         ]
         # Before the copy below: what the module was built with is freed.
-        bench.attach(self.current[0])
+        shared.attach(self.current[0])
         give_back_memory()
         self._keeps_copy = keeps_copy
         self._committed_parameters = self._parameters.clone() if keeps_copy else self._parameters
@@ -111,7 +113,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def _rows(num_rows: int, width: int, bench: Workbench) -> Tensor:
+def _rows(num_rows: int, width: int, shared: SharedModule) -> Tensor:
     """Memory for rows, each of which begins where torch would have a tensor begin; see ``aligned``."""
-    unit = _ALIGNMENT // bench.dtype.itemsize
-    return torch.empty(num_rows, -(-width // unit) * unit, dtype=bench.dtype, device=bench.device)
+    unit = _ALIGNMENT // shared.dtype.itemsize
+    return torch.empty(num_rows, -(-width // unit) * unit, dtype=shared.dtype, device=shared.device)

@@ -114,8 +114,8 @@ def layout_of(spec: ReplicaSpec, limit: int) -> Layout:
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001 - whatever else a build does that tensors without values cannot
-        return spec.bench(cpu).layout
-    return found if _ROOM * found.nbytes > limit else spec.bench(cpu).layout
+        return spec.bench(cpu).shared.layout
+    return found if _ROOM * found.nbytes > limit else spec.bench(cpu).shared.layout
 
 
 def estimate(
@@ -155,12 +155,12 @@ def _timed(spec: ReplicaSpec, samples: Samples) -> float | None:
     if not size:
         return None
     bench = spec.bench(torch.device("cpu"))
-    bench.mode(training=True)
+    bench.shared.mode(training=True)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        with seeded(spec.seed, bench.device):
-            bench.loss(bench.drawn(samples, torch.arange(size))).backward()
+        with seeded(spec.seed, bench.shared.device):
+            bench.loss.of_batch(bench.loss.drawn(samples, torch.arange(size))).backward()
         seconds = time.perf_counter() - began
         if seconds > 1:
             break

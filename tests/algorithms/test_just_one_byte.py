@@ -15,8 +15,8 @@ from starling import simulate as run_simulation
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.tasks.logistic import Logistic
 from starling.actors.tasks.quadratic import Quadratic
+from starling.actors.training.gradients import Gradients
 from starling.actors.training.node_optimizer import NodeOptimizer
-from starling.actors.training.shared_module import Workbench
 from starling.algorithms.api import Node
 from starling.algorithms.layout import Layout, LayoutEntry
 from starling.algorithms.noise import fill
@@ -493,16 +493,16 @@ def test_gradients_and_moments_are_never_allocated(perturb: str, monkeypatch: py
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("a gradient was asked for")
 
-    for name in ("_ready_gradient", "differentiate"):
-        monkeypatch.setattr(Workbench, name, forbidden)
+    for name in ("_ready", "differentiate"):
+        monkeypatch.setattr(Gradients, name, forbidden)
     monkeypatch.setattr(NodeOptimizer, "step", forbidden)
     monkeypatch.setattr(Tensor, "backward", forbidden)
     task = {"name": "test_toy", "model": "mlp"}
     ran = spsa(2, task=task, optimizer={"name": "adam"}, perturb=perturb, verify_every=1)
     for one in ran.replicas.values():
-        assert one.bench.gradient is None
+        assert one.bench.gradients.values is None
         assert (one.optimizer.moments, one.optimizer.age) == ({}, 0)
-        assert all(parameter.grad is None for parameter in one.bench.module.parameters())
+        assert all(parameter.grad is None for parameter in one.bench.shared.module.parameters())
         rows = {slab.data_ptr() for slab in (one.slab._parameters, one.slab._committed_parameters)}
         assert len(rows) == (2 if perturb == "copy" else 1)
 

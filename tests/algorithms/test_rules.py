@@ -335,7 +335,7 @@ def test_the_problem():
         one.trainer.train(Train(steps=1, rule=rule), NO_FENCE)
     problem = rule.problem
     assert (problem.num_samples, problem.batch_size, problem.layout) == (16, 4, one.layout)
-    assert problem.module is one.bench.module
+    assert problem.module is one.bench.shared.module
     again = replica(1, num_nodes=3, batch_size=2, accumulate=2)
     begin(again, 0, (0, 1, 2))
     again.trainer.train(Train(steps=1, rule=rule), NO_FENCE)

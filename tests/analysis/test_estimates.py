@@ -74,7 +74,7 @@ def test_a_large_model_is_laid_out_without_its_memory():
 
 def test_a_layout_without_values_is_that_of_the_model():
     spec = config(task={"name": "text_lm", "model": {"width": 16, "layers": 1, "heads": 1}}).replica_spec()
-    assert layout_of(spec, 1) == layout_of(spec, 2**40) == spec.bench(torch.device("cpu")).layout
+    assert layout_of(spec, 1) == layout_of(spec, 2**40) == spec.bench(torch.device("cpu")).shared.layout
 
 
 def test_memory_of_a_node_counts_what_its_optimizer_keeps():

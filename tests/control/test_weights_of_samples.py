@@ -78,13 +78,13 @@ def test_a_node_beyond_the_parts_counts_what_it_is_handed():
 def test_the_loss_of_a_round_is_the_mean_over_its_samples():
     (node,) = replicas([9], 1)
     losses: list[torch.Tensor] = []
-    loss = node.bench.loss
+    loss = node.bench.loss.of_batch
 
     def noted(batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         losses.append(loss(batch))
         return losses[-1]
 
-    node.bench.loss = noted
+    node.bench.loss.of_batch = noted
     report = node.trainer.train(Train(epochs=1), SimpleNamespace(is_set=lambda: False))
     expected = sum(float(one.detach()) * count for one, count in zip(losses, (4, 4, 1), strict=True)) / 9
     assert (report.num_samples, report.loss) == (9, pytest.approx(expected, rel=1e-6))
@@ -132,8 +132,8 @@ def test_the_model_of_a_run_in_which_samples_change_hands(events: list[Any], mon
     drawn: dict[int, dict[int, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     draw = NodeData.draw
 
-    def noted(self: NodeData) -> NDArray[np.int64]:
-        indices = draw(self)
+    def noted(self: NodeData, size: int) -> NDArray[np.int64]:
+        indices = draw(self, size)
         drawn[self._round][self._node].append(torch.from_numpy(indices.copy()))
         return indices
 

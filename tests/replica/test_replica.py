@@ -133,16 +133,16 @@ def test_module_at_another_point():
 
 def test_gradient_is_allocated_when_it_is_needed():
     one = replica()
-    assert one.bench.gradient is None
+    assert one.bench.gradients.values is None
     begin(one)
     train(one)
-    assert one.bench.gradient is not None
+    assert one.bench.gradients.values is not None
     # What backward left at the parameters is gone: there are not two of them.
     assert all(parameter.grad is None for parameter in one.trainer.module.parameters())
-    assert one.bench.trained[0].grad is one.bench.gradient
-    kept = one.bench.gradient
+    assert one.bench.optimizers.trained[0].grad is one.bench.gradients.values
+    kept = one.bench.gradients.values
     train(one)
-    assert one.bench.gradient is kept
+    assert one.bench.gradients.values is kept
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_same_bits_as_a_plain_loop(options: dict[str, Any], make: str | None):
     # Muon is for matrices alone.
     task = Toy(model="linear") if options["name"] != "muon" else NoBias()
     one = replica(task=task, **options)
-    assert (len(one.bench.trained) == 1 and one.bench.trained[0].dim() == 1) == (make is None)
+    assert (len(one.bench.optimizers.trained) == 1 and one.bench.optimizers.trained[0].dim() == 1) == (make is None)
     begin(one)
     train(one, 7)
     assert torch.equal(one.parameters, flat(reference(task, 7, make=kinds[options["name"]])))
@@ -285,8 +285,8 @@ def test_mixed_precision_keeps_single_precision_weights():
         begin(one)
         assert math.isfinite(train(one, 5).loss)
     assert mixed.parameters.dtype == torch.float32
-    assert mixed.bench.gradient is not None
-    assert mixed.bench.gradient.dtype == torch.float32
+    assert mixed.bench.gradients.values is not None
+    assert mixed.bench.gradients.values.dtype == torch.float32
     assert not torch.equal(mixed.parameters, single.parameters)
     torch.testing.assert_close(mixed.parameters, single.parameters, rtol=0.05, atol=0.01)
     # More than bf16's eight bits are in use.

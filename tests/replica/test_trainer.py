@@ -190,9 +190,9 @@ def test_gradients_and_losses(task: Toy, keys: dict[str, Any]):
     for at in (None, point):
         batch = one.data.batch(Batch())
         report, loss = one.trainer.gradient(Gradient(at, batch)), one.trainer.loss(Loss(at, batch))
-        with one.bench.at(one.tensors, at):
-            expected = task.loss(one.bench.module, batch.tensors)
-            torch.testing.assert_close(report.gradient, flat_gradient(one.bench.module, expected))
+        with one.bench.shared.at(one.tensors, at):
+            expected = task.loss(one.bench.shared.module, batch.tensors)
+            torch.testing.assert_close(report.gradient, flat_gradient(one.bench.shared.module, expected))
         assert report.num_samples == batch.num_samples
         assert report.loss == pytest.approx(expected.item(), rel=1e-6)
         assert loss == pytest.approx(report.loss, rel=1e-6)

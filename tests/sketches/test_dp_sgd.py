@@ -22,7 +22,7 @@ def problem(size: int = 8) -> tuple[LocalProblem, Tensor]:
     bench = one.bench
     rng = generator("rule")
     return LocalProblem(
-        one.trainer._gradient_at, one.trainer.module, bench.loss_of_module, one.layout, one.num_samples, size, rng
+        one.trainer._gradient_at, one.trainer.module, bench.loss.of_module, one.layout, one.num_samples, size, rng
     ), one.parameters
 
 

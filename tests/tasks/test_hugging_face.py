@@ -27,7 +27,7 @@ from starling.actors.host.build import load_data
 from starling.actors.tasks import hf_checks, hugging_face
 from starling.actors.tasks.hf_causal_lm import HFCausalLM
 from starling.actors.tasks.hf_classifier import HFClassifier
-from starling.actors.training.shared_module import Workbench
+from starling.actors.training.workbench import Workbench
 from starling.algorithms.errors import DataError, SettingsError, StarlingError
 from starling.orchestrator.checkpoints.export import export
 from starling.orchestrator.config.schema import parse
@@ -106,15 +106,15 @@ def test_a_causal_model_is_trained_and_exported(folder: Path, tmp_path: Path, mo
     ours: Any = load_model(tmp_path / "run")
     with torch.no_grad():
         assert torch.allclose(again(input_ids=tokens).logits, ours(input_ids=tokens).logits, atol=1e-5)
-        untrained: Any = before.module
+        untrained: Any = before.shared.module
         assert not torch.allclose(again(input_ids=tokens).logits, untrained(input_ids=tokens).logits, atol=1e-3)
-    names = [entry.name for entry in before.layout.entries]
+    names = [entry.name for entry in before.shared.layout.entries]
     if lora is None:
         assert len(names) == len(list(again.parameters()))
         return
     # What is trained and sent is A and B of each adapted layer, and nothing else.
     assert all("lora_A" in name or "lora_B" in name for name in names)
-    assert summary.bytes["payload"] < 2 * 2 * 8 * 2 * before.layout.num_values
+    assert summary.bytes["payload"] < 2 * 2 * 8 * 2 * before.shared.layout.num_values
     with hugging_face._quiet():
         adapted = peft.PeftModel.from_pretrained(
             transformers.AutoModelForCausalLM.from_pretrained(folder / model), export / "adapter"
@@ -202,7 +202,7 @@ def test_weights_are_the_model_s_own_or_fresh(folder: Path):
 
 def test_every_node_begins_alike(folder: Path):
     config = parse({"algorithm": "fedavg", "task": classifier(folder, lora={"rank": 2}).model_dump()})
-    first, other = (Workbench(config.task, config.optimizer, 3, torch.device("cpu")).module for _ in range(2))
+    first, other = (Workbench(config.task, config.optimizer, 3, torch.device("cpu")).shared.module for _ in range(2))
     for (name, one), two in zip(first.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -211,7 +211,7 @@ def test_rotary_frequencies_are_not_averaged(folder: Path):
     bench = Workbench(
         causal(folder), parse({"algorithm": "fedavg", "task": "digits"}).optimizer, 0, torch.device("cpu")
     )
-    assert bench.layout.num_buffer_values == 0
+    assert bench.shared.layout.num_buffer_values == 0
 
 
 def test_pooled_rows_are_divided_by_label(folder: Path):

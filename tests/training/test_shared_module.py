@@ -62,7 +62,7 @@ def train(one: Replica, steps: int = 1) -> None:
 
 def test_one_module_for_all():
     replicas = colocated(3)
-    assert len({id(one.bench.module) for one in replicas}) == 1
+    assert len({id(one.bench.shared.module) for one in replicas}) == 1
     assert len({one.parameters.data_ptr() for one in replicas}) == 3
     lonely = replica(2, num_nodes=3)
     assert all(torch.equal(one.parameters, lonely.parameters) for one in replicas)
@@ -192,24 +192,24 @@ def test_the_server_has_a_model_and_no_data():
 def test_other_points_leave_the_node_alone():
     one = replica(task=Toy(model="batch_norm"))
     parameters, buffers = one.parameters.clone(), one.buffers.clone()
-    with one.bench.at(one.tensors, torch.zeros_like(parameters)) as point:
+    with one.bench.shared.at(one.tensors, torch.zeros_like(parameters)) as point:
         assert not point.any()
-        one.bench.mode(training=True)
-        one.bench.module(torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(1)))
-        assert all(not parameter.any() for parameter in one.bench.module.parameters())
+        one.bench.shared.mode(training=True)
+        one.bench.shared.module(torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(1)))
+        assert all(not parameter.any() for parameter in one.bench.shared.module.parameters())
     assert torch.equal(one.parameters, parameters)
     assert torch.equal(one.buffers, buffers)
     module: Any = one.trainer.module
     assert module[0].weight.data_ptr() == one.parameters.data_ptr()
     # At the node's own parameters its statistics move.
-    with one.bench.at(one.tensors, one.parameters):
-        one.bench.module(torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(1)))
+    with one.bench.shared.at(one.tensors, one.parameters):
+        one.bench.shared.module(torch.randn(8, INPUTS, generator=torch.Generator().manual_seed(1)))
     assert not torch.equal(one.buffers, buffers)
 
 
 def test_other_points_end_with_an_exception():
     one = replica()
-    with pytest.raises(KeyError), one.bench.at(one.tensors, torch.zeros_like(one.parameters)):
+    with pytest.raises(KeyError), one.bench.shared.at(one.tensors, torch.zeros_like(one.parameters)):
         raise KeyError
     module: Any = one.trainer.module
     assert module[0].weight.data_ptr() == one.parameters.data_ptr()
@@ -249,7 +249,7 @@ def test_a_gradient_that_somebody_dropped_is_put_back():
     for each in (one, same):
         enter([each], 0)
         train(each)
-    for parameter in one.bench.module.parameters():
+    for parameter in one.bench.shared.module.parameters():
         parameter.grad = None
     train(one)
     train(same)

@@ -171,7 +171,7 @@ def plain_loop(one: Replica, task: Toy, count: int = STEPS) -> nn.Module:
     with torch.no_grad():
         for name, value in one.model_tensors().items():
             module.get_parameter(name).copy_(value) if name in dict(module.named_parameters()) else None
-    optimizer = one.bench.make_optimizer(one_by_one=True)
+    optimizer = one.bench.optimizers.make(one_by_one=True)
     own = type(optimizer)(module.parameters(), lr=0.1, **one.spec.optimizer.options)  # pyright: ignore[reportCallIssue]
     for batch in batches(one, count):
         own.zero_grad()
