@@ -121,8 +121,8 @@ class _NoTraining(Computation):
 
 
 def _trained(replica: Replica, operation: Train) -> TrainReport:
-    steps = replica.trainer.num_steps(operation)
-    return TrainReport(0.0, sum(len(replica.data.draw()) for _ in range(steps)), steps, 0.0)
+    steps, size = replica.trainer.num_steps(operation), replica.trainer.step_size(operation)
+    return TrainReport(0.0, sum(len(replica.data.draw(size)) for _ in range(steps)), steps, 0.0)
 
 
 def _gradient(replica: Replica, operation: Gradient) -> GradientReport:
