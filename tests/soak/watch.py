@@ -248,7 +248,7 @@ def check_last_words(ran: Watched, text: str) -> None:
                 trained.add(event["node"])
             case "commit":
                 trained = set(event["committed"]) & there
-            case "transfer" if ran.config.algorithm.synchronous:
+            case "transfer" if ran.config.algorithm.synchronous and event["donor"] != event["node"]:
                 trained.add(event["node"])
             case _:
                 pass
