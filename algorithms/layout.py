@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from starling.algorithms.errors import ProgramError
+from starling.algorithms.words import listed
+
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from starling.algorithms.codecs import Codec
@@ -31,6 +36,25 @@ class Layout:
     dtype: torch.dtype
     num_buffer_values: int = 0
     """Values in ``node.buffers``."""
+
+    def select(self, names: Collection[str]) -> list[int]:
+        """Return the places in ``entries`` that ``names`` select: of an entry, or of a submodule with all in it.
+
+        Raises:
+            ProgramError: a name selects nothing.
+        """
+        chosen: set[int] = set()
+        for name in names:
+            found = [
+                place
+                for place, entry in enumerate(self.entries)
+                if entry.name == name or entry.name.startswith(f"{name}.")
+            ]
+            if not found:
+                there = listed((entry.name for entry in self.entries), most=8)
+                raise ProgramError(f"{name!r} names no trained parameter of the model; there are {there}")
+            chosen.update(found)
+        return sorted(chosen)
 
     @property
     def num_values(self) -> int:

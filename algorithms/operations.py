@@ -44,7 +44,9 @@ class Train(Operation[TrainReport]):
 
     With a ``rule`` each step uses the gradient that the rule gives, on the step's whole batch. In this ``Train`` alone
     ``batch_size`` is the number of samples of a step (default: ``data.batch_size`` × ``optimizer.accumulate``), and
-    ``lr_factor`` multiplies the scheduled learning rate.
+    ``lr_factor`` multiplies the scheduled learning rate. With ``only`` the steps move these entries of the layout, by
+    their names or those of submodules (``("blocks.0", "head.bias")``); a step leaves all others alone, as torch's
+    optimizers leave parameters without a gradient: no decay, and moments stay.
     """
 
     steps: int | None = None
@@ -52,6 +54,7 @@ class Train(Operation[TrainReport]):
     rule: Rule | None = None
     batch_size: int | None = None
     lr_factor: float = 1.0
+    only: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse anything but exactly one positive amount of work, and sizes and factors that are not positive."""

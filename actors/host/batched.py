@@ -52,7 +52,7 @@ def train_together(requests: Sequence[Request], on_turn: Callable[[NodeId], None
     for place, (replica, operation, _) in enumerate(requests):
         bench = replica.bench
         is_plain = bench.optimizers.update is not None and not bench.is_random and not replica.optimizer.is_one_by_one
-        if bench.gradients.has_closed_form and is_plain and operation.rule is None:
+        if bench.gradients.has_closed_form and is_plain and operation.rule is None and operation.only is None:
             alike.setdefault(_likeness(replica, operation), []).append(place)
     outcomes: list[Outcome | None] = [None] * len(requests)
     for places in alike.values():

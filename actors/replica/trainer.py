@@ -89,11 +89,12 @@ class Trainer:
         Raises:
             NonFiniteLossError: the loss or the parameters became NaN or infinite, and ``on_nan`` is ``stop``.
             Interrupted: the fence went up.
-            ProgramError: the node has no data, or the rule gives something that is no gradient.
+            ProgramError: the node has no data, the rule gives something that is no gradient, or ``only`` names nothing.
         """
         began = time.perf_counter()
         steps = self.num_steps(operation)
         size, rule = self.step_size(operation), operation.rule
+        frozen = self._frozen(operation)
         clip = self._spec.optimizer.grad_clip
         self._shared.attach(self._tensors)
         self._shared.mode(training=True)
@@ -109,6 +110,8 @@ class Trainer:
                     if fence.is_set():
                         raise Interrupted
                     loss, num_samples = backward(size)
+                    if frozen:
+                        self._bench.gradients.leave_out(frozen)
                     if clip is not None:
                         nn.utils.clip_grad_norm_(self._bench.optimizers.trained, clip)
                     rate = self._schedule.rate() * operation.lr_factor
@@ -148,6 +151,13 @@ class Trainer:
         """
         draws = self._data.own("Train")
         return operation.steps or (operation.epochs or 0) * draws.steps_per_epoch(self.step_size(operation))
+
+    def _frozen(self, operation: Train) -> frozenset[int]:
+        """Return the places in ``Layout.entries`` that a ``Train`` leaves alone."""
+        if operation.only is None:
+            return frozenset()
+        layout = self._shared.layout
+        return frozenset(range(len(layout.entries))).difference(layout.select(operation.only))
 
     def step_size(self, operation: Train) -> int:
         """Return the samples of an optimizer step of a ``Train``."""

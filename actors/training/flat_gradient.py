@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor, nn
 
@@ -73,6 +73,12 @@ class FlatGradient:
         for index in missing:
             self._views[index].fill_(-0.0)
         self.absent = frozenset(missing)
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Let these parameters have none, whatever was computed."""
+        for index in indices:
+            self._views[index].fill_(-0.0)
+        self.absent |= frozenset(indices)
 
     # --- from elsewhere ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from starling.actors.training.flat_gradient import FlatGradient
 from starling.algorithms.errors import ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
 
@@ -117,6 +117,12 @@ class Gradients:
     def none(self) -> None:
         """Let no parameter have a gradient: a step leaves all alone."""
         self._ready().none()
+        if not self._is_flat:
+            self.publish()
+
+    def leave_out(self, indices: Collection[int]) -> None:
+        """Let parameters, by their place in ``Layout.entries``, have no gradient: a step leaves them alone."""
+        self._ready().leave_out(indices)
         if not self._is_flat:
             self.publish()
 

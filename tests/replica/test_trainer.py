@@ -472,3 +472,51 @@ def test_a_rule_finishes_where_the_round_is_cancelled():
     with pytest.raises(Interrupted):
         node().trainer.train(Train(steps=3, rule=rule), up)
     assert rule.ends == 1
+
+
+def names(one: Replica) -> list[str]:
+    return [entry.name for entry in one.layout.entries]
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "sgd", "momentum": 0.9}, {"name": "adamw"}, {"name": "rmsprop"}])
+def test_only_everything_is_without(optimizer: dict[str, Any]):
+    one, other = node(**optimizer), node(**optimizer)
+    one.trainer.train(Train(steps=3, only=tuple(names(one))), NO_FENCE)
+    other.trainer.train(Train(steps=3), NO_FENCE)
+    assert torch.equal(one.parameters, other.parameters)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"name": "sgd", "momentum": 0.9, "weight_decay": 0.1}, {"name": "adamw"}, {"name": "sgd", "grad_clip": 0.01}],
+)
+def test_only_some_are_trained_as_torch_trains_a_frozen_model(optimizer: dict[str, Any]):
+    """Two steps of all, three of the first entry, two of all: moments, decay and norms of the rest stay out of it."""
+    one, reference = node(lr=0.1, **optimizer), node(lr=0.1, **optimizer)
+    chosen = names(one)[0]
+    copy = Toy().build()
+    with torch.no_grad():
+        for entry, parameter in zip(one.layout.entries, copy.parameters(), strict=True):
+            parameter.copy_(reference.parameters[entry.start : entry.stop].view(entry.shape))
+    keys = {key: value for key, value in optimizer.items() if key not in ("name", "grad_clip")}
+    kind: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer["name"]]
+    torchs = kind(copy.parameters(), lr=0.1, **keys)
+    for steps, only in ((2, None), (3, (chosen,)), (2, None)):
+        one.trainer.train(Train(steps=steps, only=only), NO_FENCE)
+        for _ in range(steps):
+            batch = reference.data.load(torch.from_numpy(reference.data.draw(reference.spec.samples_per_step)))
+            torchs.zero_grad(set_to_none=True)
+            Toy().loss(copy, batch).backward()
+            for entry, parameter in zip(one.layout.entries, copy.parameters(), strict=True):
+                if only is not None and entry.name not in only:
+                    parameter.grad = None
+            if "grad_clip" in optimizer:
+                nn.utils.clip_grad_norm_(copy.parameters(), optimizer["grad_clip"])
+            torchs.step()
+    torch.testing.assert_close(one.parameters, torch.cat([value.reshape(-1) for value in copy.parameters()]))
+
+
+def test_only_what_names_nothing_is_refused():
+    one = node()
+    with pytest.raises(ProgramError, match=r"'head' names no trained parameter of the model; there are "):
+        one.trainer.train(Train(steps=1, only=(names(one)[0], "head")), NO_FENCE)
