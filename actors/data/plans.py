@@ -7,8 +7,6 @@ those that it was handed first, then goes on with its own part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -53,10 +51,6 @@ class Place(NamedTuple):
         1
         """
         return Place(tuple(Segment(*one) for one in extras), Position(*position))
-
-
-NOTHING_NEW: Mapping[int, Place] = MappingProxyType({})
-"""No node is to draw anything else than before."""
 
 
 class Order(Protocol):

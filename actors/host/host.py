@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-from starling.actors.data.plans import NOTHING_NEW
 from starling.actors.host import batched
 from starling.actors.host.computation import Computation
 from starling.actors.host.exchanges import Exchanges
@@ -64,12 +63,12 @@ from starling.algorithms.seeds import generator
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from starling.actors.data import Place
     from starling.actors.host.recorded_clock import Times
+    from starling.actors.host.round_order import RoundOrder
     from starling.actors.replica.replica import Replica
     from starling.actors.wire.buffers import Buffer, TensorSpec
     from starling.actors.wire.tickets import Compute
-    from starling.algorithms.api import NodeId, Payload, State, View
+    from starling.algorithms.api import NodeId, Payload, State
 
 
 _COMPUTE = frozenset({Train, Batch, Gradient, Step, Loss, Evaluate})
@@ -130,31 +129,15 @@ class Host:
 
     # --- rounds ------------------------------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        number: int,
-        view: View,
-        committed: int,
-        nodes: Sequence[NodeId],
-        *,
-        repair: bool = False,
-        joiners: Sequence[NodeId] = (),
-        places: Mapping[NodeId, Place] = NOTHING_NEW,
-        seen: Sequence[float] = (),
-    ) -> None:
+    def begin(self, order: RoundOrder, nodes: Sequence[NodeId]) -> None:
         """Apply a commit and make the programs of a new round; ``resume`` runs them.
 
         Args:
-            number: of the round.
-            view: its members.
-            committed: the last committed round.
+            order: of the round.
             nodes: those of this process whose programs begin.
-            repair: whether programs begin with ``on_view_change``.
-            joiners: nodes whose programs begin with ``join``.
-            places: new sampling plans, valid from the last commit on.
-            seen: readings of the nodes' clocks in an earlier attempt at this round.
         """
-        self.settle(dict.fromkeys(nodes, committed))
+        number, view = order.number, order.view
+        self.settle(dict.fromkeys(nodes, order.committed))
         self._digests = []
         self.exchanges.begin(number, view.members)
         algorithm = self._algorithm
@@ -164,15 +147,15 @@ class Host:
             fence = self.fences[node]
             if fence.is_set():
                 fence.clear()
-            if node in places:
-                replica.replan(places[node])
+            if node in order.places:
+                replica.replan(order.places[node])
             replica.begin(number, view, members)
-            self.times.again(node, seen)
+            self.times.again(node, order.seen)
             if node == SERVER:
                 coroutine = algorithm.server(replica)
             else:
-                joins = node in joiners
-                coroutine = whole_round(algorithm, replica, joins=joins, repairs=repair)
+                joins = node in order.joiners
+                coroutine = whole_round(algorithm, replica, joins=joins, repairs=order.repair)
             self.drop(node)  # one that never ran would complain
             self._programs[node] = Program(coroutine)
             self.exchanges.reset(node)

@@ -13,10 +13,9 @@ from starling.actors.wire.tickets import Contributed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from starling.actors.data import Place
     from starling.actors.wire.buffers import Buffer, TensorSpec
     from starling.actors.wire.tickets import Ticket
-    from starling.algorithms.api import Layout, NodeId, View
+    from starling.algorithms.api import Layout, NodeId
     from starling.algorithms.registry import Part
 
 Ref: TypeAlias = Any
@@ -70,25 +69,6 @@ class Ready:
     """Ray's name for it."""
     import_s: float = 0.0
     """From the process's first line of ours until now: imports, data, models."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """Order to begin a round."""
-
-    epoch: int
-    number: int
-    view: View
-    committed: int
-    """The last committed round."""
-    repair: bool
-    """Whether programs begin with ``on_view_change``."""
-    joiners: tuple[NodeId, ...]
-    """Those whose programs begin with ``join``."""
-    places: Mapping[NodeId, Place]
-    """Of whom there is news: what it is to draw."""
-    seen: tuple[float, ...] = ()
-    """What the nodes' clocks have shown in this round before; it begins again."""
 
 
 @dataclass(frozen=True)

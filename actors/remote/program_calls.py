@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from starling.actors.remote.messages import DeliveredResult, Expected, Inline, Reply, Round
+from starling.actors.remote.messages import DeliveredResult, Expected, Inline, Reply
 from starling.actors.remote.remote_calls import remote_call
 from starling.actors.wire.tickets import Posted, Stale
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from starling.actors.host.host import Host
+    from starling.actors.host.round_order import RoundOrder
     from starling.actors.remote.epoch import Epoch
     from starling.actors.remote.exchange_calls import ExchangeCalls
     from starling.actors.remote.store_calls import StoreCalls
@@ -33,21 +34,12 @@ class ProgramCalls:
         self._host, self._epoch, self._store, self._exchanges = host, epoch, store, exchanges
 
     @remote_call("compute")
-    def begin(self, round_: Round, nodes: Sequence[NodeId], expected: Expected | None = None) -> Reply | list[Any]:
+    def begin(self, order: RoundOrder, nodes: Sequence[NodeId], expected: Expected | None = None) -> Reply | list[Any]:
         """Begin a round and run the programs to their first exchange."""
-        self._epoch.number = round_.epoch
+        self._epoch.number = order.epoch
         self._exchanges.begin()
         self._store.begin()
-        self._host.begin(
-            round_.number,
-            round_.view,
-            round_.committed,
-            nodes,
-            repair=round_.repair,
-            joiners=round_.joiners,
-            places=round_.places,
-            seen=round_.seen,
-        )
+        self._host.begin(order, nodes)
         return self._with_parts(self.drive([(node, None) for node in nodes]), expected)
 
     @remote_call("compute")

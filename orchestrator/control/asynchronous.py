@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, cast
 
+from starling.actors.host.round_order import RoundOrder
 from starling.actors.wire.tickets import Receiving, Returned, Sleeping
 from starling.algorithms.api import SERVER
 from starling.orchestrator.control.admission import Admission
@@ -118,17 +119,10 @@ class Asynchronous(Loop):
             _, repair, joins = begun
         self._begun[node] = number, repair, joins
         readings = self._readings.pop(node, [])
-        self._runtime.programs.begin(
-            0,
-            number,
-            view,
-            number - 1,
-            (node,),
-            repair=repair,
-            joiners=(node,) if joins and node != SERVER else (),
-            places=self._state.samples.begin(number, (node,), self._nodes.present, again=again),
-            seen=readings,
-        )
+        joiners = (node,) if joins and node != SERVER else ()
+        places = self._state.samples.begin(number, (node,), self._nodes.present, again=again)
+        order = RoundOrder(0, number, view, number - 1, repair, joiners, places, tuple(readings))
+        self._runtime.programs.begin(order, (node,))
         self._strike("train", number, node)
 
     def _commit(self, node: NodeId, report: Returned) -> None:

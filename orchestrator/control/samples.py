@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from starling.actors.data import Epoch, Position
-from starling.actors.data.plans import NOTHING_NEW
 from starling.algorithms.api import SERVER
 from starling.orchestrator.errors import RunError
 from starling.orchestrator.protocol.sample_ledger import DataLedger
@@ -54,7 +53,7 @@ class SampleProgress:
     ) -> Mapping[NodeId, Place]:
         """Return the changed plans of ``nodes``, which begin round ``number``, ``again`` with the draws of before."""
         if self.ledger is None:
-            return NOTHING_NEW
+            return {}
         if self._script is None:
             there = [node for node in present if node != SERVER]
             places = self.ledger.begin((node for node in nodes if node != SERVER), there, again=again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from starling.actors.host.round_order import RoundOrder
 from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
 from starling.algorithms.api import View
 from starling.algorithms.words import listed
@@ -32,6 +33,7 @@ from starling.orchestrator.protocol.events import (
 )
 from starling.orchestrator.protocol.mailboxes import Mailroom
 from starling.orchestrator.protocol.rendezvous import Rendezvous
+from starling.orchestrator.runtimes.decisions import carry_out
 from starling.orchestrator.runtimes.events import Died, Retired
 
 if TYPE_CHECKING:
@@ -206,16 +208,9 @@ class Synchronous(Loop):
         )
         for node in view.members:
             self._mail.room.begin(node, number)
-        self._runtime.programs.begin(
-            self._epoch,
-            number,
-            view,
-            state.committed,
-            view.members,
-            repair=repair,
-            joiners=joiners,
-            places=state.samples.begin(number, view.members, view.members),
-        )
+        places = state.samples.begin(number, view.members, view.members)
+        order = RoundOrder(self._epoch, number, view, state.committed, repair, joiners, places)
+        self._runtime.programs.begin(order, view.members)
         self._strike("train", number)
         return attempt
 
@@ -338,7 +333,7 @@ class Synchronous(Loop):
         self._members.departures.stands_still(node)
 
     def _act(self, attempt: Attempt, decisions: list[Decision]) -> None:
-        self._runtime.perform(decisions)
+        carry_out(self._runtime, decisions)
         number, record = attempt.number, self._run.record
         for decision in decisions:
             match decision:

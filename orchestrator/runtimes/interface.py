@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from starling.actors.data.plans import NOTHING_NEW
 from starling.orchestrator.runtimes.events import (
     FinalModel,
     Happening,
@@ -14,12 +13,13 @@ from starling.orchestrator.runtimes.events import (
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from starling.actors.data import Place, Position
+    from starling.actors.data import Position
     from starling.actors.data.fingerprint import Fingerprint
+    from starling.actors.host.round_order import RoundOrder
     from starling.actors.replica.catch_up import Transcript
     from starling.actors.replica.state_transfer import StateExport
-    from starling.algorithms.api import Layout, NodeId, View
-    from starling.orchestrator.protocol.events import Decision
+    from starling.algorithms.api import Layout, NodeId
+    from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
     from starling.orchestrator.protocol.mailboxes import Envelope, Handover
 
 
@@ -99,36 +99,36 @@ class Processes(Protocol):
 class Programs(Protocol):
     """The programs of a round: begun, and cancelled."""
 
-    def begin(
-        self,
-        epoch: int,
-        number: int,
-        view: View,
-        committed: int,
-        nodes: Sequence[NodeId],
-        *,
-        repair: bool,
-        joiners: Sequence[NodeId] = (),
-        places: Mapping[NodeId, Place] = NOTHING_NEW,
-        seen: Sequence[float] = (),
-    ) -> None:
-        """Begin a round on ``nodes``.
+    def begin(self, order: RoundOrder, nodes: Sequence[NodeId]) -> None:
+        """Begin a round on ``nodes``."""
+        ...
 
-        Args:
-            epoch: counts attempts; events of an earlier one are dropped.
-            number: of the round.
-            view: its members.
-            committed: the last committed round, which nodes apply first.
-            nodes: those that begin.
-            repair: programs begin with ``on_view_change``.
-            joiners: nodes with another node's state, whose programs begin with ``join``.
-            places: sampling plans and positions that have changed.
-            seen: clock readings of an earlier attempt, which the programs see again.
-        """
+    def advance(self, decision: Advance) -> None:
+        """Run programs on with the result of a closed exchange, as soon as the network has brought it."""
         ...
 
     def halt(self, nodes: Sequence[NodeId]) -> None:
         """Cancel programs; ``Halted`` is reported for each node, or ``Died`` if it does not stop in time."""
+        ...
+
+
+class Exchanges(Protocol):
+    """The steps of the running round's exchanges."""
+
+    def secure(self, secures: Sequence[Secure]) -> None:
+        """Have parts reduced; ``Secured`` is reported for each."""
+        ...
+
+    def deliver(self, decision: Deliver) -> None:
+        """Bring reduced parts to the members; ``Delivered`` is reported for each."""
+        ...
+
+    def close(self, decision: Close) -> None:
+        """Make the result ready for ``Programs.advance``."""
+        ...
+
+    def give_up(self, node: NodeId) -> None:
+        """Let fetches of what ``node`` contributed fail now instead of at their time limit."""
         ...
 
 
@@ -270,6 +270,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def exchanges(self) -> Exchanges:
+        """The exchanges of the running round."""
+        ...
+
+    @property
     def messages(self) -> Messages:
         """Payloads on their way."""
         ...
@@ -307,10 +312,6 @@ class Runtime(Protocol):
         Raises:
             StarlingError: they cannot be brought up.
         """
-        ...
-
-    def perform(self, decisions: Sequence[Decision]) -> None:
-        """Carry out what the rendezvous decided at one moment."""
         ...
 
     def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:

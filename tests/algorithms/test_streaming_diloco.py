@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from starling.actors.host.build import build_replicas, load_data
 from starling.actors.host.host import Host
 from starling.actors.host.recorded_clock import Times
+from starling.actors.host.round_order import RoundOrder
 from starling.actors.tasks import Task, TensorSamples
 from starling.actors.wire.tickets import Contributed, Posted, Returned, Waiting
 from starling.algorithms.api import View, all_reduce_bytes
@@ -459,7 +460,7 @@ def test_outer_state_is_on_the_cpu_wherever_the_node_computes(device: str):
     host = Host(build_replicas((0, 1), config.replica_spec(), data, [torch.device(device, 0)] * 2, times), times)
     host.init()
     for number in range(4):
-        host.begin(number, View(0, (0, 1)), number - 1, (0, 1))
+        host.begin(RoundOrder(0, number, View(0, (0, 1)), number - 1), (0, 1))
         inline: list[list[Contributed]] = []
         tickets = dict(host.drive([(0, None), (1, None)]))
         while not isinstance(tickets[0], Returned):

@@ -8,6 +8,7 @@ import torch
 from starling.actors.host.build import build_replicas, load_data
 from starling.actors.host.host import Host
 from starling.actors.host.recorded_clock import Times
+from starling.actors.host.round_order import RoundOrder
 from starling.actors.wire.tickets import Computing, Contributed, Posted, Returned
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import parse
@@ -36,7 +37,7 @@ def test_two_nodes_train_on_a_gpu_and_agree(precision: str, compiled: bool):
     host.init()
     before = replicas[0].evaluate(data.validation, None)["loss"]
     for number in range(3):
-        host.begin(number, View(0, (0, 1)), number - 1, (0, 1))
+        host.begin(RoundOrder(0, number, View(0, (0, 1)), number - 1), (0, 1))
         tickets = dict(host.drive([(0, None), (1, None)]))
         assert not any(isinstance(ticket, Computing) for ticket in tickets.values())
         inline = []

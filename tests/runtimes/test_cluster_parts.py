@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray.exceptions
 
+from starling.actors.host.round_order import RoundOrder
 from starling.actors.remote.messages import Expected, Reply
 from starling.actors.wire.buffers import Signature
 from starling.actors.wire.tickets import Failed, Posted, Sending
@@ -23,6 +24,7 @@ from starling.orchestrator.runtimes.cluster.placement import Placement
 from starling.orchestrator.runtimes.cluster.processes import Processes
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.cluster.start_up import StartUp
+from starling.orchestrator.runtimes.decisions import carry_out
 from starling.orchestrator.runtimes.events import (
     Arrived,
     Died,
@@ -276,7 +278,7 @@ def _posted(**changes: Any) -> Posted:
 
 
 def _begin(made: Made, epoch: int) -> None:
-    made.cluster.programs.begin(epoch, epoch, View(0, (0, 1, 2)), epoch - 1, (0, 1, 2), repair=False)
+    made.cluster.programs.begin(RoundOrder(epoch, epoch, View(0, (0, 1, 2)), epoch - 1), (0, 1, 2))
 
 
 def test_parts_are_put_into_the_store_before_a_contribution_is_announced():
@@ -302,7 +304,7 @@ def test_parts_come_along_with_the_reply_where_they_did_in_the_round_before():
     made.answer("begin", *(Reply([(node, _posted())], posted=0) for node in range(3)))
     assert [one.node for one in made.at(0.0)] == [0, 1, 2]
     assert len(made.calls("post")) == 3, "those of the first round"
-    made.cluster.perform([Secure(0, 0, 0, (0, 1, 2), 0)])
+    carry_out(made.cluster, [Secure(0, 0, 0, (0, 1, 2), 0)])
     ((_, (job,)),) = made.calls("secure")
     assert [str(ref)[:5] for ref in job.refs.values()] == ["begin", "begin"], "with the replies they came"
 
@@ -432,7 +434,7 @@ def test_an_exchange_that_does_not_fit_ends_the_run_and_one_that_fitted_is_not_l
     assert len(asked) == 1, "three announce the first exchange"
     made.cluster.exchanges.posted[0] = {node: _posted(part_nbytes=(9_000_000,) * 3) for node in range(3)}
     with pytest.raises(ClusterError, match=r"an exchange of 27\.0 MB from each of 3 nodes needs .* on b"):
-        made.cluster.perform([Secure(0, 0, 0, (0, 1, 2), 0)])
+        carry_out(made.cluster, [Secure(0, 0, 0, (0, 1, 2), 0)])
     asked.clear()
     sent = Sending(1, 5, (), 900_000, None)
     for _ in range(2):

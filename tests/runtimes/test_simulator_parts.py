@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from starling.actors.host.round_order import RoundOrder
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.runtimes.events import Died, Halted, Loaded, Notice, NotLoaded, Retired, Up
@@ -173,7 +174,7 @@ def test_what_was_kept_of_a_node_is_there_until_it_is_released():
 def test_what_was_to_happen_to_a_program_is_void_once_it_is_halted():
     simulator = started(network={"step_ms": 1000})
     view = View(0, (0, 1, 2))
-    simulator.programs.begin(0, 0, view, -1, (0, 1, 2), repair=False)
+    simulator.programs.begin(RoundOrder(0, 0, view, -1), (0, 1, 2))
     assert at(simulator, 0.5) == [], "all of them train"
     simulator.programs.halt([0, 1, 2])
     assert at(simulator, 99.0) == [Halted(node) for node in range(3)]

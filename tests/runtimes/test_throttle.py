@@ -19,6 +19,7 @@ from starling.orchestrator.runtimes.cluster import store
 from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.cluster.transport import Transport
+from starling.orchestrator.runtimes.decisions import carry_out
 from starling.orchestrator.runtimes.events import Arrived, Loaded
 from tests.fake_actors import Fakes
 
@@ -50,7 +51,7 @@ class Throttled(Fakes):
             self.cluster.exchanges.posted[seq][node] = posted
 
     def secure(self) -> None:
-        self.cluster.perform([Secure(0, part, part, (0, 1, 2, 3), 0) for part in range(4)])
+        carry_out(self.cluster, [Secure(0, part, part, (0, 1, 2, 3), 0) for part in range(4)])
 
     def secured(self) -> None:
         self.answer("secure", *(([Secured(0, part, part, frozenset(range(4)), 0)], 0) for part in range(4)))
@@ -74,7 +75,7 @@ def test_a_reduction_takes_as_long_as_the_links_say():
     assert plane.at(0.84) == []
     assert {one.by for one in plane.at(0.86)} == {0, 1, 2, 3}
     # And back: each sends the part that it has made to three others, from now on.
-    plane.cluster.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
+    carry_out(plane.cluster, [Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
     plane.answer("deliver", *((frozenset[int](), 0) for _ in range(4)))
     assert plane.at(0.86 + 0.84) == []
     assert plane.at(0.86 + 0.86) == [Delivered(0, node, 0) for node in range(4)]
@@ -102,7 +103,7 @@ def test_a_link_that_is_busy_delays_what_comes_next():
     plane.post()
     plane.post(seq=1)
     plane.secure()
-    plane.cluster.perform([Secure(1, 0, 0, (0, 1), 0)])  # another exchange, at the same time: 0.25 s behind 0.75
+    carry_out(plane.cluster, [Secure(1, 0, 0, (0, 1), 0)])  # another exchange, at the same time: 0.25 s behind 0.75
     plane.answer(
         "secure",
         *(([Secured(0, part, part, frozenset(range(4)), 0)], 0) for part in range(4)),
@@ -136,7 +137,7 @@ def test_what_is_missing_is_told_at_once():
     plane = Throttled(NETWORK)
     plane.post()
     plane.secure()
-    plane.cluster.perform([Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
+    carry_out(plane.cluster, [Deliver(0, (0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), 0)])
     plane.answer("deliver", (frozenset((3,)), 0), *((frozenset[int](), 0) for _ in range(3)))
     assert plane.at(0.0) == [Delivered(0, 0, 0, frozenset((3,)))]
 
@@ -147,7 +148,7 @@ def test_small_contributions_arrive_where_they_are_wanted(per_process: int):
     # Node 0 hears three others, of which 1 and 2 send to it alone.
     others = {0: frozenset((1, 2, 3)), 1: frozenset[int](), 2: frozenset[int](), 3: frozenset((1,))}
     plane.post(inline=True, wants=others)
-    plane.cluster.perform([Close(0, (0, 1, 2, 3), inline=True), Advance(0, (0, 1, 2, 3), (0, 1, 2, 3), inline=True)])
+    carry_out(plane.cluster, [Close(0, (0, 1, 2, 3), inline=True), Advance(0, (0, 1, 2, 3), (0, 1, 2, 3), inline=True)])
 
     def advanced() -> set[int]:
         return {node for name, arguments in plane.asked if name == "advance" for node in arguments[2]}

@@ -242,6 +242,9 @@ class ObjectExchange:
         self._contributions = {key: refs for key, refs in self._contributions.items() if key[0] != seq}
         self._reduced = {key: ref for key, ref in self._reduced.items() if key[0] != seq}
 
+    def give_up(self, node: NodeId) -> None:
+        self._pool.give_up(self._attempt.epoch, node)
+
     def by_arrival(self, decision: Advance) -> Mapping[float, list[NodeId]]:
         """Group the nodes that advance by when the network brings them the result; 0: at once."""
         due = self._inline_due.get(decision.seq, {})

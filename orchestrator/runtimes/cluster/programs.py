@@ -6,18 +6,17 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from starling.actors.data.plans import NOTHING_NEW
-from starling.actors.remote.messages import Expected, Reply, Round
+from starling.actors.remote.messages import Expected, Reply
 from starling.actors.wire.tickets import Pinging, Posted, Sending, Sleeping, Stale
 from starling.orchestrator.protocol.events import Reached
 from starling.orchestrator.runtimes.events import Halted, Log, Seen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from starling.actors.data import Place
+    from starling.actors.host.round_order import RoundOrder
     from starling.actors.wire.tickets import Ticket
-    from starling.algorithms.api import NodeId, View
+    from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.events import Advance
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
     from starling.orchestrator.runtimes.cluster.attempt import Attempt
@@ -66,27 +65,13 @@ class ProgramDriver:
 
     # --- begin and advance -------------------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        epoch: int,
-        number: int,
-        view: View,
-        committed: int,
-        nodes: Sequence[NodeId],
-        *,
-        repair: bool,
-        joiners: Sequence[NodeId] = (),
-        places: Mapping[NodeId, Place] = NOTHING_NEW,
-        seen: Sequence[float] = (),
-    ) -> None:
-        self._attempt.begin(epoch, view.members, nodes)
+    def begin(self, order: RoundOrder, nodes: Sequence[NodeId]) -> None:
+        self._attempt.begin(order.epoch, order.view.members, nodes)
         self._exchanges.begin()
-        round_ = Round(epoch, number, view, committed, repair, tuple(joiners), dict(places), tuple(seen))
         for actor, mine in self._pool.by_actor(nodes):
-            self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(round_, mine, expected))
+            self._drive(actor, _BEGIN, lambda call, expected, mine=mine: call.remote(order, mine, expected))
 
     def advance(self, decision: Advance) -> None:
-        """Run programs on with the result of a closed exchange, as soon as the network has brought it."""
         epoch = self._attempt.epoch
         for when, nodes in self._exchanges.by_arrival(decision).items():
             some = replace(decision, nodes=tuple(nodes))

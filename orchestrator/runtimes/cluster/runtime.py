@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from starling.algorithms.api import SERVER
 from starling.orchestrator.errors import ClusterError
-from starling.orchestrator.protocol.events import Advance, Cancel, Close, Deliver, GiveUp, Secure
 from starling.orchestrator.runtimes.cluster.actors import ActorPool
 from starling.orchestrator.runtimes.cluster.attempt import Attempt
 from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from starling.actors.data.fingerprint import Fingerprint
     from starling.algorithms.api import Layout, NodeId
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.protocol.events import Decision
     from starling.orchestrator.runtimes.events import Happening, NodeFacts
 
 _LOG = logging.getLogger("starling")
@@ -139,25 +137,6 @@ class Cluster:
 
     def next(self, until: float) -> Happening | None:
         return self._loop.next(until)
-
-    def perform(self, decisions: Sequence[Decision]) -> None:
-        secures = [one for one in decisions if isinstance(one, Secure)]
-        if secures:
-            self.exchanges.secure(secures)
-        for decision in decisions:
-            match decision:
-                case Deliver():
-                    self.exchanges.deliver(decision)
-                case Close():
-                    self.exchanges.close(decision)
-                case Advance():
-                    self.programs.advance(decision)
-                case Cancel(node):
-                    self.programs.halt([node])
-                case GiveUp(node):
-                    self.pool.give_up(self.attempt.epoch, node)
-                case _:
-                    pass  # secures are on their way; commits, aborts and errors are the controller's own
 
     def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
         self.states.retire(nodes, empty)

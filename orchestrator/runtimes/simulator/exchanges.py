@@ -10,12 +10,12 @@ from starling.orchestrator.protocol.events import Delivered
 from starling.orchestrator.runtimes import traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from starling.actors.wire.buffers import Buffer
     from starling.actors.wire.tickets import Posted
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
+    from starling.orchestrator.protocol.events import Close, Deliver, Secure
     from starling.orchestrator.runtimes.network import Network
     from starling.orchestrator.runtimes.simulator.clock import VirtualClock
     from starling.orchestrator.runtimes.simulator.nodes import SimulatedNodes
@@ -84,7 +84,7 @@ class SimulatedExchanges:
             delivered = Delivered(decision.seq, node, decision.generation)
             self._clock.at(arrivals.get(node, now), node, delivered, self._clock.epoch)
 
-    def conclude(self, decision: Close) -> None:
+    def close(self, decision: Close) -> None:
         """Compute the result now, before anybody runs on: contributions may share memory with parameters."""
         seq, exchanges = decision.seq, self._nodes.host.exchanges
         exchange = self._exchanges[seq]
@@ -112,9 +112,9 @@ class SimulatedExchanges:
             exchanges.conclude_reduce(first, seq, specs, weights, parts)
         exchanges.release(seq)
 
-    def advance(self, decision: Advance) -> None:
-        """Run programs on with the result, as soon as it has come."""
-        now, arrivals = self._clock.now, self._exchanges[decision.seq].arrivals
-        for node in decision.nodes:
-            when = max(now, arrivals.get(node, now)) if arrivals else now
-            self._clock.resume_at(when, node, None, decision.seq)
+    def arrivals(self, seq: int) -> Mapping[NodeId, float]:
+        """Return when the result of a closed exchange has come to each member; empty: to all of them, now."""
+        return self._exchanges[seq].arrivals
+
+    def give_up(self, node: NodeId) -> None:
+        pass  # every fetch succeeds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from starling.actors.data.plans import NOTHING_NEW
 from starling.actors.wire.tickets import (
     Computing,
     Failed,
@@ -21,12 +20,13 @@ from starling.orchestrator.protocol.events import Posts, Reached, Returns
 from starling.orchestrator.runtimes.events import Halted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from starling.actors.data import Place
+    from starling.actors.host.round_order import RoundOrder
     from starling.actors.wire.tickets import Compute
-    from starling.algorithms.api import NodeId, View
+    from starling.algorithms.api import NodeId
     from starling.orchestrator.config.schema import Config
+    from starling.orchestrator.protocol.events import Advance
     from starling.orchestrator.runtimes.network import Network
     from starling.orchestrator.runtimes.simulator.clock import VirtualClock
     from starling.orchestrator.runtimes.simulator.exchanges import SimulatedExchanges
@@ -76,28 +76,21 @@ class SimulatedPrograms:
 
     # --- begin and end -----------------------------------------------------------------------------------------------
 
-    def begin(
-        self,
-        epoch: int,
-        number: int,
-        view: View,
-        committed: int,
-        nodes: Sequence[NodeId],
-        *,
-        repair: bool,
-        joiners: Sequence[NodeId] = (),
-        places: Mapping[NodeId, Place] = NOTHING_NEW,
-        seen: Sequence[float] = (),
-    ) -> None:
-        self._clock.epoch = epoch
+    def begin(self, order: RoundOrder, nodes: Sequence[NodeId]) -> None:
+        self._clock.epoch = order.epoch
         self._exchanges.begin()
         there = [node for node in nodes if node in self._nodes.present and node not in self._nodes.hung]
         if there:
-            host = self._nodes.host
-            host.begin(number, view, committed, there, repair=repair, joiners=joiners, places=places, seen=seen)
+            self._nodes.host.begin(order, there)
         for node in there:
             self._clock.interrupt(node)
             self._clock.resume_at(self._clock.now, node)
+
+    def advance(self, decision: Advance) -> None:
+        now, arrivals = self._clock.now, self._exchanges.arrivals(decision.seq)
+        for node in decision.nodes:
+            when = max(now, arrivals.get(node, now)) if arrivals else now
+            self._clock.resume_at(when, node, None, decision.seq)
 
     def halt(self, nodes: Sequence[NodeId]) -> None:
         for node in nodes:

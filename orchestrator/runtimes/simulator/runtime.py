@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from starling.algorithms.api import SERVER
-from starling.orchestrator.protocol.events import Advance, Cancel, Close, Deliver, Secure
 from starling.orchestrator.runtimes.network import Network
 from starling.orchestrator.runtimes.simulator.clock import ALWAYS, VirtualClock
 from starling.orchestrator.runtimes.simulator.exchanges import SimulatedExchanges
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from starling.actors.host.host import Host
     from starling.algorithms.api import Layout, NodeId
     from starling.orchestrator.config.schema import Config
-    from starling.orchestrator.protocol.events import Decision
     from starling.orchestrator.runtimes.events import Happening, NodeFacts
     from starling.orchestrator.runtimes.simulator.programs import Resume
 
@@ -60,9 +58,9 @@ class Simulator:
         self.states = SimulatedStates(clock, nodes, network)
         self.processes = SimulatedProcesses(config, clock, nodes, self.states)
         self.standing = SimulatedStanding(clock, network, self.processes, self.states)
-        self._exchanges = SimulatedExchanges(clock, nodes, network)
+        self.exchanges = SimulatedExchanges(clock, nodes, network)
         self.messages = SimulatedMessages(clock, nodes, network, keeps=not config.algorithm.synchronous)
-        self.programs = SimulatedPrograms(config, clock, nodes, self._exchanges, self.messages, self.processes, network)
+        self.programs = SimulatedPrograms(config, clock, nodes, self.exchanges, self.messages, self.processes, network)
         self.models = SimulatedModels(nodes)
 
     @property
@@ -106,23 +104,6 @@ class Simulator:
                     resumes.append((node, result, seq))
             self.programs.run(resumes)
         return clock.ready.popleft()
-
-    def perform(self, decisions: Sequence[Decision]) -> None:
-        secures = [one for one in decisions if isinstance(one, Secure)]
-        if secures:
-            self._exchanges.secure(secures)
-        for decision in decisions:
-            match decision:
-                case Deliver():
-                    self._exchanges.deliver(decision)
-                case Close():
-                    self._exchanges.conclude(decision)
-                case Advance():
-                    self._exchanges.advance(decision)
-                case Cancel(node):
-                    self.programs.halt([node])
-                case _:
-                    pass  # done above, or the controller's own; nothing to give up where every fetch succeeds
 
     def retire(self, nodes: Sequence[NodeId], *, empty: Collection[NodeId] = ()) -> None:
         self.processes.retire(nodes, empty)
