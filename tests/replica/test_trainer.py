@@ -398,7 +398,7 @@ def test_the_committed_model_is_made_of_the_committed_state():
 
 
 @pytest.mark.parametrize("amount", [{"steps": 2}, {"epochs": 1}])
-def test_a_batch_size_of_one_train_is_that_of_a_run(amount: dict[str, int]):
+def test_a_batch_size_of_one_train_is_that_of_a_run(amount: dict[str, Any]):
     """Also what an epoch is: 16 samples are 4 steps of 4 and 2 of 8."""
     one, other = node(batch_size=8), node(batch_size=4)
     mine = one.trainer.train(Train(**amount, batch_size=4), NO_FENCE)
