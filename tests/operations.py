@@ -134,6 +134,20 @@ class Computing(Program):
         node.parameters.copy_(there)
 
 
+class Training(Program):
+    """Trains some of the parameters on small batches at a lower rate, and reports how far it went."""
+
+    async def round(self, node: Node) -> None:
+        before = node.parameters.clone()
+        chosen = node.layout.entries[0]
+        await Train(steps=2, batch_size=3, lr_factor=0.5, only=(chosen.name,))
+        moved = node.parameters != before
+        assert moved[chosen.start : chosen.stop].any()
+        assert not moved[chosen.stop :].any()
+        node.report(moved=(node.parameters - before).norm().item(), node=node.id)
+        node.parameters.copy_((await AllReduce(node.parameters)).value)
+
+
 class Hasty(Program):
     """Goes on with the first that arrive; one node is slow."""
 

@@ -310,3 +310,12 @@ class Replicated(Program):
 def test_forms_that_cannot_be_are_refused(form: type[Program]):
     with pytest.raises(Exception, match=f"{form.__name__} .*synchronous"):
         attempt(algorithm=form())
+
+
+# --- a part of the model --------------------------------------------------------------------------------------------
+
+
+def test_some_parameters_are_trained_and_the_distance_is_reported():
+    ran = run("Training", 3)
+    assert [one.reported["node"] for one in ran.rounds] == [{"mean": 1.0, "min": 0.0, "max": 2.0}] * 2
+    assert all(one.reported["moved"]["min"] > 0 for one in ran.rounds)
