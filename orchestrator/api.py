@@ -149,12 +149,12 @@ def replay(
     from pathlib import Path
 
     from starling.orchestrator.config.sections import CheckpointConfig
-    from starling.orchestrator.control.replay import History, ReplayController
+    from starling.orchestrator.control.replay import ReplayController, RunHistory
     from starling.orchestrator.records.run_directory import RunDirectory
     from starling.orchestrator.runtimes.simulator.runtime import Simulator
 
     resolved = resolve(Path(history_dir) / "config.yaml" if config is None else config, trust=trust)
-    history = History.read(history_dir)
+    history = RunHistory.read(history_dir)
     resolved = resolved.model_copy(update={"checkpoint": CheckpointConfig(every_rounds=0)})
     directory, controller = RunDirectory(resolved, run_dir), functools.partial(ReplayController, history=history)
     summary = drive(resolved, Simulator(resolved), directory, observers, controller)

@@ -31,7 +31,7 @@ from starling.orchestrator.sweeps import sweep, trial_checkpoint
 from starling.orchestrator.sweeps.options import Options
 from starling.orchestrator.sweeps.trials import TRIALS, Board, Trial
 from starling.orchestrator.tracking.mlflow_tracker import folders_of
-from starling.orchestrator.tracking.spool import SPOOL, STATE, TRIALS_OF, Outbox
+from starling.orchestrator.tracking.spool import SPOOL, STATE, TRIALS_OF, SpoolReader
 from tests.conformance import StoppedError, Stopper
 
 if TYPE_CHECKING:
@@ -186,14 +186,14 @@ def _resume_sweep(path: Path) -> str | None:
 
 def _track(path: Path) -> str | None:
     """All that ``track`` does but send: each operation that is left is read, and noted as sent."""
-    outboxes = [Outbox(folder) for folder in folders_of(path)]
-    for outbox in outboxes:
-        if outbox.problem is not None:
-            raise ConfigError(outbox.problem)
-        while (read := outbox.read())[0]:
-            outbox.note(offset=read[1][-1])
-        outbox.note(ended=True)
-        outbox.forget()
+    readers = [SpoolReader(folder) for folder in folders_of(path)]
+    for reader in readers:
+        if reader.problem is not None:
+            raise ConfigError(reader.problem)
+        while (read := reader.read())[0]:
+            reader.note(offset=read[1][-1])
+        reader.note(ended=True)
+        reader.forget()
     return None
 
 

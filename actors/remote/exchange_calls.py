@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from starling.actors.host.host import Host
-    from starling.actors.remote.epoch import Epoch
+    from starling.actors.remote.running_epoch import RunningEpoch
     from starling.actors.remote.store_calls import StoreCalls
     from starling.actors.wire.buffers import Buffer
     from starling.algorithms.api import NodeId
@@ -29,7 +29,7 @@ class ExchangeCalls:
         store: fetches other processes' contributions and results.
     """
 
-    def __init__(self, host: Host, epoch: Epoch, store: StoreCalls) -> None:
+    def __init__(self, host: Host, epoch: RunningEpoch, store: StoreCalls) -> None:
         self._host, self._epoch, self._store = host, epoch, store
         self._reduced: dict[tuple[int, int], Buffer] = {}
         """Parts that this process has reduced, by exchange and part."""

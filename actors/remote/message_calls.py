@@ -11,8 +11,8 @@ from starling.algorithms.api import Message
 
 if TYPE_CHECKING:
     from starling.actors.host.host import Host
-    from starling.actors.remote.epoch import Epoch
     from starling.actors.remote.program_calls import ProgramCalls
+    from starling.actors.remote.running_epoch import RunningEpoch
     from starling.actors.remote.store_calls import StoreCalls
     from starling.algorithms.api import NodeId
 
@@ -27,7 +27,7 @@ class MessageCalls:
         programs: run on with messages.
     """
 
-    def __init__(self, host: Host, epoch: Epoch, store: StoreCalls, programs: ProgramCalls) -> None:
+    def __init__(self, host: Host, epoch: RunningEpoch, store: StoreCalls, programs: ProgramCalls) -> None:
         self._host, self._epoch, self._store, self._programs = host, epoch, store, programs
 
     @remote_call("exchange")

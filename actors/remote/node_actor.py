@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from starling.actors.remote.epoch import Epoch
 from starling.actors.remote.exchange_calls import ExchangeCalls
 from starling.actors.remote.message_calls import MessageCalls
 from starling.actors.remote.model_calls import ModelCalls
@@ -25,6 +24,7 @@ from starling.actors.remote.node_builder import Built, NodeBuilder
 from starling.actors.remote.process_calls import ProcessCalls
 from starling.actors.remote.program_calls import ProgramCalls
 from starling.actors.remote.remote_calls import GROUPS, answering_for, group_of, remote_call
+from starling.actors.remote.running_epoch import RunningEpoch
 from starling.actors.remote.state_calls import StateCalls
 from starling.actors.remote.store_calls import StoreCalls
 from starling.actors.wire.tickets import Failed
@@ -43,7 +43,7 @@ class NodeActor:
     def __init__(self) -> None:
         # Ray runs this in the process's main thread.
         self._process = ProcessCalls()
-        self._epoch = Epoch()
+        self._epoch = RunningEpoch()
         self._store = StoreCalls(self._epoch)
         self.parts: dict[type, object] = {ProcessCalls: self._process, StoreCalls: self._store}
         """The parts by class: those about nodes are there once there are nodes."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from starling.actors.host.host import Host
     from starling.actors.host.round_order import RoundOrder
-    from starling.actors.remote.epoch import Epoch
     from starling.actors.remote.exchange_calls import ExchangeCalls
+    from starling.actors.remote.running_epoch import RunningEpoch
     from starling.actors.remote.store_calls import StoreCalls
     from starling.algorithms.api import NodeId
 
@@ -30,7 +30,7 @@ class ProgramCalls:
         exchanges: has contributions, and results.
     """
 
-    def __init__(self, host: Host, epoch: Epoch, store: StoreCalls, exchanges: ExchangeCalls) -> None:
+    def __init__(self, host: Host, epoch: RunningEpoch, store: StoreCalls, exchanges: ExchangeCalls) -> None:
         self._host, self._epoch, self._store, self._exchanges = host, epoch, store, exchanges
 
     @remote_call("compute")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from ray import ObjectRef
 
-    from starling.actors.remote.epoch import Epoch
+    from starling.actors.remote.running_epoch import RunningEpoch
     from starling.algorithms.api import NodeId
 
 _SLICE_S = 0.2
@@ -31,7 +31,7 @@ class StoreCalls:
         epoch: the running attempt.
     """
 
-    def __init__(self, epoch: Epoch) -> None:
+    def __init__(self, epoch: RunningEpoch) -> None:
         self.timeout_s = 0.0
         """Bound on each fetch."""
         self._epoch = epoch

@@ -44,7 +44,7 @@ class _Notice(_Exactly):
     reason: str
 
 
-class _Kept(_Exactly):
+class _SavedKept(_Exactly):
     node: Node
     number: Round
     nbytes: Count
@@ -65,13 +65,13 @@ _Coming: TypeAlias = (
     | Annotated[tuple[Literal["Died"], _Died], LIST]
     | Annotated[tuple[Literal["Retired"], _Retired], LIST]
     | Annotated[tuple[Literal["Notice"], _Notice], LIST]
-    | Annotated[tuple[Literal["Kept"], _Kept], LIST]
+    | Annotated[tuple[Literal["Kept"], _SavedKept], LIST]
     | Annotated[tuple[Literal["Halted"], _Halted], LIST]
     | Annotated[tuple[Literal["SpareLost"], _SpareLost], LIST]
 )
 
 
-class Processes(Stored):
+class SavedProcesses(Stored):
     """State of ``SimulatedProcesses``."""
 
     present: dict[NodeName, Count]
@@ -85,7 +85,7 @@ class Processes(Stored):
     network: list[Annotated[tuple[Node, Node | str, float], LIST]]
 
 
-class _Recovery(_Exactly):
+class _SavedRecovery(_Exactly):
     struck: float | None = None
     lost: float | None = None
     launched: float | None = None
@@ -106,7 +106,7 @@ class SavedMembers(Stored):
     """State of ``Members``."""
 
     pool: _Pool
-    recoveries: dict[NodeName, _Recovery]
+    recoveries: dict[NodeName, _SavedRecovery]
     facts: Annotated[list[_Facts], Field(min_length=1)]
     down: list[Node]
     new: list[Node]

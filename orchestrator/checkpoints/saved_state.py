@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import torch
 from pydantic import Field, ValidationError
 
-from starling.orchestrator.checkpoints.saved_processes import LIST, NodeName, Processes, SavedMembers
+from starling.orchestrator.checkpoints.saved_processes import LIST, NodeName, SavedMembers, SavedProcesses
 from starling.orchestrator.checkpoints.schedule import MAIL
 from starling.orchestrator.errors import CheckpointReadError
 from starling.orchestrator.records.run_files import Count, Node, Round, Seconds, Stored, Value, problem
@@ -74,21 +74,21 @@ class _Envelope(Stored):
     attempt: Count = 0
 
 
-class _Left(Stored):
+class _SavedLeft(Stored):
     left: Node
 
 
-class _Box(Stored):
+class _SavedBox(Stored):
     round: int
     sent: Annotated[list[int], Field(min_length=2, max_length=2)]
     heard: dict[NodeName, int]
     unsent: list[_Pair]
-    queue: list[_Envelope | _Left | Literal["timeout"]]
+    queue: list[_Envelope | _SavedLeft | Literal["timeout"]]
 
 
 class _Mail(Stored):
     attempt: Count
-    boxes: dict[NodeName, _Box]
+    boxes: dict[NodeName, _SavedBox]
     arriving: dict[NodeName, list[_Envelope]] = {}
 
 
@@ -133,7 +133,7 @@ class _Controller(Stored):
     mail: _Mail
     directory: _Directory
     config: dict[str, Any]
-    processes: Processes | None = None
+    processes: SavedProcesses | None = None
     members: SavedMembers | None = None
 
 

@@ -83,7 +83,7 @@ class Done:
 
 
 @dataclass
-class History:
+class RunHistory:
     """Parse a run's log into the course of its rounds."""
 
     path: Path
@@ -119,7 +119,7 @@ class History:
         return self.plans.get((node, number))
 
     @staticmethod
-    def read(run_dir: str | Path) -> History:
+    def read(run_dir: str | Path) -> RunHistory:
         """Read the log of a finished run.
 
         Raises:
@@ -132,7 +132,7 @@ class History:
             raise ConfigError(f"--replay {path}: it has no {lacks}; it takes the directory of a finished run")
         if summary.status != "finished":
             raise ConfigError(f"--replay {path}: that run is {summary.status}, and only a finished one has an end")
-        history = History(path, summary.digest)
+        history = RunHistory(path, summary.digest)
         for event in event_lines.read(path):
             history._take(event)
         if history.lost and not history.rounds_done:
@@ -224,7 +224,7 @@ class ReplayController(Controller):
         config: Config,
         runtime: Simulator,
         observer: Observer,
-        history: History,
+        history: RunHistory,
         *,
         run_id: str,
         run_dir: str,
@@ -251,7 +251,7 @@ class ReplayController(Controller):
 class ReplayRoom(Mailroom):
     """Hands messages over in the order of the log."""
 
-    def __init__(self, history: History, nodes: tuple[NodeId, ...]) -> None:
+    def __init__(self, history: RunHistory, nodes: tuple[NodeId, ...]) -> None:
         super().__init__(nodes, remembers=True)
         self._expected = history.received
 
@@ -279,7 +279,7 @@ class ReplayRoom(Mailroom):
 class ReplayRounds(NodeRounds):
     """Gives nodes the views that the log has."""
 
-    def __init__(self, history: History, nodes: tuple[NodeId, ...]) -> None:
+    def __init__(self, history: RunHistory, nodes: tuple[NodeId, ...]) -> None:
         super().__init__(nodes, has_server=SERVER in nodes)
         self._history = history
         self._views: dict[NodeId, View] = {}
@@ -294,7 +294,7 @@ class ReplayRounds(NodeRounds):
 class AsynchronousReplay(Asynchronous):
     """Every node does the rounds that it committed, and what its last messages needed."""
 
-    def __init__(self, state: RunState, history: History) -> None:
+    def __init__(self, state: RunState, history: RunHistory) -> None:
         nodes = tuple(state.roster.facts)
         super().__init__(state, ReplayRoom(history, nodes), ReplayRounds(history, nodes))
         self._history = history
@@ -326,7 +326,7 @@ class AsynchronousReplay(Asynchronous):
 class SynchronousReplay(Synchronous):
     """Who was too late, or lost, is so again: what it would contribute is held back until the others have posted."""
 
-    def __init__(self, state: RunState, history: History, simulator: Simulator) -> None:
+    def __init__(self, state: RunState, history: RunHistory, simulator: Simulator) -> None:
         super().__init__(state)
         self._history = history
         self._simulator = simulator

@@ -112,7 +112,7 @@ class Programs(Protocol):
         ...
 
 
-class Exchanges(Protocol):
+class ExchangeSteps(Protocol):
     """The steps of the running round's exchanges."""
 
     def secure(self, secures: Sequence[Secure]) -> None:
@@ -270,7 +270,7 @@ class Runtime(Protocol):
         ...
 
     @property
-    def exchanges(self) -> Exchanges:
+    def exchanges(self) -> ExchangeSteps:
         """The exchanges of the running round."""
         ...
 

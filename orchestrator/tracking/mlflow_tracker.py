@@ -30,7 +30,7 @@ from starling.orchestrator.records import run_files
 from starling.orchestrator.records.observers import Observer
 from starling.orchestrator.safe_files import Folder
 from starling.orchestrator.tracking.sender import Sender
-from starling.orchestrator.tracking.spool import SPOOL, TRIALS_OF, Outbox, Spool
+from starling.orchestrator.tracking.spool import SPOOL, TRIALS_OF, Spool, SpoolReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -200,7 +200,7 @@ def link_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
 
     Without the type of workflow that page shows something else than runs.
     """
-    experiment = Outbox(run_dir).state.experiment_id
+    experiment = SpoolReader(run_dir).state.experiment_id
     store = store_of(tracking, run_dir)
     if experiment is None or store.startswith("databricks"):
         return None
@@ -210,10 +210,10 @@ def link_of(tracking: MLflowTracking, run_dir: Path) -> str | None:
 
 def is_recorded(run_dir: Path) -> bool | None:
     """Tell whether a tracker has all of a run that is over; None: it has nothing."""
-    outbox = Outbox(run_dir)
-    if outbox.state.run_id is None:
+    reader = SpoolReader(run_dir)
+    if reader.state.run_id is None:
         return None
-    return outbox.state.ended and outbox.is_empty
+    return reader.state.ended and reader.is_empty
 
 
 def close(sender: Sender, limit_s: float, folder: Path) -> None:
@@ -268,11 +268,11 @@ def send_left(run_dir: Path, config: Config, timeout_s: float) -> tuple[int, boo
     if not isinstance(config.tracking, MLflowTracking):
         raise ConfigError(f"{run_dir}: its configuration has tracking: none; there is nothing to send")
     folders = folders_of(run_dir)
-    outboxes = [Outbox(folder) for folder in folders]
-    for problem in (outbox.problem for outbox in outboxes):
+    readers = [SpoolReader(folder) for folder in folders]
+    for problem in (reader.problem for reader in readers):
         if problem is not None:
             raise ConfigError(problem)
-    left = [outbox for outbox in outboxes if not outbox.is_empty]
+    left = [reader for reader in readers if not reader.is_empty]
     tracking = config.tracking
     sender = Sender(
         tracking, store_of(tracking, run_dir), artifacts_of(tracking, run_dir), lambda: folders, after_run=True

@@ -19,7 +19,7 @@ from starling.orchestrator.config.schema import MLflowTracking
 from starling.orchestrator.config.sections import without_password
 from starling.orchestrator.errors import ConfigError, StarlingError
 from starling.orchestrator.safe_files import Folder
-from starling.orchestrator.tracking.spool import SPOOL, TRIALS_OF, Outbox
+from starling.orchestrator.tracking.spool import SPOOL, TRIALS_OF, SpoolReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +84,7 @@ class Sender:
         self._tracking = tracking
         self._artifacts = artifacts
         self._folders = folders
-        self._outboxes: dict[Path, Outbox] = {}
+        self._readers: dict[Path, SpoolReader] = {}
         self._away = False
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
@@ -144,13 +144,13 @@ class Sender:
 
     def _left(self) -> list[Path]:
         return [
-            folder for folder in self._folders() if self._outbox(folder).problem or not self._outbox(folder).is_empty
+            folder for folder in self._folders() if self._reader(folder).problem or not self._reader(folder).is_empty
         ]
 
-    def _outbox(self, folder: Path) -> Outbox:
-        if folder not in self._outboxes:
-            self._outboxes[folder] = Outbox(folder)
-        return self._outboxes[folder]
+    def _reader(self, folder: Path) -> SpoolReader:
+        if folder not in self._readers:
+            self._readers[folder] = SpoolReader(folder)
+        return self._readers[folder]
 
     # --- in the thread -----------------------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Sender:
             retry_s = _RETRY_S
             if closing and not self._left():
                 for folder in self._folders():
-                    self._outbox(folder).forget()
+                    self._reader(folder).forget()
                 return
             self._wake.wait(_IDLE_S)
             if not self._closing.is_set():
@@ -208,16 +208,16 @@ class Sender:
 
     def _send_all(self) -> None:
         for folder in self._folders():
-            outbox = self._outbox(folder)
-            if outbox.problem is not None:
-                raise ConfigError(outbox.problem)
-            while not outbox.is_empty and not self._left_to_others.is_set():
-                operations, offsets = outbox.read()
+            reader = self._reader(folder)
+            if reader.problem is not None:
+                raise ConfigError(reader.problem)
+            while not reader.is_empty and not self._left_to_others.is_set():
+                operations, offsets = reader.read()
                 if not operations:
                     break
-                self._send(outbox, operations, offsets)
+                self._send(reader, operations, offsets)
 
-    def _send(self, outbox: Outbox, operations: list[dict[str, Any]], offsets: list[int]) -> None:
+    def _send(self, reader: SpoolReader, operations: list[dict[str, Any]], offsets: list[int]) -> None:
         """Send operations in order; metrics that follow one another in one batch."""
         place = 0
         while place < len(operations) and not self._left_to_others.is_set():
@@ -235,11 +235,11 @@ class Sender:
                         break
                     values += more
                     place += 1
-                self._log_metrics(outbox, values)
+                self._log_metrics(reader, values)
             else:
-                self._carry_out(outbox, operation)
+                self._carry_out(reader, operation)
                 place += 1
-            outbox.note(offset=offsets[place - 1])
+            reader.note(offset=offsets[place - 1])
 
     @property
     def _mlflow(self) -> MlflowClient:
@@ -254,80 +254,80 @@ class Sender:
                 self._client = MlflowClient(tracking_uri=self.uri)
         return self._client
 
-    def _run_id(self, outbox: Outbox) -> str:
-        if outbox.state.run_id is None:
-            raise ConfigError(f"{outbox.folder / SPOOL}: does not begin with the run that it is of")
-        return outbox.state.run_id
+    def _run_id(self, reader: SpoolReader) -> str:
+        if reader.state.run_id is None:
+            raise ConfigError(f"{reader.folder / SPOOL}: does not begin with the run that it is of")
+        return reader.state.run_id
 
-    def _log_metrics(self, outbox: Outbox, values: list[tuple[str, float, int, int]]) -> None:
+    def _log_metrics(self, reader: SpoolReader, values: list[tuple[str, float, int, int]]) -> None:
         client = self._mlflow
         from mlflow.entities import Metric
 
         metrics = [Metric(_key(name), value, at, step) for name, value, at, step in values]
         for first in range(0, len(metrics), _METRICS_PER_BATCH):
             with self._asking():
-                client.log_batch(self._run_id(outbox), metrics=metrics[first : first + _METRICS_PER_BATCH])
+                client.log_batch(self._run_id(reader), metrics=metrics[first : first + _METRICS_PER_BATCH])
 
-    def _carry_out(self, outbox: Outbox, operation: dict[str, Any]) -> None:
+    def _carry_out(self, reader: SpoolReader, operation: dict[str, Any]) -> None:
         client = self._mlflow
         if operation["op"] == "model":
-            path = _own_file(outbox.folder, "model.safetensors")
+            path = _own_file(reader.folder, "model.safetensors")
             if path is not None:
-                self._log_model(outbox, path.parent)
+                self._log_model(reader, path.parent)
         elif operation["op"] == "file":
-            path = _own_file(outbox.folder, Path(operation["path"]).name)
+            path = _own_file(reader.folder, Path(operation["path"]).name)
             if path is not None:
                 with self._asking(path.stat().st_size):
-                    client.log_artifact(self._run_id(outbox), str(path))
+                    client.log_artifact(self._run_id(reader), str(path))
         else:
             with self._asking():
-                self._ask(client, outbox, operation)
+                self._ask(client, reader, operation)
 
-    def _ask(self, client: MlflowClient, outbox: Outbox, operation: dict[str, Any]) -> None:
+    def _ask(self, client: MlflowClient, reader: SpoolReader, operation: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
 
         match operation["op"]:
             case "run":
-                self._make(outbox, operation)
+                self._make(reader, operation)
             case "params":
                 params = [Param(_key(key), _cut(value)) for key, value in operation["values"].items()]
                 for first in range(0, len(params), _PARAMS_PER_BATCH):
-                    client.log_batch(self._run_id(outbox), params=params[first : first + _PARAMS_PER_BATCH])
+                    client.log_batch(self._run_id(reader), params=params[first : first + _PARAMS_PER_BATCH])
             case "tags":
                 tags = [RunTag(_key(key), _cut(str(value))) for key, value in operation["values"].items()]
-                client.log_batch(self._run_id(outbox), tags=tags)
+                client.log_batch(self._run_id(reader), tags=tags)
             case "text":
-                client.log_text(self._run_id(outbox), operation["text"], operation["name"])
+                client.log_text(self._run_id(reader), operation["text"], operation["name"])
             case "end":
-                client.set_terminated(self._run_id(outbox), operation["status"], operation["at"])
-                outbox.note(ended=True)
+                client.set_terminated(self._run_id(reader), operation["status"], operation["at"])
+                reader.note(ended=True)
             case _:
                 pass  # of a later version
 
-    def _make(self, outbox: Outbox, operation: dict[str, Any]) -> None:
+    def _make(self, reader: SpoolReader, operation: dict[str, Any]) -> None:
         """Make the run, or find the one that was made when nobody heard the answer, or go on with an earlier one."""
         client = self._mlflow
-        if outbox.state.run_id is not None:
+        if reader.state.run_id is not None:
             with _quiet():
-                client.update_run(outbox.state.run_id, status="RUNNING")
-            outbox.note(ended=False)
+                client.update_run(reader.state.run_id, status="RUNNING")
+            reader.note(ended=False)
             return
         tags = dict(operation["tags"]) | {_KEY_TAG: operation["key"]}
-        if operation["parent"] and outbox.folder.parent.name == TRIALS_OF:
-            parent = self._outbox(outbox.folder.parents[1]).state.run_id
+        if operation["parent"] and reader.folder.parent.name == TRIALS_OF:
+            parent = self._reader(reader.folder.parents[1]).state.run_id
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
         with _quiet():
             experiment = self._experiment(client)
             found = None
-            if outbox.state.tried:
+            if reader.state.tried:
                 runs = client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{operation['key']}'", max_results=1)
                 found = runs[0] if runs else None
-            outbox.note(tried=True)
+            reader.note(tried=True)
             run = found or client.create_run(
                 experiment, start_time=operation["at"], run_name=operation["name"], tags=tags
             )
-        outbox.note(run_id=run.info.run_id, experiment_id=experiment)
+        reader.note(run_id=run.info.run_id, experiment_id=experiment)
 
     def _experiment(self, client: MlflowClient) -> str:
         """Return the experiment's id; create the experiment if there is none."""
@@ -354,7 +354,7 @@ class Sender:
         self._experiment_id = experiment.experiment_id
         return self._experiment_id
 
-    def _log_model(self, outbox: Outbox, run_dir: Path) -> None:
+    def _log_model(self, reader: SpoolReader, run_dir: Path) -> None:
         import tempfile
 
         from starling.orchestrator.tracking.mlflow_model import save_for_mlflow
@@ -373,7 +373,7 @@ class Sender:
                 )
                 return
             with self._asking(sum(one.stat().st_size for one in path.rglob("*") if one.is_file())):
-                self._mlflow.log_artifacts(self._run_id(outbox), str(path), "model")
+                self._mlflow.log_artifacts(self._run_id(reader), str(path), "model")
 
 
 def _own_file(folder: Path, name: str) -> Path | None:

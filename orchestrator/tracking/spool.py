@@ -78,8 +78,8 @@ class Spool:
         self._on_append()
 
 
-class Outbox:
-    """The other side of a spool: reads operations, and notes which of them are sent.
+class SpoolReader:
+    """Reads the operations of a spool, and notes which of them are sent.
 
     Never raises when it is made: what is wrong with its files is its ``problem``, and then nothing is sent.
     """

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from starling.orchestrator.cli.run_display import Display, LiveDisplay, PlainDisplay, display, print_summary
 from starling.orchestrator.runtimes.events import NodeFacts
-from starling.orchestrator.tracking.spool import Outbox
+from starling.orchestrator.tracking.spool import SpoolReader
 from tests.observed import configuration, record, started, summary, tell
 
 
@@ -137,7 +137,7 @@ def test_the_summary_names_where_to_look(tmp_path: Path):
     path.mkdir()
     (path / "curves.png").touch()
     end = summary(run_dir=str(path), nodes={"started": 4, "joined": 0, "lost": 1, "drained": 0})
-    Outbox(path).note(run_id="r", experiment_id="7", ended=True)
+    SpoolReader(path).note(run_id="r", experiment_id="7", ended=True)
     print_summary(output, end, configuration(tracking="mlflow"))
     rows = {line[:17].strip(): line[17:] for line in file.getvalue().splitlines()}
     assert rows["status"] == "finished after 4 rounds"
@@ -167,7 +167,7 @@ def test_the_summary_of_an_untracked_or_remote_run(tmp_path: Path):
     print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
     assert "tracked in " not in file.getvalue()
     assert f"https://me:***@example.com has nothing of it: starling track {tmp_path}\n" in file.getvalue()
-    Outbox(tmp_path).note(run_id="r", experiment_id="7")
+    SpoolReader(tmp_path).note(run_id="r", experiment_id="7")
     print_summary(output, summary(run_dir=str(tmp_path)), configuration(tracking=tracking))
     assert "tracked in       https://me:***@example.com" in file.getvalue()
     assert f"but not all      starling track {tmp_path}\n" in file.getvalue()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from starling.actors.remote.epoch import Epoch
 from starling.actors.remote.exchange_calls import ExchangeCalls
 from starling.actors.remote.message_calls import MessageCalls
 from starling.actors.remote.messages import DeliveredResult, Expected, Letter, Reply
 from starling.actors.remote.node_actor import NodeActor, remote_class
 from starling.actors.remote.program_calls import ProgramCalls
 from starling.actors.remote.remote_calls import answering_for, group_of, remote_call
+from starling.actors.remote.running_epoch import RunningEpoch
 from starling.actors.remote.store_calls import StoreCalls
 from starling.actors.wire.tickets import Stale
 from starling.orchestrator.runtimes import cluster
@@ -84,7 +84,7 @@ def test_ray_is_told_of_each_calls_thread():
 
 
 def test_what_belongs_to_an_older_attempt_is_answered_with_nothing_done():
-    epoch = Epoch(4)
+    epoch = RunningEpoch(4)
     untouched: Any = None  # a host that fails whoever asks it
     store = StoreCalls(epoch)
     exchanges = ExchangeCalls(untouched, epoch, store)

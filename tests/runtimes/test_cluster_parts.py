@@ -21,7 +21,7 @@ from starling.orchestrator.protocol.mailboxes import Delivery, Envelope, Handove
 from starling.orchestrator.runtimes.cluster import actors, models, monitors, placement, processes, start_up, store
 from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
 from starling.orchestrator.runtimes.cluster.placement import Placement
-from starling.orchestrator.runtimes.cluster.processes import Processes
+from starling.orchestrator.runtimes.cluster.processes import ClusterProcesses
 from starling.orchestrator.runtimes.cluster.runtime import Cluster
 from starling.orchestrator.runtimes.cluster.start_up import StartUp
 from starling.orchestrator.runtimes.decisions import carry_out
@@ -234,7 +234,7 @@ class _Everywhere(Placement):
         return 9
 
 
-class _Lost(Processes):
+class _Lost(ClusterProcesses):
     """Node 0 takes long to start, and every process of node 1 is lost."""
 
     def __init__(self, fakes: Fakes, *parts: Any) -> None:
@@ -264,7 +264,7 @@ def test_too_little_room_is_one_line_that_names_the_resource(monkeypatch: pytest
     monkeypatch.setattr(start_up.ray, "cluster_resources", lambda: {"CPU": 1.0})
     fakes, one = Fakes(), config(cluster={"nodes": {"target": 2, "min": 2}})
     pool, places = ActorPool(fakes.loop, lambda _: None, lambda _: []), _Everywhere(one)
-    started = Processes(one, fakes.loop, pool, places)
+    started = ClusterProcesses(one, fakes.loop, pool, places)
     with pytest.raises(ClusterError, match=r"2 nodes ask for 0.25 CPU each, the cluster has 1 \(ray status\)"):
         StartUp(one, fakes.loop, pool, places, started).run(None)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.control.controller import Controller
-from starling.orchestrator.control.replay import History, ReplayController
+from starling.orchestrator.control.replay import ReplayController, RunHistory
 from starling.orchestrator.errors import ConfigError, StarlingError
 from tests.control.test_membership_fuzz import check_asynchronous, check_books, check_synchronous
 from tests.draws import expected
@@ -276,7 +276,7 @@ def _is_replayed(config: Config, ran: Watched) -> bool:
 
 
 def _replay(ran: Watched) -> None:
-    history = History(Path(RUN_ID), ran.digest)
+    history = RunHistory(Path(RUN_ID), ran.digest)
     for event in ran.events:
         history._take(json.loads(json.dumps(event)))
     again = Watched(ran.config)

@@ -13,7 +13,7 @@ from starling.orchestrator.config.schema import MLflowTracking
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.tracking.mlflow_tracker import MLflowTracker, probe, send_left
 from starling.orchestrator.tracking.sender import Sender
-from starling.orchestrator.tracking.spool import Outbox, Spool
+from starling.orchestrator.tracking.spool import Spool, SpoolReader
 from tests.observed import configuration, started, summary, tell
 
 
@@ -21,12 +21,12 @@ def test_operations_are_read_in_order_and_noted(tmp_path: Path):
     spool = Spool(tmp_path)
     for number in range(3):
         spool.append("metrics", step=number, values={"x": float("nan")}, at=0)
-    outbox = Outbox(tmp_path)
-    operations, offsets = outbox.read()
+    reader = SpoolReader(tmp_path)
+    operations, offsets = reader.read()
     assert [one["step"] for one in operations] == [0, 1, 2]
     assert operations[0]["values"] == {"x": None}
-    outbox.note(offset=offsets[1], run_id="r")
-    again = Outbox(tmp_path)
+    reader.note(offset=offsets[1], run_id="r")
+    again = SpoolReader(tmp_path)
     assert [one["step"] for one in again.read()[0]] == [2]
     assert again.state.run_id == "r"
     assert not again.is_empty
@@ -34,22 +34,22 @@ def test_operations_are_read_in_order_and_noted(tmp_path: Path):
     assert again.is_empty
     again.forget()
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.json"]
-    assert Outbox(tmp_path).state.run_id == "r"
+    assert SpoolReader(tmp_path).state.run_id == "r"
 
 
 def test_a_line_that_is_still_written_waits_and_one_that_was_cut_off_is_left_out(tmp_path: Path):
     Spool(tmp_path).append("tags", values={})
     with (tmp_path / "tracking.jsonl").open("a") as file:
         file.write('{"op": "ta')
-    outbox = Outbox(tmp_path)
-    operations, offsets = outbox.read()
+    reader = SpoolReader(tmp_path)
+    operations, offsets = reader.read()
     assert len(operations) == 1
-    outbox.note(offset=offsets[0])
-    assert outbox.read() == ([], [])
+    reader.note(offset=offsets[0])
+    assert reader.read() == ([], [])
     with (tmp_path / "tracking.jsonl").open("a") as file:
         file.write("\n")
     Spool(tmp_path).append("end", status="FINISHED", at=0)
-    assert [one["op"] for one in outbox.read()[0]] == ["end"]
+    assert [one["op"] for one in reader.read()[0]] == ["end"]
 
 
 class Flaky:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
 
 
-class Attempt:
+class RunningAttempt:
     """Epoch and members of the running attempt.
 
     Args:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
-    from starling.orchestrator.runtimes.cluster.attempt import Attempt
+    from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
     from starling.orchestrator.runtimes.cluster.store import StoreRoom
     from starling.orchestrator.runtimes.cluster.transport import Transport
@@ -47,7 +47,7 @@ class ObjectExchange:
     """
 
     def __init__(
-        self, loop: EventLoop, pool: ActorPool, attempt: Attempt, transport: Transport, room: StoreRoom
+        self, loop: EventLoop, pool: ActorPool, attempt: RunningAttempt, transport: Transport, room: StoreRoom
     ) -> None:
         self._loop = loop
         self._pool = pool

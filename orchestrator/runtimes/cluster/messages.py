@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.mailboxes import Envelope, Handover
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
-    from starling.orchestrator.runtimes.cluster.attempt import Attempt
+    from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
     from starling.orchestrator.runtimes.cluster.programs import ProgramDriver
     from starling.orchestrator.runtimes.cluster.store import StoreRoom
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _FETCH_TIMEOUT_S = 600.0
 
 
-class Outbox:
+class SentLetters:
     """Payloads that were sent and not delivered, by sender and number.
 
     Args:
@@ -47,7 +47,7 @@ class Outbox:
     def __init__(self, transport: Transport, room: StoreRoom) -> None:
         self._transport = transport
         self._room = room
-        self.letters: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
+        self.payloads: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
         """Each with its reference, once a large payload is in the store."""
 
     def add(self, node: NodeId, sending: Sending) -> None:
@@ -56,21 +56,21 @@ class Outbox:
         Raises:
             ClusterError: it does not fit into the store.
         """
-        self.letters[node, sending.letter] = sending, None
+        self.payloads[node, sending.letter] = sending, None
         if sending.inline is None:
             self._room.check_message(node, sending.nbytes)
         else:
             self._transport.count(sending.nbytes)
 
 
-class Messages:
+class ClusterMessages:
     """Carries payloads from senders to receivers.
 
     Args:
         loop: reports arrivals.
         pool: the actors.
         attempt: the running epoch.
-        outbox: the payloads.
+        letters: the payloads.
         programs: takes the replies of receivers.
         transport: counts and throttles payloads.
         keeps: hold delivered payloads until they are discarded, as they may have to be delivered again; the server's
@@ -81,8 +81,8 @@ class Messages:
         self,
         loop: EventLoop,
         pool: ActorPool,
-        attempt: Attempt,
-        outbox: Outbox,
+        attempt: RunningAttempt,
+        letters: SentLetters,
         programs: ProgramDriver,
         transport: Transport,
         *,
@@ -91,7 +91,7 @@ class Messages:
         self._loop = loop
         self._pool = pool
         self._attempt = attempt
-        self._letters = outbox.letters
+        self._letters = letters.payloads
         self._programs = programs
         self._transport = transport
         self._keeps = keeps

@@ -24,7 +24,7 @@ _CALL_TIMEOUT_S = 600.0
 """Bound on calls whose duration is the user's model."""
 
 
-class Models:
+class ClusterModels:
     """Asks actors for their nodes' committed models, and waits for the answers.
 
     Args:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
     from starling.orchestrator.runtimes.cluster.placement import Placement
-    from starling.orchestrator.runtimes.cluster.processes import Processes
+    from starling.orchestrator.runtimes.cluster.processes import ClusterProcesses
     from starling.orchestrator.runtimes.cluster.session import Machines
 
 _STANDSTILL_S = 20.0
@@ -35,7 +35,7 @@ class Monitors:
     """
 
     def __init__(
-        self, config: Config, loop: EventLoop, pool: ActorPool, placement: Placement, processes: Processes
+        self, config: Config, loop: EventLoop, pool: ActorPool, placement: Placement, processes: ClusterProcesses
     ) -> None:
         self._config = config
         self._loop = loop

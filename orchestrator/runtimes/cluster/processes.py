@@ -66,7 +66,7 @@ class SameData:
             )
 
 
-class Processes:
+class ClusterProcesses:
     """Starts actors, lets spares take places, and gives notice.
 
     Args:

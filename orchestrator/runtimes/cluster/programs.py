@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId
     from starling.orchestrator.protocol.events import Advance
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
-    from starling.orchestrator.runtimes.cluster.attempt import Attempt
+    from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
     from starling.orchestrator.runtimes.cluster.exchanges import ObjectExchange
-    from starling.orchestrator.runtimes.cluster.messages import Outbox
+    from starling.orchestrator.runtimes.cluster.messages import SentLetters
     from starling.orchestrator.runtimes.cluster.transport import Transport
 
 _BEGIN = -1
@@ -37,7 +37,7 @@ class ProgramDriver:
         pool: the actors.
         attempt: guards against replies of earlier attempts.
         exchanges: takes contributions, and gives results.
-        outbox: takes messages.
+        letters: takes messages.
         transport: the latency of pings.
         grace_s: a process that does not stop within this time after ``halt`` is lost.
     """
@@ -46,9 +46,9 @@ class ProgramDriver:
         self,
         loop: EventLoop,
         pool: ActorPool,
-        attempt: Attempt,
+        attempt: RunningAttempt,
         exchanges: ObjectExchange,
-        outbox: Outbox,
+        letters: SentLetters,
         transport: Transport,
         grace_s: float,
     ) -> None:
@@ -56,7 +56,7 @@ class ProgramDriver:
         self._pool = pool
         self._attempt = attempt
         self._exchanges = exchanges
-        self._outbox = outbox
+        self._letters = letters
         self._transport = transport
         self._grace_s = grace_s
         self._expected: dict[tuple[int, int], Expected] = {}
@@ -156,7 +156,7 @@ class ProgramDriver:
                 self._ping(actor, node, ticket)
                 return
             case Sending():
-                self._outbox.add(node, ticket)
+                self._letters.add(node, ticket)
             case Sleeping(seconds):
                 self._loop.after(seconds, self._attempt.still(node, lambda: self.run_on(actor, [(node, None)])))
             case _:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from starling.algorithms.api import SERVER
 from starling.orchestrator.errors import ClusterError
 from starling.orchestrator.runtimes.cluster.actors import ActorPool
-from starling.orchestrator.runtimes.cluster.attempt import Attempt
+from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
 from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
 from starling.orchestrator.runtimes.cluster.exchanges import ObjectExchange
-from starling.orchestrator.runtimes.cluster.messages import Messages, Outbox
-from starling.orchestrator.runtimes.cluster.models import Models
+from starling.orchestrator.runtimes.cluster.messages import ClusterMessages, SentLetters
+from starling.orchestrator.runtimes.cluster.models import ClusterModels
 from starling.orchestrator.runtimes.cluster.monitors import Monitors
 from starling.orchestrator.runtimes.cluster.placement import Placement
-from starling.orchestrator.runtimes.cluster.processes import Processes
+from starling.orchestrator.runtimes.cluster.processes import ClusterProcesses
 from starling.orchestrator.runtimes.cluster.programs import ProgramDriver
 from starling.orchestrator.runtimes.cluster.start_up import StartUp
 from starling.orchestrator.runtimes.cluster.states import StateStore
@@ -56,19 +56,19 @@ class Cluster:
         self._placement = placement or Placement(config)
         self._loop = loop = loop or EventLoop()
         self.pool = pool = ActorPool(loop, self._gone, self._placement.output_of)
-        self.processes = Processes(config, loop, pool, self._placement)
+        self.processes = ClusterProcesses(config, loop, pool, self._placement)
         self._monitors = Monitors(config, loop, pool, self._placement, self.processes)
-        self.attempt = attempt = Attempt(loop)
+        self.attempt = attempt = RunningAttempt(loop)
         self._transport = transport = Transport(config.network, loop)
         self._room = room = StoreRoom(pool, attempt, self._placement)
         self.exchanges = ObjectExchange(loop, pool, attempt, transport, room)
-        self._outbox = outbox = Outbox(transport, room)
+        self._letters = letters = SentLetters(transport, room)
         grace_s = cluster.cancel_grace_s
-        self.programs = ProgramDriver(loop, pool, attempt, self.exchanges, outbox, transport, grace_s)
+        self.programs = ProgramDriver(loop, pool, attempt, self.exchanges, letters, transport, grace_s)
         keeps = not config.algorithm.synchronous
-        self.messages = Messages(loop, pool, attempt, outbox, self.programs, transport, keeps=keeps)
+        self.messages = ClusterMessages(loop, pool, attempt, letters, self.programs, transport, keeps=keeps)
         self.states = StateStore(loop, pool, transport, cluster.round_deadline_s)
-        self.models = Models(pool)
+        self.models = ClusterModels(pool)
 
     def _gone(self, node: NodeId) -> None:
         self.states.gone(node)
@@ -126,7 +126,7 @@ class Cluster:
     def close(self) -> None:
         self.exchanges.release()
         self.states.close()
-        self._outbox.letters.clear()
+        self._letters.payloads.clear()
         self._monitors.hasten()
         # On a Ray of our own, its end takes the processes along.
         self.pool.close(wait=self._placement.is_shared)

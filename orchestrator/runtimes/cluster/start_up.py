@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
     from starling.orchestrator.runtimes.cluster.placement import Placement
-    from starling.orchestrator.runtimes.cluster.processes import Processes
+    from starling.orchestrator.runtimes.cluster.processes import ClusterProcesses
 
 _LOG = logging.getLogger("starling")
 
@@ -48,7 +48,7 @@ class StartUp:
     """
 
     def __init__(
-        self, config: Config, loop: EventLoop, pool: ActorPool, placement: Placement, processes: Processes
+        self, config: Config, loop: EventLoop, pool: ActorPool, placement: Placement, processes: ClusterProcesses
     ) -> None:
         self._config = config
         self._loop = loop

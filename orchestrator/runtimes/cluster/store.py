@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starling.actors.wire.tickets import Posted
     from starling.algorithms.api import NodeId
     from starling.orchestrator.runtimes.cluster.actors import ActorPool
-    from starling.orchestrator.runtimes.cluster.attempt import Attempt
+    from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
     from starling.orchestrator.runtimes.cluster.placement import Placement
 
 _LOG = logging.getLogger("starling")
@@ -67,7 +67,7 @@ class StoreRoom:
         placement: whether the remedy is a configuration key or an option of ``ray start``.
     """
 
-    def __init__(self, pool: ActorPool, attempt: Attempt, placement: Placement) -> None:
+    def __init__(self, pool: ActorPool, attempt: RunningAttempt, placement: Placement) -> None:
         self._pool = pool
         self._attempt = attempt
         self._placement = placement

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Epoch:
+class RunningEpoch:
     """Number of the running attempt; whatever belongs to an older one is answered with nothing done."""
 
     number: int = -1
