@@ -102,7 +102,7 @@ class Inbox(Generic[PayloadT]):
     payloads: Mapping[NodeId, PayloadT]
     """Contributions by sender, sorted. Read-only: nodes of one process receive the same tensors."""
     weights: Mapping[NodeId, float]
-    """This node's row of the mixing matrix, own weight included, sorted; they sum to 1."""
+    """The node's row of the mixing matrix by member, sorted, its own weight included; the weights sum to 1."""
     mixed: Callable[[object, Tensor, str | None], Tensor | None] | None = field(default=None, repr=False, compare=False)
     """A runtime's own: gives what ``mix`` would, if it has worked that out for all its nodes at once."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def started_at(pid: int) -> float | None:
-    """When a process of this machine began, in clock ticks since the machine did; ``None`` if there is none."""
+    """Return a process's start time, in clock ticks since this machine booted; ``None`` if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

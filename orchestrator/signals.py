@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What ends a run in order: Ctrl-C, ``kill``, a terminal that goes away. SIGQUIT (Ctrl-\\) ends the process at once."""
+"""Signals that end a run in order: Ctrl-C, ``kill``, a closed terminal. SIGQUIT (Ctrl-\\) ends the process at once."""
 
 
 _DEAF_S = 5.0
-"""To a repeated Ctrl-C."""
+"""Seconds in which a repeated signal is ignored."""
 
 
 @contextlib.contextmanager

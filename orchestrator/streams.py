@@ -26,7 +26,7 @@ _PLAINER = "starling.plainer"
 _ASCII = {"…": "...", "·": "*", "×": "x", "→": "->", "–": "-", "−": "-", "≤": "<=", "≥": ">=", "∞": "inf", "—": "-"}
 
 _FULL_S = 1.0
-"""How long a stream that does not block, and whose other end is slow, is waited for."""
+"""Seconds to wait for a non-blocking stream whose reader is slow."""
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 """Nobody is there who would read: `| head -1`, a terminal that was closed, a stream that was."""

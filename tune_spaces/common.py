@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from starling.tune_spaces import Space
 
 LR: Space = {"optimizer.lr": tune.loguniform(1e-4, 1e-1)}
-"""Of the nodes' own optimizer, whichever it is."""
+"""Learning rate of the nodes' local optimizer."""
 
 OUTER: Space = {"algorithm.outer.lr": tune.uniform(0.2, 1.0), "algorithm.outer.momentum": tune.uniform(0.6, 0.95)}
 """Around Nesterov's 0.7 and 0.9 of DiLoCo (arXiv:2311.08105, section 3.2)."""

@@ -37,7 +37,7 @@ def _as_words(value: object) -> object:
 
 
 ClassesField: TypeAlias = Annotated[PositiveInt | tuple[str, ...] | None, BeforeValidator(_as_words)]
-"""How many classes there are, or their names in the order of their numbers; ``None``: what is found."""
+"""Number of classes, or the class names in the order of their numbers; ``None``: the classes found in the data."""
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ class Listing:
     files: tuple[str, ...]
     """Paths on the file system."""
     sizes: tuple[int, ...]
-    """Bytes of each."""
+    """Size of each file, in bytes."""
     stamps: tuple[int, ...]
-    """When each was written, in nanoseconds."""
+    """Modification time of each file, in nanoseconds."""
     root: str
     """Directory that relative paths start from."""
 

@@ -45,7 +45,7 @@ class Ranges:
 
 
 Indices: TypeAlias = "Tensor | Ranges"
-"""Which samples: both have a length, and give the indices at places."""
+"""Sample indices, as a tensor or as ranges: both have a length, and subscripting gives the indices at positions."""
 
 
 def concrete(indices: Indices) -> Tensor:

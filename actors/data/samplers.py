@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
     runs: Ranges
     """The blocks, ascending."""
     window: int
-    """How many of them are kept in memory."""
+    """Number of blocks kept in memory."""
 
 
 class Draws(ABC):

@@ -40,7 +40,7 @@ class CollectiveCall:
     payload: Payload | None = None
     """Contribution to a gather."""
     open: bool = False
-    """It was started, and has not been waited for."""
+    """Whether the exchange was started and not yet waited for."""
     written: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     """Tensors that a started exchange contributes, with their version counters at its start."""
 

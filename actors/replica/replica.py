@@ -47,7 +47,7 @@ class NodeProgress(NamedTuple):
     step: int
     """Optimizer steps that the schedule has counted."""
     milestone: Milestone
-    """How far along the run the node is."""
+    """The node's place in the run, in rounds and optimizer steps."""
 
 
 class Replica:

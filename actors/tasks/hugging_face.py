@@ -54,7 +54,7 @@ class ModelTokenizer:
     model: str
 
     def load(self) -> tuple[Callable[[str], list[int]], int]:
-        """Its function, without special tokens, and the size of the model's vocabulary.
+        """Load the tokenizer; return its encoder, which adds no special tokens, and the model's vocabulary size.
 
         Raises:
             DataError: there is none, or it has more tokens than the model.

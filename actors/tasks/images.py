@@ -53,7 +53,7 @@ _NOTES = frozenset(
 _PARQUET = frozenset({".parquet", ".pq"})
 _HOLD_OUT_EVERY = 10
 _MAX_PIXELS = 64_000_000
-"""Of one image: what is larger is taken for an attack on the memory, as Pillow does from twice as many on."""
+"""Most pixels of one image; a larger image is refused as an attack on memory, as Pillow refuses decompression bombs."""
 
 
 class Images(Task, name="images"):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 _TOO_SMALL = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
-"""How torch's batch and instance norms begin their complaint."""
+"""Beginnings of the error messages of torch's batch and instance norms about too few values."""
 
 
 def non_finite(samples: Samples, indices: Tensor) -> str | None:

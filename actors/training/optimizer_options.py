@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Option: TypeAlias = "bool | int | float | str | tuple[Option, ...] | None"
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-"""As for the fields of a section (``compile: 'false'``)."""
+"""Texts read as booleans, as pydantic reads them in fields of a section (``compile: 'false'``)."""
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 

@@ -62,7 +62,7 @@ _OTHER_LR = 0.01
 
 
 class Schedule(BaseModel):
-    """How the learning rate changes: up in a line over ``warmup_steps`` (w), then along a shape to the last step (T).
+    """Learning-rate schedule: a linear warm-up over ``warmup_steps`` (w), then a shape to the last step (T).
 
     With p = (step − w) / (T − w), and f = ``final_fraction``, step counted from 0:
 

@@ -57,7 +57,7 @@ class Posted(NamedTuple):
     skipped: str | None = None
     """Why the node, which trains in this round, has nothing to contribute (``on_nan: skip``)."""
     least: int = 1
-    """How many contributions the exchange has to have."""
+    """Minimum number of contributions that the exchange needs."""
 
     @property
     def contributes(self) -> bool:
@@ -124,9 +124,9 @@ class Returned(NamedTuple):
     record: bytes | None = None
     """``Algorithm.sealed``."""
     position: Position | None = None
-    """Where in its data the node is now; ``None``: where it was at its last commit, or it has none."""
+    """The node's position in its data; ``None``: unchanged since the last commit, or the node has no data."""
     num_drawn: int = 0
-    """Samples of training data that it has drawn in this round, from whatever sampler."""
+    """Training samples that the node has drawn in this round, from any sampler."""
     num_void: int = 0
     """Samples drawn in rounds since the last commit that were given up."""
     unsent: float = 0.0

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Where a matrix is in the flat parameters, and its shape."""
+    """Offset of a matrix in the flat parameters, and the matrix's shape."""
 
     start: int
     rows: int

@@ -56,7 +56,7 @@ class CirculantTopology(GraphTopology):
 
 
 def _chains(members: tuple[int, ...], offset: int) -> list[tuple[int, ...]]:
-    """Whose values each place takes: the next member on its cycle, or the one after that, …, at last its own.
+    """Return for each place the members whose values it takes: successors on its cycle in order, its own member last.
 
     >>> _chains((0, 1, 2, 3), 2)
     [(2, 0), (3, 1), (0, 2), (1, 3)]

@@ -86,7 +86,7 @@ class File(GraphTopology, name="file"):
         return rows
 
     def _places(self, members: Sequence[int]) -> dict[int, int]:
-        """Where each member sits; without those for whom there is no place."""
+        """Return the place of each member in the graph, without members that find none free."""
         all_places = range(self._graph.num_nodes)
         free = (place for place in all_places if place not in members)
         strangers = (node for node in members if node not in all_places)

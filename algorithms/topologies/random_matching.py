@@ -37,7 +37,7 @@ class RandomMatching(UndirectedTopology, name="random_matching"):
 
 
 def _tournament(num_nodes: int, num_rounds: int) -> list[Edge]:
-    """Who meets whom in the first rounds: the last place stands still, the others go around.
+    """Return the pairs of a round-robin tournament's first rounds: the last place stands still, the others rotate.
 
     >>> _tournament(4, 2)
     [(3, 0), (1, 2), (3, 1), (2, 0)]

@@ -54,7 +54,7 @@ class Estimate:
     step_s: float | None
     """Seconds of one batch on this machine; ``None``: not measured."""
     simulation_s: float | None
-    """Of all steps of all nodes, one after the other, without evaluation; ``None``: how many is not known."""
+    """Seconds of all nodes' steps in sequence, without evaluation; ``None``: not measured, or unknown number."""
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Plan:
     warnings: tuple[str, ...]
     """Properties of the plan that are likely to surprise."""
     runtimes: list[str]
-    """Where it can run; a slow network that is configured is the simulator's, and a cluster is throttled to it."""
+    """Runtimes that can carry the plan out; the simulator models a slow network, and a cluster is throttled to it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""

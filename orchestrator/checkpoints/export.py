@@ -62,7 +62,7 @@ class Exported:
     nodes: int | None
     """Number of models of which it is the mean; None for a finished run, where that is not recorded."""
     digest: str
-    """As the run's own digest, had it ended here."""
+    """SHA-256 of the exported model, equal to the digest of a run that ends after this round."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -65,9 +65,9 @@ class Checkpoint:
     nodes: Mapping[NodeId, StateExport]
     """In the order in which they were given. Arrays are read-only, and those with equal content are the same one."""
     where: str
-    """It lies, for people."""
+    """Path or address of the checkpoint, for messages."""
     is_ours: bool = False
-    """This user wrote it, and nobody has edited it since."""
+    """Whether this user wrote the checkpoint and nobody has edited it since."""
 
 
 class _File(BaseModel):
@@ -88,7 +88,7 @@ class _Manifest(BaseModel):
         Annotated[str, StringConstraints(pattern=r"^(state|tensors-\d{3,})(\.\d+)?\.(json|safetensors)$")], _File
     ]
     mark: Annotated[str, Field(exclude=True)] = ""
-    """This user's, of all of the above; empty: there was no place for a key."""
+    """Keyed hash (HMAC) by this user's key over the fields before it; empty: no place to keep a key."""
     checksum: Annotated[str, Field(exclude=True)] = ""
     """Checksum of all of the above: damage is noticed without a key, too."""
 

@@ -32,7 +32,7 @@ class FieldDescription:
     """A hyper-parameter."""
 
     name: str
-    """As in ``--set``, below the part."""
+    """Path of the field below its part, as ``--set`` takes it."""
     type: str
     default: Any
     """Plain data; ``None`` also where there is none, see ``required``."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.control.context import RunContext
 
 _MAX_LATE = 10
-"""How often a node may be late at one round while the run stands still."""
+"""Number of times that a node may be late in one round while the run makes no progress."""
 
 
 class ComputeWatch:

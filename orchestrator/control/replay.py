@@ -112,7 +112,7 @@ class RunHistory:
     """Since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)
     _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
-    """How many messages and readings of the clock belong to committed rounds of each node."""
+    """Numbers of received messages and of clock readings in each node's committed rounds."""
 
     def plan(self, node: NodeId, number: int) -> Place | None:
         """Return what ``node`` draws from round ``number`` on; None if that is what it drew before."""
@@ -324,7 +324,10 @@ class AsynchronousReplay(Asynchronous):
 
 
 class SynchronousReplay(Synchronous):
-    """Who was too late, or lost, is so again: what it would contribute is held back until the others have posted."""
+    """Synchronous loop that repeats the recorded absences.
+
+    A late or lost node's contribution is held back until the other members have posted.
+    """
 
     def __init__(self, state: RunState, history: RunHistory, simulator: Simulator) -> None:
         super().__init__(state)

@@ -41,13 +41,13 @@ class Restoration:
     before: Config
     """Configuration when the checkpoint was written."""
     accept_changes: bool = False
-    """The data may be others."""
+    """Whether the data may differ from the checkpoint's."""
     same_data: bool = field(init=False)
-    """The data are divided into the parts into which they were divided."""
+    """Whether the data keep the division into parts that the checkpoint records."""
     same_processes: bool = field(init=False)
-    """Processes go on as they were, those too that were away or about to leave; else all nodes are started anew."""
+    """Whether processes go on as they were, absent and leaving ones included; else all nodes are started anew."""
     num_parts: int | None = field(init=False)
-    """How many these are; ``None``: as many as there are nodes now."""
+    """Number of parts of the data; ``None``: one part per node of the resumed run."""
 
     def __post_init__(self) -> None:
         was, now = self.before.dump(), self.config.dump()

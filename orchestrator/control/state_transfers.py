@@ -40,15 +40,15 @@ class _Joiner:
     refused: Counter[NodeId] = field(default_factory=Counter)
     """Transfers that failed, by donor."""
     catches_up: bool = True
-    """It has not tried yet to repeat the rounds that it missed, which needs no donor's state."""
+    """Whether the node may still try to repeat the rounds that it missed, which needs no donor's state."""
     kept: int | None = None
-    """Round of its own kept state."""
+    """Round of the node's own kept state, or None."""
     restored: bool = False
-    """It has its own kept state now."""
+    """Whether the node has its own kept state again."""
     waits: bool = False
-    """No donor is there yet."""
+    """Whether the node waits for a donor to appear."""
     again_at: float = -math.inf
-    """Until then no donor is asked again."""
+    """Earliest time, on the runtime's clock, at which a donor is asked again."""
 
 
 _MOST_FAILURES = 3

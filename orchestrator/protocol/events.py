@@ -146,11 +146,11 @@ class GiveUp:
 
 @dataclass(frozen=True)
 class Abort:
-    """This attempt cannot be finished; the round is to begin again with whoever is there."""
+    """Give up this attempt: the round begins again with the nodes that are present."""
 
     reason: str
     least: int = 1
-    """So many have to contribute."""
+    """Minimum number of contributions that the aggregator needs."""
 
 
 @dataclass(frozen=True)

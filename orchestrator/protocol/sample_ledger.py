@@ -252,7 +252,7 @@ class DataLedger:
 
     @staticmethod
     def from_json(data: Mapping[str, Any], *, same_processes: bool = False) -> DataLedger:
-        """As it was; unless they are the ``same_processes``, everybody is told what to draw when it begins."""
+        """Return the ledger that ``to_json`` wrote; without ``same_processes`` every node is sent its plan anew."""
         ledger = DataLedger(data["sizes"])
         ledger._positions = {int(node): Position(*position) for node, position in data["positions"].items()}
         ledger._extras = {int(node): [Segment(*one) for one in extras] for node, extras in data["extras"].items()}

@@ -263,7 +263,7 @@ def _mark(names: list[str], folders: list[str]) -> str:
 
 
 def _key() -> bytes | None:
-    """This user's, made at first use."""
+    """Return this user's secret key, created at first use; ``None`` if there is no place to keep a key."""
     try:
         place = os.environ.get(STATE_DIR)
         folder = Path(place) if place else Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "starling"

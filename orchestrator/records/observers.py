@@ -57,7 +57,7 @@ class RoundRecord:
     node_reported: dict[int, dict[str, float]] | None = None
     """Reported metrics by node, if ``evaluation.per_node`` is set."""
     samples: dict[str, int] = field(default_factory=dict)
-    """As in ``Summary``, up to this round."""
+    """Counts of drawn, committed, redrawn and lost samples up to this round, defined at ``Summary.samples``."""
 
     residuals_lost: int | None = None
     """Nodes that were lost since the last commit with something that they had still to send, as codecs that need error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.25
 _STOP_TIMEOUT_S = 30.0
-"""How long a run that is told to stop may take to close."""
+"""Seconds that a stopped run may take to close."""
 _SPARSE_S = 0.5
 """Between two reports that nobody decides on."""
 

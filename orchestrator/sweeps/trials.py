@@ -101,7 +101,7 @@ class Trial:
 
     number: int
     sample: int
-    """Which sample of the space; with several seeds there are several trials of it."""
+    """Index of the sample of the search space; with several seeds, several trials have one index."""
     seed: int
     values: Values
     stage: Stage = "search"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Scheduler: TypeAlias = Literal["asha", "pbt", "hyperband", "none"]
 
 REDUCTION = 3
-"""Of the trials that come to a rung, one in three goes on: Li et al., arXiv:1603.06560, section 3.6, has 3 or 4."""
+"""Reduction factor: one in three trials passes a rung (Li et al., arXiv:1603.06560, section 3.6: 3 or 4)."""
 _BRACKETS = 3
 _MAX_LOSSES = 2
 """Losses of a trial's controller at most."""

@@ -42,11 +42,12 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("starling")
 
 CLOSE_TIMEOUT_S = 60.0
-"""How long the end of a run waits for what is not written yet: for what this machine does itself, as a server is waited
-for no longer than ``sender.ANSWERS_S``. Large models are given more."""
+"""Seconds that the end of a run waits for this machine's pending writes.
+
+Large models are given more. A server is waited for no longer than ``sender.ANSWERS_S``."""
 _CLOSE_BYTES_PER_S = 20e6
 _IDLE_CLOSE_S = 1.0
-"""Where there is nothing to send."""
+"""Seconds that the end of a run waits for the sender if tracking had not started."""
 _PROBE_TIMEOUT_S = 3.0
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}

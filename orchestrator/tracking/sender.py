@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("starling")
 
 _IDLE_S = 0.5
-"""Between two looks for what others append."""
+"""Seconds between two polls of the spool for appended records."""
 _RETRY_S, _LONGEST_RETRY_S = 0.5, 10.0
 AWAY_S = 5.0
-"""How long the end waits for a tracker that does not answer, or for one answer of it."""
+"""Seconds that the end of a run waits for an unresponsive tracker, or for one answer."""
 ANSWERS_S = 10.0
-"""How long the end waits for a server's answers, all together."""
+"""Seconds that the end of a run waits for all of a server's answers together."""
 _UPLOAD_BYTES_PER_S = 20e6
 """Files are given more time."""
 _BATCH_WAIT_S = 0.5
-"""How long metrics wait for company."""
+"""Seconds that a metric waits for others to share its batch."""
 
 # MLflow's own limits; what is over them fails the whole batch.
 _PARAMS_PER_BATCH, _METRICS_PER_BATCH = 100, 1000
