@@ -133,11 +133,11 @@ class Part(BaseModel):
 P = TypeVar("P", bound=Part)
 _TABLES: dict[str, dict[str, type[Part]]] = {}
 _HOMES: dict[str, str] = {}
-"""By family the package or module whose classes have short names: it is imported wherever a name is looked up."""
+"""Package or module, by family, whose classes have short names; looking up a name imports it."""
 _ALIASES: dict[tuple[str, str], type[Part]] = {}
-"""By family and name classes of other modules. Only processes that have imported those know the names."""
+"""Classes of other modules, by family and name. Only processes that have imported those modules know the names."""
 _BROKEN: dict[str, dict[str, str]] = {}
-"""By family and name why an installed part cannot be used."""
+"""Reason why an installed part cannot be used, by family and name."""
 _CARRIED: dict[str, type[Part]] = {}
 """Classes of a script, a notebook or a function, by their paths: no other process can import them."""
 

@@ -62,7 +62,7 @@ class RunDirectoryError(ConfigError):
 
 
 class CheckpointReadError(ConfigError):
-    """There is no checkpoint, or it cannot be used: damaged, of another run, or by a newer Starling."""
+    """Raised for a checkpoint that is missing or unusable: damaged, of another run, or by a newer Starling."""
 
 
 class CheckpointError(StarlingError):
@@ -74,7 +74,7 @@ class LeaseError(ConfigError):
 
 
 class ClusterError(StarlingError):
-    """There is no cluster at the address, or it is too small for what is asked."""
+    """Raised when no cluster is at the address, or the cluster is too small for the run."""
 
 
 class RunError(StarlingError):

@@ -37,7 +37,7 @@ EXCLUDES = ("/runs/", "/mlruns/", "/mlartifacts/", "/mlflow.db", ".venv/", ".git
 """Patterns left out of the working directory, besides those of ``.gitignore`` and ``.rayignore``."""
 
 _RUNS = "~/starling/runs"
-"""On the cluster's head. The working directory of a job is removed some time after it."""
+"""Folder of run directories on the cluster's head; Ray removes a job's working directory some time after the job."""
 
 _STOP_S = 60
 """Ray gives a job that it stops three seconds, in which no run can close."""

@@ -29,7 +29,7 @@ _FULL_S = 1.0
 """Seconds to wait for a non-blocking stream whose reader is slow."""
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
-"""Nobody is there who would read: `| head -1`, a terminal that was closed, a stream that was."""
+"""Error numbers of a stream without a reader: `| head -1`, a closed terminal, a closed stream."""
 
 
 def secure() -> None:

@@ -269,7 +269,7 @@ def _resolve(key: str, path: str) -> tuple[FileSystem, str]:
 
 
 def unreachable(key: str, path: str, error: BaseException) -> str:
-    """One line for what a file system says."""
+    """Return a file system's error as one line, with a hint about missing credentials."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     scheme = path.partition("://")[0].lower()
     hint = ""

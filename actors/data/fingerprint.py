@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from starling.actors.data.samples import Samples
 
 Fingerprint: TypeAlias = "dict[str, int | str]"
-"""By what it is of, for people."""
+"""Hashes and counts of a data set, by a readable name of each compared property."""
 
 _IN_MEMORY = 256
 """Samples that are looked at of those that are in memory, evenly spaced."""

@@ -134,7 +134,7 @@ class Dirichlet(Partition, name="dirichlet"):
 
 
 _REDRAWS = 50
-"""After as many, nodes that have too few are given some of others', or there is an error."""
+"""Number of draws after which nodes with too few samples receive others' samples, or an error is raised."""
 
 
 class Shards(Partition, name="shards"):
@@ -160,7 +160,7 @@ class Shards(Partition, name="shards"):
 
 
 class Column(Partition, name="column"):
-    """By the values of a column: a user, a hospital, a file. All samples of one value belong to one node.
+    """Partition by the values of a column: a user, a hospital, a file. All samples of one value belong to one node.
 
     Of as many values as nodes each node is given one, in their order. Of more, values are dealt in random order, each
     to the node that has fewest samples yet.

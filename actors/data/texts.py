@@ -399,7 +399,7 @@ class _Writer:
         self._pieces, self._kept = [], 0
 
     def done(self) -> Text:
-        """All of it."""
+        """Return the collected corpus."""
         ends = np.array(self._ends, dtype=np.int64)
         if self._file is None:
             empty = np.empty(0, dtype=self._dtype)

@@ -42,7 +42,7 @@ class RunData:
     parts: Sequence[Indices]
     """Indices into ``train`` for each node."""
     sampler: Sampler = field(default_factory=Epoch)
-    """In which order a node draws its own."""
+    """Order in which a node draws its samples."""
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint that processes compare."""

@@ -87,7 +87,7 @@ class NodeData:
         self._latest: tuple[DataBatch, Tensor] | None = None
         """The batch that was drawn last by itself, and the indices of its samples."""
         self._counts: dict[tuple[str | int, ...], int] = {}
-        """How often the round has drawn from each part, less one."""
+        """Index of the round's latest draw from each part, counted from 0."""
 
     def begin(self, number: int) -> None:
         """Enter round ``number``."""
@@ -212,7 +212,7 @@ class NodeData:
         return _shuffled(population, self._spec.seed, self._round, *source, count)[:size]
 
     def _seeded_for_load(self, *labels: int | str) -> contextlib.AbstractContextManager[None]:
-        """For samples that draw from the generators of the process: their noise is of (seed, round, node, draw)."""
+        """Seed the process's generators from (seed, round, node, draw), for samples that draw noise while they load."""
         if type(self.samples) is TensorSamples and type(self.validation) in (TensorSamples, type(None)):
             return _NOTHING  # they draw nothing, and a round may be as short as this takes
         return seeded(derive_seed(self._spec.seed, "load", *labels), self._bench.shared.device)

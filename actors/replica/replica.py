@@ -103,7 +103,7 @@ class Replica:
             state.forbid_aliases_of(self.parameters, self.buffers)
         algorithm = spec.algorithm
         self._counts_rounds = not algorithm.synchronous and (node == SERVER or not algorithm.has_server)
-        """Where each node has rounds of its own, the server's are the run's, or else each node's."""
+        """Whether the node's own rounds count as the run's: the server's, or every node's without a server."""
         self.staged_round: int | None = None
         self._due: bytes | None = None
         """The record of the staged round, if its step is made by the commit."""

@@ -30,7 +30,7 @@ class ScheduleProgress:
         self.step = 0
         """Optimizer steps that the node has taken."""
         self.milestone = Milestone()
-        """How far along the run the node is."""
+        """The node's place in the run, in rounds and optimizer steps."""
         planned = 0
         if num_samples is not None:
             drawn = planned_samples(num_samples, spec.samples_per_step, spec.min_batch)
@@ -52,7 +52,7 @@ class ScheduleProgress:
 
     @property
     def place(self) -> tuple[object, ...] | None:
-        """Everything that ``rate`` depends on and that differs between nodes; ``None`` with a flat schedule."""
+        """Node-specific inputs of ``rate``, as a key for batching; ``None`` with a flat schedule."""
         if self._config.schedule.is_flat:
             return None
         return self.milestone, self._own_steps, self.step

@@ -178,9 +178,9 @@ class _BufferSlot:
     def __init__(self, name: str, owner: nn.Module, attribute: str, *, is_state: bool) -> None:
         self.name = name
         self.is_state = is_state
-        """Part of what is saved of the module."""
+        """Whether the slot is in the module's state dict."""
         self.is_loose = False
-        """Nobody's: the module does with it what it likes."""
+        """Whether no node owns the slot: the module may change the value freely."""
         self._buffers: dict[str, Any] = owner._buffers  # noqa: SLF001 - the only way to rebind one
         self._attribute = attribute
 

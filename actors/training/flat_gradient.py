@@ -38,13 +38,13 @@ class FlatGradient:
         )
         self._owners = [index for index, one in enumerate(parameters) if one.numel()]
         self.absent: frozenset[int] = frozenset()
-        """Which parameters have none, by their number."""
+        """Indices of the parameters without a gradient."""
         self._seen: list[bool] = []
 
     # --- from autograd -----------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Forget the last one."""
+        """Forget the last gradient."""
         self._seen = [False] * len(self._parameters)
 
     def forget(self) -> None:
@@ -83,12 +83,12 @@ class FlatGradient:
     # --- from elsewhere ----------------------------------------------------------------------------------------------
 
     def zero(self) -> None:
-        """All parameters have one, which is zero."""
+        """Give every parameter a gradient of zero."""
         self.values.zero_()
         self.absent = frozenset()
 
     def none(self) -> None:
-        """No parameter has one."""
+        """Leave every parameter without a gradient."""
         self.values.fill_(-0.0)
         self.absent = frozenset(range(len(self._parameters)))
 

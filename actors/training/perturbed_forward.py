@@ -98,7 +98,7 @@ class Perturbing(TorchDispatchMode):
         self._parameters = parameters
         self._point = point
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        """What was made, by its storage, whose name is not given to another as long as there is the reference."""
+        """Perturbed tensors by the address of their storage; the weak reference keeps the address from reuse."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

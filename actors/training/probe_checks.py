@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 _DROPOUTS = ("dropout", "attention_dropout")
-"""Under which layers keep what they drop in a function that they call: attention and RNNs, transformers' layers."""
+"""Attributes that hold a layer's dropout rate when the layer calls a function, as attention and RNNs do."""
 
 
 def check(bench: Workbench) -> None:

@@ -77,4 +77,4 @@ _UPDATES: dict[str, tuple[Callable[[dict[str, Any]], Update], frozenset[str]]] =
     "adam": (lambda options: _adam(options, decoupled=False), _ADAM_OPTIONS),
     "adamw": (lambda options: _adam(options, decoupled=True), _ADAM_OPTIONS),
 }
-"""By name: the update, and the options with which it is this one."""
+"""Batched update by optimizer name, with the option names that the batched update implements."""

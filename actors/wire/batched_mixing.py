@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId, Payload
 
 _DTYPES = (torch.float32, torch.float64)
-"""In which a number times a value is rounded as a tensor times a tensor."""
+"""Types in which scalar · tensor rounds as tensor · tensor does."""
 
 
 class MixingMatrix:

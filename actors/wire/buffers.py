@@ -277,7 +277,7 @@ def _join(pieces: list[Tensor]) -> Buffer:
 
 
 def num_parts(nbytes: int, num_members: int) -> int:
-    """Into how many parts a contribution of ``nbytes`` is cut, with ``num_members`` in the view."""
+    """Return the number of parts of a contribution of ``nbytes``, with ``num_members`` in the view."""
     return max(1, min(num_members, math.ceil(nbytes / PART_BYTES)))
 
 
@@ -421,7 +421,7 @@ class Signature:
         return self._shown(0)
 
     def against(self, other: Signature) -> str:
-        """Both, with their tensors from the first on that is not alike."""
+        """Return both signatures as text, beginning with the first tensor in which they differ."""
         pairs = zip(self.tensors or (), other.tensors or (), strict=False)
         alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         begin = alike if alike >= _MOST_TENSORS else 0

@@ -23,9 +23,9 @@ class Waited:
     """Durations of an exchange so far, in seconds on the runtime's clock."""
 
     first_s: float
-    """From the round's begin, or the close of the exchange before it, to the first arrival: what the fastest took."""
+    """Time of the fastest member: from the round's begin, or the preceding exchange's close, to the first arrival."""
     since_first_s: float
-    """From the first arrival on."""
+    """Time since the first arrival."""
 
     def left_s(self, seconds: float, factor: float = 0.0) -> float:
         """Return the rest of ``seconds`` or ``factor`` · ``first_s``, whichever is longer, since the first arrival.

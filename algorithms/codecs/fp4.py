@@ -109,7 +109,7 @@ _CODES = _table()
 _POWERS = torch.tensor([0.0, *(2.0 ** (code - 7) for code in range(1, 8))])
 _SIGNED = torch.cat([_POWERS, -_POWERS])
 _PAIRS = torch.stack([_SIGNED.repeat(16), _SIGNED.repeat_interleave(16)], dim=1).view(torch.int64).view(-1)
-"""By byte, its two values, as the eight bytes of a number, shape (256,): so they are looked up at once."""
+"""Both float32 values of each byte, packed into one int64, shape (256,), for a single look-up."""
 
 
 def _decode_rows(rows: Tensor, out: Tensor) -> None:

@@ -43,7 +43,7 @@ class LocalProblem:
     batch_size: int
     """Samples of one optimizer step."""
     rng: torch.Generator
-    """For the rule; derived from (run seed, round, node, step)."""
+    """Random generator of the rule, derived from (run seed, round, node, step)."""
 
 
 class BatchSampler(Protocol):

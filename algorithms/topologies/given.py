@@ -13,7 +13,7 @@ from starling.algorithms.topologies.mixing import STOCHASTIC_TOLERANCE
 from starling.algorithms.topologies.networks import reached
 
 Arcs: TypeAlias = Mapping[int, Mapping[int, float]]
-"""By node, whom it mixes with what weight; itself left out."""
+"""Mixing weights by node and in-neighbour, without the node's own."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows: TypeAlias = "dict[int, dict[int, float]]"
-"""By node, the weights with which it mixes whose values; itself included, all sorted."""
+"""Mixing weights by node and in-neighbour, the node's own included, sorted."""
 
 STOCHASTIC_TOLERANCE = 1e-9
 """Greatest distance of a sum of weights from 1."""
@@ -27,7 +27,7 @@ class Mixing:
     substitutes: Mapping[int, Collection[tuple[int, ...]]] = field(
         default_factory=dict[int, "Collection[tuple[int, ...]]"]
     )
-    """By node: in-neighbours, each followed by those that come in its place, the first that is there."""
+    """In-neighbours by node, each followed by its substitutes: the first present one takes the place."""
 
     def in_neighbors(self, node: int) -> tuple[int, ...]:
         """Return the nodes whose values ``node`` needs, sorted, without itself."""

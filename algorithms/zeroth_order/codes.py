@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SIGN = 0x80
 _LARGEST = 127
 _LEVELS = [0.0] + [2.0 ** (-10 + step / 6) for step in range(_LARGEST)]
-"""By the lower seven bits of a code; the values of a logarithmic scale are rounded to float32 in ``decode``."""
+"""Magnitudes of a logarithmic scale by a code's lower seven bits; ``decode`` rounds them to float32."""
 
 
 class ScalarCode(Part, family="scalar code", catalog="starling.algorithms.zeroth_order.codes"):

@@ -50,7 +50,7 @@ class Estimate:
     """Parameters, their committed copy, gradient and optimizer state. The algorithm's own state comes on top."""
     simulation_bytes: int
     available_bytes: int
-    """On this machine, now."""
+    """Free memory of this machine at the time of the estimate, in bytes."""
     step_s: float | None
     """Seconds of one batch on this machine; ``None``: not measured."""
     simulation_s: float | None

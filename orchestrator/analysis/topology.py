@@ -50,7 +50,7 @@ class Degrees:
 
     @property
     def text(self) -> str:
-        """One number if all are alike."""
+        """Range and mean as text, or one number if all are equal."""
         return (
             f"{self.min}" if self.min == self.max else f"{self.min} to {self.max}, {number_text(self.mean)} on average"
         )

@@ -30,9 +30,9 @@ Piece: TypeAlias = bytes | memoryview
 
 CONNECT_TIMEOUT_S = 3.0
 REQUEST_TIMEOUT_S = 5.0
-"""Without a byte from an object store; its client makes a request three times at most."""
+"""Seconds without a byte after which a request to an object store fails; clients make at most three attempts."""
 LONGEST_S = 30.0
-"""After ``Storage.stop`` whoever waits for the storage waits no longer than this."""
+"""Longest wait for the storage after ``Storage.stop``, in seconds."""
 
 _FLAT = ("s3", "gcs", "abfs")
 """Stores of objects, in which folders need not be made."""
@@ -46,7 +46,7 @@ class Storage(Protocol):
     """A place for files in folders."""
 
     shown: str
-    """For people, without a password."""
+    """Address for messages, without a password."""
 
     def folders(self) -> dict[str, set[str]]:
         """The folders that are there, and the names of the files in each; empty where nothing was ever written."""

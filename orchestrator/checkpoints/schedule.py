@@ -31,7 +31,7 @@ _COST_FRACTION = 0.01
 """Share of a run's time that ``every_rounds: auto`` lets its checkpoints take."""
 
 _OF_ALL = 4.0
-"""All processor time over the writer's own: nodes and Ray, which hand over the state, take three times as much."""
+"""Ratio of a checkpoint's total CPU time to the writer's: nodes and Ray take three times as much to hand over state."""
 
 _END_TIMEOUT_S = 60.0
 """Limit of the wait for the last checkpoint at a run's end."""

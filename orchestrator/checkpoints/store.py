@@ -63,7 +63,7 @@ class Checkpoint:
     controller: dict[str, Any]
     """Plain JSON as given."""
     nodes: Mapping[NodeId, StateExport]
-    """In the order in which they were given. Arrays are read-only, and those with equal content are the same one."""
+    """Node states in the order given. Arrays are read-only; arrays of equal content are one object."""
     where: str
     """Path or address of the checkpoint, for messages."""
     is_ours: bool = False
@@ -93,7 +93,7 @@ class _Manifest(BaseModel):
     """Checksum of all of the above: damage is noticed without a key, too."""
 
     def sealed(self) -> _Manifest:
-        """With this user's mark."""
+        """Return a copy with this user's mark."""
         return self.model_copy(update={"mark": identity.seal(_SEALED, self._content)})
 
     @property
@@ -362,12 +362,12 @@ class _Draft:
     _pending: list[StoredTensor] = field(default_factory=list)  # pyright: ignore[reportUnknownVariableType]
     _pending_bytes: int = 0
     _replaces: bool = False
-    """One of the same round is there, and stays until the manifest is the new one."""
+    """Whether a checkpoint of this round exists; the old one stays until the new manifest replaces its manifest."""
     _again: int = 0
-    """Makes names that are not taken."""
+    """Number that keeps file names from those already taken."""
     _has_begun: bool = False
     _may_be_there: bool = False
-    """The manifest may be its own."""
+    """Whether the manifest in the folder may be this writer's."""
 
     @property
     def folder(self) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starling.orchestrator.checkpoints.store import CheckpointStore
 
 PAUSES_S = (1.0, 5.0, 25.0)
-"""Before each repetition of a write that the storage refused; after the last one the checkpoint is given up."""
+"""Pauses in seconds before each retry of a refused write; after the last retry the checkpoint is given up."""
 
 _AT_EXIT_S = 10.0
 _LOG = logging.getLogger("starling")

@@ -153,7 +153,7 @@ class LiveDisplay(Display):
     _live: Live | Status | None = None
     _metrics: Mapping[str, float] | None = None
     _evaluated: int = -1
-    """In which round."""
+    """Round of the displayed metrics; -1: none yet."""
 
     @unfailing
     def open(self, config: Config, place: str) -> None:

@@ -17,7 +17,7 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 50
 """Nesting depth of sections and lists at most."""
 MAX_VALUES = 50_000
-"""With each alias unfolded: nine lines of aliases to lists of aliases are a billion values."""
+"""Most values of a file with every alias unfolded: nine lines of nested aliases can be a billion values."""
 _MAX_NUMBER = 2**64
 _CORE = "tag:yaml.org,2002:"
 _TAGS = frozenset(f"{_CORE}{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge"))

@@ -38,7 +38,7 @@ class Admission:
         self._begin = begin
         self._has_server = state.run.config.algorithm.has_server
         self._known: dict[NodeId, dict[NodeId, int]] = {}
-        """Of which rounds of others the state of a node has heard that is to come in: its own or its donor's."""
+        """Latest round of every other node that an entering node's state, its own or its donor's, has heard of."""
 
     def admit(self) -> None:
         """Let nodes begin that have all that they need, and see to it that the others get it."""

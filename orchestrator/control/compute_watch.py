@@ -18,7 +18,7 @@ _MAX_LATE = 10
 
 
 class ComputeWatch:
-    """Since when each node computes, of those that do not wait for a message."""
+    """Start time of each node's computation, for nodes that do not wait for a message."""
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
@@ -29,7 +29,7 @@ class ComputeWatch:
 
     @property
     def any_computes(self) -> bool:
-        """Whether any node does."""
+        """Whether any node computes."""
         return bool(self._since)
 
     def computes(self, node: NodeId, since: float) -> None:

@@ -42,10 +42,10 @@ class Loop(ABC):
         self._mail = Mail(state, room, self._handed_over)
         self._members = Members(state, replicated=replicated, donors=self._donors, on_transfer=self._transfer_begins)
         self._halting: set[NodeId] = set()
-        """Cancelled, and not standing still yet."""
+        """Nodes that were cancelled and do not stand still yet."""
         self._is_restored = False
         self._same_processes = False
-        """It goes on from a checkpoint, with the processes of then."""
+        """Whether the loop goes on from a checkpoint with the checkpoint's processes."""
 
     # --- what a loop is asked for ------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ class Members:
             on_begin=on_transfer,
         )
         self._successors: dict[NodeId, Up] = {}
-        """There already, for nodes that are leaving."""
+        """Started processes that will take over the nodes that are leaving."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ class MinNodes:
         self.wanted = 0
         """Nodes without which the round, begun once, could not be finished: its aggregator needs as many."""
         self.since: float | None = None
-        """Since when there are too few, in a run that waits with ``deadline``."""
+        """Start of the shortage of nodes, or None, in a run that waits with ``deadline``."""
 
     @property
     def _least(self) -> int:

@@ -60,7 +60,7 @@ class Done:
     """The attempt at a round that was committed."""
 
     steps: list[Step]
-    """Before it."""
+    """Steps recorded before the round."""
     view: View
     joiners: frozenset[NodeId]
     closed: dict[int, tuple[NodeId, ...]]
@@ -94,22 +94,22 @@ class RunHistory:
     )
     seen: defaultdict[NodeId, list[float]] = field(default_factory=lambda: defaultdict(list))
     rounds: defaultdict[NodeId, int] = field(default_factory=lambda: defaultdict(int))
-    """Committed by each node of an asynchronous run."""
+    """Number of rounds that each node of an asynchronous run committed."""
     last: NodeId = 0
     """The node, not the server, that committed last."""
     views: dict[tuple[NodeId, int], View] = field(default_factory=dict)
-    """From which round of a node on it had another view."""
+    """Views by the node and the first of its rounds that has the view."""
     lost: set[NodeId] = field(default_factory=set)
     start: tuple[NodeId, ...] = ()
     """Nodes at the start."""
     parts: int | None = None
-    """Into how many the data were divided."""
+    """Number of parts into which the data were divided."""
     plans: dict[tuple[NodeId, int], Place] = field(default_factory=dict)
-    """From which round of a node on it drew something else than before."""
+    """Sampling plans by the node and the first of its rounds that follows the plan."""
     rounds_done: dict[int, Done] = field(default_factory=dict)
     """Outcome of each round of a synchronous run."""
     _steps: list[Step] = field(default_factory=list)
-    """Since the last commit."""
+    """Steps since the last commit."""
     _begun: dict[str, Any] = field(default_factory=dict)
     _whole: dict[NodeId, tuple[int, int]] = field(default_factory=dict)
     """Numbers of received messages and of clock readings in each node's committed rounds."""

@@ -121,7 +121,7 @@ class Residuals:
         self.lost: list[float] = []
         """The norms of those that were lost."""
         self._num_told = 0
-        """Of ``lost``: those in the record of a round."""
+        """Number of entries of ``lost`` that a round record already has."""
 
     def committed(self, reports: Mapping[NodeId, Returned]) -> None:
         """Take the norms from nodes that have committed a round."""

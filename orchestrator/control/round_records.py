@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     """Cost of a run up to a moment, or of one round."""
 
     seconds: float = 0.0
-    """On the runtime's clock."""
+    """Seconds on the runtime's clock."""
     payload: int = 0
     transport: int = 0
     """Bytes between processes; 0 where nothing moves between any."""

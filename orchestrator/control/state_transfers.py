@@ -54,7 +54,7 @@ class _Joiner:
 _MOST_FAILURES = 3
 """Transfers from one donor to one joiner."""
 _PAUSE_S = 1.0
-"""Before a donor is asked again: a dead one's death is known by then, as a rule."""
+"""Seconds before a donor is asked again: by then a donor's death is usually known."""
 
 
 class Transfers:

@@ -22,7 +22,7 @@ class Tally:
     def __init__(self, recorder: RoundRecorder) -> None:
         self._recorder = recorder
         self.num_commits = 0
-        """Since the run began."""
+        """Number of commits since the run began."""
         self.last = -1
         """The node that committed last."""
         self._reports: list[tuple[NodeId, Returned]] = []

@@ -51,12 +51,12 @@ class Exchange:
 
     @property
     def inline(self) -> bool:
-        """All contributions came with their announcements."""
+        """Whether all contributions came with their announcements."""
         return all(post.inline is not None for post in self.posts.values() if post.contributes)
 
     @property
     def num_parts(self) -> int:
-        """Into how many parts each contribution is cut; all are cut alike."""
+        """Number of parts into which each contribution is cut; every contribution has as many."""
         return max(len(post.part_nbytes) for post in self.posts.values())
 
     def wanted(self, by: NodeId) -> tuple[NodeId, ...]:

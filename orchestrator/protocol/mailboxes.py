@@ -67,7 +67,7 @@ class _Box:
 
     round: int = 0
     num_sent: int = 0
-    """In the running round."""
+    """Number of messages sent in the running round."""
     sent: tuple[int, int] = (-1, -1)
     """(round, number) of the last message: what is not after it was sent before, in an earlier attempt."""
     heard: dict[NodeId, int] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Mailroom:
 
     def __init__(self, nodes: Iterable[NodeId], *, lockstep: bool = False, remembers: bool = False) -> None:
         self._lockstep = lockstep
-        """All do the same round, so that everybody knows of everybody's."""
+        """Whether all nodes do one common round, so that each node knows the round of every other."""
         self._remembers = remembers
         """Whether what anybody is handed is remembered until its round is committed; else only the server's."""
         self._boxes = {node: _Box() for node in nodes}

@@ -36,16 +36,18 @@ class DataLedger:
     def __init__(self, sizes: Sequence[int]) -> None:
         self._sizes = tuple(sizes)
         self._positions: dict[NodeId, Position] = {}
-        """Of those that have committed draws or were handed something; ``extra`` counts from the begin of ``_extras``.
+        """Positions of nodes with committed draws or handed-over ranges.
+
+        A position's ``extra`` counts from the start of ``_extras``.
         """
         self._extras: dict[NodeId, list[Segment]] = {}
         """Ranges that nodes were handed; of all nodes whose plan was ever changed."""
         self._pool: list[Segment] = []
-        """To be handed out."""
+        """Ranges to be handed out."""
         self._changed: set[NodeId] = set()
-        """Were handed something, or something was taken from them, since they were told."""
+        """Nodes whose ranges have changed since they were last told their plan."""
         self._stale: set[NodeId] = set()
-        """Do not know what they were told: another process was."""
+        """Nodes whose present process has not been told their plan."""
         self._most = 1
         """Samples that a node has committed in one round."""
 

@@ -221,7 +221,7 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _texts(data: object) -> Iterator[str]:
-    """All texts in plain data, keys too; what is there several times (YAML's aliases) once."""
+    """Yield all texts in plain data, keys too; aliased sections (YAML) are visited once."""
     seen, left = set[int](), [data]
     while left:
         one = left.pop()

@@ -30,9 +30,9 @@ _LEASE = TypeAdapter(LeaseFile)
 _RENEW_S = 5.0
 _POLL_S = 0.1
 _EXPIRED_S = 30.0
-"""Not renewed for so long, a holder on another machine is taken for dead."""
+"""Seconds without renewal after which a holder on another machine is taken for dead."""
 _SKEW_S = 86400.0
-"""By which the clock of another machine may be ahead; a lease from later than that is from nowhere."""
+"""Most seconds by which another machine's clock may be ahead; a lease from later than that is invalid."""
 
 
 class Lease:

@@ -47,7 +47,7 @@ class RoundRecord:
     exchange_seconds: float
     """The rest of the round: exchanges and waiting for others."""
     evaluate_seconds: float = 0.0
-    """On this machine's clock; not part of ``seconds``."""
+    """Seconds of the evaluation on this machine's clock, not part of ``seconds``."""
     metrics: dict[str, float] | None = None
     """Metrics of the model after the round, if it was evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
@@ -122,7 +122,7 @@ def finite(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
 
 @dataclass(frozen=True)
 class Started:
-    """All nodes are up."""
+    """Facts about a run whose nodes are all up."""
 
     config: Config
     run_id: str

@@ -46,7 +46,7 @@ _SNAPSHOT = re.compile(r"round-([0-9]{6,18})\.safetensors")
 
 @dataclass(frozen=True)
 class MembersEntry:
-    """From here on the members are these."""
+    """View from this entry on: its number and its members."""
 
     number: int
     """Number of the view."""
@@ -63,7 +63,7 @@ class Sealed:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """After this round the model had this digest, and was written to a file."""
+    """Snapshot of the model in a file: the round after which it was written, and the model's digest."""
 
     round: int
     digest: str

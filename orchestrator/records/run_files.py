@@ -210,7 +210,7 @@ def lines(folder: Folder, name: str, adapter: TypeAdapter[T]) -> Iterator[T]:
 
 
 def checked(adapter: TypeAdapter[T], data: bytes, where: str, *, nan: bool = False) -> T:
-    """Some JSON as what it is to be; ``nan``: numbers may be NaN or infinite, as Python writes them.
+    """Parse JSON and return it as ``adapter``'s type; with ``nan``, numbers may be NaN or infinite.
 
     Raises:
         ConfigError: it is no JSON, or something else.

@@ -30,7 +30,7 @@ class Options:
     """``NAME[:min|max]``; schedulers follow the first."""
     simulate: bool = False
     confirm: int = 0
-    """After a simulated sweep: how many of the best are run again on the cluster."""
+    """Number of the best trials of a simulated sweep that run again on the cluster."""
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.

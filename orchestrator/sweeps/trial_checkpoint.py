@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from starling.orchestrator.records.observers import Observer, Summary
 
 _ORIGIN = "origin.json"
-"""In the directory of a trial that goes on from another's checkpoint: whose."""
+"""File in the directory of a trial that goes on from another's checkpoint; it names the origin."""
 _COPIED = ("config.yaml", "metrics.jsonl", "events.jsonl")
 _WAIT_S = 30.0
-"""For a first checkpoint to be there, and for a controller that is ending to be gone."""
+"""Longest wait in seconds for a first checkpoint, and for an ending controller to be gone."""
 
 
 def opened(

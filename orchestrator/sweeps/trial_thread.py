@@ -22,7 +22,7 @@ _POLL_S = 0.25
 _STOP_TIMEOUT_S = 30.0
 """Seconds that a stopped run may take to close."""
 _SPARSE_S = 0.5
-"""Between two reports that nobody decides on."""
+"""Seconds between two reports on which no scheduler decides."""
 
 
 class StoppedError(KeyboardInterrupt):
@@ -87,7 +87,7 @@ class TrialRun:
 
 
 class _Reporter(Observer):
-    """In the run's thread: makes reports of rounds, and waits where a scheduler decides."""
+    """Observer in the run's thread: makes reports of rounds, and waits where a scheduler decides."""
 
     def __init__(self, last_round: int, *, stepwise: bool) -> None:
         self.reports: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

@@ -91,7 +91,7 @@ class Objective:
 
     @property
     def sign(self) -> float:
-        """By which a value is multiplied so that less is better."""
+        """Factor, 1 or -1, that makes smaller values better."""
         return 1.0 if self.mode == "min" else -1.0
 
 
@@ -108,7 +108,7 @@ class Trial:
     of: int | None = None
     """Number of the trial that a confirmation confirms."""
     reports: list[dict[str, Any]] = field(default_factory=list)
-    """After evaluated rounds: ``rounds`` (done so far), metrics, ``train_loss``, ``bytes``, ``seconds``."""
+    """Reports after evaluated rounds: ``rounds`` (done so far), metrics, ``train_loss``, ``bytes``, ``seconds``."""
     end: End | None = None
     summary: dict[str, Any] | None = None
     error: str | None = None

@@ -116,7 +116,7 @@ class Population(PopulationBasedTraining):
     """
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ANN401 - Tune's
-        """Whoever it goes on from, it stays itself; and it stays inside of the space."""
+        """Return the trial's own configuration with values mutated from the donor's, clipped to the search space."""
         config, operations = super()._get_new_config(trial, trial_to_clone)
         domains: Any = self._hyperparam_mutations["values"]
         values = {path: _inside(domains[path], value) for path, value in config["values"].items()}

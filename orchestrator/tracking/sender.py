@@ -90,21 +90,21 @@ class Sender:
         self._experiment_id: str | None = None
         self._is_server = store.startswith(("http", "databricks"))
         self._asked_at: float | None = None
-        """Since when an answer is waited for."""
+        """Start of the wait for a pending answer, or None."""
         self._answers_s = 0.0
-        """How long answers took, since the end is waited for."""
+        """Seconds that answers took since the wait for the end began."""
         self._granted_s = 0.0
-        """More time, for files."""
+        """Additional seconds granted for the upload of files."""
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._left_to_others = threading.Event()
-        """Nobody waits any more, and somebody else may be sending what is left."""
+        """Set when nobody waits any more, and another process may be sending the rest."""
         # A daemon: a tracker that does not answer must not keep the process from its end.
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Wake the sending thread: the spool has new records."""
         self._wake.set()
 
     def close(self, timeout_s: float) -> bool:

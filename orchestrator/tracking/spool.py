@@ -28,7 +28,7 @@ TRIALS_OF = "tracking"
 """The folder of a sweep that has a folder with the spool of each trial."""
 
 _READ_BYTES = 4_000_000
-"""At a time."""
+"""Bytes read at a time."""
 
 
 class _Operation(BaseModel):
