@@ -16,7 +16,7 @@ from starling.orchestrator.checkpoints.filesystems import RemoteStorage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.checkpoints.reader import Checkpoint
 
 
 def export_of(*leaves: Tensor, **meta: Any) -> StateExport:

@@ -23,7 +23,7 @@ from unittest.mock import patch
 from starling.algorithms.errors import StarlingError
 from starling.orchestrator import api
 from starling.orchestrator.checkpoints.export import export
-from starling.orchestrator.checkpoints.store import _checksum, _Manifest, _sum
+from starling.orchestrator.checkpoints.manifest import Manifest, checksum_of, sum_of
 from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError
 from starling.orchestrator.records.rebuild import rebuild
@@ -304,8 +304,8 @@ def _json_damage(rng: random.Random, run: Path) -> str:
 def _sum_again(data: Any) -> None:
     """Let a state's own checksums be right."""
     with contextlib.suppress(Exception):
-        data["sums"] = {node: _sum(one) for node, one in data["nodes"].items()} | {
-            "controller": _sum(data["controller"])
+        data["sums"] = {node: sum_of(one) for node, one in data["nodes"].items()} | {
+            "controller": sum_of(data["controller"])
         }
 
 
@@ -320,9 +320,9 @@ def reseal(file: Path) -> None:
             data = file.read_bytes()
             known["files"][file.name] |= {"bytes": len(data)}
             if file.suffix == ".json":
-                known["files"][file.name]["checksum"] = _checksum(data)
+                known["files"][file.name]["checksum"] = checksum_of(data)
         known.pop("checksum", None)
-        manifest.write_bytes(_Manifest.model_validate(known).sealed().to_bytes())
+        manifest.write_bytes(Manifest.model_validate(known).sealed().to_bytes())
 
 
 def _odd_damage(rng: random.Random, run: Path, outside: Path) -> str:

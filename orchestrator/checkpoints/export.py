@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from starling.actors.replica.state_transfer import StateExport
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.checkpoints.reader import Checkpoint
     from starling.orchestrator.config.schema import Config
 
 Format: TypeAlias = Literal["safetensors", "torch", "hf"]

@@ -18,7 +18,7 @@ from starling.orchestrator.records.run_files import Count, Node, Round, Seconds,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.checkpoints.reader import Checkpoint
 
 _Place: TypeAlias = Annotated[list[Count], Field(min_length=2, max_length=3)]
 _Segment: TypeAlias = Annotated[list[Count], Field(min_length=4, max_length=4)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from starling.actors.replica.state_transfer import StateExport
-    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.checkpoints.reader import Checkpoint
     from starling.orchestrator.config.schema import Config
     from starling.orchestrator.control.loop import Loop
     from starling.orchestrator.control.run_state import RunState

@@ -24,7 +24,7 @@ from starling.orchestrator.sweeps.trial_thread import recorded
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from starling.orchestrator.checkpoints.store import Checkpoint
+    from starling.orchestrator.checkpoints.reader import Checkpoint
     from starling.orchestrator.config.schema import Config
     from starling.orchestrator.records.observers import Observer, Summary
 

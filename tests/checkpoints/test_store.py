@@ -21,7 +21,8 @@ from starling.actors.replica.digest import digest_state
 from starling.actors.replica.state_transfer import _unpack, export_state, load_state
 from starling.algorithms.api import SERVER
 from starling.orchestrator.checkpoints.filesystems import RemoteStorage, open_storage
-from starling.orchestrator.checkpoints.store import CheckpointStore, _checksum
+from starling.orchestrator.checkpoints.manifest import checksum_of
+from starling.orchestrator.checkpoints.store import CheckpointStore
 from starling.orchestrator.errors import CheckpointError, CheckpointReadError, ConfigError, exit_code
 from tests.checkpoint_states import LostAnswerError, ObjectStore, contents, export_of, is_of, packed, states
 from tests.replica.test_state_transfer import donor, joiner
@@ -365,7 +366,7 @@ def resealed(manifest: bytes, **changes: Any) -> bytes:
     """A manifest with other content, and the checksum that belongs to it."""
     data = json.loads(manifest) | changes
     del data["checksum"]
-    return json.dumps(data | {"checksum": _checksum(json.dumps(data).encode())}, indent=2).encode() + b"\n"
+    return json.dumps(data | {"checksum": checksum_of(json.dumps(data).encode())}, indent=2).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_states_that_do_not_fit_are_refused(original: Any, damaged: Any, state: 
     """Even where all checksums are right."""
     manifest = "round-000012/manifest.json"
     files = json.loads(original[manifest])["files"]
-    files["state.json"] = {"bytes": len(state), "checksum": _checksum(state)}
+    files["state.json"] = {"bytes": len(state), "checksum": checksum_of(state)}
     store = damaged({manifest: resealed(original[manifest], files=files), "round-000012/state.json": state})
     assert "does not fit" in check_refused(store, "state.json")
 

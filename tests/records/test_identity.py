@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from starling.orchestrator import api, driver
 from starling.orchestrator.checkpoints.export import export
-from starling.orchestrator.checkpoints.store import _checksum, _Manifest, _sum
+from starling.orchestrator.checkpoints.manifest import Manifest, checksum_of, sum_of
 from starling.orchestrator.cli import main
 from starling.orchestrator.errors import ConfigError, exit_code
 from starling.orchestrator.jobs import plan
@@ -266,15 +266,15 @@ def forge(path: Path, *, keep_mark: bool) -> None:
     folder = max((path / "checkpoints").iterdir())
     state = json.loads((folder / "state.json").read_text())
     state["controller"]["progress"]["samples"]["drawn"] += 1
-    state["sums"]["controller"] = _sum(state["controller"])
+    state["sums"]["controller"] = sum_of(state["controller"])
     data = json.dumps(state).encode()
     (folder / "state.json").write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {"bytes": len(data), "checksum": _checksum(data)}
+    manifest["files"]["state.json"] = {"bytes": len(data), "checksum": checksum_of(data)}
     del manifest["checksum"]
     if not keep_mark:
         del manifest["mark"]
-    (folder / "manifest.json").write_bytes(_Manifest.model_validate(manifest).to_bytes())
+    (folder / "manifest.json").write_bytes(Manifest.model_validate(manifest).to_bytes())
 
 
 @pytest.mark.parametrize("keep_mark", [True, False])
