@@ -244,5 +244,5 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _check_zero(what: str, values: Tensor, event: Mapping[str, Any]) -> None:
     """Rows add up to zero, but for rounding."""
     error, size = float(values.sum(0).abs().max()), float(values.abs().max())
-    if not error <= 1e-4 * (size + 1e-3):
+    if not error <= 1e-4 * (size + 0.1):  # they may have been large before, and small now
         raise Broken(f"{what} is not conserved", f"{error} of {size} in round {event['round']}")
