@@ -154,8 +154,11 @@ class Loop(ABC):
             self._members.suffer(event, number)
 
     def _donors(self) -> Sequence[NodeId]:
-        """Return who has what was committed last."""
-        return self.result
+        """Return the nodes that can give the last commit.
+
+        Where none that made it is left, those can that got it since: they have the same bits.
+        """
+        return self.result or sorted(self._members.holdings.loaded.difference(self._roster.down))
 
     def _transfer_begins(self, joiner: NodeId, donor: NodeId) -> None:
         for node in (joiner, donor):

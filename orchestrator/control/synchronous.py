@@ -381,13 +381,6 @@ class Synchronous(Loop):
 
     # --- between rounds ----------------------------------------------------------------------------------------------
 
-    def _donors(self) -> tuple[NodeId, ...]:
-        """Return the nodes that can give what was committed last.
-
-        Where no member of that round is left, those can that it has been given to since: they have the same bits.
-        """
-        return self.result or tuple(sorted(self._members.holdings.loaded.difference(self._roster.down)))
-
     def _lacking(self) -> set[NodeId]:
         """Return the nodes that have not got what was committed last."""
         if self._state.committed < 0:
