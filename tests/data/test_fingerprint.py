@@ -30,7 +30,7 @@ from starling.orchestrator.config.schema import parse
 from starling.orchestrator.errors import ConfigError, DataError
 from starling.orchestrator.runtimes.cluster.actors import ActorPool
 from starling.orchestrator.runtimes.cluster.placement import Placement
-from starling.orchestrator.runtimes.cluster.processes import Processes, SameData
+from starling.orchestrator.runtimes.cluster.processes import ClusterProcesses, SameData
 from starling.orchestrator.runtimes.events import NotUp
 from tests.conformance import StoppedError, Stopper
 from tests.fake_actors import Fakes
@@ -227,7 +227,7 @@ def test_a_replacement_with_other_data_is_refused_alone_and_its_machine_avoided(
     fakes, config = Fakes(), parse({"algorithm": "fedavg", "task": "digits", "tracking": "none"})
     pool = ActorPool(fakes.loop, lambda _: None, lambda _: [])
     placement = Placement(config)
-    processes = Processes(config, fakes.loop, pool, placement)
+    processes = ClusterProcesses(config, fakes.loop, pool, placement)
     first: Any = SimpleNamespace(fingerprint={"x": "a"}, place="pid 1 on a")
     processes.same_data.compare((0,), first)
     actor = fakes.add(pool, 2)
