@@ -17,7 +17,7 @@ from tests.paths import ROOT
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(540), pytest.mark.xdist_group("sandbox")]
 
 HEAD = "10.77.0.1"
 HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
@@ -87,7 +87,7 @@ def test_pending_nodes_bring_machines_and_idle_machines_go(machines: Sandbox):
     run = head.run(
         "starling", "run", str(ROOT / "examples/fedavg.yaml"), "--run-dir", "run", "--json",
         *(word for setting in settings for word in ("--set", setting)),
-        timeout_s=120,
+        timeout_s=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + head.log("monitor.*")
     summary = json.loads(run.stdout.splitlines()[-1])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(240), pytest.mark.xdist_group("sandbox")]
+pytestmark = [pytest.mark.slow, pytest.mark.smoke, pytest.mark.timeout(540), pytest.mark.xdist_group("sandbox")]
 
 HEAD, WORKER = "10.77.0.1", "10.77.0.2"
 TINY = ["rounds=2", "cluster.nodes.target=2", "tracking=none", "evaluation.every_rounds=0"]
@@ -57,7 +57,7 @@ def test_from_ray_up_to_ray_down(machines: Sandbox, tmp_path: Path):
     assert token.returncode == 0, token.stdout
     (laptop.home / ".ray/auth_token").chmod(0o600)
 
-    up = laptop.run("ray", "up", "-y", "cluster.yaml", RAY_UP_enable_autoscaler_v2="0", timeout_s=90)
+    up = laptop.run("ray", "up", "-y", "cluster.yaml", RAY_UP_enable_autoscaler_v2="0", timeout_s=200)
     assert up.returncode == 0, up.stdout
     assert (head.home / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
 
@@ -73,7 +73,7 @@ def test_from_ray_up_to_ray_down(machines: Sandbox, tmp_path: Path):
     for setting in [*TINY, "cluster.address=auto"]:
         training += ["--set", setting]
     submit = ["ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT / "examples")]
-    job = laptop.run(*submit, "--", *training, timeout_s=90)
+    job = laptop.run(*submit, "--", *training, timeout_s=200)
     assert job.returncode == 0, job.stdout
     assert "2 of 2 rounds done" in job.stdout
     summary = json.loads((head.home / "run/summary.json").read_text())
