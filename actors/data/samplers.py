@@ -145,7 +145,7 @@ class Sampler(Part, family="sampler", catalog="starling.actors.data"):
         Returns:
             int64, shape (n,), values in [0, n): an epoch has as many draws as there are samples.
         """
-        raise NotImplementedError
+        raise ProgramError(f"sampler {self.name}: define order(num_samples, epoch, rng), or begin")
 
     def begin(self, indices: Indices, seed: int, node: int, blocks: Blocks | None = None) -> Draws:
         """Return a node's draws from its first epoch on; ``blocks``: of samples that come in blocks."""
