@@ -6,6 +6,7 @@ algorithm exchanges, mixes and restores a model in one operation. Floating-point
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from starling.actors.tasks import Samples
     from starling.actors.training.slab import ModelTensors, Slab
     from starling.algorithms.api import Evaluate, NodeId, State
+
+_METRIC_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]*")
+"""Names that every tracker takes."""
 
 
 class NodeProgress(NamedTuple):
@@ -134,6 +138,8 @@ class Replica:
     def report(self, **metrics: float) -> None:
         """Report metrics of the open round by name; see ``Node.report``."""
         for name, value in metrics.items():
+            if _METRIC_NAME.fullmatch(name) is None:
+                raise ProgramError(f"node.report({name!r}=…): a name has letters, digits, '_', '-', '.' and '/' alone")
             if isinstance(value, bool) or not isinstance(value, int | float):
                 kind = type(value).__name__
                 raise ProgramError(f"node.report({name}=…): a {kind}, and not a number; of a tensor, give its .item()")

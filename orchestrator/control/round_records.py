@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from math import fsum
 from typing import TYPE_CHECKING, NamedTuple
 
 from starling.actors.wire.tickets import mean_loss
@@ -44,7 +43,7 @@ def spread_of(reported: Iterable[tuple[NodeId, Mapping[str, float]]]) -> dict[st
         for name, value in metrics.items():
             columns[name].append(value)
     return {
-        name: {"mean": fsum(values) / len(values), "min": min(values), "max": max(values)}
+        name: {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
         for name, values in sorted(columns.items())
     }
 

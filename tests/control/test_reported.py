@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,11 +11,13 @@ import pytest
 
 from starling import resume, simulate
 from starling.algorithms.api import SERVER, Message, Node, Receive, Send, Train
+from starling.algorithms.errors import ProgramError
+from starling.orchestrator.control.round_records import spread_of
 from starling.orchestrator.errors import NodeFailedError
 from starling.orchestrator.records.observers import RoundRecord
 from starling.orchestrator.tracking.mlflow_tracker import metrics_of
 from tests.control.test_membership import fault
-from tests.toys import Program, attempt
+from tests.toys import Program, attempt, replica
 from tests.toys import simulate as simulate_toy
 
 HERE = __name__
@@ -107,6 +110,17 @@ def test_what_is_no_number_is_refused():
     ran = attempt(algorithm="test_telling_wrong")
     assert isinstance(ran.error, NodeFailedError)
     assert "node.report(share=…): a str, and not a number; of a tensor, give its .item()" in str(ran.error)
+
+
+def test_a_name_that_a_tracker_would_refuse_is_refused():
+    with pytest.raises(ProgramError, match=r"node.report\('a b:c'=…\): a name has letters, digits"):
+        replica().report(**{"a b:c": 1.0})
+
+
+@pytest.mark.parametrize("values", [(math.inf, -math.inf), (1e308, 1e308), (math.nan, 1.0)])
+def test_no_value_is_too_odd_for_a_mean(values: tuple[float, ...]):
+    found = spread_of([(node, {"x": value}) for node, value in enumerate(values)])
+    assert not math.isfinite(found["x"]["mean"])
 
 
 @pytest.mark.pictures
