@@ -60,6 +60,8 @@ class Train(Operation[TrainReport]):
         """Refuse anything but exactly one positive amount of work, and sizes and factors that are not positive."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"Train(batch_size={self.batch_size}): a step takes at least one sample")
+        if self.only is not None and (isinstance(self.only, str) or not self.only):
+            raise ValueError(f"Train(only={self.only!r}): takes a tuple of names, at least one")
         if not 0 < self.lr_factor < math.inf:
             raise ValueError(f"Train(lr_factor={self.lr_factor}): must be positive and finite")
         amount = self.epochs if self.steps is None else self.steps
