@@ -203,6 +203,7 @@ class Asynchronous(Loop):
         if happening is not None:
             self._take(happening)
         elif not members.act():
+            members.transfers.retry()
             late = self._watch.late(self._nodes.numbers, self._state.committed)
             self._halt([*members.departures.withdraw(), *late])
             self._mail.expire()

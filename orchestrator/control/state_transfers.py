@@ -3,8 +3,8 @@
 Only a node that has the last committed round can be a donor: one that is new can never overwrite the model. Several
 joiners are spread over several donors. A donor that dies meanwhile is followed by another.
 
-A transfer may fail before its donor's death is known, or though the donor lives: a donor that is there is asked again
-before the run ends for want of one.
+A transfer may fail before its donor's death is known, or though the donor lives: a donor that is there is asked again,
+after a pause. A joiner to which none can give is given up; the others go on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Joiner:
     began: float
     place: int
     position: Position | None
-    refused: Counter[NodeId] = field(default_factory=Counter)
+    failures: Counter[NodeId] = field(default_factory=Counter)
     """Transfers that failed, by donor."""
     catches_up: bool = True
     """Whether the node may still try to repeat the rounds that it missed, which needs no donor's state."""
@@ -48,7 +48,9 @@ class _Joiner:
     waits: bool = False
     """Whether the node waits for a donor to appear."""
     again_at: float = -math.inf
-    """Earliest time, on the runtime's clock, at which a donor is asked again."""
+    """Time before which no donor is asked that has failed already."""
+    given_up: bool = False
+    """Its process is being ended."""
 
 
 _MOST_FAILURES = 3
@@ -96,8 +98,9 @@ class Transfers:
 
     @property
     def is_moving(self) -> bool:
-        """Whether any node is being given state, and does not only wait for a donor."""
-        return any(not joiner.waits for joiner in self._joiners.values())
+        """Whether any node is being given state, or is about to be, and does not only wait for a donor to come."""
+        now = self._runtime.now
+        return any(not joiner.waits or joiner.again_at > now for joiner in self._joiners.values())
 
     def begin(self, number: int, node: NodeId, position: Position | None, kept: int | None) -> None:
         """Give ``node`` the committed state, that of its own from round ``kept`` first; its data go on at ``position``.
@@ -112,25 +115,15 @@ class Transfers:
 
     def _ask_donor(self, node: NodeId, joiner: _Joiner) -> None:
         there = [donor for donor in self._donors() if donor != node]
-        donors = [donor for donor in there if donor not in joiner.refused]
-        joiner.waits = not donors and self._is_kept(node)
+        able = [donor for donor in there if joiner.failures[donor] < _MOST_FAILURES]
+        untried = [donor for donor in able if not joiner.failures[donor]]
+        joiner.waits = not untried and (self._runtime.now < joiner.again_at if able else self._is_kept(node))
         if joiner.waits:
-            joiner.refused.clear()  # who could not give may be who comes back
             return
-        again = [donor for donor in there if joiner.refused[donor] < _MOST_FAILURES]
-        if not donors and again:
-            joiner.waits = self._runtime.now < joiner.again_at
-            if joiner.waits:
-                return
-            donors = again
-        if not donors:
-            del self._joiners[node]
-            committed = self._state.committed
-            which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
-            if there:
-                failed = f"{_MOST_FAILURES} transfers from each of nodes {listed(sorted(there))} failed"
-                raise RunError(f"round {joiner.number}: node {node} cannot be given {which}: {failed}")
-            raise RunError(f"round {joiner.number}: no node is left that has {which}")
+        if not able:
+            self._give_up(node, joiner, there)
+            return
+        donors = untried or able
         donor = donors[joiner.place % len(donors)]
         # Kept state says itself where the node's data go on.
         position = None if joiner.restored else joiner.position
@@ -142,6 +135,17 @@ class Transfers:
             joiner.catches_up = False
             self._runtime.states.replay(node, donor, *transcript, position)
         self._on_begin(node, donor)
+
+    def _give_up(self, node: NodeId, joiner: _Joiner, there: Sequence[NodeId]) -> None:
+        if there:
+            failed = f"{_MOST_FAILURES} transfers from each of nodes {listed(there)} failed"
+            joiner.given_up = True
+            self._runtime.processes.give_up(node, f"it could not be given the model: {failed}")
+            return
+        del self._joiners[node]
+        committed = self._state.committed
+        which = f"the model of round {committed}" if committed >= 0 else "a model that was trained"
+        raise RunError(f"round {joiner.number}: no node is left that has {which}")
 
     def next_due(self) -> float | None:
         """Return when to ``retry`` next for the sake of time; None: not before something happens."""
@@ -165,16 +169,19 @@ class Transfers:
             case NotLoaded(node, source) if node in self._joiners:
                 joiner = self._joiners[node]
                 if source != node:
-                    joiner.refused[source] += 1
+                    joiner.failures[source] += 1
                     joiner.again_at = self._runtime.now + _PAUSE_S
-                self._ask_donor(node, joiner)
+                if not joiner.given_up:
+                    self._ask_donor(node, joiner)
             case _:
                 pass
         return None
 
     def gone(self, node: NodeId) -> None:
-        """``node`` is gone, and needs nothing."""
+        """``node`` is gone, and needs nothing; what its process could not give, its successor may."""
         self._joiners.pop(node, None)
+        for joiner in self._joiners.values():
+            del joiner.failures[node]
 
     def _loaded(self, node: NodeId, source: NodeId, nbytes: int) -> tuple[NodeId, bool] | None:
         joiner, state = self._joiners[node], self._state

@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from starling.actors.data import Position
 from starling.algorithms.api import AllReduce, Node
 from starling.orchestrator.errors import DivergedError, RunError
-from starling.orchestrator.runtimes.events import NotLoaded
-from starling.orchestrator.runtimes.simulator.states import SimulatedStates
 from tests.cases import CASES
 from tests.conformance import Case
 from tests.toys import Program, Ran, attempt, simulate
@@ -355,75 +352,6 @@ def test_transfers_take_time_and_bytes():
     ran = suffer(fault(2, 2), network=network)
     (transfer,) = ran.sought("transfer")
     assert transfer["seconds"] == pytest.approx(transfer["nbytes"] * 8 / 100e6, rel=0.01)
-
-
-@pytest.mark.parametrize("who", ["donor", "joiner"])
-@pytest.mark.parametrize("kind", ["kill", "hang"])
-def test_a_donor_or_joiner_that_dies_during_the_transfer(who: str, kind: str):
-    network = {"start_s": 0.01, "step_ms": 10, "bandwidth_mbps": 40}
-    (calm,) = suffer(fault(2, 1), network=network).sought("transfer")
-    victim = calm["donor"] if who == "donor" else 2
-    if kind == "hang" and who == "joiner":
-        pytest.skip("a simulated node that has its state cannot hang before the round begins")
-    ran = suffer(fault(2, 1), fault(victim, calm["round"], "transfer", kind=kind), network=network, rounds=14)
-    assert members(ran)[-1] == (0, 1, 2, 3)
-    assert len({one.model_digest() for one in ran.replicas.values()}) == 1
-    assert ran.summary is not None
-    assert ran.summary.nodes["lost"] == 2
-    if who == "donor" and kind == "kill":
-        (second,) = [one for one in ran.sought("transfer") if one["node"] == 2]
-        assert second["round"] == calm["round"]
-        assert second["donor"] != calm["donor"]
-
-
-def test_a_donor_that_is_there_is_asked_again(monkeypatch: pytest.MonkeyPatch):
-    """As where a transfer fails for the network's sake: the run ended, for want of a node that has the model."""
-    asked: list[tuple[int, int]] = []
-    really = SimulatedStates.transfer
-
-    def transfer(self: SimulatedStates, joiner: int, donor: int, position: Position | None = None) -> None:
-        asked.append((joiner, donor))
-        if len(asked) <= 2:
-            self._clock.at(self._clock.now, joiner, NotLoaded(joiner, donor))
-        else:
-            really(self, joiner, donor, position)
-
-    monkeypatch.setattr(SimulatedStates, "transfer", transfer)
-    ran = suffer(fault(1, 2), nodes=2)
-    assert ran.summary is not None
-    assert ran.summary.nodes["lost"] == 1
-    assert ran.sought("transfer")[-1]["donor"] == 0
-
-
-def test_a_joiner_that_is_not_given_the_model_in_time_is_given_up_and_the_others_go_on():
-    """The run ended, though enough nodes were ready; its own exchanges take as long as the transfer."""
-    network = {"start_s": 0.01, "step_ms": 10, "bandwidth_mbps": 2}
-    cluster = {"nodes": {"min": 3, "target": 4}, "min_nodes_timeout_s": 0.2, "round_deadline_s": 60}
-    ran = suffer(fault(2, 1), network=network, cluster=cluster)
-    assert members(ran)[2:] == [(0, 1, 3)] * 6
-    reasons = [one["reason"] for one in ran.sought("lost")]
-    assert reasons[1] == "it was not given the model within 0.2 s (cluster.min_nodes_timeout_s)"
-
-
-def test_a_donor_that_never_gives_ends_the_run(monkeypatch: pytest.MonkeyPatch):
-    def transfer(self: SimulatedStates, joiner: int, donor: int, position: Position | None = None) -> None:
-        del position
-        self._clock.at(self._clock.now, joiner, NotLoaded(joiner, donor))
-
-    monkeypatch.setattr(SimulatedStates, "transfer", transfer)
-    said = "node 1 cannot be given the model of round 3: 3 transfers from each of nodes 0 failed"
-    with pytest.raises(RunError, match=said):
-        suffer(fault(1, 2), nodes=2)
-
-
-def test_the_loss_of_the_only_donor_is_in_the_log():
-    """That its transfer has failed may be known before: the run ended without a word of the death."""
-    keys: dict[str, Any] = {"algorithm": "fedavg", "task": "digits", "network": {"start_s": 0.3, "step_ms": 100}}
-    keys |= {"cluster": {"nodes": {"min": 1, "target": 2}}, "rounds": 9}
-    (calm,) = attempt(faults={"events": [fault(0, 1)]}, **keys).sought("transfer")
-    ran = attempt(faults={"events": [fault(0, 1), fault(1, calm["round"], "transfer")]}, **keys)
-    assert str(ran.error) == f"round {calm['round']}: no node is left that has the model of round {calm['round'] - 1}"
-    assert [one["node"] for one in ran.sought("lost")] == [0, 1]
 
 
 # --- replicas that differ -------------------------------------------------------------------------------------------
