@@ -3,8 +3,8 @@
 Only a node that has the last committed round can be a donor: one that is new can never overwrite the model. Several
 joiners are spread over several donors. A donor that dies meanwhile is followed by another.
 
-A transfer may fail before its donor's death is known, or though the donor lives: a donor that is there is asked again
-before the run ends for want of one.
+A transfer may fail before its donor's death is known, or though the donor lives. So a present donor is asked again
+before the run ends for want of a donor.
 """
 
 from __future__ import annotations
