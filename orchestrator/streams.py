@@ -1,6 +1,6 @@
 """Standard input, output and error that cannot end a process: closed, full, broken off, or with few characters.
 
-What is shown of a run is not the run. A write to a stream succeeds whatever its other end does, and text that cannot be
+The output of a run is not the run. A write to a stream succeeds whatever its other end does, and text that cannot be
 shown is lost. Characters that the stream does not have are replaced by plainer ones.
 """
 

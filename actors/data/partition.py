@@ -294,7 +294,7 @@ def labels_of(samples: Samples, partition: str) -> Tensor:
 def column_of(samples: Samples, column: str) -> Tensor:
     """The values of a column as numbers from 0 in the order of the values, int64, shape (n,).
 
-    What is missing (``None``, in a column of objects) is a value of its own, the last.
+    A missing value (``None``, in a column of objects) counts as a value of its own, the last.
 
     Raises:
         DataError: there is no such column, or its values have no order.

@@ -271,7 +271,7 @@ class PoissonDraws(Draws):
 class BlockDraws(OrderedDraws):
     """Each sample once per epoch, block by block: a window of a few blocks at a time, mixed with one another.
 
-    Blocks come in an order of that epoch's own. What is kept is the samples of one window, whatever the epoch's size.
+    Blocks come in an order of that epoch's own. The order of one window is kept, whatever the epoch's size.
     """
 
     def __init__(self, indices: Indices, seed: int, node: int, blocks: Blocks) -> None:

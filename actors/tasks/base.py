@@ -101,7 +101,7 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
     def predictions(self, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
         """Return what ``extra_metrics`` compare: outputs, shape (r, …), and targets, shape (r,), row by row.
 
-        Of a classifier, logits and labels. Default ``None``: the task offers none.
+        For a classifier, logits and labels. Default ``None``: the task offers none.
         """
         del module, batch
 

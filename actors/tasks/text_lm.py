@@ -107,8 +107,8 @@ class TextLM(Task, name="text_lm"):
         """The loss of a model that knows only how frequent each byte or token is.
 
         Frequencies are those of the training text, each count plus one so that none is impossible. The loss is their
-        cross-entropy on the validation text, as a model's loss would be, and not the entropy of either text. Of
-        federated texts, which nobody has all of, frequencies are those of the validation text.
+        cross-entropy on the validation text, as a model's loss would be, and not the entropy of either text. For
+        federated texts, which no process has as a whole, frequencies are those of the validation text.
         """
         size = self._vocabulary()
         train, validation = (

@@ -2,7 +2,7 @@
 
 An exchange's tensors are numbered through: values 0 … V−1 over all of them in the order of their names. A *part* is a
 range of these values. A tensor is cut at multiples of the codec's block, counted from the tensor's beginning, so that
-the encoded bits do not depend on the number of parts. What travels of a part is one uint8 buffer.
+the encoded bits do not depend on the number of parts. A part travels as one uint8 buffer.
 """
 
 from __future__ import annotations

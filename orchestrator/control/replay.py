@@ -75,7 +75,7 @@ class Done:
     def holds_back(self, node: NodeId, post: Posted) -> bool:
         """Whether ``node`` had not come to an exchange when that closed, or was not there any more.
 
-        Who only receives is in no exchange's set: it was there if it contributed to a later one.
+        A member that only receives is in no exchange's set; it was present if it contributed to a later one.
         """
         if node not in self.late or node in self.closed.get(post.seq, ()):
             return False
