@@ -11,7 +11,7 @@ compute or reaches outside the node is an *operation* that the program awaits::
             mean = await AllReduce(node.parameters)
             node.parameters.copy_(mean.value)
 
-A coroutine cannot be stored, and need not be: a round is the unit of work. What must outlive a round lives in
+A coroutine cannot be stored, and need not be: a round is the unit of work. State that outlives a round lives in
 ``node.parameters``, ``node.buffers``, ``node.shared`` and ``node.local``, and nowhere else.
 
 Rules that every program keeps:

@@ -150,8 +150,8 @@ class Handle(Generic[T]):
 class Start(Operation[Handle[T]]):
     """Begin a collective operation and return a handle without waiting.
 
-    What is contributed is taken now; it may alias ``node.parameters`` or ``node.buffers``, and other tensors in it must
-    not be written to before the ``Wait``.
+    The contribution is taken now. It may alias ``node.parameters`` or ``node.buffers``; its other tensors must not be
+    written to before the ``Wait``.
     """
 
     operation: Operation[T]

@@ -1,6 +1,6 @@
 """Import paths of classes, ``package.module:Class``: from a class to its path and back.
 
-What is imported is somebody else's code, and may raise anything, end the program, or print.
+The imported code is somebody else's, and may raise anything, end the program, or print.
 """
 
 from __future__ import annotations

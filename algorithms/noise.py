@@ -1,7 +1,7 @@
 """Noise by counters: value i of a stream is a pure function of (key, i), with the same bits on every device.
 
 A 64-bit word w of stream k is splitmix64's output function of k + (w + 1)·γ modulo 2⁶⁴ (Steele, Lea and Flood, "Fast
-Splittable Pseudorandom Number Generators", OOPSLA 2014), so that any part of a stream is made without the rest:
+Splittable Pseudorandom Number Generators", OOPSLA 2014). So any part of a stream is made without the rest:
 
     gaussian     four values a word: 16 bits each choose one of 65 536 quantiles of the normal distribution
     rademacher   64 values a word: a bit each, −1 or 1
@@ -10,8 +10,8 @@ Integer operations and a look-up: no transcendental function, of which a CPU and
 evaluated. The quantiles are those of (j + ½)/65 536, scaled to variance 1 and rounded to multiples of 2⁻²⁰; |z| ≤ 4.33.
 Values of different keys overlap with probability 2⁻⁶⁴ · length, as the streams are parts of one sequence.
 
-What is made of noise here is made in chunks that stay in a core's cache. Product and sum are rounded apart, so that no
-bit depends on where a chunk begins, on the number of threads, or on how a model is cut.
+Results are computed in chunks of noise that stay in a core's cache. Product and sum are rounded apart, so that no bit
+depends on where a chunk begins, on the number of threads, or on how a model is cut.
 """
 
 from __future__ import annotations

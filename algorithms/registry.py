@@ -1,7 +1,7 @@
 """Parts: named, frozen pieces of configuration, and the tables in which their names are looked up.
 
 An algorithm, a task, a codec, an outer optimizer are all *parts*: frozen pydantic models whose fields are
-hyper-parameters and nothing else. The same fields are the YAML keys, the ``--set a.b=c`` paths, the search space's
+hyper-parameters and nothing else. These fields are also the YAML keys, the ``--set a.b=c`` paths, the search space's
 keys and the tracked params. A part belongs to a *family* (``algorithm``, ``codec``, …) and has a name in it::
 
     class OuterOptimizer(Part, family="outer optimizer", catalog="starling.algorithms.outer"): ...

@@ -7,7 +7,7 @@
     summary = simulate("examples/fedavg.yaml", ["rounds=5"])
     print(summary.metrics, summary.digest)
 
-What takes seconds to import is imported by these functions, and not by their module.
+Modules that take seconds to import are imported by these functions, and not by this module.
 """
 
 from __future__ import annotations

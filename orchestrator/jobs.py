@@ -1,7 +1,7 @@
 """``starling submit``: a training as a job of a running Ray cluster, reached through the cluster's job server.
 
 The controller runs on the cluster as well: it goes on when this machine sleeps, and only log lines cross the network.
-What is sent is the working directory, without what is never needed there.
+The working directory is sent, without files that are never needed there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A run directory may come from anywhere. A link in it would make whoever resumes 
 make them wait for ever, and a sparse file take all of the memory. Paths are taken step by step from the folder on
 (``openat`` with ``O_NOFOLLOW``), so that nobody can put a link in the way between a look and the opening.
 
-What goes wrong is an ``OSError`` whose ``strerror`` can be shown.
+Every failure is an ``OSError`` whose ``strerror`` can be shown.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Folder:
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def create(self, path: str) -> BinaryIO:
-        """A new file, in the place of what is there; its folders are made. What is a link is replaced, not followed."""
+        """A new file, in the place of what is there; its folders are made. A link is replaced, not followed."""
         with self._parent(path, make=True) as (folder, name):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=folder)

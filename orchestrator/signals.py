@@ -27,8 +27,8 @@ def interruptible(deaf_s: float = _DEAF_S) -> Iterator[None]:
     A repetition within seconds is not heard: it would cut short what the first one has begun to close. After that it
     is, for the first may have been lost (Python swallows what is raised in a finalizer).
 
-    What is ignored stays so: the background job of a script is not meant to hear Ctrl-C, and one under nohup is not
-    meant to hear that its terminal is gone.
+    An ignored signal stays ignored. The background job of a script is not meant to hear Ctrl-C, and a job under nohup
+    is not meant to hear of its terminal's end.
     """
     heard_at = -math.inf
 

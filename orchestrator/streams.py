@@ -1,7 +1,7 @@
 """Standard input, output and error that cannot end a process: closed, full, broken off, or with few characters.
 
-What is shown of a run is not the run. Whatever the other end of a stream does, a write to it succeeds, and what cannot
-be shown is lost; for all that is too much for the stream's characters there is something plainer.
+The output of a run is not the run. A write to a stream succeeds whatever its other end does, and text that cannot be
+shown is lost. Characters that the stream does not have are replaced by plainer ones.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Evidence of what data hold: bytes at fixed places, so that an edit is noticed that leaves counts and sizes alone.
 
-What is at most ``MOST_BYTES`` is taken whole. Of more, blocks are taken that are evenly spread, the first and the last
-of a file among them; of very many files some, evenly spread. The cost has a bound, whatever the size of the data:
-``MOST_BYTES`` and a block for each file that is opened, in as many reads as the file system answers in a second or two.
+Data of at most ``MOST_BYTES`` are taken whole. Larger data are sampled in evenly spread blocks, the first and the last
+of a file among them; of very many files an evenly spread selection is taken. The cost is bounded for data of any size:
+``MOST_BYTES``, and a block for each opened file. There are as many reads as the file system answers in a second or two.
 """
 
 from __future__ import annotations

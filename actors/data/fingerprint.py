@@ -1,11 +1,11 @@
 """Fingerprints of a run's data, which processes compare when they come up, and a run when it is resumed.
 
-Whatever divides and draws samples takes it for granted that all processes have the same ones, in the same order, and
-that they are what they were when a checkpoint was made. A file that was written anew, or a task that divides its data
-at random, would make places in that order mean other samples, without a word.
+Partitions and samplers rely on one list of samples, in one order, in all processes and since the checkpoint. A file
+that was written anew, or a task that divides its data at random, would make places in that order mean other samples,
+without a word.
 
-It has the number of samples, their labels, the values of some of them as the task decodes them, and ``contents`` of
-what they are made from: tensors in memory, and files of those samples that have a method ``content``.
+A fingerprint has the number of samples, their labels, and the values of some samples as the task decodes them. It also
+has the ``contents`` of the sources: tensors in memory, and files of samples with a method ``content``.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Walk:
 def walk(base: str) -> Walk:
     """Find all files below ``base``; links are followed, also out of it.
 
-    A file or folder is known by its own name if it has one here: links are followed when all else has been looked at,
-    and links behind them later still.
+    A file or folder below the root is known by its own name, not by a link's. So links are followed after all else, and
+    links behind links later still.
 
     Raises:
         OSError: a folder cannot be read.

@@ -1,8 +1,8 @@
 """Partitions: which samples belong to which node.
 
 Pooled samples are divided by a partition. Samples with owners (``Samples.owners``) already are, and stay with them.
-Every sample is in exactly one part, and the parts are a pure function of (samples, fields, number of nodes, seed): each
-process of a run divides the data anew, and all have to agree without a word.
+Every sample is in exactly one part. The parts are a pure function of (samples, fields, number of nodes, seed): each
+process divides the data by itself, and all processes have to agree without communication.
 
 Samples that come in blocks (the row groups of a Parquet file) are divided in whole blocks by ``iid`` and ``quantity``,
 so that a node reads no block of another's. The other partitions look at single samples.
@@ -94,7 +94,7 @@ class Dirichlet(Partition, name="dirichlet"):
     """Label skew: each class is divided among the nodes in proportions drawn from a Dirichlet distribution.
 
     For each class k, p_k ~ Dir(``alpha`` · 1), shape (N,), and node m is given p_km of its samples, chosen at random. A
-    class is given only to nodes that have fewer than n/N samples so far (p_k is scaled to sum to 1 over these), and all
+    class is given only to nodes with fewer than n/N samples so far (p_k is scaled to sum to 1 over these). The division
     is drawn again until every node has ``min_samples``, and at least one.
     Reference: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", ICML 2019; Li et al.,
     ICDE 2022, as "distribution-based label imbalance"; the scaling as in their code, in FedLab and in FL-bench, which
@@ -294,7 +294,7 @@ def labels_of(samples: Samples, partition: str) -> Tensor:
 def column_of(samples: Samples, column: str) -> Tensor:
     """The values of a column as numbers from 0 in the order of the values, int64, shape (n,).
 
-    What is missing (``None``, in a column of objects) is a value of its own, the last.
+    A missing value (``None``, in a column of objects) counts as a value of its own, the last.
 
     Raises:
         DataError: there is no such column, or its values have no order.

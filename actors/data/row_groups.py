@@ -1,7 +1,7 @@
 """Row groups: samples in Parquet files, of which a process holds a few row groups at a time.
 
-What is known of all samples is the files' footers: how many rows each row group has. A row group is read when a sample
-of it is drawn, turned into tensors, and dropped when others need its place. So memory is bounded by
+The files' footers, with the number of rows of each row group, are known for all samples. A row group is read when a
+sample of it is drawn, turned into tensors, and dropped when others need its place. So memory is bounded by
 
     max(``memory_mb``, ``mixed`` row groups) + 2 row groups while one is read
 
@@ -86,7 +86,7 @@ class RowGroup:
     def statistics(self, column: str) -> tuple[Any, Any] | None:
         """The least and the greatest value of a column as the footer has them; ``None``: one has to read it.
 
-        Of the column alone: those of others may be of a kind that pyarrow cannot read.
+        Reads this column's alone: another column's may be of a kind that pyarrow cannot read.
         """
         import pyarrow as pa
 

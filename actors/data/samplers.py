@@ -1,8 +1,8 @@
 """Samplers choose the samples that a node draws, and their order.
 
-A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. What a node draws from is
-a ``Draws``: a pure function of (run seed, node, position), so that the position, a few numbers, is all that has to be
-kept to go on in the middle of an epoch. A round that is rolled back sets it to what it was and draws the same again.
+A sampler is chosen in the configuration (``data.sampler``) and holds nothing but its fields. A node draws from a
+``Draws``, a pure function of (run seed, node, position). So the position, a few numbers, is enough to go on in the
+middle of an epoch. A round that is rolled back sets it to what it was and draws the same again.
 
 One of one's own needs a class and a method::
 
@@ -156,8 +156,8 @@ class Sampler(Part, family="sampler", catalog="starling.actors.data"):
 class Epoch(Sampler, name="epoch"):
     """Without replacement: each sample once per epoch, in an order of that epoch's own.
 
-    Of samples that come in blocks (Parquet row groups), blocks are drawn in random order and samples are mixed within a
-    few of them, so that a node never holds more than those.
+    Blocks of samples (Parquet row groups) are drawn in random order, and samples are mixed within a window of a few
+    blocks. A node never holds more than one window.
     """
 
     def order(self, num_samples: int, epoch: int, rng: torch.Generator) -> Tensor:
@@ -271,7 +271,7 @@ class PoissonDraws(Draws):
 class BlockDraws(OrderedDraws):
     """Each sample once per epoch, block by block: a window of a few blocks at a time, mixed with one another.
 
-    Blocks come in an order of that epoch's own. What is kept is the samples of one window, whatever the epoch's size.
+    Blocks come in an order of that epoch's own. The order of one window is kept, whatever the epoch's size.
     """
 
     def __init__(self, indices: Indices, seed: int, node: int, blocks: Blocks) -> None:

@@ -1,8 +1,8 @@
 """Texts: a corpus of files, or a column of Parquet files, as one row of bytes or tokens, split into two parts.
 
-Every tenth file is held out. A single file, and a folder of fewer than ten, holds out its last tenth instead. What is
-read is bounded by ``max_bytes``; beyond 64 MB of tokens they lie in a temporary file that has no name and goes with the
-process, so that memory is the system's page cache and not the process's own.
+Every tenth file is held out. A single file, and a folder of fewer than ten, holds out its last tenth instead. At most
+``max_bytes`` are read. Beyond 64 MB the tokens lie in an unnamed temporary file that ends with the process; they then
+use the system's page cache and not the process's memory.
 """
 
 from __future__ import annotations

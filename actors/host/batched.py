@@ -1,8 +1,9 @@
 """Batched training and commits of several nodes in one process, to the bits of one node after another.
 
-Where the task has its gradients in closed form (``Task.gradients``) and the optimizer is one of ``_UPDATES``, the
-parameters, gradients and moments of many nodes are the rows of one tensor, and a step of all of them is a step of one:
-rows do not depend on their number, and the updates treat each value on its own. Everything else is done node by node.
+Batching needs a task with gradients in closed form (``Task.gradients``) and an optimizer in ``_UPDATES``. The
+parameters, gradients and moments of many nodes are then rows of one tensor, and one step updates all nodes. Each row
+has the bits of a step alone: rows do not depend on their number, and updates treat each value on its own. Everything
+else is done node by node.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ class Setup:
     """Configuration of a process that hosts nodes, as plain data."""
 
     nodes: tuple[NodeId, ...]
-    """None: it stands by, until it is told to ``embody`` some."""
+    """Nodes of the process; empty for a spare, which stands by until ``embody`` names its nodes."""
     num_nodes: int
-    """Among whom the data are divided."""
+    """Number of nodes among which the data are divided."""
     algorithm: dict[str, Any]
     task: dict[str, Any]
     data: dict[str, Any]
@@ -39,14 +39,14 @@ class Setup:
     skip_nan: bool
     fetch_timeout_s: float
     drain_s: float
-    """After SIGTERM the process ends by itself when this time is over, if nobody has ended it by then."""
+    """Seconds after SIGTERM at which the process ends by itself, if it has not ended before."""
     versions: dict[str, str]
-    """Of what must be alike in all processes."""
+    """Versions that must agree in all processes, by name."""
     incarnation: int = 0
     sys_path: tuple[str, ...] = ()
-    """Where the driver looks for modules; what exists here is searched in the same order."""
+    """The driver's module search path; folders that exist here are searched in its order."""
     parts: Mapping[str, type[Part]] = field(default_factory=dict)
-    """Classes that are named above and that only the driver can import, as those of a script or a notebook."""
+    """Classes of the parts above that only the driver can import, as those of a script or a notebook."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Ready:
     fingerprint: dict[str, int | str] = field(default_factory=dict[str, "int | str"])
     """Fingerprint of the data that the process sees."""
     machine: str = ""
-    """Ray's name for it."""
+    """Ray's name of the process's machine."""
     import_s: float = 0.0
-    """From the process's first line of ours until now: imports, data, models."""
+    """Seconds from the process's first line of our code to this report: imports, data, models."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Expected:
     nodes: tuple[NodeId, ...]
     num_parts: int
     parts: tuple[int, ...]
-    """Those that other processes are to have."""
+    """Parts of the contributions that other processes are to have."""
 
     @property
     def num_values(self) -> int:
@@ -122,17 +122,17 @@ class Inline:
     """
 
     nodes: tuple[NodeId, ...]
-    """Whose contributions the process is to have."""
+    """Nodes whose contributions the process is to have."""
     weights: tuple[float, ...]
     forms: tuple[tuple[TensorSpec, ...], ...]
-    """Specs that occur."""
+    """Distinct specs of the contributions."""
     form_of: tuple[int, ...]
-    """Which of them each contribution has."""
+    """Index into ``forms`` of each contribution."""
     ends: tuple[int, ...]
-    """Where each ends in ``data``."""
+    """End of each contribution in ``data``, in bytes."""
     data: Buffer
     closed: tuple[NodeId, ...]
-    """Whose contributions are in, here or elsewhere."""
+    """Nodes whose contributions are in the exchange, in this process or elsewhere."""
 
     @staticmethod
     def of(contributions: Sequence[Contributed], closed: tuple[NodeId, ...]) -> Inline:
@@ -179,8 +179,8 @@ class Letter:
     sender: NodeId
     staleness: int
     round: int
-    """The sender's, in which it sent."""
+    """The sender's round in which it sent."""
     specs: tuple[TensorSpec, ...]
     inline: Buffer | None
     ref: tuple[Ref, ...]
-    """One, if the payload is large; in a container, so that Ray does not fetch it for us."""
+    """Reference of a large payload, else empty; in a container, so that Ray does not fetch the payload for us."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId
 
 _SLICE_S = 0.2
-"""How long a fetch waits before it looks whether it was told to give up."""
+"""Seconds that a fetch waits between two checks for cancellation."""
 
 
 class StoreCalls:

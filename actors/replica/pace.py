@@ -1,14 +1,14 @@
 """The pace maps a node's steps to steps of the run, by which learning-rate schedules go on all nodes alike.
 
-Steps are counted as a node takes them that is in every round, and the run's rounds do the counting: who sits a round
-out, or joins late, is where the others are. With n steps in a round of the run, and k taken since it began,
+Steps count as those of a node that is in every round, and are derived from the run's rounds. So a node that sits a
+round out, or joins late, is at the others' place. With n steps in a round of the run, and k taken since it began,
 
     place = n · round + k          T = n · rounds
 
-Where nodes take n_i < n steps, each of theirs counts n / n_i. Without a barrier a node does K/N of its rounds, or
-whatever ``Algorithm.node_rounds`` says, in one of the server's: that is what n has then, and ``round`` is the server's
-when it sent what the node last received from it. k is then at most n, or a round of the node's if that has more: one
-that is faster than the others waits for the server's next round.
+Where nodes take n_i < n steps, each of theirs counts n / n_i. Without a barrier n is the steps of K/N node rounds, or
+of ``Algorithm.node_rounds``, in one round of the server. ``round`` is then the server's round at its last message that
+the node received. k is at most n, or a round of the node's if that has more: a faster node waits for the server's next
+round.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class StagedState(MutableMapping[str, "State"]):
     """A mapping with a committed and a staged layer. Reads see the round's own writes.
 
-    Values are replaced, never written in place: what was read before a commit must not change by it, a rollback must
-    find the old bits, and nodes of one process hold the same tensors. Containers refuse to be written to; tensors
-    cannot, so their version counters are looked at when the round ends.
+    Values are replaced, never written in place. A commit must not change values that were read before, and a rollback
+    must find the old bits. Nodes of one process also share tensors. Containers refuse to be written to; tensors cannot,
+    so their version counters are looked at when the round ends.
     """
 
     def __init__(self, label: str) -> None:

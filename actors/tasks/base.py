@@ -81,9 +81,9 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
     def gradients(self, parameters: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
         """The gradient of ``loss`` in closed form, for n nodes at once; default ``None``: by automatic differentiation.
 
-        Where a task has it, it is used in place of ``loss`` and its derivative, also for one node (n = 1): each node's
-        rows must come out the same to the last bit whatever n is, and whichever the other nodes are. It draws no random
-        numbers, writes into neither argument, and may be called from several processes.
+        A task's ``gradients`` replaces ``loss`` and its derivative, also for one node (n = 1). Each node's row must
+        have bits that depend neither on n nor on the other nodes. It draws no random numbers, writes into neither
+        argument, and may be called from several processes.
 
         Args:
             parameters: shape (n, P), one row per node, in the order of ``Layout.entries``.
@@ -101,7 +101,7 @@ class Task(Part, family="task", catalog="starling.actors.tasks"):
     def predictions(self, module: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
         """Return what ``extra_metrics`` compare: outputs, shape (r, …), and targets, shape (r,), row by row.
 
-        Of a classifier, logits and labels. Default ``None``: the task offers none.
+        For a classifier, logits and labels. Default ``None``: the task offers none.
         """
         del module, batch
 

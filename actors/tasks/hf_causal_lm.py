@@ -1,8 +1,8 @@
 """Hugging Face causal LM: train or fine-tune any causal language model of transformers, whole or through LoRA.
 
 Any model that ``AutoModelForCausalLM`` loads. The texts are those of ``text_lm``: files, a folder, a pattern, a URI, or
-a column of Parquet files; every tenth file is held out, of fewer than ten the last tenth. A sample is a
-window of ``context`` + 1 tokens of the model's tokenizer.
+a column of Parquet files. Every tenth file is held out; with fewer than ten files, the last tenth. A sample is a window
+of ``context`` + 1 tokens of the model's tokenizer.
 
 Only what is trained is exchanged and saved: with ``lora``, the adapters. When the run is over, its directory has,
 besides ``model.safetensors``, a folder ``export`` that ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer``

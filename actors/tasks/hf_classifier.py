@@ -1,13 +1,13 @@
 """Hugging Face classifier: fine-tune any sequence classifier of transformers, whole or through LoRA.
 
-Any model that ``AutoModelForSequenceClassification`` loads. The data are Parquet files with a column of texts and one
-of classes, whole numbers from 0 or texts; they are read, divided and held out as in the task ``parquet``. A text is cut
-to ``context`` tokens of the model's tokenizer, and padded to them.
+Any model that ``AutoModelForSequenceClassification`` loads. The data are Parquet files with a column of texts and a
+column of classes, whole numbers from 0 or texts. They are read, divided and held out as in the task ``parquet``. A text
+is cut to ``context`` tokens of the model's tokenizer, and padded to them.
 
-Only what is trained is exchanged and saved: with ``lora``, the adapters and the classifying head. When the run is over,
-its directory has, besides ``model.safetensors``, a folder ``export`` that ``from_pretrained`` of
-``AutoModelForSequenceClassification`` and of ``AutoTokenizer`` loads; adapters are merged in it, and lie by themselves
-in ``export/adapter``.
+Only what is trained is exchanged and saved: with ``lora``, the adapters and the classifying head. After the run its
+directory has ``model.safetensors`` and a folder ``export``. ``from_pretrained`` of
+``AutoModelForSequenceClassification`` and ``AutoTokenizer`` loads the folder. Adapters are merged into the exported
+model, and lie by themselves in ``export/adapter``.
 
 Needs the optional extra: ``pip install '.[hf]'``. Every process loads the model; a ``model`` that is a folder must be
 where the nodes are.

@@ -205,7 +205,7 @@ def _adapted(module: Any, kind: Kind, lora: LoRA) -> nn.Module:  # noqa: ANN401 
 def export(module: Any, tokenizer: str, folder: Path) -> None:  # noqa: ANN401 - as above
     """Write a folder that ``from_pretrained`` loads, of model and tokenizer; the adapters alone go into ``adapter``.
 
-    What was written is loaded again and asked for a few tokens: if it answers otherwise than the model, there is a
+    The exported model is loaded again and asked for a few tokens; if its answer differs from the model's, there is a
     warning.
     """
     size = int(module.config.get_text_config().vocab_size)

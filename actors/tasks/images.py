@@ -3,9 +3,9 @@
 * A folder: ``path/<class>/<any>.png``; classes are numbered in the order of their names. A pattern or URI will do too.
 * Parquet: ``image`` is a column of encoded images (binary, or the struct with ``bytes`` that Hugging Face's datasets
   write), ``label`` one of whole numbers or of texts. Row groups are dealt and read as in the task ``parquet``.
-* Every picture that Pillow can read is taken, of several frames the first. It is turned as its EXIF data say, laid on
-  white where it is transparent, and scaled to ``size`` × ``size``, its values to [0, 1] (16 bits to 8 bits first).
-  Values of which nobody knows the range (floats, 32 bits) are refused.
+* Every picture that Pillow can read is taken, of several frames the first. An image is turned as its EXIF data say,
+  laid on white where it is transparent, and scaled to ``size`` × ``size``. Values are scaled to [0, 1] (16 bits to 8
+  bits first). Values of which nobody knows the range (floats, 32 bits) are refused.
 * Without ``validation``, every tenth image is held out; of Parquet, every tenth row group, as in ``parquet``.
 """
 

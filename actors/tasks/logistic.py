@@ -5,12 +5,12 @@ With samples (x_k, y_k), y_k = ±1, of all nodes together, one minimises
     f(θ) = mean_k log(1 + exp(−y_k θᵀx_k)) + ½ ``l2`` ‖θ‖²
 
 Coordinate j of a feature vector has the variance λ_j, from 1 down to 1/``condition``, evenly spaced on a logarithmic
-scale, around a mean that is the node's own: ``feature_shift`` · √λ_j · u_mj. Node m labels by the sign of θ_mᵀx,
-θ_m = θ* + ``heterogeneity`` · z_m, and gets each label wrong with probability ``noise``; θ*, z_m and u_m are standard
-normal. A node's problem depends on ``problem_seed`` and its index, and not on how many nodes there are.
+scale. Its mean is the node's own: ``feature_shift`` · √λ_j · u_mj. Node m labels by the sign of θ_mᵀx, θ_m = θ* +
+``heterogeneity`` · z_m, and gets each label wrong with probability ``noise``; θ*, z_m and u_m are standard normal. A
+node's problem depends on ``problem_seed`` and its index, and not on how many nodes there are.
 
-Held-out data are the training data: all nodes have as many samples, so the validation loss is f(θ), which comes down
-to ``optimum`` and never below. θ starts at zero, where it is log 2.
+Held-out data are the training data. All nodes have equally many samples, so the validation loss is f(θ), which comes
+down to ``optimum`` and never below. θ starts at zero, where the loss is log 2.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
   ``classes`` are their names in order, by default all that there are, sorted. A label of floats is a number to predict.
 * Without ``validation``, every tenth row group is held out; of fewer than ten, the last tenth of each one's rows.
 
-Row groups are dealt to nodes as a whole where there are at least two per node, and each node reads only its own; an
-epoch mixes rows within ``mix_row_groups`` of them. A node holds at most ``memory_mb`` of rows, or ``mix_row_groups``
+Row groups are dealt to nodes as a whole where there are at least two per node, and each node reads only its own. An
+epoch mixes rows within ``mix_row_groups`` row groups. A node holds at most ``memory_mb`` of rows, or ``mix_row_groups``
 row groups if those are more, and two row groups while it reads one, whatever the size of the data.
 """
 

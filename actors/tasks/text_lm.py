@@ -3,10 +3,10 @@
 The default corpus needs no download: the sources that every interpreter brings along. It differs a little between
 Python versions, so digests are to be compared on one version.
 
-* ``corpus`` is a file, a folder whose ``.py``, ``.txt`` and ``.md`` files are read, at any depth, in the order of their
-  relative paths, a pattern (``books/**/*.txt``), or a URI of pyarrow's file systems; up to ``max_bytes`` are read. In a
-  folder, names that begin with a dot, and ``__pycache__``, are left out. With ``column``, the files are Parquet, and
-  the texts are those of that column.
+* ``corpus`` is a file, a folder, a pattern (``books/**/*.txt``), or a URI of pyarrow's file systems. The ``.py``,
+  ``.txt`` and ``.md`` files of a folder are read at any depth, in the order of their relative paths. Up to
+  ``max_bytes`` are read. In a folder, names that begin with a dot, and ``__pycache__``, are left out. With ``column``,
+  the files are Parquet, and the texts are those of that column.
 * Every tenth file is held out. A single file, and a folder of fewer than ten, holds out its last tenth instead.
   ``validation`` names others. With ``data.source: federated`` the corpus has ``{node}`` in it; each node opens its own.
 * A sample is a window of ``context`` + 1 bytes, or tokens of ``tokenizer``; windows do not overlap. ``data.partition``
@@ -106,9 +106,9 @@ class TextLM(Task, name="text_lm"):
     def baselines(self, num_nodes: int) -> dict[str, float]:
         """The loss of a model that knows only how frequent each byte or token is.
 
-        Frequencies are those of the training text, each count plus one so that none is impossible; the loss is their
-        cross-entropy on the validation text, as a model's would be, and not the entropy of either. Of federated texts,
-        which nobody has all of, frequencies are those of the validation text.
+        Frequencies are those of the training text, each count plus one so that none is impossible. The loss is their
+        cross-entropy on the validation text, as a model's loss would be, and not the entropy of either text. For
+        federated texts, which no process has as a whole, frequencies are those of the validation text.
         """
         size = self._vocabulary()
         train, validation = (

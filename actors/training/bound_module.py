@@ -1,7 +1,7 @@
 """A module bound to flat tensors, and repaired after a user's code has had it.
 
-A plain training loop and a model's code share one set of tensors, and code relies on that: it puts new values in place
-of old ones (``self.running = …``, ``weight.data = …``), leaves layers in evaluation mode, swaps parameters. Here the
+In a plain training loop, loop and model share one set of tensors, and models rely on that. They put new values in place
+of old ones (``self.running = …``, ``weight.data = …``), leave layers in evaluation mode, and swap parameters. Here the
 tensors are a node's, the module is that of many nodes, and neither may notice. So after such code ran what it put in
 place of a node's tensors is copied into them, and what cannot be made good is refused by name.
 """
@@ -199,10 +199,10 @@ class _BufferSlot:
 
 
 def buffer_slots(module: nn.Module) -> tuple[list[_BufferSlot], list[_BufferSlot]]:
-    """The places of floating-point buffers, and of the others.
+    """Return the slots of floating-point buffers, and the slots of all other buffers.
 
-    A buffer that is no part of the module's state (the frequencies of rotary positions, say) is among the others: nodes
-    average the former, and a mean of equal numbers may differ from them in its last bit.
+    A buffer outside of the module's state (the frequencies of rotary positions, say) is among the others. Nodes average
+    floating-point buffers, and a mean of equal numbers may differ from them in its last bit.
     """
     floating: list[_BufferSlot] = []
     counting: list[_BufferSlot] = []

@@ -1,8 +1,8 @@
 """The gradient of a model as one flat tensor, and which parameters have none.
 
-Zero is not None: torch's optimizers leave a parameter without a gradient alone, and decay one whose gradient is zero.
-In a flat tensor "none" is written as −0.0 throughout: the number that changes nothing when it is added, so that a mean
-over nodes is "none" where it is for all of them, and a gradient otherwise.
+Zero is not None: torch's optimizers leave a parameter without a gradient alone, and decay one whose gradient is zero. A
+flat tensor writes "none" as −0.0 throughout, the number that changes nothing when it is added. So a mean over nodes is
+"none" where it is for all nodes, and a gradient otherwise.
 """
 
 from __future__ import annotations

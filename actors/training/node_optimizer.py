@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class NodeOptimizer:
     """A node's optimizer: its moments, or an object of torch's kind, made when they are first needed.
 
-    It takes the parameters as one flat tensor, where that gives the same bits, until one of them has no gradient: torch
-    leaves that one alone, moments and all, so that from then on each has a state of its own.
+    It takes the parameters as one flat tensor, where that gives equal bits, until a parameter has no gradient. Torch
+    leaves such a parameter and its moments alone, so that each parameter has a state of its own from then on.
     """
 
     def __init__(self, bench: Workbench) -> None:

@@ -5,8 +5,8 @@ further keys of the section, checked against its signature::
 
     optimizer: {name: adamw, lr: 3.0e-4, betas: [0.9, 0.95], schedule: cosine}
 
-Left out are those that local training cannot serve: a step here is one gradient, taken from one batch, at the
-parameters that are also evaluated and exchanged, and it draws no random numbers but its node's.
+Optimizers that local training cannot serve are left out. A step here is one gradient, taken from one batch, at the
+parameters that are also evaluated and exchanged. It draws random numbers from its node's generator alone.
 """
 
 from __future__ import annotations

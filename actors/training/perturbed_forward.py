@@ -1,13 +1,13 @@
 """Losses next to a node's parameters without a copy of them: each operation takes its parameters perturbed.
 
-``Perturbing`` stands between torch's operations and their kernels. Whatever an operation is given of a node's flat
-parameters is replaced by the same part of θ + ε z, made for this operation and gone when nothing uses it any more: a
-weight as it is, tied, transposed, sliced, through ``.data`` or in a list; by its own layer or by another's code. So
-what is in memory besides θ is the largest tensor that one operation takes, and not a bit differs from the loss at a
-whole θ + ε z.
+``Perturbing`` stands between torch's operations and their kernels. Each operand that is a part of a node's flat
+parameters is replaced by that part of θ + ε z. The perturbed part is made for the operation and freed when nothing uses
+it. That covers a weight as it is, tied, transposed, sliced, through ``.data`` or in a list, in its own layer or in
+another's code. So the memory besides θ is the largest tensor of one operation, and the loss has the bits of a whole θ +
+ε z.
 
-What does not come through here would take θ itself: kernels that were compiled into one, and values that are read out
-of a parameter into Python. Both are refused.
+Code that bypasses torch's operations would take θ itself: kernels that were compiled into one, and values that are read
+out of a parameter into Python. Both are refused.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 """Dtype of the master weights by ``optimizer.precision``; bf16 is autocast over fp32 master weights."""
 
 _MAX_KEPT_VIEWS = 16
-"""To make views anew takes longer than to attach them; each is some 400 bytes, for every node."""
+"""Most parameter views that a node keeps: attaching a view is faster than making it, and a view takes 400 bytes."""
 
 
 class SharedModule:
@@ -56,14 +56,14 @@ class SharedModule:
         self._bound = BoundModule(self.module, task.name)
         self.parameters = self._bound.parameters
         self.places = self._bound.places
-        """Where each parameter lies in a flat tensor."""
+        """Shape, stride and offset of each parameter in a flat tensor."""
         # One flat tensor instead of many: the same bits, and one kernel instead of one per layer.
         self.flat = nn.Parameter(torch.empty(0, dtype=self.dtype, device=device))
-        """All parameters of the attached node as one."""
+        """All parameters of the attached node as one flat tensor, shape (P,)."""
         self.layout = layout_of(self.module, self.dtype)
         self.attached: ModelTensors | None = None
         self._is_fresh = True
-        """Until the first node is attached the module has the initial values."""
+        """Whether the module has its initial values, which it has until the first node is attached."""
 
     def initialize(self, parameters: Tensor, buffers: Tensor) -> list[Tensor]:
         """Write the initial values into flat tensors; return the counters."""

@@ -1,8 +1,8 @@
 """Tensors as raw bytes: contributions are cut, encoded, reduced and put together here, the same way in both runtimes.
 
 An exchange's tensors are numbered through: values 0 … V−1 over all of them in the order of their names. A *part* is a
-range of these values; a tensor is cut at multiples of the codec's block, counted from its own beginning, so that the
-encoded bits do not depend on the number of parts. What travels of a part is one uint8 buffer.
+range of these values. A tensor is cut at multiples of the codec's block, counted from the tensor's beginning, so that
+the encoded bits do not depend on the number of parts. A part travels as one uint8 buffer.
 """
 
 from __future__ import annotations
@@ -329,10 +329,10 @@ class StackedPayloads(Mapping[Any, "Payload"]):
 
 
 def copies(payloads: Mapping[Any, Payload]) -> tuple[Mapping[Any, Payload], dict[str, Tensor]]:
-    """Copies of payloads.
+    """Copy payloads; return the copies, and by name the tensors of which they are rows.
 
-    If all have the same tensors by the same names, and nothing else, they are rows of one tensor for each name, and
-    those are returned too; a bare tensor has the name ``""``.
+    Copies become rows of one tensor per name if all payloads have tensors of equal names and shapes, and nothing else.
+    Otherwise the second result is empty. A bare tensor has the name ``""``.
     """
     first = next(iter(payloads.values()), None)
     if isinstance(first, Tensor):

@@ -1,8 +1,8 @@
 """Robust aggregators: the coordinate-wise median and trimmed mean.
 
-A value that is NaN counts as +∞, coordinate by coordinate, so that a node that sends NaN does no more harm than one
-that sends huge values; the result is not finite only where too many values are not. Whole contributions with a NaN
-cannot be left out here: a part of an exchange does not show what is in the others.
+A NaN counts as +∞, coordinate by coordinate, so that a node that sends NaN does no more harm than a node that sends
+huge values. The result is not finite only where too many values are not. Whole contributions with a NaN cannot be left
+out here: a part of an exchange does not show what is in the others.
 
 References: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018,
 arXiv:1803.01498, definitions 1 and 2 (``trim`` is their βm).

@@ -10,10 +10,10 @@ the model as it is by then. The server discounts each update by its age τ_i, an
 All are answered at once, but for the one that fills the buffer: it waits for the step, and gets x after it.
 Deviations: a worker asks for work whenever it has none; no server chooses among many. Floating-point buffers become
 the mean of those of the K. A worker that skips a round (``on_nan``) sends a difference of zero.
-Elasticity: the server alone has state that must not be lost. A worker that is gone takes the update with it that it
-was working on, and nobody waits for it; a new one begins with the server's model, and its first update is as old as
-that: ``max_staleness`` drops what is too old. A configured K stays as it is, also above the number of
-workers; by default it is that of the workers who are there when a step begins.
+Elasticity: the server alone has state that must not be lost. A lost worker's unfinished update is lost with it, and
+nobody waits. A new worker begins with the server's model, and its first update is as old as that model.
+``max_staleness`` drops updates that are too old. A configured K stays as it is, also above the number of workers; by
+default it is that of the workers who are there when a step begins.
 Cost: 2·K·b·P bytes per round of the server, b = 4 for float32, and what is on its way when the run ends. State: x and
 the sum of the differences on the server, the model it was given on a worker, P values each.
 Reference: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022, arXiv:2106.06639,

@@ -17,8 +17,8 @@ from starling.algorithms.seeds import derive_seed
 class Codec(Part, family="codec", catalog="starling.algorithms.codecs"):
     """Turns flat tensors into bytes and back.
 
-    What a codec encodes is what is reduced and what is booked: the ledger counts ``nbytes`` and a test holds it to
-    the length of ``encode``.
+    The encoded values are the ones that are reduced and booked: the ledger counts ``nbytes``, and a test holds
+    ``nbytes`` to the length of ``encode``.
     """
 
     @property

@@ -20,9 +20,9 @@ class FP4(Codec, name="fp4"):
 
     Code e = 0 is zero, and e = 1 … 7 is 2^(e-7)·s, where s is the block's largest magnitude, rounded up to a bfloat16.
     Each value becomes the nearest of these, measured in a straight line: between 2^k·s and 2^(k+1)·s the border is
-    1.5·2^k·s, and what is beneath 2⁻⁷·s becomes zero. The relative error is at most 1/3 from 0.75·2⁻⁶·s on.
-    Rounding is not unbiased: it shrinks. Of normally distributed values what arrives is 0.965 times as long in their
-    direction, and off by 19 % of their norm: an outer step is 3.5 % smaller than without the codec.
+    1.5·2^k·s, and what is beneath 2⁻⁷·s becomes zero. The relative error is at most 1/3 from 0.75·2⁻⁶·s on. Rounding is
+    not unbiased: it shrinks. Normally distributed values arrive 0.965 times as long in their direction, and off by 19 %
+    of their norm. An outer step is 3.5 % smaller than without the codec.
 
     A block is s, two bytes, and then two codes in each byte, the first in the lower half; blocks follow one another,
     and the last one may be shorter. So n values take ⌈n/2⌉ + 2·⌈n / block_size⌉ bytes. A block without a value of

@@ -1,20 +1,20 @@
 """Gradient coding: s + 1 nodes compute every gradient, so that no round waits for s stragglers.
 
-The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of
-s + 1 or more if there are as many. A node draws a batch of each member of its group, the same ones as all of the
-group, and has the mean gradient g_k over these n_k samples. Who has it says so; when one of each group has, and those
-close behind have had ``patience_s``, the round goes on without the rest, and one of each group contributes
-(η = ``outer.lr``):
+The N members of a round form G = max(1, ⌊N / (s + 1)⌋) groups, s = ``stragglers``: the w-th is in group w mod G, of s +
+1 or more if there are as many. All members of a group draw one batch from each member's samples, and each computes the
+mean gradient g_k over these n_k samples. A node announces its finished gradient. When a node of each group has, and
+those close behind have had ``patience_s``, the round goes on without the rest. One node of each group contributes (η =
+``outer.lr``):
 
     g = Σ_k n_k g_k / Σ_k n_k          x ← x - η g
 
 which is the gradient of plain SGD on the batches of all N, whoever straggles.
 Deviations: fractional repetition for any N, where the paper has a cyclic code unless s + 1 divides N. There is no
-master: those that are there agree on who contributes, and reduce among themselves. Of batch norm's statistics, which
-move with the samples that a node has seen, those of the contributors are averaged.
-Elasticity: x is shared state; who was late or joins receives it. Groups are made anew for each view, and who leaves it
-takes its samples along. Where a whole group is lost within a round, the mean is over the others for that round. A
-round needs the quorum in any case: N - s must not be below ``cluster.quorum_fraction`` · N.
+master: the present nodes agree on the contributors, and reduce among themselves. Statistics of batch norm move with the
+samples that a node has seen; those of the contributors are averaged.
+Elasticity: x is shared state; a late node and a joiner receive it. Groups are made anew for each view, and a leaver
+takes its samples along. Where a whole group is lost within a round, the mean is over the others for that round. A round
+needs the quorum in any case: N - s must not be below ``cluster.quorum_fraction`` · N.
 Cost: 8 bytes from each to each other, and (G-1)·b·P + (N-1)·b·P, b = 4 for float32 (as a star: (G+N)·b·P); up to
 64 KiB a contribution travels inline, G·(N-1)·b·P. N/G ≥ s + 1 gradients a node and round. State: P values (x).
 Reference: Tandon et al., "Gradient Coding: Avoiding Stragglers in Distributed Learning", ICML 2017, arXiv:1612.03301.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Compressor(Part, family="compressor", catalog="starling.algorithms.compressors"):
     """Averages a gradient over all members by exchanges of its own, where a codec would only change one's bytes.
 
-    What it remembers is in ``node.shared`` and ``node.local`` under its own name.
+    A compressor keeps its state in ``node.shared`` and ``node.local`` under its own name.
     """
 
     @abstractmethod

@@ -7,8 +7,8 @@ from the shared model x, and the server step γ = ``outer.lr`` goes along the we
     x ← x - γ Σ_{i∈S} w_i Δ_i
 
 Deviations: there is no server; all nodes reduce among themselves and hold the result, also those outside the cohort.
-With ``steps`` a node takes that many steps instead of E epochs. n_i are the samples that a node's epoch has trained on:
-its own, or those of nodes that are away; with ``steps`` those that it owns, or was handed if it owns none.
+With ``steps`` a node takes that many steps instead of E epochs. n_i counts the samples of a node's epoch: its own, and
+those of nodes that are away. With ``steps`` it counts the samples that the node owns, or was handed if it owns none.
 Floating-point buffers are averaged alike. Another ``aggregator`` may take the weighted mean's place, and codecs may
 shrink what travels.
 Elasticity: x is shared state, and all there is; a joiner receives it. A node lost before the reduction drops out of

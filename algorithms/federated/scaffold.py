@@ -1,7 +1,7 @@
 """SCAFFOLD: local steps corrected for client drift by control variates.
 
-Each node of the cohort S steps along u from the shared model x, with the control variate c_i of its own and c of all;
-its new one is the mean of its own gradients over its K steps (``steps``, or ``epochs``); γ = ``outer.lr``:
+Each node of the cohort S steps along u from the shared model x, with its own control variate c_i and the common c. Its
+new variate is the mean of its gradients over its K steps (``steps``, or ``epochs``); γ = ``outer.lr``:
 
     u = g_i(y) - c_i + c          y ← y - η u          c_i⁺ = (1/K) Σ_k g_i(y_k)
     x ← x - γ mean_{i∈S} (x - y_i)          c ← c + (1/N) Σ_{i∈S} (c_i⁺ - c_i)          c_i ← c_i⁺ for i ∈ S
@@ -10,7 +10,7 @@ so c = mean_i c_i over all N nodes in every round. With full gradients and a con
 whatever the nodes' data and whoever takes part, which FedAvg does not with K > 1.
 
 Deviations: there is no server, as in FedAvg. Option II for c_i⁺, which is c_i - c + (x - y_i)/(Kη) where the optimizer
-is plain SGD; computed from the gradients themselves, it is right with any schedule and with clipping. What is said
+is plain SGD; computed from the gradients themselves, it is right with any schedule and with clipping. The convergence
 above needs plain SGD: momentum would carry the corrections of earlier rounds along. The mean over S is uniform.
 Floating-point buffers are averaged alike. There is no choice of aggregator or codec: c would not stay the mean of what
 the nodes hold.

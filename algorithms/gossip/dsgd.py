@@ -12,8 +12,8 @@ constant η neither ends in the optimum where the nodes' data differ, but beside
 
 Deviations: floating-point buffers are mixed alike. With several steps cta adds the whole move of the K steps.
 Elasticity: W is made anew for the members of each view; a joiner begins with the model of one of them, and a leaver
-takes its model along. Who is missing from one exchange is left out at both ends of its edges, so that the mean of the
-others is kept; it goes on from its own last model, also if what it sent is already in the others'.
+takes its model along. A node missing from one exchange is left out at both ends of its edges, so that the mean of the
+others is kept. It goes on from its own last model, also if its contribution is already in the others'.
 Cost: one model (b·P bytes, b = 4 for float32) for each directed edge of the round's graph; 2·N·b·P on a ring. State: P
 values (x_i), with cta P more while a round runs.
 Reference: Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms? A Case Study for Decentralized

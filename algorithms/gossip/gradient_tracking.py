@@ -1,23 +1,23 @@
 """Gradient tracking: D-SGD along an estimate of the mean gradient of all nodes.
 
-Node i steps along y_i, which tracks the mean gradient: mixing W (``topology``) preserves the mean of y, and what a
-node's own gradient changes by is added to its own y:
+Node i steps along y_i, which tracks the mean gradient. Mixing by W (``topology``) preserves the mean of y, and the
+change of a node's own gradient is added to its own y:
 
     x_i(k+1) = Σ_j w_ij (x_j(k) - η y_j(k))          η = ``optimizer.lr``
     y_i(k+1) = Σ_j w_ij y_j(k) + g_i(k+1) - g_i(k)          y_i(0) = g_i(0)
 
-so mean_i y_i(k) = mean_i g_i(k) in every round. What is kept of a round is the correction d_i = Σ_j w_ij y_j - g_i: a
-node's next y_i is its next g_i + d_i, and mean_i d_i = 0 is the same invariant. With full gradients
-(``data.batch_size`` at least the node's samples), a small constant η and strongly convex losses x_i converges linearly
-to the optimum, where D-SGD stops beside it; with batches it comes as close as their noise lets it.
+so mean_i y_i(k) = mean_i g_i(k) in every round. A node keeps the correction d_i = Σ_j w_ij y_j - g_i of a round. Its
+next y_i is its next g_i + d_i, and the invariant reads mean_i d_i = 0. With full gradients (``data.batch_size`` at
+least the node's samples), a small constant η and strongly convex losses, x_i converges linearly to the optimum. D-SGD
+stops beside the optimum. With batches x_i comes as close as their noise lets it.
 
 Deviations: x is mixed after the step, y before the new gradient is added. With ``steps`` K > 1 a node takes K steps
 along g + d_i with one d_i, and y_i is the mean of the K directions; the fixed point is the same. The step along y is
 that of the node's optimizer, of which nothing is exchanged; the above holds for plain SGD. Floating-point buffers are
 mixed alike.
-Elasticity: when the view changes all d_i become 0, that is y = g, and tracking begins anew from the x_i that there are:
-a leaver takes its y along, and the mean would be another's. A joiner begins with the model of a member. A node that
-skips a round (``on_nan: skip``) keeps its x_i and d_i.
+Elasticity: when the view changes all d_i become 0, that is y = g, and tracking begins anew from the present x_i. A
+leaver takes its y along, so the mean of y would be that of other members. A joiner begins with the model of a member. A
+node that skips a round (``on_nan: skip``) keeps its x_i and d_i.
 Cost: two models (2·b·P bytes, b = 4 for float32) for each directed edge of the round's graph; 4·N·b·P on a ring. State:
 2·P values (x_i, d_i).
 Reference: Nedić, Olshevsky and Shi, "Achieving Geometric Convergence for Distributed Optimization over Time-Varying

@@ -12,11 +12,11 @@ With α = 0 the walk is P's own. With a < b, as by default, the variance of θ f
 Deviations: floating-point buffers travel along. The defaults of α, a, b and ``lr`` are ours: with b near 1 the steps
 of a run of any length add up to little, and θ stays where it began. A node that skips a step (``on_nan``) passes θ on
 as it came.
-Elasticity: there is one token, which the first of those begins with that are there at the start, and it is lost with
-the node that holds it, or with the first one before its first step: the run then ends with an error. Where
-another node is gone the graph is made anew over the others; a new one counts as the least visited.
-Cost: b·P + 8·N + 8 bytes for each hop to another node, b = 4 for float32, and none where the token stays; a round of
-a run is N steps, in which it stays Σ_i P_ii times in the long run. State: P values.
+Elasticity: there is one token. The first node that is present at the start begins with it. The token is lost with its
+holder, or with the first node before its first step; the run then ends with an error. When another node is gone the
+graph is made anew over the others; a new node counts as the least visited.
+Cost: b·P + 8·N + 8 bytes for each hop to another node, b = 4 for float32, and none where the token stays. A round of a
+run is N steps, in which the token stays Σ_i P_ii times in the long run. State: P values.
 Reference: Hu, Doshi and Eun, "Accelerating Distributed Stochastic Optimization via Self-Repellent Random Walks", ICLR
 2024, arXiv:2401.09665. The walk: Doshi, Hu and Eun, "Self-Repellent Random Walks on General Graphs", ICML 2023.
 """

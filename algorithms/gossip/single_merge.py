@@ -13,8 +13,8 @@ With p = t/R, r = ``neighbors`` and r' = ``late_neighbors`` the budget of round 
     truncate    r while p < ``begin``, then r'
     window      r' while ``begin`` ≤ p < ``begin`` + ``width``, else r
 
-What is left of a neighbour is carried over: r = 0.2 is one neighbour in every fifth round. From N - 1 neighbours on it
-is the mean of all. The finding is that a late budget is worth more than an early one, and that some communication
+Fractions of a neighbour are carried over: r = 0.2 is one neighbour in every fifth round. From N - 1 neighbours on it is
+the mean of all. The finding is that a late budget is worth more than an early one, and that some communication
 throughout keeps models mergeable.
 Deviations: weights are doubly stochastic (pairs, drawn as matchings), where the paper's code has row-stochastic ones,
 which do not preserve the mean; fractions of a neighbour are carried over instead of drawn. Floating-point buffers are

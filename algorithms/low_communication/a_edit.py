@@ -9,7 +9,7 @@ With ρ = ``step_share`` a node that has done more counts more:
 Deviations: n_m counts the steps since the last synchronization, where atorch's code counts all. An outlier has no
 weight at all, and its n_m does not count: the others' weights sum to 1. In atorch its share ρ n_m / Σ_k n_k is lost, so
 that the others' sum to less. As in ``edit`` for the rest; the steps of a warm-up round are ``inner_steps``.
-Elasticity: as ``edit``. Who is slow does not hold up anybody, but for one step.
+Elasticity: as ``edit``. A slow node holds up others for one step at most.
 Cost: as ``edit``, and 8·N·(N-1) bytes for the numbers of steps. State: as ``edit``.
 Reference: Cheng et al., "EDiT: A Local-SGD-Based Efficient Distributed Training Method for Large Language Models",
 2024, arXiv:2412.07210, and its code in atorch.

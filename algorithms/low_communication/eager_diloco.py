@@ -1,24 +1,24 @@
 """Eager DiLoCo: the outer gradients of a round travel during the next one; a node applies its own at once.
 
 Node m trains H = ``inner_steps`` steps from its own θ_m, while the outer gradients of the round before are averaged to
-Δ'. What it has learned itself meanwhile replaces its share in that mean, Δ_m' being what it sent, and the outer step
-is taken at once (η = ``outer.lr``, β = ``outer.momentum``):
+Δ'. Its own progress since then replaces its share in that mean, Δ_m' being its contribution. The outer step is taken at
+once (η = ``outer.lr``, β = ``outer.momentum``):
 
     Δ_m = θ_m(begin) - θ_m(end)          Δ̃_m = Δ' + a_m - a_m',   a_m = Δ_m / N
     v_m ← β v_m + Δ̃_m          θ_m ← θ_m(begin) - η (Δ̃_m + β v_m)
 
-a_m is what the node is ahead of the others, and a_m' what it was ahead by in the round before: in a round of as many
-nodes as the last one Δ̃_m = Δ' + (Δ_m - Δ_m') / N. In the first round Δ' and a_m' are zero. The step is linear in Δ̃_m,
-so θ_m is kept as a sum of two parts: θ, which takes the step with Δ' and is the same on all nodes, and c_m, which takes
-it with the rest. Over the rounds the rest cancels but for the last a_m, so that models do not drift apart.
+a_m is the node's lead over the others, and a_m' its lead in the round before. In a round of as many nodes as the last
+one Δ̃_m = Δ' + (Δ_m - Δ_m') / N. In the first round Δ' and a_m' are zero. The step is linear in Δ̃_m, so θ_m is kept as
+a sum of two parts. θ takes the step with Δ' and is equal on all nodes; c_m takes the step with the rest. Over the
+rounds the rest cancels but for the last a_m, so that models do not drift apart.
 
 A run is evaluated and saved as θ, in which the last round is missing: its exchange would be that of the next one. With
 N = 1 the node follows DiLoCo, and the saved model is one outer step behind.
 Deviations: the sum of two parts. The formula agrees in words with two secondary sources; the paper was not read.
 Floating-point buffers are averaged when the exchange is over.
 Elasticity: θ and v are shared state. A joiner begins at θ with c_m = 0, and has nothing to send in its first round. A
-node that is lost takes the steps along that it had not sent. What was added is what is subtracted, also when N changes
-in between: subtracting Δ_m' / N of another N would shift c_m for good.
+node that is lost takes the steps along that it had not sent. The subtracted share is exactly the added one, also when N
+changes in between: subtracting Δ_m' / N of another N would shift c_m for good.
 Cost: 2·b·P·(N-1) bytes per round over all nodes, b as encoded by ``codec`` in and by ``result_codec`` out; up to 64 KiB
 a contribution travels inline. It takes H steps' time at least before anybody waits. State: 6·P values, two of them
 shared.

@@ -1,8 +1,8 @@
 """EDiT: local steps, then a layer-wise mean that weighs nodes by the norms of their outer gradients.
 
-Up to step ``warmup_steps`` all nodes take each step together, with the mean gradient. After that each node m takes
-τ = ``inner_steps`` steps alone, and every module is synchronized: with its anchor φ, the weights' temperature
-T = ``temperature``, the greatest norm φ_c = ``max_norm``, and η, β of ``outer``,
+Up to step ``warmup_steps`` all nodes take each step together, with the mean gradient. After that each node m takes τ =
+``inner_steps`` steps alone, and every module is synchronized. With the module's anchor φ, the weights' temperature T =
+``temperature``, the greatest norm φ_c = ``max_norm``, and η, β of ``outer``,
 
     Δ_m = φ - θ_m          G_m = ‖Δ_m‖₂          w_m = exp(-G_m / T) / Σ_k exp(-G_k / T)
     Δ = Σ_m w_m Δ_m          Δ ← Δ min(1, φ_c / (‖Δ‖₂ + 1e-6))

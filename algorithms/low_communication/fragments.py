@@ -26,9 +26,9 @@ def fragments_of(layout: Layout, count: int, pattern: Pattern) -> tuple[Ranges, 
     """Divide a model's values into ``count`` fragments.
 
     ``strided`` and ``sequential`` divide its blocks, which are the modules in numbered lists: of L blocks fragment p
-    has p, p + F, p + 2F, …, or the p-th run. What lies outside of blocks, an embedding say, goes tensor by tensor to
-    the fragment that is smallest by then. ``size`` cuts the flat parameters into equal parts, whatever they are.
-    ``auto`` is strided where there are as many blocks as fragments, and else size.
+    has p, p + F, p + 2F, …, or the p-th run. Tensors outside of blocks, an embedding say, go one by one to the fragment
+    that is smallest by then. ``size`` cuts the flat parameters into equal parts, whatever they are. ``auto`` is strided
+    where there are as many blocks as fragments, and else size.
 
     Raises:
         SettingsError: there is less to divide than there are fragments.

@@ -1,18 +1,18 @@
 """Streaming DiLoCo: the model is exchanged in fragments, in four bits a value, while training goes on.
 
-The model is divided into F = ``fragments`` fragments, each of which is exchanged once in H = ``inner_steps`` steps: a
-round is H/F steps, and round k exchanges fragment p = k mod F. What it has become τ = ``overlap_steps`` steps before
-the round's end, at step s, is sent; the outer step (η = ``outer.lr``, β = ``outer.momentum``) on the anchor θ_p is
-taken at the end, and merged into what the node m has been training meanwhile with α = ``merge_alpha``:
+The model is divided into F = ``fragments`` fragments, each exchanged once in H = ``inner_steps`` steps. A round is H/F
+steps, and round k exchanges fragment p = k mod F. A node sends the fragment's change at step s, τ = ``overlap_steps``
+steps before the round's end. At the end the outer step (η = ``outer.lr``, β = ``outer.momentum``) moves the anchor θ_p.
+Node m then merges the anchor with α = ``merge_alpha`` into the fragment that it has trained meanwhile:
 
     Δ_m,p = θ_p - θ_m,p(s)          Δ_p = R(mean_m Q(Δ_m,p))
     v_p ← β v_p + Δ_p          θ_p ← θ_p - η (Δ_p + β v_p)          θ_m,p ← α θ_m,p(s + τ) + (1 - α) θ_p
 
-Q is what arrives through ``codec``, four bits a value, and R through ``result_codec``, 16 bits: both ways together that
-is 3.2 times less than float32, and 159 times less than bf16 gradients in each of H = 100 steps. With
-``result_codec: fp4`` it is 7.9 and 394 times. A run is evaluated and saved as θ, each fragment as of its last exchange.
-With one fragment, τ = 0, α = 0 and no codec this is DiLoCo. The paper has three blocks in a fragment, ``strided``;
-``staggered: false`` exchanges all fragments at the end of the H steps, for comparisons.
+Q encodes and decodes by ``codec``, four bits a value, and R by ``result_codec``, 16 bits. Both ways together that is
+3.2 times less than float32, and 159 times less than bf16 gradients in each of H = 100 steps. With ``result_codec: fp4``
+it is 7.9 and 394 times. A run is evaluated and saved as θ, each fragment as of its last exchange. With one fragment, τ
+= 0, α = 0 and no codec this is DiLoCo. The paper has three blocks in a fragment, ``strided``; ``staggered: false``
+exchanges all fragments at the end of the H steps, for comparisons.
 
 Deviations: the mean comes back in bf16; the paper counts four bits both ways. H must be a multiple of F. Tensors
 outside of blocks go one by one to the smallest fragments. The scales of the four bits are ours (codec ``fp4``).

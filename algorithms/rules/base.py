@@ -57,8 +57,8 @@ class BatchSampler(Protocol):
 class Rule:
     """Wraps a node's gradient function for one ``Train``: a proximal term, a control variate, clipping and noise.
 
-    A rule is an ordinary object that the program makes in its round, from tensors of its state if need be. What it
-    gathers on the way, the program reads from it after the ``Train``.
+    A rule is an ordinary object that the program makes in its round, from tensors of its state if need be. The program
+    reads the rule's gathered values after the ``Train``.
     """
 
     def wrap(self, problem: LocalProblem) -> GradientFunction:

@@ -17,9 +17,9 @@ _REACH = 8
 class CirculantTopology(GraphTopology):
     """W is the mean of the identity and of one permutation per offset, and so doubly stochastic, but not symmetric.
 
-    Who is missing is left out of each of its cycles, and the one before it takes the values of the one behind it: what
-    is left is a permutation of those that are there. A cycle with ``_REACH`` missing in a row is left out for the
-    round: if only those beside the gap were, some values would count twice and the mean would drift.
+    A missing member is left out of each of its cycles, and the member before takes the values of the member behind. The
+    rest is a permutation of the present members. A cycle with ``_REACH`` missing in a row is left out for the round: if
+    only those beside the gap were, some values would count twice and the mean would drift.
     """
 
     @abstractmethod

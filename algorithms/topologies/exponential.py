@@ -4,8 +4,8 @@ With τ = ⌈log₂ N⌉, place i has the in-neighbours i + 2^k mod N, k < τ:
 
     w_ij = 1/(τ+1)          ρ = 1 − 2/(τ+1)    (N = 2^τ)
 
-Elasticity: who leaves the view is closed over. Who is missing in one round is left out of its cycles: the place before
-takes the values of the place behind it, and all others mix on, with weights that preserve their mean.
+Elasticity: who leaves the view is closed over. A member missing in one round is left out of its cycles. The place
+before takes the values of the place behind it, and all others mix on, with weights that preserve their mean.
 Cost: τ·N messages a round.
 Reference: Ying et al., "Exponential Graph is Provably Efficient for Decentralized Deep Training", NeurIPS 2021,
 arXiv:2110.13363.

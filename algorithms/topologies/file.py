@@ -12,8 +12,9 @@ Given weights are used as they are. A node keeps what they leave of 1, which mus
 it. They must be doubly stochastic, or else the mean drifts: ``allow_row_stochastic`` accepts that.
 
 Elasticity: members sit at the place of their own number; others take the places that are free, in order, and whoever
-finds none keeps to itself. What a missing member's edges weigh is added to both ends' own weight. On a directed graph
-the weights are flows in cycles, and a cycle with a gap falls out as a whole, so that doubly stochastic weights stay so.
+finds none keeps to itself. The weight of a missing member's edges is added to both ends' own weight. On a directed
+graph the weights are flows in cycles, and a cycle with a gap falls out as a whole, so that doubly stochastic weights
+stay so.
 Cost: one message a round for each directed edge.
 """
 

@@ -77,8 +77,8 @@ def check_own_weights(path: Path, arcs: Arcs, own: Mapping[int, float]) -> None:
 def cycles_without(arcs: Arcs, missing: AbstractSet[int]) -> Arcs:
     """Return doubly stochastic weights without some nodes: still doubly stochastic, and none larger than before.
 
-    What flows into a node of weights also flows out of it; such a flow is a sum of cycles (there and back first, which
-    is all that symmetric weights are made of), and a cycle in which somebody is missing is left out.
+    The weights into a node equal the weights out of it. Such a flow is a sum of cycles; symmetric weights are made of
+    cycles there and back alone. A cycle in which a member is missing is left out.
 
     >>> cycles_without({0: {1: 0.5}, 1: {2: 0.5}, 2: {0: 0.5, 3: 0.2}, 3: {2: 0.2}}, {3})
     {0: {1: 0.5}, 1: {2: 0.5}, 2: {0: 0.5}, 3: {}}

@@ -4,7 +4,7 @@ With τ = ⌈log₂ N⌉, place i has in round t the in-neighbour i + 2^(t mod �
 
     w_ij = ½          ρ = 1 in some rounds; the product of τ consecutive rounds is J = 11ᵀ/N    (N = 2^τ)
 
-Elasticity: who leaves the view is closed over. Who is missing in one round is left out of its cycle: the place before
+Elasticity: who leaves the view is closed over. A member missing in one round is left out of its cycle. The place before
 takes the values of the place behind it, and all others mix on, with weights that preserve their mean.
 Cost: N messages a round.
 Reference: Ying et al., "Exponential Graph is Provably Efficient for Decentralized Deep Training", NeurIPS 2021,

@@ -1,7 +1,7 @@
 """CBO: particles drift to where the mean loss is low, with noise that grows with their distance from there.
 
-All nodes have the same K = ``particles`` particles x_k. Each of the N nodes evaluates all of them on a batch of its own
-data; a particle's energy E_k is the mean of its N losses, so that particles are compared by one function, the mean loss
+All nodes have the same K = ``particles`` particles x_k. Each of the N nodes evaluates all particles on a batch of its
+own data. A particle's energy E_k is the mean of its N losses, so one function compares all particles: the mean loss
 over nodes (α = ``alpha``, λ = ``drift``, σ = ``diffusion``, Δt = ``dt``). One step of Euler and Maruyama:
 
     E_k = mean_m f_m(x_k)          x_α = Σ w_k x_k / Σ w_k,   w_k = exp(-α (E_k - min_l E_l))

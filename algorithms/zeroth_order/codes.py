@@ -1,6 +1,6 @@
 """Codes of single numbers: a projected gradient in one to four bytes.
 
-What is not finite is rejected by every code: it is marked as dropped, and decodes to NaN.
+Every code rejects values that are not finite: they are marked as dropped, and decode to NaN.
 """
 
 from __future__ import annotations

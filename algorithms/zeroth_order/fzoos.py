@@ -1,17 +1,17 @@
 """FZooS: descent along gradients of surrogates, which are fitted to queries of the loss.
 
-Client i keeps its queries of f_i, and goes T = ``steps`` steps x_1, …, x_T from the shared x, by Adam (η = ``lr``)
-along the gradient of a Gaussian process' mean μ_i, corrected by a surrogate F̂ of all clients' functions and its own
-share f̂_i:
+Client i keeps its queries of f_i, and takes T = ``steps`` steps x_1, …, x_T of Adam (η = ``lr``) from the shared x. The
+direction is the gradient of a Gaussian process' mean μ_i, corrected by a surrogate F̂ of all clients' functions and the
+client's own share f̂_i:
 
     g_t = ∇μ_i(x_t) + (1/t) (∇F̂(x_t) - ∇f̂_i(x_t))
     x ← x - η_s Σ_i w_i (x - x_i)          ν ← Σ_i w_i ν_i          F̂ = νᵀφ,  f̂_i = ν_iᵀφ
 
 It queries the round's x, each x_t, and after each step but the last the ``queries`` of ``candidates`` points near x_t
 at which μ_i's gradient is least certain. After the common step (η_s = ``server_lr``) it queries the new x, and the
-``surrogate_queries`` least certain of ``surrogate_candidates`` around it; to the ``fitted`` queries nearest to x it
-fits ν_i, the weights of D = ``features`` random Fourier features φ that all clients share. The length of μ_i's kernel
-is fitted at each step, by the marginal likelihood of its values.
+``surrogate_queries`` least certain of ``surrogate_candidates`` around it. It then fits ν_i to the ``fitted`` queries
+nearest to x. ν_i are the weights of D = ``features`` random Fourier features φ that all clients share. The length of
+μ_i's kernel is fitted at each step, by the marginal likelihood of its values.
 
 Deviations: gradients are analytic, where the authors' code differentiates numerically with a step of 1e-20. The
 likelihood's maximum is searched on a grid that is refined, where scikit-learn climbs from 20 random starts. Uncertainty

@@ -1,6 +1,6 @@
 """Filesystems for checkpoints: a folder of this machine, or a URI that pyarrow reaches.
 
-All paths are ``folder/file`` below a root. What goes wrong is an ``OSError``, whatever library found it.
+All paths are ``folder/file`` below a root. Every failure is an ``OSError``, whichever library found it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Schedules checkpoints: decides when one is due, and hands its contents to the writer.
 
-What a checkpoint holds is a run between two rounds: of the controller, plain data; of each node, all that it has
-committed. It is written behind the run's back, and storage that fails or is slow costs checkpoints, never rounds.
+A checkpoint holds a run between two rounds: the controller's plain data, and all that each node has committed. It is
+written behind the run's back, and storage that fails or is slow costs checkpoints, never rounds.
 """
 
 from __future__ import annotations

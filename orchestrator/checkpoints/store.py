@@ -6,8 +6,8 @@
         manifest.json               written last: schema, run, round, time; bytes and checksum of each of the others
 
 A folder without a manifest is no checkpoint. Nothing is unpickled. A round that is written again, after a resume from
-one before it, gets files with other names (``state.1.json``): those that are there stay whole until the manifest is
-the new one.
+an earlier round, gets files with other names (``state.1.json``). The existing files stay whole until the new manifest
+is in place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tensors in safetensors files, by content: equal bytes are there once, and a tensor's name vouches for it.
 
-A tensor's *key* is the XXH3-128 of its type, shape and bytes, and its name in the file. The checksum of a file is that
-of its header, which has all names, types, shapes and places: with the tensors' own it covers each byte, and each byte
-is hashed once, when it is looked for among those that are there already.
+A tensor's *key* is the XXH3-128 of its type, shape and bytes, and its name in the file. The checksum of a file is its
+header's; the header has all names, types, shapes and places. Together with the tensors' keys it covers each byte. Each
+byte is hashed once, for the look-up among the stored tensors.
 """
 
 from __future__ import annotations

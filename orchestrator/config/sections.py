@@ -57,7 +57,7 @@ class LinkConfig(Section):
 class NetworkConfig(Section):
     """Bandwidths and latencies of the simulator's network, and of a cluster throttled to it.
 
-    What takes time besides is the simulator's alone: on a cluster that is real.
+    Other delays are the simulator's alone: on a cluster they are real.
     """
 
     bandwidth_mbps: PositiveFloat | None = None

@@ -116,8 +116,8 @@ def cut(text: str, limit: int = 200) -> str:
 def assigned(data: object, path: Sequence[str], value: object, model: type[BaseModel] | None) -> dict[str, Any]:
     """Return a copy of ``data``, from which ``model`` is made, with ``value`` at ``path``.
 
-    What stands on the way as a bare name becomes the section of that name, and a part that is not there at all the
-    default one: ``algorithm.outer.lr=0.4`` needs no ``algorithm.outer.name``.
+    A bare name on the path becomes the section of that name, and a missing part becomes the default part. So
+    ``algorithm.outer.lr=0.4`` needs no ``algorithm.outer.name``.
     """
     here = _section(data)
     if isinstance(model, type) and issubclass(model, Part):

@@ -1,7 +1,7 @@
 """The controller: starts the nodes, has all rounds done, fetches the model.
 
 It alone decides what is committed. It holds no tensor: the rendezvous and the mailroom say what is to be done, the
-runtime does it. What a checkpoint has of tensors passes through it, on the way from the storage to the nodes.
+runtime does it. A checkpoint's tensors pass through the controller, on the way from the storage to the nodes.
 """
 
 from __future__ import annotations

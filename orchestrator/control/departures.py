@@ -64,8 +64,8 @@ class Departures:
     def retire(self, nodes: Iterable[NodeId]) -> None:
         """Let nodes leave that stand still, and are committed as far as they will be.
 
-        A node that has not committed a round hands over nothing: it has the initial state, or what others have too, and
-        what its predecessor handed over is kept for whoever comes next.
+        A node that has not committed a round hands over nothing: its state is initial, or others have it too. The state
+        that its predecessor handed over is kept for the next successor.
         """
         due = [node for node in nodes if node not in self._retiring]
         if due:

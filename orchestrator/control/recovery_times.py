@@ -28,8 +28,9 @@ class _Recovery:
 class Recoveries:
     """Follows nodes from their loss, or their start, to their first commit; writes one ``recovered`` event for each.
 
-    Its fields, in seconds, ``null`` where there was no such phase: ``detect`` from the fault to its notice, ``replace``
-    to the new process, ``import`` of code, data and model in it, ``transfer`` of state, ``first_commit`` from there.
+    The event's fields are seconds, or ``null`` without such a phase. They are ``detect`` from the fault to its notice,
+    ``replace`` to the new process, ``import`` of code, data and model, ``transfer`` of state, and ``first_commit`` from
+    there.
     """
 
     def __init__(self, run: RunContext) -> None:

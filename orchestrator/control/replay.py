@@ -1,11 +1,11 @@
 """Replay: a run's log decides what a simulation would leave to time, so that it ends with the run's own bits.
 
-What a cluster decides by who came first is in ``events.jsonl``: of asynchronous runs, which message each node received
-next and what its programs saw of the clock; of synchronous ones, who was in each exchange, who was lost or too late,
-who took whose place, and whose state they were given.
+``events.jsonl`` has a cluster's decisions by order of arrival. For asynchronous runs these are the order of each node's
+messages, and the clock readings of its programs. For synchronous runs they are the members of each exchange, lost and
+late nodes, replacements, and the donors of their state.
 
-Attempts that were given up are not repeated. What they leave behind is the optimizers' memory alone, and with
-``optimizer.rollback: true`` not even that: without it, a replay with attempts given up or nodes cancelled has the run's
+Attempts that were given up are not repeated. They leave traces in the optimizers' memory alone, and with
+``optimizer.rollback: true`` none. Without rollback, a replay with given-up attempts or cancelled nodes has the run's
 bits if the optimizer has no memory.
 """
 
@@ -75,7 +75,7 @@ class Done:
     def holds_back(self, node: NodeId, post: Posted) -> bool:
         """Whether ``node`` had not come to an exchange when that closed, or was not there any more.
 
-        Who only receives is in no exchange's set: it was there if it contributed to a later one.
+        A member that only receives is in no exchange's set; it was present if it contributed to a later one.
         """
         if node not in self.late or node in self.closed.get(post.seq, ()):
             return False

@@ -100,9 +100,9 @@ class SampleProgress:
     def counts(self, present: Iterable[NodeId], away: Iterable[NodeFacts]) -> dict[str, int]:
         """Count ``drawn``, ``committed``, ``redrawn`` and ``lost`` samples so far.
 
-        *Redrawn* were drawn in rounds that their node did not commit, and are drawn again; those of a process that died
-        in mid-round it took with it, uncounted. *Lost* are, of epochs that all who are there have completed, those that
-        nobody else may draw and whose node is away: only data that stay with their nodes can be lost.
+        *Redrawn* samples were drawn in rounds that their node did not commit, and are drawn again. Draws of a process
+        that died in mid-round are not counted. *Lost* samples belong to epochs that all present nodes have completed;
+        their node is away, and no other node may draw them. Only data that stay with their nodes can be lost.
         """
         lost = 0
         if self.ledger is None and self._is_epoch:

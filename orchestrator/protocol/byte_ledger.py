@@ -1,7 +1,7 @@
 """The byte ledger: logical deliveries between distinct nodes, by kind, booked by the controller alone.
 
-What is booked is what the rendezvous saw delivered: also between nodes that share a machine or a process, also what
-an attempt that was aborted had sent. An algorithm can neither forget nor flatter.
+The ledger books the deliveries that the rendezvous saw: also those between nodes that share a machine or a process, and
+those of aborted attempts. An algorithm can neither forget nor flatter.
 """
 
 from __future__ import annotations

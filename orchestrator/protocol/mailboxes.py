@@ -311,7 +311,8 @@ class Mailroom:
     def restore(self, state: Mapping[str, Any], *, exactly: bool = False) -> list[Envelope]:
         """Go on from what ``to_json`` gave, for the nodes that are up; return the messages that wait.
 
-        What was on its way has arrived, unless it is to be ``exactly`` as it was: then whoever had a box has one.
+        Messages in flight count as arrived, unless the state is to be ``exactly`` as it was; then every node that had a
+        mailbox has one.
         """
         self._attempt = state["attempt"]
         if exactly:

@@ -52,8 +52,8 @@ class _Crashes:
 class Pool:
     """Keeps the wanted nodes going, and spares beside them.
 
-    A node that dies again and again without committing a round between is given up: something is wrong with its
-    machine, its data or the program, and to go on trying would hide it.
+    A node that dies again and again without committing a round between is given up. Something is wrong with its
+    machine, its data or the program, and further attempts would hide it.
 
     Args:
         nodes: that the run begins with, or is starting to.

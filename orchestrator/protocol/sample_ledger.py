@@ -3,11 +3,11 @@
 Without IO and deterministic, as the rendezvous is. It is told who is there when a round begins and how far those are
 that commit, and answers with what nodes are to draw from then on.
 
-Part m is drawn by node m while that is there. When others have finished an epoch, what is left of it because its node
-is away goes to a pool, and from there to those that are there, so that all have as much of it to draw. So does what was
-handed to a node that is away itself. A node that comes back goes on after what was handed out: nothing moves back.
-Nodes beyond the parts have none of their own: each is handed the last half of the longest range that is still to be
-drawn, whenever it has less than a round's samples left.
+Part m is drawn by node m while that is there. When the present nodes have finished an epoch, the rest of an absent
+node's epoch goes to a pool. The pool is handed out in equal shares to the present nodes. So does what was handed to a
+node that is away itself. A node that comes back goes on after what was handed out: nothing moves back. Nodes beyond the
+number of parts have no part of their own. Whenever such a node has less than a round's samples left, it is handed the
+last half of the longest range still to be drawn.
 
 A part is drawn epoch by epoch, so that samples of different parts may be in different epochs at one moment: parts have
 different sizes, and nodes different speeds.

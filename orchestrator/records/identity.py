@@ -1,9 +1,9 @@
 """Identity of a run directory: its run's id, its configuration as written, and the mark of whoever wrote it.
 
 ``run.json`` in the directory has these. A configuration can name code (``task: my_module:MyTask``), addresses and
-environments: whoever makes a run directory could make whoever resumes or exports it run their program. What a
-configuration reaches for is therefore refused unless the file has the *mark* of this user for exactly that: an HMAC
-with a key that never leaves the user's state folder. It moves with the directory, and nobody else can make it.
+environments: whoever makes a run directory could make whoever resumes or exports it run their program. Names and
+addresses in a configuration are therefore refused unless the file has this user's *mark* for exactly them. The mark is
+an HMAC with a key that never leaves the user's state folder. It moves with the directory, and nobody else can make it.
 """
 
 from __future__ import annotations

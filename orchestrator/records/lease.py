@@ -1,8 +1,9 @@
 """The lease: of all controllers that may think that a run is theirs, one decides.
 
-It is a file in the run directory. Whoever made it last holds it, and looks before each commit whether that is still so:
-a controller that was taken for dead (stopped, cut off, on a machine that hung) and comes back commits nothing. Taking
-it over is possible when its holder is dead: its process is gone or, on another machine, has not renewed it for a while.
+It is a file in the run directory. The controller that made it last holds it, and checks its ownership before each
+commit. So a controller that was taken for dead (stopped, cut off, on a machine that hung) and comes back commits
+nothing. Taking it over is possible when its holder is dead: its process is gone or, on another machine, has not renewed
+it for a while.
 """
 
 from __future__ import annotations

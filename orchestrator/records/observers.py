@@ -60,10 +60,10 @@ class RoundRecord:
     """Counts of drawn, committed, redrawn and lost samples up to this round, defined at ``Summary.samples``."""
 
     residuals_lost: int | None = None
-    """Nodes that were lost since the last commit with something that they had still to send, as codecs that need error
-    feedback leave it; ``None`` if there is no such thing in the run."""
+    """Number of nodes lost since the last commit with an unsent error-feedback residual; ``None`` in a run without
+    residuals."""
     residual_norm_lost: float | None = None
-    """The norm of all that."""
+    """Norm of all lost residuals."""
 
     @property
     def spread(self) -> dict[str, tuple[float, float]]:

@@ -10,9 +10,9 @@
     S: the round after which a snapshot was written, and the SHA-256 of its model
     E: the SHA-256 of the run's model
 
-A checksum is the CRC-32 of all that is before it but the checksums, so that nothing can be left out, doubled or moved
-unnoticed; with them it would begin anew at each, as data with their own CRC behind have always the same. All numbers
-are little-endian.
+A checksum is the CRC-32 of all bytes before it except the checksums, so that nothing can be left out, doubled or moved
+unnoticed. Checksums are excluded because data followed by their own CRC always have one constant CRC, at which each
+checksum would begin anew. All numbers are little-endian.
 """
 
 from __future__ import annotations

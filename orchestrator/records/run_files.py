@@ -1,7 +1,7 @@
 """Reads the files of a run directory: bounded in size, opened safely, each field checked.
 
-The directory may be damaged, of another version, or somebody else's. What is wrong is one line that names file and
-field, and what would be right. Keys that are not known are left alone: a later Starling may write more than this one.
+The directory may be damaged, of another version, or somebody else's. An error is one line that names file, field and
+the right form. Keys that are not known are left alone: a later Starling may write more than this one.
 """
 
 from __future__ import annotations

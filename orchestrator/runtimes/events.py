@@ -58,7 +58,7 @@ class Notice:
 
     node: NodeId
     deadline: float
-    """When its process ends, on the runtime's clock."""
+    """End of the node's process, on the runtime's clock."""
     reason: str
 
 

@@ -1,7 +1,7 @@
 """Tracking: parameters, metrics and files of a run in MLflow, through a spool in the run's directory.
 
-Nothing here is waited for but the end, and that in bounded time. What goes wrong is said once, in one line, and the run
-goes on: the run directory has everything, and ``starling track RUN_DIR`` sends what a tracker has missed.
+Nothing here is waited for but the end, and that in bounded time. A failure is reported once, in one line, and the run
+goes on. The run directory has everything, and ``starling track RUN_DIR`` sends the records that a tracker has missed.
 """
 
 from __future__ import annotations

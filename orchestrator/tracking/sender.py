@@ -111,7 +111,7 @@ class Sender:
         """Send what is left; say whether all was, within that time.
 
         A server is waited for no longer than a few seconds, unless its answers come: what is left can be sent later.
-        What this machine does itself (a database in a file, the model's other form) takes what it takes.
+        Work of this machine (a database in a file, the model's other form) has no limit.
         """
         self._closing.set()
         self._wake.set()

@@ -1,8 +1,8 @@
 """The spool: what is to be recorded of a run, in a file of its directory, until a tracker has taken it.
 
-Whoever trains appends lines to ``tracking.jsonl`` and waits for nobody; whoever sends them to the tracker (one thread,
-for one run or for all runs of a sweep) notes in ``mlflow.json`` how far it has come. So a tracker that goes away
-delays nothing, one that comes back misses nothing, and what is left when the process dies is sent another time.
+The training side appends lines to ``tracking.jsonl`` and waits for nobody. One thread, for one run or for all runs of a
+sweep, sends them to the tracker and notes its progress in ``mlflow.json``. So a tracker that goes away delays nothing,
+one that comes back misses nothing, and what is left when the process dies is sent another time.
 """
 
 from __future__ import annotations

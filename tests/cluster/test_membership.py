@@ -157,10 +157,13 @@ def test_each_sample_is_committed_exactly_once_per_epoch(config: Make, tmp_path:
 
 
 class _Drift(Observer):
-    """Lets data be read differently from a round on, and as before when a process was refused for it so often."""
+    """Lets data be read differently from a round on, and as before when a process was refused for it so often.
 
-    def __init__(self, marker: Path, times: int) -> None:
-        self._marker, self._times = marker, times
+    ``refused``: a file that is there from the first refusal on.
+    """
+
+    def __init__(self, marker: Path, times: int, refused: Path) -> None:
+        self._marker, self._times, self._refused = marker, times, refused
         self.said: list[str] = []
 
     def on_round(self, record: RoundRecord) -> None:
@@ -170,6 +173,8 @@ class _Drift(Observer):
     def on_log(self, node: int, lines: Sequence[str]) -> None:
         found = [line for line in lines if "are not those of" in line]
         self.said += found
+        if self.said:
+            self._refused.touch()
         if len(self.said) == self._times:
             self._marker.unlink(missing_ok=True)
 
@@ -179,12 +184,14 @@ class _Drift(Observer):
 )
 def test_a_replacement_with_other_data_is_refused_and_the_others_go_on(times: int, config: Make, tmp_path: Path):
     """It is tried again, elsewhere if there is another machine; that fails for good here in the second case."""
-    drift = _Drift(tmp_path / "marker", times)
+    refused = tmp_path / "refused"
+    drift = _Drift(tmp_path / "marker", times, refused)
     kill = {"kind": "kill", "node": 2, "round": 1, "phase": "train"}
     task = {"name": "tests.cluster.programs:Drifting", "marker": str(tmp_path / "marker")}
-    # In the first case the run waits for the replacement: its other rounds would be over before a process has begun.
+    # The rounds last until a process was refused: without that they would be over before one has begun.
+    paced = {"name": "tests.cluster.programs:Paced", "until": str(refused)}
     least = 3 if times > 1 else 4
-    settings = config(FEDAVG, "rounds=3", f"cluster.nodes.min={least}", APART, faults(kill), task=task)
+    settings = config(paced, "rounds=300", f"cluster.nodes.min={least}", APART, faults(kill), task=task)
     summary = run(settings, run_dir=tmp_path / "run", observers=[drift])
     assert summary.status == "finished"
     assert summary.nodes["joined"] == (0 if times > 1 else 1)

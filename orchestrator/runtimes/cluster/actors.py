@@ -43,9 +43,9 @@ class Actor:
     ready: Ready | None = None
     alive: bool = True
     leaving: bool = False
-    """It has had notice of its end."""
+    """Whether the process has had notice of its end."""
     is_asked: bool = False
-    """It has not answered the last request for system metrics."""
+    """Whether the last request for system metrics is unanswered."""
 
     @property
     def is_spare(self) -> bool:

@@ -48,7 +48,7 @@ class SentLetters:
         self._transport = transport
         self._room = room
         self.payloads: dict[tuple[NodeId, int], tuple[Sending, ObjectRef[Any] | None]] = {}
-        """Each with its reference, once a large payload is in the store."""
+        """Messages by node and number, each with its reference once a large payload is in the store."""
 
     def add(self, node: NodeId, sending: Sending) -> None:
         """Take a message.

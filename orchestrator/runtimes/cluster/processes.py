@@ -85,7 +85,7 @@ class ClusterProcesses:
         self.num_parts = config.num_nodes
         """Number of parts of the data; ``start`` may set another before the first launch."""
         self.begun = False
-        """All initial nodes are up: a process that fails is lost, and no longer an error of the run."""
+        """Whether all initial nodes are up: a failing process is then a lost one, and no longer an error of the run."""
         self.num_starts: Counter[NodeId] = Counter()
         """Number of processes that each node has been given."""
 

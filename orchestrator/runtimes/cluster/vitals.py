@@ -37,7 +37,7 @@ class Vitals:
         self._patience_s = patience_s
         self._on_end = on_end
         self._stopped: dict[str, float] = {}
-        """When each process was first seen stopped."""
+        """Time at which each process was first seen stopped, by name."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="starling-vitals", daemon=True)
         self._thread.start()
@@ -69,7 +69,7 @@ class Vitals:
                 os.kill(pid, signal.SIGKILL)
 
     def hasten(self) -> None:
-        """From now on kill stopped processes at once: nothing is waited for any more."""
+        """Kill stopped processes at once from now on."""
         self._patience_s = 0.0
 
     def stop(self) -> None:

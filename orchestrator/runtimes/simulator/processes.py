@@ -38,7 +38,7 @@ class SimulatedProcesses:
         self._nodes = nodes
         self._states = states
         self.spares: list[float] = []
-        """From when on each spare process stands by."""
+        """Time from which each spare process stands by."""
         self._incarnations: dict[NodeId, int] = {}
         self._coming: dict[NodeId, Replica] = {}
         """Replicas of nodes that are being started."""
