@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Raw = dict[str, Any]
     Draw = Callable[[random.Random], Raw]
 
-PHASES = ("train", "post", "secure", "deliver", "commit", "transfer")
+PHASES = ("train", "post", "measure", "secure", "deliver", "commit", "transfer")
 ASYNCHRONOUS_PHASES = ("train", "receive", "commit", "transfer")
 HERE = programs.__name__
 
