@@ -26,6 +26,8 @@ from starling.algorithms.aggregators.base import BLOCK, Aggregator
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from starling.algorithms.codecs import Codec
+
 Matrix: TypeAlias = NDArray[np.float64]
 
 _COLUMNS = 8192
@@ -47,7 +49,8 @@ class GramAggregator(Aggregator):
         The sum over the parts has to be the measure of whole contributions. An override may return any float64 matrix
         of that shape, or several, shape (k, N + 1, N + 1).
         """
-        return gram([_rows(one) for one in contributions])
+        wide = (torch.float32, torch.float64)
+        return gram([(one if one.dtype in wide else one.to(torch.float32)).numpy() for one in contributions])
 
     def measured_nbytes(self, num_contributions: int) -> int:
         return 8 * (num_contributions + 1) ** 2
@@ -114,11 +117,6 @@ def _middle(rows: Sequence[NDArray[Any]]) -> int:
     return norms[(len(norms) - 1) // 2][1] if norms else len(rows)
 
 
-def _rows(values: Tensor) -> NDArray[Any]:
-    wide = values if values.dtype in (torch.float32, torch.float64) else values.to(torch.float32)
-    return wide.numpy()
-
-
 def finite_rows(measured: Matrix) -> list[int]:
     """Return the places of the contributions that are finite, in order.
 
@@ -136,3 +134,14 @@ def squared_distances(measured: Matrix) -> Matrix:
     distances[~np.isfinite(distances)] = np.inf
     np.fill_diagonal(distances, 0.0)
     return distances
+
+
+def refuse_hidden(aggregator: Aggregator, codec: Codec) -> None:
+    """Refuse a codec that hides single contributions from an aggregator that compares them.
+
+    Raises:
+        ValueError: says which parts would do.
+    """
+    if codec.hides_contributions and isinstance(aggregator, GramAggregator):
+        text = f"aggregator: {aggregator.name} compares contributions, and codec {codec.name} hides them"
+        raise ValueError(f"{text}; take codec identity, or mean")

@@ -64,7 +64,8 @@ def _federated(rng: random.Random) -> Raw:
 
 
 def _averaged(rng: random.Random) -> Raw:
-    chosen = _federated(rng) | {"aggregator": rng.choice(["mean", "mean", "uniform", "median"])}
+    compares = [{"name": "krum", "f": 0}, {"name": "multi_krum", "f": 1}, "geometric_median"]
+    chosen = _federated(rng) | {"aggregator": rng.choice(["mean", "mean", "uniform", "median", *compares])}
     return chosen | ({"codec": _codec(rng)} if chosen["aggregator"] == "mean" else {})
 
 
