@@ -26,10 +26,15 @@ Rules that every program keeps:
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
+from pydantic import model_validator
+
+from starling.algorithms.aggregators.gram import GramAggregator, refuse_hidden
+from starling.algorithms.codecs import Codec
 from starling.algorithms.collectives import AllGather, AllReduce, Handle, Inbox, NeighborAllGather, Reduced, Start, Wait
 from starling.algorithms.costs import INLINE_LIMIT_BYTES, PART_BYTES, all_reduce_bytes
 from starling.algorithms.layout import Layout
@@ -117,6 +122,14 @@ class Algorithm(Part, family="algorithm", catalog="starling.algorithms"):
     """Each round ends with the mean of all nodes' floating-point buffers, uncompressed: see ``whole_round``."""
     uses_optimizer: ClassVar[bool] = True
     """Rounds take steps of the nodes' own optimizers; otherwise there is no learning-rate schedule."""
+
+    @model_validator(mode="after")
+    def _aggregator_sees_contributions(self) -> Self:
+        parts = list(dict(self).values())
+        for aggregator, codec in itertools.product(parts, parts):
+            if isinstance(aggregator, GramAggregator) and isinstance(codec, Codec):
+                refuse_hidden(aggregator, codec)
+        return self
 
     def validate_for(self, num_nodes: int) -> None:
         """Raise ``SettingsError`` if the algorithm, or its topology, cannot run on ``num_nodes`` nodes."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor
 
 from starling.algorithms.aggregators import Aggregator, Mean
+from starling.algorithms.aggregators.gram import refuse_hidden
 from starling.algorithms.closing import ClosePolicy, Quorum
 from starling.algorithms.codecs import Codec, Identity
 from starling.algorithms.node import NodeId, Payload
@@ -62,10 +63,11 @@ class AllReduce(Operation[Reduced[TensorsT]]):
     buffers: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse weights with which there may be no mean, and names that the buffers' exchange needs."""
+        """Refuse weights with which there may be no mean, hidden contributions, and names that buffers need."""
         if not 0 < self.weight < math.inf:
             message = f"AllReduce takes a weight above 0, and None instead of tensors for 0; got {self.weight}"
             raise ValueError(message)
+        refuse_hidden(self.aggregator, self.codec)
         names = self.tensors if isinstance(self.tensors, Mapping) and self.buffers is not None else ()
         if "buffers" in names or "value" in names:
             raise ValueError("AllReduce with buffers= sends 'buffers' and 'value'; give its tensors other names")

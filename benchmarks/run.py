@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, with the 
 from benchmarks import (
     all_reduce,
     codecs,
+    gram,
     memory,
     overlap,
     parquet,
@@ -51,7 +52,8 @@ Measured on {date}: {machine}, {cores} cores, Python {python}.
 TAIL = """
 *AllReduce* is one operation as a program awaits it, through Ray's object store, against `torch.distributed.all_reduce`
 with gloo over as many processes. *A round without training* is everything else that a round costs: begin, one exchange,
-digests, commit. *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
+digests, commit. *Contributions compared*: an aggregator that measures them first, and the mean, take turns in one run
+(`benchmarks/gram.py`). *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
 (`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is
 started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
 trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
@@ -94,7 +96,19 @@ def replaced(page: str, rows: Sequence[Row], day: str) -> str:
 
 
 def main() -> None:
-    first = zeroth_order, simulator, round_overhead, all_reduce, codecs, overlap, streaming, staging, memory, parquet
+    first = (
+        zeroth_order,
+        simulator,
+        round_overhead,
+        all_reduce,
+        gram,
+        codecs,
+        overlap,
+        streaming,
+        staging,
+        memory,
+        parquet,
+    )
     modules = {module.__name__.rpartition(".")[2]: module for module in (*first, recovery, saving, sweeps)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(modules)}; all, by default.")

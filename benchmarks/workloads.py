@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from starling.actors.replica.staged_state import StagedState
 from starling.actors.tasks import Samples, Task, TensorSamples
 from starling.actors.training.slab import Slab
+from starling.algorithms.aggregators import Mean
+from starling.algorithms.aggregators.krum import MultiKrum
 from starling.algorithms.api import Algorithm, AllReduce, Layout, Node, Start, Train, Wait, all_reduce_bytes
 from starling.algorithms.low_communication.diloco import DiLoCo
 
@@ -68,6 +70,21 @@ class ExchangeOnly(Algorithm):
 
     def steps_per_round(self, num_samples: int, batch_size: int) -> int:
         return 1
+
+
+class Comparing(ExchangeOnly):
+    """Each second round's AllReduce measures contributions before it adds up all of them."""
+
+    timed: bool = True
+
+    async def round(self, node: Node) -> None:
+        aggregator = Mean() if node.round % 2 else MultiKrum(f=0)
+        began = node.now
+        await AllReduce(node.parameters, aggregator=aggregator)
+        print(f"all_reduce {node.now - began:.6f}")
+
+    def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
+        return all_reduce_bytes(layout.nbytes, num_nodes, aggregator=MultiKrum(f=0))
 
 
 class Plain(Algorithm):

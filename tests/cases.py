@@ -17,6 +17,11 @@ QUADRATIC: dict[str, Any] = {"task": {"name": "quadratic", "dimension": 4}, "clu
 
 CASES = (
     Case(DIGITS | {"algorithm": {"name": "fedavg"}, "rounds": 12}, reaches=0.25),
+    Case(DIGITS | {"algorithm": {"name": "fedavg", "aggregator": "geometric_median"}, "rounds": 12}, reaches=0.25),
+    Case(
+        DIGITS | {"algorithm": {"name": "fedavg", "aggregator": {"name": "multi_krum", "f": 0, "m": 3}}, "rounds": 14},
+        reaches=0.3,
+    ),
     Case(DIGITS | {"algorithm": {"name": "fedprox", "mu": 0.1}, "rounds": 16}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "scaffold"}, "rounds": 12}, reaches=0.25),
     Case(DIGITS | {"algorithm": {"name": "diloco", "inner_steps": 10}, "rounds": 12}, reaches=0.25),

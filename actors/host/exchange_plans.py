@@ -10,6 +10,7 @@ from starling.actors.wire import buffers
 from starling.actors.wire.batched_mixing import MixingMatrix
 from starling.actors.wire.buffers import Cuts, Signature, TensorSpec
 from starling.algorithms.api import AllGather, AllReduce, NeighborAllGather
+from starling.algorithms.costs import num_parts
 
 if TYPE_CHECKING:
     from starling.actors.host.programs import Collective
@@ -143,7 +144,7 @@ class ExchangePlans:
         known = self._cuts.get((parts, specs, num_members))
         if known is None:
             whole = Cuts(specs, operation.codec, operation.result_codec, 1)
-            parted = buffers.num_parts(sum(whole.part_nbytes), num_members)
+            parted = num_parts(sum(whole.part_nbytes), num_members)
             known = whole if parted == 1 else Cuts(specs, operation.codec, operation.result_codec, parted)
             if len(self._cuts) >= _MAX_KEPT:
                 self._cuts.clear()

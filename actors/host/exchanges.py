@@ -16,6 +16,7 @@ from starling.actors.wire.batched_mixing import Mixtures
 from starling.actors.wire.buffers import Cuts, Signature, TensorSpec
 from starling.actors.wire.finite import trouble
 from starling.actors.wire.tickets import Contributed, Posted, among
+from starling.algorithms.aggregators.gram import GramAggregator
 from starling.algorithms.api import INLINE_LIMIT_BYTES, AllGather, AllReduce, Inbox, NeighborAllGather, Reduced
 from starling.algorithms.closing import ClosePolicy, Quorum
 from starling.algorithms.codecs import Identity
@@ -103,10 +104,12 @@ class Exchanges:
             call.parts = ()
             return _receives(replica, call, seq, close, wants, waits=waits)
         sizes = cuts.part_nbytes
-        inline = call.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES else None
+        # One process measures each part: two machines may round a matrix product in two ways.
+        measures = isinstance(operation.aggregator, GramAggregator)
+        inline = call.parts[0] if sum(sizes) <= INLINE_LIMIT_BYTES and not measures else None
         weight, results = float(operation.weight), cuts.result_nbytes
         least = operation.aggregator.least
-        return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits, None, least)
+        return Posted(seq, signature, specs, weight, sizes, results, inline, close, wants, waits, None, least, measures)
 
     def wait(self, node: NodeId, handle: Handle[Any]) -> int:
         """Close a handle of a node's started exchange; return the exchange's number.
@@ -156,6 +159,14 @@ class Exchanges:
 
     # --- reduction ---------------------------------------------------------------------------------------------------
 
+    def measure(
+        self, node: NodeId, seq: int, part: int, specs: tuple[TensorSpec, ...], contributions: Mapping[NodeId, Buffer]
+    ) -> Buffer:
+        """Measure one part of the contributions (encoded bytes), in sorted member order."""
+        operation = cast("AllReduce[Any]", self._calls[node][seq].operation)
+        ordered = [contributions[member] for member in sorted(contributions)]
+        return self._cuts(node, seq, specs).measure(operation, part, ordered)
+
     def reduce(
         self,
         node: NodeId,
@@ -163,12 +174,19 @@ class Exchanges:
         part: int,
         specs: tuple[TensorSpec, ...],
         contributions: Mapping[NodeId, tuple[Buffer, float]],
+        measures: Sequence[Buffer] = (),
     ) -> Buffer:
-        """Combine one part of the contributions (encoded bytes and weight), in sorted member order."""
+        """Combine one part of the contributions (encoded bytes and weight), in sorted member order.
+
+        ``measures`` are those of all parts of the same contributions, in order, if the aggregator needs them.
+        """
         operation = cast("AllReduce[Any]", self._calls[node][seq].operation)
         cuts = self._cuts(node, seq, specs)
         ordered = [contributions[member] for member in sorted(contributions)]
-        return cuts.reduce(operation, part, [data for data, _ in ordered], [weight for _, weight in ordered])
+        weights = [weight for _, weight in ordered]
+        if measures:
+            weights = buffers.coefficients(operation, measures, weights)
+        return cuts.reduce(operation, part, [data for data, _ in ordered], weights)
 
     def _cuts(self, node: NodeId, seq: int, specs: tuple[TensorSpec, ...]) -> Cuts:
         """Return an exchange's cuts; a member that contributes nothing learns the specs from contributors."""
@@ -279,8 +297,11 @@ def _receives(
     if isinstance(call.operation, AllReduce):
         call.signature = Signature(call.signature.operation, call.signature.parts, None)
     skipped = replica.guard.reason if replica.guard.skipping else None
-    least = call.operation.aggregator.least if isinstance(call.operation, AllReduce) else 1
-    return Posted(seq, call.signature, None, 0.0, (), (), None, close, wants, waits, skipped, least)
+    least, measures = 1, False
+    if isinstance(call.operation, AllReduce):
+        aggregator = call.operation.aggregator
+        least, measures = aggregator.least, isinstance(aggregator, GramAggregator)
+    return Posted(seq, call.signature, None, 0.0, (), (), None, close, wants, waits, skipped, least, measures)
 
 
 def _check(replica: Replica, operation: Collective, payload: Payload, seq: int, num_members: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from starling.actors.remote.messages import DeliveredResult, Inline, SecureJob
 from starling.actors.remote.remote_calls import remote_call
-from starling.actors.wire.tickets import Secured
+from starling.actors.wire.tickets import Measured, Secured
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +33,8 @@ class ExchangeCalls:
         self._host, self._epoch, self._store = host, epoch, store
         self._reduced: dict[tuple[int, int], Buffer] = {}
         """Parts that this process has reduced, by exchange and part."""
+        self._measured: dict[tuple[int, int], dict[NodeId, Buffer]] = {}
+        """Other processes' contributions that were measured and are yet to be reduced, by exchange and part."""
         self._results: dict[int, list[Buffer]] = {}
         """All parts of each exchange's result."""
         self._gathered: dict[int, dict[NodeId, Buffer]] = {}
@@ -40,7 +42,7 @@ class ExchangeCalls:
 
     def begin(self) -> None:
         """Enter an attempt: forget the exchanges of the last one."""
-        self._reduced, self._results, self._gathered = {}, {}, {}
+        self._reduced, self._measured, self._results, self._gathered = {}, {}, {}, {}
 
     # --- on the way --------------------------------------------------------------------------------------------------
 
@@ -65,28 +67,54 @@ class ExchangeCalls:
         return self._host.exchanges.parts(node, seq)[part] if epoch == self._epoch.number else None
 
     @remote_call("exchange")
+    def measure(self, epoch: int, jobs: Sequence[SecureJob]) -> tuple[list[Measured], int]:
+        """Fetch and measure, and keep what was fetched: what each job got and measured, and the bytes fetched."""
+        if epoch != self._epoch.number:
+            return [], 0
+        measured: list[Measured] = []
+        total = 0
+        for job in jobs:
+            assert job.specs is not None
+            contributions, nbytes = self._fetch(job)
+            total += nbytes
+            kept = {member: part for member, part in contributions.items() if member in job.refs}
+            self._measured.setdefault((job.seq, job.part), {}).update(kept)
+            values = self._host.exchanges.measure(job.by, job.seq, job.part, job.specs, contributions)
+            measured.append(Measured(job.seq, job.part, job.by, frozenset(contributions), job.generation, values))
+        return measured, total
+
+    def _fetch(self, job: SecureJob) -> tuple[dict[NodeId, Buffer], int]:
+        """Return one part of the contributions that can be had, and the bytes that were fetched for it."""
+        kept = self._measured.get((job.seq, job.part), {})
+        fetched = self._store.fetch({member: ref for member, ref in job.refs.items() if member not in kept})
+        nbytes = sum(part.nbytes for part in fetched.values())
+        fetched.update({member: kept[member] for member in job.refs if member in kept})
+        for member in job.weights.keys() - job.refs.keys():
+            fetched[member] = self._host.exchanges.parts(member, job.seq)[job.part]
+        return fetched, nbytes
+
+    @remote_call("exchange")
     def secure(self, epoch: int, jobs: Sequence[SecureJob]) -> list[Any]:
         """Fetch and reduce: what each job got and the bytes fetched, then each reduced part as a value of its own."""
         if epoch != self._epoch.number:
             return [([], 0), *([None] * len(jobs))]
         secured: list[Secured] = []
         parts: list[Buffer | None] = []
-        nbytes = 0
+        total = 0
         for job in jobs:
-            fetched = self._store.fetch(job.refs)
-            nbytes += sum(part.nbytes for part in fetched.values())
-            for member in job.weights.keys() - job.refs.keys():
-                fetched[member] = self._host.exchanges.parts(member, job.seq)[job.part]
+            fetched, nbytes = self._fetch(job)
+            total += nbytes
             if job.specs is None:
                 self._gathered[job.seq] = fetched
                 parts.append(None)
             else:
                 contributions = {member: (part, job.weights[member]) for member, part in fetched.items()}
-                reduced = self._host.exchanges.reduce(job.by, job.seq, job.part, job.specs, contributions)
+                measures = () if job.measured is None else (job.measured,)
+                reduced = self._host.exchanges.reduce(job.by, job.seq, job.part, job.specs, contributions, measures)
                 self._reduced[job.seq, job.part] = reduced
                 parts.append(reduced)
             secured.append(Secured(job.seq, job.part, job.by, frozenset(fetched), job.generation))
-        return [(secured, nbytes), *parts]
+        return [(secured, total), *parts]
 
     @remote_call("exchange")
     def deliver(
@@ -126,6 +154,7 @@ class ExchangeCalls:
         self._gathered.pop(seq, None)
         # The store's memory is free again as soon as nothing here refers to it.
         self._reduced = {key: part for key, part in self._reduced.items() if key[0] != seq}
+        self._measured = {key: parts for key, parts in self._measured.items() if key[0] != seq}
 
     def _conclude(self, node: NodeId, seq: int, result: Inline | DeliveredResult) -> None:
         if isinstance(result, Inline):

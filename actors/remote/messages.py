@@ -101,7 +101,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class SecureJob:
-    """Fetch contributions and reduce one part of them (a gather: keep them)."""
+    """Fetch contributions, and measure or reduce one part of them (a gather: keep them)."""
 
     seq: int
     part: int
@@ -112,6 +112,8 @@ class SecureJob:
     weights: dict[NodeId, float]
     refs: dict[NodeId, Ref]
     """Contributions of members in other processes."""
+    measured: Buffer | None = None
+    """Sum of the measures of all parts, if the aggregator needs it."""
 
 
 @dataclass(frozen=True)

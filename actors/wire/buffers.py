@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starling.algorithms.api import PART_BYTES, AllGather, AllReduce, NeighborAllGather
+from starling.algorithms.api import AllGather, AllReduce, NeighborAllGather
 from starling.algorithms.errors import ProgramError
 from starling.algorithms.words import listed, shortened
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from starling.algorithms.aggregators.gram import GramAggregator
     from starling.algorithms.api import Payload
     from starling.algorithms.codecs import Codec
 
@@ -224,21 +225,37 @@ class Cuts:
                 offset += nbytes
         return True
 
+    def measure(self, operation: AllReduce[Any], part: int, contributions: Sequence[Buffer]) -> Buffer:
+        """Decode one part of several contributions, and return the sum of its pieces' measures as bytes."""
+        aggregator = cast("GramAggregator", operation.aggregator)
+        total: NDArray[np.float64] | None = None
+        for values in self._decoded(part, contributions):
+            measured = aggregator.measure(values)
+            total = measured if total is None else total + measured
+        if total is None:
+            total = aggregator.measure([torch.empty(0)] * len(contributions))
+        return np.ascontiguousarray(total, dtype=np.float64).reshape(-1).view(np.uint8)
+
     def reduce(
         self, operation: AllReduce[Any], part: int, contributions: Sequence[Buffer], weights: Sequence[float]
     ) -> Buffer:
         """Decode one part of several contributions, combine them in the order given, and encode the result."""
         pieces: list[Tensor] = []
+        for values in self._decoded(part, contributions):
+            dtype = values[0].dtype
+            out = _POOL.empty(values[0].numel(), torch.float64 if dtype == torch.float64 else torch.float32)
+            operation.aggregator.reduce(values, weights, out)
+            pieces.append(self.result_codec.encode(out.to(dtype)))
+        return _join(pieces)
+
+    def _decoded(self, part: int, contributions: Sequence[Buffer]) -> Iterator[list[Tensor]]:
+        """Decode one part of several contributions, tensor by tensor."""
         offset = 0
         for one in self.parts[part]:
             dtype, size = self.specs[one.tensor].dtype, one.stop - one.start
             nbytes = self.codec.nbytes(size, dtype)
-            values = [self.codec.decode(_slice(buffer, offset, nbytes, dtype), size, dtype) for buffer in contributions]
-            out = _POOL.empty(size, torch.float64 if dtype == torch.float64 else torch.float32)
-            operation.aggregator.reduce(values, weights, out)
-            pieces.append(self.result_codec.encode(out.to(dtype)))
+            yield [self.codec.decode(_slice(buffer, offset, nbytes, dtype), size, dtype) for buffer in contributions]
             offset += nbytes
-        return _join(pieces)
 
     def assemble(self, parts: Sequence[Buffer], device: torch.device) -> Tensor | dict[str, Tensor]:
         """Decode the parts of a result into fresh tensors on ``device``."""
@@ -255,6 +272,23 @@ class Cuts:
         if len(self.specs) == 1 and not self.specs[0].name:
             return shaped[0]
         return {spec.name: tensor for spec, tensor in zip(self.specs, shaped, strict=True)}
+
+
+def coefficients(operation: AllReduce[Any], measures: Sequence[Buffer], weights: Sequence[float]) -> list[float]:
+    """Return the coefficients of contributions, given the measures of all parts in order; equal on all members."""
+    aggregator = cast("GramAggregator", operation.aggregator)
+    size = len(weights) + 1
+    matrices = added(measures).view(np.float64).reshape(-1, size, size)
+    return aggregator.weigh(matrices[0] if len(matrices) == 1 else matrices, weights)
+
+
+def added(measures: Sequence[Buffer]) -> Buffer:
+    """Return the sum of measures, added up in the order given."""
+    first, *others = (one.view(np.float64) for one in measures)
+    total = first.copy()
+    for one in others:
+        total += one
+    return total.view(np.uint8)
 
 
 def _slice(buffer: Buffer, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:
@@ -274,11 +308,6 @@ def _join(pieces: list[Tensor]) -> Buffer:
     if len(pieces) == 1:
         return cast("Buffer", pieces[0].numpy())
     return as_buffer(torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8))
-
-
-def num_parts(nbytes: int, num_members: int) -> int:
-    """Return the number of parts of a contribution of ``nbytes``, with ``num_members`` in the view."""
-    return max(1, min(num_members, math.ceil(nbytes / PART_BYTES)))
 
 
 def pack(payload: Payload) -> Buffer:

@@ -5,7 +5,7 @@ Those of every round are named tuples: a thousand nodes make thousands in each, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Posted(NamedTuple):
     """Why the node, which trains in this round, has nothing to contribute (``on_nan: skip``)."""
     least: int = 1
     """Minimum number of contributions that the exchange needs."""
+    measures: bool = False
+    """Contributions are measured before they are combined."""
 
     @property
     def contributes(self) -> bool:
@@ -180,6 +182,19 @@ class Contributed:
     weight: float
     specs: tuple[TensorSpec, ...]
     data: Buffer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``by`` has fetched the contributions of ``got``, and measured one part of them."""
+
+    seq: int
+    part: int
+    by: NodeId
+    got: frozenset[NodeId]
+    generation: int
+    values: Buffer = field(compare=False)
+    """The measure, as bytes."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Aggregator(Part, family="aggregator", catalog="starling.algorithms.aggrega
     """Combines the contributions of several nodes, coordinate by coordinate.
 
     A large exchange is cut into parts that different members reduce, so the result of a coordinate must not depend
-    on any other coordinate, nor on where the cuts are.
+    on any other coordinate, nor on where the cuts are. What depends on whole contributions is a ``GramAggregator``.
     """
 
     bears_nan: ClassVar[bool] = False
@@ -32,6 +32,11 @@ class Aggregator(Part, family="aggregator", catalog="starling.algorithms.aggrega
     def least(self) -> int:
         """Return the least number of contributions that this aggregator combines."""
         return 1
+
+    def measured_nbytes(self, num_contributions: int) -> int:
+        """Return the bytes of the measure of one part; 0: contributions are combined without one."""
+        del num_contributions
+        return 0
 
     @abstractmethod
     def reduce(self, contributions: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:

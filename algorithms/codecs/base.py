@@ -36,6 +36,11 @@ class Codec(Part, family="codec", catalog="starling.algorithms.codecs"):
         """Say whether the encoding error is smaller than the values, so that error feedback does not grow."""
         return True
 
+    @property
+    def hides_contributions(self) -> bool:
+        """Say whether one decoded contribution tells nothing, as under masks that cancel in the sum of all."""
+        return False
+
     def at(self, round_number: int) -> Self:
         """Return the codec of an exchange by its number, the same on all members; it draws random numbers of its own.
 

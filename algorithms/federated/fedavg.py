@@ -79,4 +79,4 @@ class FedAvg(Federated, name="fedavg"):
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)
-        return all_reduce_bytes(sent, num_nodes, self.cohort_size(num_nodes), received)
+        return all_reduce_bytes(sent, num_nodes, self.cohort_size(num_nodes), received, self.aggregator)

@@ -77,4 +77,4 @@ class DiLoCo(Algorithm, name="diloco"):
 
     def expected_bytes(self, layout: Layout, num_nodes: int) -> int:
         sent, received = layout.encoded_nbytes(self.codec), layout.encoded_nbytes(self.result_codec)
-        return all_reduce_bytes(sent, num_nodes, result_nbytes=received)
+        return all_reduce_bytes(sent, num_nodes, result_nbytes=received, aggregator=self.aggregator)

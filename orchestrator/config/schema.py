@@ -304,7 +304,7 @@ class Config(Section):
         for event in self.faults.events:
             if event.node == SERVER_NAME and not self.algorithm.has_server:
                 raise ValueError(f"faults.events names the server, and {self.algorithm.name} has none")
-            if event.phase in ("post", "secure", "deliver") and not self.algorithm.synchronous:
+            if event.phase in ("post", "measure", "secure", "deliver") and not self.algorithm.synchronous:
                 raise ValueError(
                     f"faults.events: {self.algorithm.name} is asynchronous, its rounds have no moment {event.phase!r}; "
                     "they have train, receive, commit and transfer"

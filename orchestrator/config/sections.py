@@ -76,8 +76,8 @@ class NetworkConfig(Section):
     """Relative speed by node; 1 if not named."""
 
 
-FaultPhase: TypeAlias = Literal["train", "post", "secure", "deliver", "receive", "commit", "transfer"]
-"""The begin of a round; the node's first contribution; an exchange's two steps, any of them; the node's first message
+FaultPhase: TypeAlias = Literal["train", "post", "measure", "secure", "deliver", "receive", "commit", "transfer"]
+"""The begin of a round; the node's first contribution; a step of an exchange, any of them; the node's first message
 of the round; the round's end; before the round, when the node gives state to another or is given it. Rounds of
 asynchronous runs are each node's own."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starling.actors.host.round_order import RoundOrder
-from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
+from starling.actors.wire.tickets import Measured, Posted, Returned, Secured, Waiting
 from starling.algorithms.api import View
 from starling.algorithms.words import listed
 from starling.orchestrator.control.loop import Loop
@@ -24,6 +24,7 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     Elapsed,
     Lost,
+    Measure,
     Posts,
     ProgramsDiverge,
     Reached,
@@ -315,7 +316,7 @@ class Synchronous(Loop):
             case Reached(node, Posted()):
                 self._strike("post", attempt.number, node)
                 return happening
-            case Reached(_, Waiting()) | Secured() | Delivered():
+            case Reached(_, Waiting()) | Measured() | Secured() | Delivered():
                 return happening
             case _:
                 self._take(happening)
@@ -350,6 +351,8 @@ class Synchronous(Loop):
                 case Commit(members):
                     self._run.may_commit()
                     self._state.committed, self._state.members = number, members
+                case Measure():
+                    self._strike("measure", number)
                 case Secure():
                     self._strike("secure", number)
                 case Deliver():

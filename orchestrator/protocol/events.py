@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from starling.actors.wire.tickets import Secured
+from starling.actors.wire.tickets import Measured, Secured
 
 if TYPE_CHECKING:
     from starling.actors.wire.tickets import Posted, Returned, Ticket
@@ -73,10 +73,23 @@ class Elapsed:
     seq: int
 
 
-Event: TypeAlias = Reached | Posts | Returns | Secured | Delivered | Lost | Withdrawn | Deadline | Elapsed
+Event: TypeAlias = Reached | Posts | Returns | Measured | Secured | Delivered | Lost | Withdrawn | Deadline | Elapsed
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``by`` is to fetch ``members``' contributions to ``part``, measure them, and keep them."""
+
+    seq: int
+    part: int
+    by: NodeId
+    members: tuple[NodeId, ...]
+    generation: int
+    held: frozenset[NodeId] = frozenset()
+    """Members whose contributions to the part ``by`` has fetched before."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,10 @@ class Secure:
     by: NodeId
     members: tuple[NodeId, ...]
     generation: int
+    held: frozenset[NodeId] = frozenset()
+    """Members whose contributions to the part ``by`` has fetched before, to measure them."""
+    measured: tuple[Measured, ...] = ()
+    """The measures of all parts, in order, of ``members`` alone; none if the aggregator does not measure."""
 
 
 @dataclass(frozen=True)
@@ -180,5 +197,16 @@ class ProgramsDiverge:
 
 
 Decision: TypeAlias = (
-    Secure | Deliver | Close | AskAgain | Advance | Cancel | GiveUp | Abort | Commit | Diverged | ProgramsDiverge
+    Measure
+    | Secure
+    | Deliver
+    | Close
+    | AskAgain
+    | Advance
+    | Cancel
+    | GiveUp
+    | Abort
+    | Commit
+    | Diverged
+    | ProgramsDiverge
 )

@@ -4,9 +4,12 @@ One instance serves one *epoch*: one attempt at a round with one view. It is fed
 with decisions (what is to be done); a runtime carries them out and reports back. It knows no clock, no tensor and no
 Ray, so both runtimes share it, and a test can drive it through any order of events.
 
-An exchange goes through ``open → securing → delivering → closed``:
+An exchange goes through ``open → securing → delivering → closed``, or ``open → measuring → securing → …``:
 
 * *open*: contributions are announced. When every active member has posted, their set is the target.
+* *measuring*, if the aggregator compares whole contributions: reducers fetch the contributions of their parts, and each
+  says how one part of them measures. The coefficients of a combination follow from the measures of all parts. They are
+  of one set of contributions: if that shrinks while it is reduced, what is left is measured again.
 * *securing*: reducers fetch the contributions of their parts and reduce them; each says what it got. What not all
   could get leaves the set. When all parts were made of one set, that set is *closed*'s membership.
 * *delivering*: every active member fetches the reduced parts. Nobody runs on before all have them. Without this step
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting, among
+from starling.actors.wire.tickets import Measured, Posted, Returned, Secured, Waiting, among
 from starling.algorithms.closing import Quorum, Waited
 from starling.algorithms.words import listed
 from starling.orchestrator.protocol.events import (
@@ -43,6 +46,7 @@ from starling.orchestrator.protocol.events import (
     Event,
     GiveUp,
     Lost,
+    Measure,
     Posts,
     ProgramsDiverge,
     Reached,
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     from starling.algorithms.api import NodeId
 
 
+_UNDER_WAY = frozenset({Phase.MEASURING, Phase.SECURING, Phase.DELIVERING})
 _MAX_REPEATS = 8
 """Remakes of an exchange beyond two for each member of the view, before it is given up."""
 
@@ -96,8 +101,7 @@ class Rendezvous:
     def is_waited_for(self) -> bool:
         """Whether any node waits for others to post or to return, or for an exchange to be carried out."""
         return bool(self.returned) or any(
-            exchange.waiting or exchange.phase in (Phase.SECURING, Phase.DELIVERING)
-            for exchange in self.exchanges.values()
+            exchange.waiting or exchange.phase in _UNDER_WAY for exchange in self.exchanges.values()
         )
 
     def handle(self, event: Event, now: float = 0.0) -> list[Decision]:
@@ -116,8 +120,8 @@ class Rendezvous:
                 self._posts(tickets)
             case Returns(tickets):
                 self._return(tickets)
-            case Secured():
-                self._secured(event)
+            case Measured() | Secured():
+                self._made(event)
             case Delivered():
                 self._delivered(event)
             case Lost(node):
@@ -206,6 +210,12 @@ class Rendezvous:
             exchange.waiting.add(node)
             self._move(exchange)
 
+    def _made(self, event: Measured | Secured) -> None:
+        if isinstance(event, Measured):
+            self._measured(event)
+        else:
+            self._secured(event)
+
     def _secured(self, event: Secured) -> None:
         exchange = self.exchanges[event.seq]
         if exchange.phase is not Phase.SECURING or event.generation != exchange.generation:
@@ -218,8 +228,27 @@ class Rendezvous:
             if exchange.makers[event.part] != event.by:
                 return
             exchange.secured[event.part] = event.got
-        self.payload_nbytes += sum(exchange.posts[node].part_nbytes[event.part] for node in event.got - {event.by})
+        self._book(exchange, event)
+        if exchange.measured and event.by not in exchange.told:
+            exchange.told.add(event.by)
+            others = (one for one in exchange.measured.values() if one.by != event.by)
+            self.payload_nbytes += sum(one.values.nbytes for one in others)
         self._try_agree(exchange)
+
+    def _measured(self, event: Measured) -> None:
+        exchange = self.exchanges[event.seq]
+        stale = exchange.phase is not Phase.MEASURING or event.generation != exchange.generation
+        if stale or exchange.makers[event.part] != event.by:
+            return
+        self._book(exchange, event)
+        exchange.fetched[event.part, event.by] = event.got | exchange.held(event.part, event.by)
+        exchange.measured[event.part] = event
+        self._try_agree_on_measures(exchange)
+
+    def _book(self, exchange: Exchange, event: Measured | Secured) -> None:
+        """Count the contributions that a maker has fetched."""
+        fetched = event.got - {event.by} - exchange.held(event.part, event.by)
+        self.payload_nbytes += sum(exchange.posts[node].part_nbytes[event.part] for node in fetched)
 
     def _delivered(self, event: Delivered) -> None:
         exchange = self.exchanges[event.seq]
@@ -255,7 +284,7 @@ class Rendezvous:
     def _lost(self, node: NodeId) -> None:
         if node not in self.view:
             return
-        if any(one.phase in (Phase.SECURING, Phase.DELIVERING) for one in self.exchanges.values()):
+        if any(one.phase in _UNDER_WAY for one in self.exchanges.values()):
             self._out.append(GiveUp(node))
         self._leave({node})
 
@@ -279,8 +308,8 @@ class Rendezvous:
         match exchange.phase:
             case Phase.SECURING if exchange.is_gather:
                 owing = self.active - exchange.secured.keys()
-            case Phase.SECURING:
-                owing = {by for part, by in exchange.makers.items() if part not in exchange.secured} & self.active
+            case Phase.MEASURING | Phase.SECURING:
+                owing = {by for part, by in exchange.makers.items() if part not in exchange.made} & self.active
             case Phase.DELIVERING:
                 owing = self.active - exchange.delivered
             case _:
@@ -326,6 +355,11 @@ class Rendezvous:
         match exchange.phase:
             case Phase.OPEN:
                 self._try_close(exchange)
+            case Phase.MEASURING:
+                self._check_need(exchange)
+                if not self.over:
+                    self._replace_makers(exchange)
+                    self._try_agree_on_measures(exchange)
             case Phase.SECURING:
                 self._check_need(exchange)
                 if not self.over:
@@ -354,7 +388,7 @@ class Rendezvous:
     # --- an exchange's way -------------------------------------------------------------------------------------------
 
     def _try_close(self, exchange: Exchange, *, past_deadline: bool = False) -> None:
-        """Open → securing (or closed), when everybody active has posted or enough have."""
+        """Open → measuring, securing or closed, when everybody active has posted or enough have."""
         if exchange.phase is not Phase.OPEN:
             return
         if len(exchange.posts) < len(self.active):
@@ -370,6 +404,9 @@ class Rendezvous:
         if exchange.inline:
             self.payload_nbytes += self._inline_nbytes(exchange)
             self._close(exchange)
+            return
+        if exchange.measures:
+            self._measure(exchange, range(exchange.num_parts))
             return
         self._secure(exchange, range(exchange.num_parts))
 
@@ -405,39 +442,78 @@ class Rendezvous:
             self._out.append(AskAgain(exchange.seq, again))
         return False
 
-    def _secure(self, exchange: Exchange, parts: Sequence[int]) -> None:
-        """Ask for ``parts`` to be made of ``exchange.closed``."""
-        exchange.phase = Phase.SECURING
+    def _begin(self, exchange: Exchange, phase: Phase) -> bool:
+        """Enter a phase in which parts are made, for the first time or again; return False if that was too often."""
+        exchange.phase = phase
         exchange.generation += 1
-        exchange.delivered.clear()
         # Each repetition loses a contribution or a member, unless two living members cannot reach one another.
-        if exchange.generation > 2 * len(self.view) + _MAX_REPEATS:
+        if exchange.generation > (2 * len(self.view) + _MAX_REPEATS) * (1 + exchange.measures):
             self._abort(
                 f"exchange {exchange.seq} was made {exchange.generation} times, and a part is missing each time"
             )
+            return False
+        return True
+
+    def _measure(self, exchange: Exchange, parts: Sequence[int]) -> None:
+        """Ask for the measures of ``parts`` of the contributions of ``exchange.closed``."""
+        if self._begin(exchange, Phase.MEASURING):
+            self._share_out(exchange, parts)
+
+    def _secure(self, exchange: Exchange, parts: Sequence[int]) -> None:
+        """Ask for ``parts`` to be made of ``exchange.closed``."""
+        exchange.delivered.clear()
+        if not self._begin(exchange, Phase.SECURING):
             return
         if exchange.is_gather:
             exchange.secured.clear()
             for node in sorted(self.active):
                 self._request(exchange, 0, node)
             return
+        self._share_out(exchange, parts)
+
+    def _share_out(self, exchange: Exchange, parts: Sequence[int]) -> None:
+        """Ask members for ``parts``, each of one."""
         # Contributors first: a maker that contributes has its own share already, so fewer bytes travel.
         makers = [node for node in exchange.closed if node in self.active] or sorted(self.active)
         for part in parts:
-            exchange.makers[part] = makers[part % len(makers)]
+            maker = exchange.makers.get(part)
+            # Who has measured a part holds its contributions.
+            if maker is None or maker not in self.active or not exchange.held(part, maker):
+                exchange.makers[part] = makers[part % len(makers)]
             self._request(exchange, part, exchange.makers[part])
 
     def _request(self, exchange: Exchange, part: int, by: NodeId) -> None:
+        seq, generation, held = exchange.seq, exchange.generation, exchange.held(part, by)
+        if exchange.phase is Phase.MEASURING:
+            self._out.append(Measure(seq, part, by, exchange.closed, generation, held))
+            return
         members = exchange.wanted(by) if exchange.is_gather else exchange.closed
-        self._out.append(Secure(exchange.seq, part, by, members, exchange.generation))
+        self._out.append(Secure(seq, part, by, members, generation, held, exchange.measures_in_order))
 
     def _replace_makers(self, exchange: Exchange) -> None:
         """Hand unfinished parts of makers that have left to the next active member in cyclic order."""
         for part, maker in exchange.makers.items():
-            if maker not in self.active and part not in exchange.secured:
+            if maker not in self.active and part not in exchange.made:
                 active = sorted(self.active)
                 exchange.makers[part] = next((node for node in active if node > maker), active[0])
                 self._request(exchange, part, exchange.makers[part])
+
+    def _try_agree_on_measures(self, exchange: Exchange) -> None:
+        """Measuring → securing, when all parts of one set of contributions are measured."""
+        if len(exchange.measured) < len(exchange.makers):
+            return
+        agreed = frozenset(exchange.closed).intersection(*(one.got for one in exchange.measured.values()))
+        exchange.closed = tuple(sorted(agreed))
+        self._check_need(exchange)
+        if self.over:
+            return
+        other = sorted(part for part, one in exchange.measured.items() if one.got != agreed)
+        if other:
+            for part in other:
+                del exchange.measured[part]
+            self._measure(exchange, other)
+            return
+        self._secure(exchange, range(exchange.num_parts))
 
     def _try_agree(self, exchange: Exchange) -> None:
         """Securing → delivering, when all parts are made of one set."""
@@ -449,9 +525,17 @@ class Rendezvous:
             agreed = frozenset(exchange.closed).difference(*missing)
         else:
             agreed = frozenset(exchange.closed).intersection(*exchange.secured.values())
+        is_smaller = len(agreed) < len(exchange.closed)
         exchange.closed = tuple(sorted(agreed))
         self._check_need(exchange)
         if self.over:
+            return
+        if is_smaller and exchange.measured:
+            # All parts again, also those that were made of what is left: their coefficients are those of more.
+            exchange.measured.clear()
+            exchange.secured.clear()
+            exchange.told.clear()
+            self._measure(exchange, range(exchange.num_parts))
             return
         if exchange.is_gather:
             if any(not got.issuperset(exchange.wanted(by)) for by, got in exchange.secured.items()):

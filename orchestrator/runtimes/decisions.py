@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from starling.orchestrator.protocol.events import Advance, Cancel, Close, Decision, Deliver, GiveUp, Secure
+from starling.orchestrator.protocol.events import Advance, Cancel, Close, Decision, Deliver, GiveUp, Measure, Secure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 def carry_out(runtime: Runtime, decisions: Sequence[Decision]) -> None:
     """Carry out what the rendezvous decided at one moment."""
     exchanges, programs = runtime.exchanges, runtime.programs
+    measures = [one for one in decisions if isinstance(one, Measure)]
+    if measures:
+        exchanges.measure(measures)
     secures = [one for one in decisions if isinstance(one, Secure)]
     if secures:
         exchanges.secure(secures)  # together: what they transfer shares the network
@@ -31,4 +34,4 @@ def carry_out(runtime: Runtime, decisions: Sequence[Decision]) -> None:
             case GiveUp(node):
                 exchanges.give_up(node)
             case _:
-                pass  # secures are on their way; commits, aborts and errors are the controller's own
+                pass  # measures and secures are on their way; commits, aborts and errors are the controller's own

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from starling.actors.replica.catch_up import Transcript
     from starling.actors.replica.state_transfer import StateExport
     from starling.algorithms.api import Layout, NodeId
-    from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
+    from starling.orchestrator.protocol.events import Advance, Close, Deliver, Measure, Secure
     from starling.orchestrator.protocol.mailboxes import Envelope, Handover
 
 
@@ -114,6 +114,10 @@ class Programs(Protocol):
 
 class ExchangeSteps(Protocol):
     """The steps of the running round's exchanges."""
+
+    def measure(self, requests: Sequence[Measure]) -> None:
+        """Have parts measured; ``Measured`` is reported for each."""
+        ...
 
     def secure(self, secures: Sequence[Secure]) -> None:
         """Have parts reduced; ``Secured`` is reported for each."""

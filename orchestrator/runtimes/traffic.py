@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from starling.actors.wire.tickets import among
 from starling.algorithms.api import INLINE_LIMIT_BYTES
+from starling.orchestrator.protocol.events import Measure, Secure
 from starling.orchestrator.runtimes.network import Cast
 
 if TYPE_CHECKING:
@@ -14,21 +15,37 @@ if TYPE_CHECKING:
 
     from starling.actors.wire.tickets import Posted
     from starling.algorithms.api import Algorithm, Layout, NodeId
-    from starling.orchestrator.protocol.events import Deliver, Secure
+    from starling.orchestrator.protocol.events import Deliver
 
     Announced = Mapping[NodeId, Posted]
     Home = Callable[[NodeId], tuple[str, int]]
     """Returns a node's machine and process."""
 
 
-def securing(secures: Sequence[Secure], posted: Callable[[int], Announced]) -> list[Cast]:
-    """Return the casts of a securing phase: each member's part goes to its reducer.
+def securing(requests: Sequence[Measure | Secure], posted: Callable[[int], Announced]) -> list[Cast]:
+    """Return the casts of a measuring or securing phase: each member's part goes to its reducer, and all measures do.
 
     ``posted`` returns the announcements of an exchange.
     """
-    return [
-        Cast({node: posted(one.seq)[node].part_nbytes[one.part] for node in one.members}, [one.by]) for one in secures
-    ]
+    casts: list[Cast] = []
+    for one in requests:
+        sizes = {node: posted(one.seq)[node].part_nbytes[one.part] for node in one.members if node not in one.held}
+        casts.append(Cast(sizes, [one.by]))
+    return casts + _measures([one for one in requests if isinstance(one, Secure)])
+
+
+def _measures(secures: Sequence[Secure]) -> list[Cast]:
+    """Return the casts of measures: those that a maker made go to all other makers of its exchange."""
+    makers: defaultdict[int, set[NodeId]] = defaultdict(set)
+    made: dict[int, Counter[NodeId]] = {}
+    for one in secures:
+        if one.measured:
+            makers[one.seq].add(one.by)
+            if one.seq not in made:
+                made[one.seq] = Counter()
+                for measured in one.measured:
+                    made[one.seq][measured.by] += measured.values.nbytes
+    return [Cast(made[seq], sorted(nodes)) for seq, nodes in makers.items()]
 
 
 def delivering(decision: Deliver, posted: Announced) -> list[Cast]:

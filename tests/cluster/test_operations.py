@@ -89,6 +89,23 @@ def test_a_throttled_cluster_does_the_same(config: Make, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.smoke
+def test_contributions_are_compared_and_a_maker_that_dies_meanwhile_is_replaced(config: Make, tmp_path: Path):
+    """Six megabytes in as many parts as there are nodes; the simulator comes to the bits of both."""
+    algorithm = {"name": "fedavg", "steps": 1, "aggregator": "geometric_median"}
+    kill = json.dumps([{"kind": "kill", "node": 2, "round": 2, "phase": "measure"}])
+    wide = ["task.model.name=mlp", "task.model.width=20000", "rounds=5", "cluster.nodes.min=4", APART]
+    settings = config(algorithm, *wide, f"faults.events={kill}")
+    real = run(settings, run_dir=tmp_path / "real")
+    assert real.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
+    assert replay(tmp_path / "real", run_dir=tmp_path / "again").digest == real.digest
+    simulated = simulate(config(algorithm, *wide), run_dir=tmp_path / "simulated")
+    sent = [[one["payload_bytes"] for one in rounds(tmp_path / where)][:2] for where in ("real", "simulated")]
+    assert sent[0] == sent[1]
+    assert simulated.rounds == real.rounds
+
+
+@pytest.mark.slow
+@pytest.mark.smoke
 def test_the_first_suffice_and_the_late_one_comes_back(config: Make, tmp_path: Path):
     settings = config({"name": f"{HERE}:Hasty", "first": 3, "seconds": 20.0}, "rounds=3", APART)
     summary = run(settings, run_dir=tmp_path / "run")

@@ -51,6 +51,22 @@ def test_a_node_that_dies_is_replaced_and_the_round_goes_on(phase: str):
     assert ran.replicas[2].incarnation == 1
 
 
+@pytest.mark.parametrize("aggregator", [{"name": "multi_krum", "f": 1}, "geometric_median"], ids=str)
+@pytest.mark.parametrize(("node", "phase"), [(0, "measure"), (3, "measure"), (1, "secure"), (2, "deliver")])
+def test_a_node_that_dies_while_contributions_are_compared_is_replaced_and_all_end_alike(
+    aggregator: Any, node: int, phase: str
+):
+    """A model of two parts: the measures of both, by two nodes, make the coefficients."""
+    algorithm = {"name": "fedavg", "steps": 2, "aggregator": aggregator}
+    task = {"name": "digits", "model": {"name": "mlp", "width": 5000}}
+    ran = suffer(fault(node, 1, phase), algorithm=algorithm, task=task)
+    assert ran.summary is not None
+    assert ran.summary.nodes == {"started": 4, "joined": 1, "lost": 1, "drained": 0}
+    assert members(ran)[-1] == (0, 1, 2, 3)
+    assert len({one.model_digest() for one in ran.replicas.values()}) == 1
+    assert ran.rounds[0].payload_bytes == ran.planned_bytes(0)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_small_exchanges_have_the_same_moments(phase: str):
     ran = suffer(fault(2, 1, phase), task="digits")

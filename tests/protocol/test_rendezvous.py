@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
 from starling.actors.wire.buffers import Signature, TensorSpec
-from starling.actors.wire.tickets import Posted, Returned, Secured, Waiting
+from starling.actors.wire.tickets import Measured, Posted, Returned, Secured, Waiting
 from starling.algorithms.closing import ClosePolicy
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -23,6 +24,7 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     GiveUp,
     Lost,
+    Measure,
     Posts,
     ProgramsDiverge,
     Reached,
@@ -91,6 +93,22 @@ class Meeting:
             Secured(one.seq, one.part, one.by, frozenset(one.members if got is None else got), one.generation)
             for one in requests
             if isinstance(one, Secure)
+        ]
+        return self.tell(*answers)
+
+    def measure(self, requests: Iterable[Decision], got: Iterable[int] | None = None) -> list[Decision]:
+        """Answer requests for measures of 8 bytes, with all that was asked for or with ``got``."""
+        answers = [
+            Measured(
+                one.seq,
+                one.part,
+                one.by,
+                frozenset(one.members if got is None else got),
+                one.generation,
+                np.full(8, one.part, dtype=np.uint8),
+            )
+            for one in requests
+            if isinstance(one, Measure)
         ]
         return self.tell(*answers)
 
@@ -304,6 +322,130 @@ def test_lost_reducer_of_a_finished_part_stays_its_maker():
     assert meeting.tell(Lost(0)) == [GiveUp(0)]
     (deliver,) = meeting.secure(requests[1:])
     assert deliver == Deliver(0, (1, 2, 3), (0, 1, 2, 3), (0, 1), 1)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measured(meeting: Meeting, sizes: tuple[int, ...] = (400, 400)) -> list[Decision]:
+    """Everybody posts to an exchange whose aggregator measures."""
+    return meeting.tell(*(large(node, sizes=sizes, measures=True) for node in meeting.machine.view))
+
+
+def shown(decisions: Iterable[Decision]) -> list[tuple[str, int, int, tuple[int, ...], set[int]]]:
+    """Requests: the step, the part, whose it is, of which contributions, and which of them are there."""
+    requests = [one for one in decisions if isinstance(one, Measure | Secure)]
+    return [(type(one).__name__, one.part, one.by, one.members, set(one.held)) for one in requests]
+
+
+def test_contributions_are_measured_before_they_are_secured():
+    meeting = Meeting()
+    everybody = (0, 1, 2, 3)
+    requests = measured(meeting)
+    assert requests == [Measure(0, 0, 0, everybody, 1), Measure(0, 1, 1, everybody, 1)]
+    assert meeting.phase is Phase.MEASURING
+    assert meeting.machine.is_waited_for
+    assert meeting.measure(requests[1:]) == []
+    secures = meeting.measure(requests[:1])
+    assert shown(secures) == [("Secure", 0, 0, everybody, {0, 1, 2, 3}), ("Secure", 1, 1, everybody, {0, 1, 2, 3})]
+    for one in secures:
+        assert isinstance(one, Secure)
+        assert [measure.part for measure in one.measured] == [0, 1], "of all parts, in their order"
+    # Three contributions to each part; with the parts each maker has the other's measure.
+    assert meeting.nbytes == 2 * 3 * 400
+    (deliver,) = meeting.secure(secures)
+    assert meeting.nbytes == 2 * 3 * 400 + 2 * 8
+    assert meeting.deliver(deliver) == [Advance(0, everybody, everybody, inline=False)]
+    assert meeting.nbytes == 2 * 2 * 3 * 400 + 2 * 8
+    assert meeting.end() == [Commit(everybody)]
+
+
+def test_a_maker_that_is_lost_while_it_measures_is_replaced_and_contributions_stay():
+    meeting = Meeting()
+    requests = measured(meeting)
+    meeting.measure(requests[:1])
+    give_up, again = meeting.tell(Lost(1))
+    assert give_up == GiveUp(1)
+    assert shown([again]) == [("Measure", 1, 2, (0, 1, 2, 3), set())]
+    assert meeting.measure(requests[1:]) == [], "its last breath comes too late"
+    secures = meeting.measure([again])
+    # Who has measured a part makes it, though another maker would be the first in the order.
+    assert shown(secures) == [
+        ("Secure", 0, 0, (0, 1, 2, 3), {0, 1, 2, 3}),
+        ("Secure", 1, 2, (0, 1, 2, 3), {0, 1, 2, 3}),
+    ]
+
+
+def test_a_maker_that_is_lost_after_it_has_measured_is_replaced_by_who_fetches_anew():
+    meeting = Meeting()
+    secures = meeting.measure(measured(meeting))
+    before = meeting.nbytes
+    _, again = meeting.tell(Lost(1))
+    assert shown([again]) == [("Secure", 1, 2, (0, 1, 2, 3), set())]
+    assert isinstance(again, Secure)
+    assert [one.by for one in again.measured] == [0, 1], "what was measured is of all, and stays"
+    (deliver,) = meeting.secure([secures[0], again])
+    assert isinstance(deliver, Deliver)
+    assert deliver.closed == (0, 1, 2, 3)
+    assert meeting.nbytes == before + 3 * 400 + 8 + 2 * 8
+
+
+def test_parts_of_different_sets_are_measured_again():
+    meeting = Meeting()
+    requests = measured(meeting)
+    meeting.tell(Lost(3))
+    assert meeting.measure(requests[:1]) == []
+    again = meeting.measure(requests[1:], got=[0, 1, 2])
+    assert shown(again) == [("Measure", 0, 0, (0, 1, 2), {0, 1, 2, 3})]
+    assert meeting.measure(requests[:1]) == [], "an answer to the older request"
+    assert [one[3] for one in shown(meeting.measure(again))] == [(0, 1, 2), (0, 1, 2)]
+
+
+def test_what_is_left_is_measured_again_if_a_contribution_is_lost_after_it_was_measured():
+    """Its coefficients would be those of contributions that are no longer in."""
+    meeting = Meeting()
+    secures = meeting.measure(measured(meeting))
+    meeting.tell(Lost(3))
+    meeting.secure(secures[:1])
+    again = meeting.secure(secures[1:], got=[0, 1, 2])
+    assert shown(again) == [("Measure", part, part, (0, 1, 2), {0, 1, 2, 3}) for part in (0, 1)]
+    assert meeting.phase is Phase.MEASURING
+    last = meeting.measure(again)
+    assert [one[:2] for one in shown(last)] == [("Secure", 0), ("Secure", 1)]
+    (deliver,) = meeting.secure(last)
+    assert isinstance(deliver, Deliver)
+    assert deliver.closed == (0, 1, 2)
+
+
+def test_who_owes_a_measure_from_one_deadline_to_the_next_is_left_behind():
+    meeting = Meeting()
+    requests = measured(meeting)
+    meeting.measure(requests[:1])
+    assert meeting.tell(Deadline()) == []
+    cancel, again = meeting.tell(Deadline())
+    assert cancel == Cancel(1, "it had not answered in exchange 0")
+    assert shown([again]) == [("Measure", 1, 2, (0, 1, 2, 3), set())]
+
+
+def test_too_few_to_measure_begin_again():
+    meeting = Meeting(3, need=1)
+    requests = meeting.tell(*(large(node, measures=True, least=3) for node in range(3)))
+    meeting.tell(Lost(2))
+    meeting.measure(requests[:1])
+    (abort,) = meeting.measure(requests[1:], got=[0, 1])
+    assert abort == Abort("exchange 0 has 2 contributions, and its aggregator needs 3", 3)
+
+
+def test_a_delivered_part_that_is_missing_is_made_again_with_the_same_measures():
+    meeting = Meeting()
+    secures = meeting.measure(measured(meeting))
+    (deliver,) = meeting.secure(secures)
+    assert isinstance(deliver, Deliver)
+    again = meeting.tell(Lost(1), Delivered(0, 0, deliver.generation, frozenset({1})))
+    assert shown(again) == [("Secure", 1, 2, (0, 1, 2, 3), set())]
+
+
+# --- again ----------------------------------------------------------------------------------------------------------
 
 
 def test_parts_of_another_set_are_made_again_with_the_smaller_one():

@@ -10,15 +10,16 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.actors.wire.buffers import Signature, TensorSpec
-from starling.actors.wire.tickets import Secured
+from starling.actors.wire.tickets import Measured, Secured
 from starling.algorithms.closing.base import FirstK
 from starling.orchestrator.protocol.events import (
     Abort,
@@ -31,6 +32,7 @@ from starling.orchestrator.protocol.events import (
     Diverged,
     GiveUp,
     Lost,
+    Measure,
     ProgramsDiverge,
     Reached,
     Secure,
@@ -47,6 +49,12 @@ if TYPE_CHECKING:
     from starling.orchestrator.protocol.events import Decision, Event
 
 MAX_STEPS = 20_000
+MEASURE_NBYTES = 8
+
+
+def measure_of(members: Iterable[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The measure of some contributions says whose they are."""
+    return np.array([sum(1 << node for node in members)], dtype=np.int64).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Plan:
     wants: tuple[frozenset[int], ...] | None = None
     """Of a neighbour gather: the in-neighbours of each node."""
     close: ClosePolicy | None = None
+    measures: bool = False
+    """Of an AllReduce whose aggregator compares whole contributions."""
 
     def post(self, node: int, seq: int) -> Reached:
         sizes = self.part_nbytes[node]
@@ -80,14 +90,15 @@ class Plan:
             waits=not self.overlaps,
             close=self.close,
             wants=None if self.wants is None else self.wants[node],
+            measures=self.measures,
         )
 
     def wanted(self, node: int, closed: Iterable[int]) -> set[int]:
         """Whose contributions a node is to hold in the end."""
         return {one for one in closed if self.wants is None or one in self.wants[node] or one == node}
 
-    def nbytes(self, closed: tuple[int, ...], committed: tuple[int, ...]) -> int:
-        """What the exchange takes at least."""
+    def nbytes(self, closed: tuple[int, ...], committed: tuple[int, ...], *, disturbed: bool) -> int:
+        """What the exchange takes at least; ``disturbed``: losses may leave fewer makers."""
         num_receivers = len(committed)
         if self.wants is not None:
             return sum(sum(self.part_nbytes[one] or ()) for by in committed for one in self.wants[by] if one in closed)
@@ -95,7 +106,9 @@ class Plan:
         if self.is_gather or all(self.inline[node] for node in closed):
             # A member that has died since may be in closed, and needs nothing any more.
             return sum(sizes) * (num_receivers - 1)
-        return (len(closed) - 1) * sizes[0] + (num_receivers - 1) * sum(self.result_nbytes)
+        parts = len(self.result_nbytes)
+        measures = parts * (min(parts, len(closed)) - 1) * MEASURE_NBYTES if self.measures and not disturbed else 0
+        return (len(closed) - 1) * sizes[0] + (num_receivers - 1) * sum(self.result_nbytes) + measures
 
 
 @dataclass
@@ -110,10 +123,12 @@ class Member:
     """The step that it never takes, alive as it is; after the last one it is the return."""
     dead: bool = False
     cancelled: bool = False
-    calls: deque[tuple[Secure | Deliver, dict[int, Part]]] = field(default_factory=deque)
+    calls: deque[tuple[Measure | Secure | Deliver, dict[int, Part]]] = field(default_factory=deque)
     """With the parts that are to be made or fetched."""
     held: dict[int, dict[int, frozenset[int]]] = field(default_factory=dict)
     """Delivered parts of each exchange, as the contributions that they are made of; of a gather, whose it has."""
+    kept: dict[tuple[int, int], frozenset[int]] = field(default_factory=dict)
+    """Whose contributions to a part of an exchange it has since it measured them."""
     received: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The closed set with which it was advanced."""
 
@@ -184,13 +199,15 @@ class World:
                 others = [[one for one in range(size) if one != node and rng.random() < 0.6] for node in range(size)]
                 wants = tuple(map(frozenset, others))
             return Plan(True, sizes, (), inline, rng.random() < 0.3, wants, self._policy(size))
+        measures = rng.random() < 0.4
+        small = small and not measures
         num_parts = 1 if small else rng.randint(1, size)
         parts = tuple(rng.randint(1, 100) for _ in range(num_parts))
         results = tuple(rng.randint(1, 100) for _ in range(num_parts))
         if small:
             results = parts
         sizes = tuple(parts if speaks[node] else None for node in range(size))
-        return Plan(False, sizes, results, (small,) * size, rng.random() < 0.3, None, self._policy(size))
+        return Plan(False, sizes, results, (small,) * size, rng.random() < 0.3, None, self._policy(size), measures)
 
     def _policy(self, size: int) -> ClosePolicy | None:
         """Sometimes not all are waited for."""
@@ -269,8 +286,23 @@ class World:
         """A node carries out the next call in its exchange queue."""
         member = self.members[node]
         call, parts = member.calls.popleft()
+        if isinstance(call, Measure):
+            kept = member.kept.get((call.seq, call.part), frozenset())
+            assert call.held <= kept
+            got = frozenset(one for one in call.members if one in kept or self._reaches(node, one))
+            member.kept[call.seq, call.part] = kept | got
+            self.messages.append(Measured(call.seq, call.part, node, got, call.generation, measure_of(got)))
+            return
         if isinstance(call, Secure):
-            got = frozenset(one for one in call.members if self._reaches(node, one))
+            kept = member.kept.get((call.seq, call.part), frozenset())
+            assert call.held <= kept
+            got = frozenset(one for one in call.members if one in kept or self._reaches(node, one))
+            if self.plans[call.seq].measures:
+                # The coefficients of a combination are of those contributions that were measured, in all parts.
+                parts_of = len(self.plans[call.seq].result_nbytes)
+                assert [one.part for one in call.measured] == list(range(parts_of))
+                whole = measure_of(call.members)
+                assert all(np.array_equal(one.values, whole) for one in call.measured)
             if self.plans[call.seq].is_gather:
                 member.held[call.seq] = {one: frozenset({one}) for one in got}
             else:
@@ -331,6 +363,10 @@ class World:
 
     def _perform(self, decision: Decision) -> None:
         match decision:
+            case Measure(seq, part, by, members):
+                assert by not in self.out
+                assert members
+                self.members[by].calls.append((decision, {}))
             case Secure(seq, part, by, members):
                 assert by not in self.out
                 assert members or self.plans[seq].wants is not None
@@ -406,7 +442,9 @@ class World:
             assert self.members[node].received == self.closed
             spoke = {seq for seq, plan in enumerate(self.plans) if plan.part_nbytes[node] is not None}
             assert spoke == {seq for seq, closed in self.closed.items() if node in closed}
-        least = sum(plan.nbytes(self.closed[seq], committed) for seq, plan in enumerate(self.plans))
+        least = sum(
+            plan.nbytes(self.closed[seq], committed, disturbed=self.disturbed) for seq, plan in enumerate(self.plans)
+        )
         assert self.machine.payload_nbytes >= least
         if not self.disturbed:
             assert self.machine.payload_nbytes == least
@@ -448,12 +486,15 @@ def test_many_worlds():
         world = run_world(random.Random(seed))
         ends[type(world.ended).__name__] += 1
         ends["remade"] += any(exchange.generation > 1 for exchange in world.machine.exchanges.values())
+        ends["measured again"] += any(
+            exchange.measures and exchange.generation > 2 for exchange in world.machine.exchanges.values()
+        )
         ends["shrunk"] += isinstance(world.ended, Commit) and len(world.ended.members) < len(world.members)
         ends["equal"] += not world.disturbed
         ends["healed"] += world.healed is not None
         ends["left"] += any(isinstance(entry, Withdrawn) for entry in world.log)
     assert ends["Commit"] > 1500
-    rare = ("Abort", "Diverged", "healed", "left", "remade", "shrunk", "equal")
+    rare = ("Abort", "Diverged", "healed", "left", "measured again", "remade", "shrunk", "equal")
     assert min(ends[one] for one in rare) > 60, ends
 
 
@@ -500,6 +541,9 @@ def _drive(programs: list[deque[Event]], rng: random.Random) -> list[Decision]:
                 match decision:
                     case Advance(_, nodes):
                         waiting.difference_update(nodes)
+                    case Measure(seq, part, by, members, generation):
+                        got = frozenset(members)
+                        queue.append(Measured(seq, part, by, got, generation, measure_of(got)))
                     case Secure(seq, part, by, members, generation):
                         queue.append(Secured(seq, part, by, frozenset(members), generation))
                     case Deliver(seq, nodes, _, _, generation):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Raw = dict[str, Any]
     Draw = Callable[[random.Random], Raw]
 
-PHASES = ("train", "post", "secure", "deliver", "commit", "transfer")
+PHASES = ("train", "post", "measure", "secure", "deliver", "commit", "transfer")
 ASYNCHRONOUS_PHASES = ("train", "receive", "commit", "transfer")
 HERE = programs.__name__
 
@@ -64,7 +64,8 @@ def _federated(rng: random.Random) -> Raw:
 
 
 def _averaged(rng: random.Random) -> Raw:
-    chosen = _federated(rng) | {"aggregator": rng.choice(["mean", "mean", "uniform", "median"])}
+    compares = [{"name": "krum", "f": 0}, {"name": "multi_krum", "f": 1}, "geometric_median"]
+    chosen = _federated(rng) | {"aggregator": rng.choice(["mean", "mean", "uniform", "median", *compares])}
     return chosen | ({"codec": _codec(rng)} if chosen["aggregator"] == "mean" else {})
 
 

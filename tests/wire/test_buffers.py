@@ -21,7 +21,6 @@ from starling.actors.wire.buffers import (
     as_buffer,
     as_tensor,
     copies,
-    num_parts,
     pack,
     payload_nbytes,
     signature_of,
@@ -32,6 +31,7 @@ from starling.algorithms.aggregators import Mean
 from starling.algorithms.api import PART_BYTES, AllGather, AllReduce
 from starling.algorithms.closing import Quorum
 from starling.algorithms.codecs import Identity
+from starling.algorithms.costs import num_parts
 from starling.algorithms.errors import ProgramError
 from tests.codecs import Blockwise
 

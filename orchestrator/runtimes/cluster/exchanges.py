@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from starling.actors.remote.messages import DeliveredResult, Expected, Inline, SecureJob
+from starling.actors.wire.buffers import added
 from starling.actors.wire.tickets import Contributed, among
-from starling.orchestrator.protocol.events import Delivered, Reached
+from starling.orchestrator.protocol.events import Delivered, Measure, Reached, Secure
 from starling.orchestrator.runtimes import traffic
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
     from ray import ObjectRef
 
-    from starling.actors.wire.tickets import Posted, Secured
+    from starling.actors.wire.buffers import Buffer
+    from starling.actors.wire.tickets import Measured, Posted, Secured
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.protocol.events import Advance, Close, Deliver, Secure
+    from starling.orchestrator.protocol.events import Advance, Close, Deliver
     from starling.orchestrator.runtimes.cluster.actors import Actor, ActorPool
     from starling.orchestrator.runtimes.cluster.attempt import RunningAttempt
     from starling.orchestrator.runtimes.cluster.event_loop import EventLoop
@@ -131,7 +133,26 @@ class ObjectExchange:
             mine = refs[place * width : (place + 1) * width]
             self._contributions[expected.seq, node] = dict(zip(expected.parts, mine, strict=True))
 
-    # --- securing ----------------------------------------------------------------------------------------------------
+    # --- measuring and securing --------------------------------------------------------------------------------------
+
+    def measure(self, requests: Sequence[Measure]) -> None:
+        """Have members fetch contributions and measure their parts; ``Measured`` is reported for each.
+
+        Raises:
+            ClusterError: a machine's store is too small.
+        """
+        self._check_room(requests)
+        due = self._transport.arrivals(lambda: traffic.securing(requests, self.posted.__getitem__))
+        for actor, jobs in self._jobs(requests):
+            done = actor.handle.measure.remote(self._attempt.epoch, jobs)
+            measured = self._attempt.timely(lambda _actor, result: self._on_measured(result, due))
+            self._pool.call(actor, done, measured)
+
+    def _on_measured(self, result: tuple[list[Measured], int], due: Mapping[NodeId, float]) -> None:
+        measured, nbytes = result
+        self._transport.count(nbytes)
+        for one in measured:
+            self._attempt.report_at(due.get(one.by), one)
 
     def secure(self, secures: Sequence[Secure]) -> None:
         """Have members fetch contributions and reduce their parts; ``Secured`` is reported for each.
@@ -141,8 +162,22 @@ class ObjectExchange:
         """
         self._check_room(secures)
         due = self._transport.arrivals(lambda: traffic.securing(secures, self.posted.__getitem__))
+        for actor, jobs in self._jobs(secures):
+            call = actor.handle.secure.options(num_returns=1 + len(jobs))
+            done, *parts = call.remote(self._attempt.epoch, jobs)
+            for job, part in zip(jobs, parts, strict=True):
+                if job.specs is not None:
+                    self._reduced[job.seq, job.part] = part
+            secured = self._attempt.timely(lambda actor, result: self._on_secured(actor, result, due))
+            self._pool.call(actor, done, secured)
+
+    def _jobs(self, requests: Sequence[Measure | Secure]) -> Iterator[tuple[Actor, list[SecureJob]]]:
+        """Yield each actor with what it is to measure or to reduce."""
         jobs: defaultdict[int, dict[tuple[int, int, NodeId], SecureJob]] = defaultdict(dict)
-        for one in secures:
+        measured: dict[int, Buffer] = {}
+        for one in requests:
+            if isinstance(one, Secure) and one.measured and one.seq not in measured:
+                measured[one.seq] = added([measure.values for measure in one.measured])
             home = self._pool.home[one.by]
             posted = self.posted[one.seq]
             is_gather = posted[one.by].signature.operation != "AllReduce"
@@ -165,20 +200,14 @@ class ObjectExchange:
                 specs=None if is_gather else posted[one.members[0]].specs,
                 weights=weights if known is None else known.weights | weights,
                 refs=refs if known is None else known.refs | refs,
+                measured=measured.get(one.seq),
             )
         for index, mine in jobs.items():
-            actor, all_jobs = self._pool.actors[index], list(mine.values())
-            call = actor.handle.secure.options(num_returns=1 + len(mine))
-            done, *parts = call.remote(self._attempt.epoch, all_jobs)
-            for job, part in zip(all_jobs, parts, strict=True):
-                if job.specs is not None:
-                    self._reduced[job.seq, job.part] = part
-            secured = self._attempt.timely(lambda actor, result: self._on_secured(actor, result, due))
-            self._pool.call(actor, done, secured)
+            yield self._pool.actors[index], list(mine.values())
 
-    def _check_room(self, secures: Sequence[Secure]) -> None:
+    def _check_room(self, requests: Sequence[Measure | Secure]) -> None:
         """Check the stores again, now that all contributors to an exchange are known."""
-        for seq in {one.seq for one in secures}:
+        for seq in {one.seq for one in requests}:
             posted = self.posted[seq]
             givers = [node for node in sorted(posted) if posted[node].specs is not None and posted[node].inline is None]
             if givers:

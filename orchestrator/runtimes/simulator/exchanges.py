@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starling.actors.wire.tickets import Contributed, Secured
+from starling.actors.wire.tickets import Contributed, Measured, Secured
 from starling.orchestrator.protocol.events import Delivered
 from starling.orchestrator.runtimes import traffic
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from starling.actors.wire.buffers import Buffer
     from starling.actors.wire.tickets import Posted
     from starling.algorithms.api import NodeId
-    from starling.orchestrator.protocol.events import Close, Deliver, Secure
+    from starling.orchestrator.protocol.events import Close, Deliver, Measure, Secure
     from starling.orchestrator.runtimes.network import Network
     from starling.orchestrator.runtimes.simulator.clock import VirtualClock
     from starling.orchestrator.runtimes.simulator.nodes import SimulatedNodes
@@ -59,6 +59,18 @@ class SimulatedExchanges:
         if not ticket.waits:
             self._clock.resume_at(self._clock.now, node)
 
+    def measure(self, requests: Sequence[Measure]) -> None:
+        """Measure parts; ``Measured`` comes when every member's part has come to its reducer, all in one phase."""
+        now, exchanges = self._clock.now, self._nodes.host.exchanges
+        arrivals = self._network.arrivals(now, traffic.securing(requests, lambda seq: self._exchanges[seq].posted))
+        for one in requests:
+            specs = self._exchanges[one.seq].posted[one.members[0]].specs
+            assert specs is not None
+            contributions = {member: exchanges.parts(member, one.seq)[one.part] for member in one.members}
+            values = exchanges.measure(one.by, one.seq, one.part, specs, contributions)
+            got = Measured(one.seq, one.part, one.by, frozenset(one.members), one.generation, values)
+            self._clock.at(arrivals.get(one.by, now), one.by, got, self._clock.epoch)
+
     def secure(self, secures: Sequence[Secure]) -> None:
         """Reduce parts; ``Secured`` comes when every member's part has come to its reducer, all in one phase."""
         now, exchanges = self._clock.now, self._nodes.host.exchanges
@@ -72,7 +84,10 @@ class SimulatedExchanges:
                     member: (exchanges.parts(member, one.seq)[one.part], exchange.posted[member].weight)
                     for member in one.members
                 }
-                exchange.reduced[one.part] = exchanges.reduce(one.by, one.seq, one.part, first.specs, contributions)
+                measures = [measured.values for measured in one.measured]
+                exchange.reduced[one.part] = exchanges.reduce(
+                    one.by, one.seq, one.part, first.specs, contributions, measures
+                )
             got = Secured(one.seq, one.part, one.by, frozenset(one.members), one.generation)
             self._clock.at(arrivals.get(one.by, now), one.by, got, self._clock.epoch)
 
