@@ -30,7 +30,7 @@ class Krum(GramAggregator, name="krum"):
     >>> import torch
     >>> rows = [torch.tensor([value]) for value in (1.0, 1.5, 2.25, 3.25, 99.0)]
     >>> Krum(f=1).combine(rows, [1.0] * 5).item()
-    1.5
+    2.25
     """
 
     f: NonNegativeInt = 1  # contributions that may be dishonest
