@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message on its way; (sender, round, number) name it for ever."""
+    """A message on its way.
+
+    (sender, round, number) name it for ever, unless a successor of its sender begins that round anew. (sender, letter)
+    name it among all messages that are there at one time.
+    """
 
     sender: NodeId
     round: int
@@ -30,7 +34,7 @@ class Envelope:
     to: NodeId
     nbytes: int
     letter: int
-    """The runtime's name for the payload."""
+    """The runtime's name for the payload, among those of the sender."""
     heard: int
     """The receiver's round that the sender had last heard of."""
     attempt: int = 0
@@ -97,8 +101,8 @@ class Mailroom:
         """Deadlines of pending receives, of nodes that wait with a limit."""
         self._num_receiving = 0
         self._attempt = 0
-        self._in_flight: dict[tuple[NodeId, int, int, int], Envelope] = {}
-        """Messages that were sent and have not arrived."""
+        self._in_flight: dict[tuple[NodeId, int], Envelope] = {}
+        """Messages that were sent and have not arrived, by sender and letter: a successor may repeat a key."""
 
     @property
     def num_in_flight(self) -> int:
@@ -139,19 +143,19 @@ class Mailroom:
         box.unsent.discard(name)
         heard = box.round if self._lockstep else box.heard.get(to, 0)
         envelope = Envelope(sender, box.round, number, to, nbytes, letter, heard, self._attempt)
-        self._in_flight[*envelope.key, self._attempt] = envelope
+        self._in_flight[sender, letter] = envelope
         return envelope
 
     def arrived(self, envelope: Envelope) -> list[Handover]:
         """Put a message into its receiver's box; return nothing if the receiver computes, or is gone."""
-        self._in_flight.pop((*envelope.key, envelope.attempt), None)
+        self._in_flight.pop((envelope.sender, envelope.letter), None)
         if envelope.attempt != self._attempt and self._lockstep:
             return []  # of an attempt that was given up
         return self._put(envelope.to, envelope)
 
     def vanished(self, envelope: Envelope) -> None:
         """Book that a message will not arrive: its payload was lost with its sender, which may send it again."""
-        self._in_flight.pop((*envelope.key, envelope.attempt), None)
+        self._in_flight.pop((envelope.sender, envelope.letter), None)
         box = self._boxes.get(envelope.sender)
         if box is not None:
             box.unsent.add((envelope.round, envelope.number))
@@ -288,7 +292,7 @@ class Mailroom:
 
         Letters have other names in it: -1, -2, … in the order of ``waiting``.
         """
-        letters = {(*one.key, one.attempt): -1 - place for place, one in enumerate(self.waiting())}
+        letters = {(one.sender, one.letter): -1 - place for place, one in enumerate(self.waiting())}
         arriving: defaultdict[NodeId, list[Envelope]] = defaultdict(list)
         for envelope in self._in_flight.values():
             if self._counts(envelope):
@@ -329,7 +333,7 @@ class Mailroom:
         for node, those in state.get("arriving", {}).items():
             arriving = [cast("Envelope", _read(what)) for what in those]
             if exactly:
-                self._in_flight |= {(*one.key, one.attempt): one for one in arriving}
+                self._in_flight |= {(one.sender, one.letter): one for one in arriving}
             elif int(node) in self._boxes:
                 self._boxes[int(node)].queue.extend(arriving)
         return self.waiting()
@@ -348,10 +352,10 @@ class Mailroom:
         return envelope.to in self._boxes and not (self._lockstep and envelope.attempt != self._attempt)
 
 
-def _written(what: Envelope | Left | Timeout, letters: Mapping[tuple[int, ...], int]) -> Any:  # noqa: ANN401 - JSON
+def _written(what: Envelope | Left | Timeout, letters: Mapping[tuple[NodeId, int], int]) -> Any:  # noqa: ANN401 - JSON
     match what:
         case Envelope():
-            return asdict(what) | {"letter": letters[*what.key, what.attempt]}
+            return asdict(what) | {"letter": letters[what.sender, what.letter]}
         case Left(node):
             return {"left": node}
         case _:

@@ -313,6 +313,16 @@ def test_a_round_that_is_begun_again_has_the_samples_of_before():
     assert live(raw | {"network": {"start_s": 0.15, "step_ms": 10}}) == "finished"
 
 
+def test_messages_of_a_lost_node_and_of_its_successor_are_told_apart_in_a_checkpoint():
+    """Both do round 2 and send one message in it; the checkpoint had one of them twice."""
+    raw = history("tests.soak.programs:Wanderer", ("preempt", 0, 2, "train"), nodes=5, rounds=8)
+    raw |= {"task": {"name": UNEQUAL, "num_samples": 37}, "data": {"batch_size": 16}, "soak": {"killed": 0}}
+    raw["optimizer"] = {"name": "sgd", "momentum": 0.9, "lr": 0.01}
+    raw["network"] = {"start_s": 0, "step_ms": 20, "latency_ms": 0, "speeds": {2: 0.05, 3: 0.05, 4: 0.05}}
+    raw["cluster"] |= {"quorum_fraction": 0.5, "round_deadline_s": 20, "drain_s": 0.05}
+    assert live(raw) == "finished"
+
+
 def test_who_was_given_the_last_commit_gives_it_on_where_all_who_made_it_are_lost():
     """One hangs and one dies in the next round; the third was late, had got their state, and was asked by nobody."""
     events = ("preempt", 0, 1, "post"), ("hang", 0, 4, "transfer"), ("kill", 2, 4, "deliver")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starling.algorithms.api import Left, Timeout
 from starling.orchestrator.protocol.mailboxes import Delivery, Envelope, Handover, Mailroom
 
+_LETTERS = count(1000)
 
-def sent(room: Mailroom, sender: int, to: int, letter: int = 0) -> Envelope:
-    envelope = room.send(sender, to, 8, letter)
+
+def sent(room: Mailroom, sender: int, to: int, letter: int | None = None) -> Envelope:
+    envelope = room.send(sender, to, 8, next(_LETTERS) if letter is None else letter)
     assert envelope is not None
     return envelope
 
@@ -240,6 +244,25 @@ def test_a_round_that_begins_again_has_heard_of_nothing_since_the_last_commit():
     room.receive(1, None, 0.0)
     room.begin(1, 0)
     assert sent(room, 1, 0).heard == 0
+
+
+def test_a_successor_that_begins_the_round_anew_sends_another_message_of_that_name():
+    room = Mailroom([0, 1])
+    room.begin(0, 2)
+    before = sent(room, 0, 1)
+    room.left(0)
+    room.join(0)
+    room.begin(0, 2)
+    after = sent(room, 0, 1)
+    assert after.key == before.key
+    assert room.num_in_flight == 2
+    room.arrived(before)
+    assert room.num_in_flight == 1
+    room.arrived(after)
+    restored = Mailroom([0, 1])
+    assert [envelope.letter for envelope in restored.restore(room.to_json())] == [-1, -2]
+    outcomes = [room.receive(1, None, 0.0)[0].outcome for _ in range(3)]
+    assert outcomes == [Left(0), Delivery(before, 0), Delivery(after, 0)]
 
 
 def handed(room: Mailroom, node: int) -> list[int]:

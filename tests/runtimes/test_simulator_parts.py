@@ -10,7 +10,8 @@ import pytest
 from starling.actors.host.round_order import RoundOrder
 from starling.algorithms.api import View
 from starling.orchestrator.config.schema import parse
-from starling.orchestrator.runtimes.events import Died, Halted, Loaded, Notice, NotLoaded, Retired, Up
+from starling.orchestrator.protocol.mailboxes import Envelope
+from starling.orchestrator.runtimes.events import Arrived, Died, Halted, Loaded, Notice, NotLoaded, Retired, Up
 from starling.orchestrator.runtimes.simulator.clock import VirtualClock
 from starling.orchestrator.runtimes.simulator.runtime import Simulator
 from starling.orchestrator.runtimes.simulator.state import End
@@ -71,6 +72,7 @@ def test_a_clock_is_brought_back_without_what_belongs_to_a_round():
     clock.at(2.0, 0, Loaded(0, 1, 5))
     clock.resume_at(1.0, 1)
     clock.ready.append(Retired(2, 7))
+    clock.at(2.5, 1, Arrived(Envelope(0, 3, 0, 4, 8, 17, 0)))  # its receiver has left: no mailbox has it
     again = VirtualClock()
     again.bring_back(clock.to_json(), {})
     assert list(again.ready) == [Retired(2, 7)]

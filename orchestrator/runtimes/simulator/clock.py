@@ -87,6 +87,9 @@ class VirtualClock:
 
     def bring_back(self, state: Mapping[str, Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> None:
         """Schedule the events of ``to_json`` again; ``in_flight`` are messages by key and attempt."""
-        self.ready.extend(cast("Happening", read(form, in_flight)) for form in state["ready"])
+        ready = (read(form, in_flight) for form in state["ready"])
+        self.ready.extend(cast("Happening", what) for what in ready if what is not None)
         for when, node, form in state["queue"]:
-            self.at(when, node, read(form, in_flight))
+            what = read(form, in_flight)
+            if what is not None:
+                self.at(when, node, what)

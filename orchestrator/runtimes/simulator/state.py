@@ -55,10 +55,10 @@ def written(what: Coming) -> list[Any] | None:
             return None
 
 
-def read(form: list[Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> Coming:
-    """Return the event of which ``written`` returned the data.
+def read(form: list[Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> Coming | None:
+    """Return the event of which ``written`` returned the data; None for the arrival of a message to nobody.
 
-    ``in_flight`` are the messages that have not arrived, by key and attempt.
+    ``in_flight`` are the messages that have not arrived, by key and attempt, without those to nodes that have left.
     """
     kind, *content = form
     match kind:
@@ -67,7 +67,8 @@ def read(form: list[Any], in_flight: Mapping[tuple[int, ...], Envelope]) -> Comi
         case "Up":
             return Up(facts(content[0]), content[1])
         case "Arrived":
-            return Arrived(in_flight[tuple(content)])
+            envelope = in_flight.get(tuple(content))
+            return None if envelope is None else Arrived(envelope)
         case _:
             return _PLAIN[kind](**content[0])
 
