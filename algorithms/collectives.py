@@ -44,11 +44,11 @@ class Reduced(Generic[TensorsT]):
 class AllReduce(Operation[Reduced[TensorsT]]):
     """Combine ``tensors`` of all members.
 
-    A dict of tensors is closed over one set of contributors. ``None`` receives without contributing and does not
-    count as a zero. ``buffers``, the node's, travel along; they are combined alike, and the result is written to them.
-    Contributions are encoded by ``codec``, decoded and combined in sorted member order in float32
-    (float64 if they are float64), and the result is encoded by ``result_codec`` before anybody, also its maker, sees
-    it. The result has the contributions' dtypes and shapes.
+    A dict of tensors is closed over one set of contributors. ``None`` receives without contributing and does not count
+    as a zero. ``buffers``, the node's, travel along; they are combined alike, and the result is written to them.
+    Contributions are encoded by ``codec``, decoded, and combined in sorted member order in float32 (float64 if they are
+    float64). The result is encoded by ``result_codec`` before anybody, also its maker, sees it. The result has the
+    contributions' dtypes and shapes.
 
     Bytes, when S of N members contribute b bytes each to a result of r bytes, each as encoded: (S−1)·b + (N−1)·r, or
     S·(N−1)·b up to ``INLINE_LIMIT_BYTES``.

@@ -45,7 +45,7 @@ class Train(Operation[TrainReport]):
     With a ``rule`` each step uses the gradient that the rule gives, on the step's whole batch. In this ``Train`` alone
     ``batch_size`` is the number of samples of a step (default: ``data.batch_size`` × ``optimizer.accumulate``), and
     ``lr_factor`` multiplies the scheduled learning rate. With ``only`` the steps move these entries of the layout, by
-    their names or those of submodules (``("blocks.0", "head.bias")``); a step leaves all others alone, as torch's
+    their names or those of submodules (``("blocks.0", "head.bias")``). A step leaves all others alone, as torch's
     optimizers leave parameters without a gradient: no decay, and moments stay.
     """
 
@@ -130,11 +130,11 @@ class Step(Operation[TrainReport]):
 class Loss(Operation[float]):
     """The mean loss at parameters ``at`` on ``batch``; defaults as for ``Gradient``. Forward only.
 
-    At a ``Perturbed`` point each operation of the model takes its parameters perturbed, and they are dropped after it:
-    what is in memory is the largest of them, and the bits are those at a tensor with the same values.
+    At a ``Perturbed`` point each operation of the model takes its parameters perturbed, and drops them afterwards. So
+    only the largest of them is in memory, and the loss has the bits of that at a tensor with the perturbed values.
 
-    With ``probe`` it is one of several that are compared with one another: a model whose loss depends on chance, or
-    that keeps statistics, is refused with the layer's name, and a loss that is not finite is the program's to handle.
+    With ``probe`` the loss is one of several that are compared. A model whose loss depends on chance, or that keeps
+    statistics, is then refused with the layer's name. A loss that is not finite is the program's to handle.
     """
 
     at: Tensor | Perturbed | None = None

@@ -7,10 +7,10 @@ keys and the tracked params. A part belongs to a *family* (``algorithm``, ``code
     class OuterOptimizer(Part, family="outer optimizer", catalog="starling.algorithms.outer"): ...
     class Nesterov(OuterOptimizer, name="nesterov"): lr: PositiveFloat = 0.7
 
-Wherever a field is annotated with the family (``outer: OuterOptimizer``) the configuration may say
-``{name: nesterov, lr: 0.4}``, or just ``nesterov``. Names come from three places: the family's catalog (a package of
-ours, all of whose modules are imported when a name is first looked up), installed entry points in the group
-``starling.<family>``, and import paths (``my_module:MyTask``).
+Wherever a field is annotated with the family (``outer: OuterOptimizer``) the configuration may say ``{name: nesterov,
+lr: 0.4}``, or just ``nesterov``. Names come from three places: the family's catalog, installed entry points in the
+group ``starling.<family>``, and import paths (``my_module:MyTask``). The catalog is a package of ours; its modules are
+imported when a name is first looked up.
 
 A part is written under a name that every other process finds it by. That is a short name only for classes of the
 catalog and of entry points. ``class Mine(Algorithm, name="diloco")`` in a user's module is written as

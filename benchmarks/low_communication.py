@@ -197,9 +197,9 @@ worse than 0.012 for both. What four bits cost is the
 difference between the two lines of streaming.
 
 FP4 is of what is sent: the mean comes back in bf16, so that above 64 KiB a contribution all bytes are 3.2 times fewer
-than in float32, not eight times. Fragments of this small model are smaller than that when encoded: such contributions
-go to everybody, N·(N-1)·b instead of 2·(N-1)·b bytes, which is why streaming without FP4 sends more than DiLoCo does,
-and FP4 5.5 times less.
+than in float32, not eight times. Fragments of this small model are smaller than that when encoded. Such contributions
+go to everybody, N·(N-1)·b instead of 2·(N-1)·b bytes. So streaming without FP4 sends more than DiLoCo does, and FP4
+sends 5.5 times less.
 
 ![Validation loss over virtual time, one panel for each bandwidth](low_communication.png)
 

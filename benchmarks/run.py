@@ -56,7 +56,7 @@ digests, commit. *Contributions compared*: an aggregator that measures them firs
 (`benchmarks/gram.py`). *Plain loop* is FedAvg by hand: load, train with `torch.optim.SGD`, average
 (`benchmarks/simulator.py`). *Hidden* is the share of the exchange's time by which a round gets shorter when it is
 started before a `Train` that takes no core, and waited for after it. *Memory above the base* is the peak of a node that
-trains on 1 GB of Parquet, over that of a node of the same run on a small file (`benchmarks/parquet.py`): a node keeps
+trains on 1 GB of Parquet, less the peak of a node that trains on a small file (`benchmarks/parquet.py`). A node keeps
 a few row groups, and reads no other node's.
 *Throttled* nodes have the network that `network.bandwidth_mbps` says; what is lost is the share of a round in which
 nothing is computed, outer steps and bookkeeping included (`benchmarks/streaming.py`). Where there is a GPU

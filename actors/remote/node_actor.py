@@ -2,9 +2,9 @@
 
 A plain class that ``remote_class`` wraps (Ray's actor classes cannot be derived from). It owns parts, each with the
 remote calls about one thing, which are its own calls too: ``handle.begin`` is ``ProgramCalls.begin``. Calls run in five
-concurrency groups of one thread each: *compute* drives programs, *exchange* moves and reduces bytes, so that an
-exchange proceeds while a program trains, *state* hands over what is saved, *control* is never behind any of these, and
-*watch* parks one call whose failure tells the controller that the process is gone.
+concurrency groups of one thread each. *compute* drives programs. *exchange* moves and reduces bytes, so that an
+exchange proceeds while a program trains. *state* hands over what is saved. *control* is never behind any of these.
+*watch* parks one call, whose failure tells the controller that the process is gone.
 
 Calls carry the epoch that they belong to. Whatever belongs to an older one is answered with nothing done.
 """

@@ -59,9 +59,9 @@ class GramAggregator(Aggregator):
     def weigh(self, measured: Matrix, weights: Sequence[float], own: int | None = None) -> list[float]:
         """Return the coefficient of each of the N contributions in their combination.
 
-        Every member that reduces a part computes this, on whatever machine, and all must come to the same bits: add
-        with ``math.fsum``, and not with ``sum`` of numpy or torch or a product of matrices, whose order of additions
-        depends on the machine.
+        Every member that reduces a part computes this, on whatever machine, and all must come to the same bits. So add
+        with ``math.fsum``: ``sum`` of numpy or torch, and products of matrices, add in an order that depends on the
+        machine.
 
         Args:
             measured: sum of ``measure`` over all parts.

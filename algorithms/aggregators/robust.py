@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 class Median(Aggregator, name="median"):
     """The median of each coordinate; with unequal weights the weighted median.
 
-    With the values sorted, x₍₁₎ ≤ … ≤ x₍ₙ₎, W_k = w₍₁₎ + … + w₍ₖ₎ and W = Wₙ, it is the mean of the lower and the upper
-    weighted median, the first x₍ₖ₎ with W_k ≥ W/2 and the first with W_k > W/2. These differ only where the weight is
-    divided exactly in two (sums in float64), so equal weights give the usual median: the value in the middle, or the
-    mean of the two in the middle. Nodes can claim any weight: against dishonest ones let all contribute with weight 1.
+    Let x₍₁₎ ≤ … ≤ x₍ₙ₎ be the sorted values, W_k = w₍₁₎ + … + w₍ₖ₎ and W = Wₙ. The result is the mean of the lower
+    weighted median, the first x₍ₖ₎ with W_k ≥ W/2, and the upper one, the first with W_k > W/2. The two differ only
+    where the weight is divided exactly in two (sums in float64). So equal weights give the usual median: the value in
+    the middle, or the mean of the two in the middle. Nodes can claim any weight: against dishonest ones let all
+    contribute with weight 1.
 
     >>> import torch
     >>> out = torch.empty(1)

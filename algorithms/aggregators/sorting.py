@@ -1,7 +1,7 @@
 """Sorting networks: a few tensors, sorted against one another coordinate by coordinate.
 
-``torch.sort`` along the short side of a stack costs ten times as much as the compare-exchanges of a network, each of
-which is a minimum and a maximum of two whole rows (16 rows of float32: 27 against 380 ns a coordinate, one core).
+``torch.sort`` along the short side of a stack costs ten times as much as the compare-exchanges of a network (16 rows of
+float32: 380 against 27 ns a coordinate, one core). Each compare-exchange is a minimum and a maximum of two whole rows.
 """
 
 from __future__ import annotations

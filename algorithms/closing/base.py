@@ -114,9 +114,9 @@ class FirstK(ClosePolicy, name="first_k"):
 class Grace(ClosePolicy, name="grace"):
     """Closes some time after the first arrival, when enough have arrived by then.
 
-    The time counts from the first arrival, whose pace is the only one that is known early: members that are slower by
-    more than ``seconds``, or than ``factor`` times what the first took if this is longer, are left behind, but not
-    before ``after`` have arrived.
+    The grace counts from the first arrival, whose pace is the only one that is known early. It lasts ``seconds``, or
+    ``factor`` times the first one's time if that is longer. Slower members are left behind, but not before ``after``
+    have arrived.
 
     >>> policy, active = Grace(after=2, seconds=5.0), {0, 1, 2, 3}
     >>> policy.enough({0, 3}, active, Waited(1.0, 4.0)), policy.ask_again_s({0, 3}, active, Waited(1.0, 4.0))

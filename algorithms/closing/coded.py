@@ -1,7 +1,7 @@
 """Close policies of coded methods: close as soon as the sum over all data parts can be recovered.
 
-Node i sends Σ_j B_ij g_j over data parts j. The sum Σ_j g_j can be recovered from the nodes I that have arrived if the
-all-ones vector is a combination of their rows, Σ_{i∈I} a_i B_i = 1, and is then Σ a_i (Σ_j B_ij g_j).
+Node i sends Σ_j B_ij g_j over data parts j. Let I be the nodes that have arrived. If the all-ones vector is a
+combination of their rows, Σ_{i∈I} a_i B_i = 1, the sum Σ_j g_j is Σ a_i (Σ_j B_ij g_j).
 
 Reference: Tandon et al., "Gradient Coding: Avoiding Stragglers in Distributed Learning", ICML 2017, arXiv:1612.03301.
 """
@@ -36,9 +36,9 @@ _MAX_RESIDUAL = 1e-8
 class _Recoverable(ClosePolicy):
     """Closes when the sum can be recovered, and not without it, past the deadline either.
 
-    Those close behind get a grace: ``grace_s`` from the first arrival, or ``grace_factor`` times what that took if this
-    is more, so that with μ an exchange waits for (1 + μ) times the fastest one's time. Without, all are left behind
-    that are not needed. The round's deadline ends it.
+    Those close behind get a grace: ``grace_s`` from the first arrival, or ``grace_factor`` times the first one's time
+    if that is longer. So with μ an exchange waits for (1 + μ) times the fastest one's time. Without, all are left
+    behind that are not needed. The round's deadline ends it.
 
     With all that are active in, the exchange closes in any case, and the program sees who is: members that were lost
     can make the sum impossible to recover.

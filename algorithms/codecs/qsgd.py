@@ -21,8 +21,8 @@ class QSGD(Codec, name="qsgd"):
     float32, and ``bits`` bits for each value, in two's complement and the first one lowest: n values take
     ⌈n·bits/8⌉ + 4·⌈n / block_size⌉ bytes. Refuses NaN and infinities.
 
-    The random numbers are a hash of the seed, the block's magnitudes and the place in it: the same values are encoded
-    alike wherever an exchange is cut, and nodes with other values round independently of one another.
+    The random numbers are a hash of the seed, the block's magnitudes and the place in the block. So equal values are
+    encoded alike wherever an exchange is cut, and nodes with other values round independently of one another.
 
     Reference: Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", NeurIPS
     2017, arXiv:1610.02132, section 3; codes of a fixed length instead of Elias'.

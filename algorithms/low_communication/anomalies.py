@@ -46,8 +46,8 @@ class Detector(BaseModel):
     As outliers are learned from, norms that rise for good are accepted again after some rounds; one very large norm
     widens M, and hides smaller outliers for some 1/α rounds.
 
-    Reference: ``OnlineDynamicEWMA`` in atorch, and its use for sharded models (FSDP), which learns from all numbers;
-    that for data-parallel groups learns from accepted ones alone, and may lock a node out for good.
+    Reference: ``OnlineDynamicEWMA`` in atorch, and its use for sharded models (FSDP), which learns from all numbers.
+    Its use for data-parallel groups learns from accepted ones alone, and may lock a node out for good.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

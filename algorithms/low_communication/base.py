@@ -37,8 +37,8 @@ class LowCommunication(Algorithm):
     def codecs_at(self, number: int, name: str = "") -> tuple[Codec, Codec]:
         """Return the codecs of one exchange: of what is contributed, and of its result.
 
-        A codec that draws random numbers draws others for each ``number``, each ``name`` and each of the two ways:
-        ``random_k`` both ways with the same places would scale by n/k twice what is sent once.
+        A codec draws other random numbers for each ``number``, each ``name`` and each of the two ways. ``random_k``
+        with the same places both ways would scale by n/k twice what is sent once.
         """
         return exchange_codecs(self.codec, self.result_codec, number, name)
 

@@ -1,7 +1,7 @@
 """Data-parallel training: the mean gradient of all nodes in every step; the baseline.
 
-Each node m has the gradient g_m of its own batch at the common model x, and all take the same step of the same
-optimizer (``optimizer`` in the configuration, its moments included):
+Each node m has the gradient g_m of its own batch at the common model x. All take one step of one optimizer
+(``optimizer`` in the configuration, its moments included):
 
     g = mean_m g_m          x ← step(x, g)
 

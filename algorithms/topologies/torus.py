@@ -3,9 +3,9 @@
     w_ij = 1/5          ρ = max_{(k,l)≠0} |1 + 2 cos(2πk/a) + 2 cos(2πl/b)| / 5    (a = rows, b = cols ≥ 3; 4×4: 0.6)
 
 The places are filled row by row. A side of 2 joins its two ends once; weights then follow Metropolis–Hastings.
-Elasticity: if the sides that are set do not give the number of members (somebody joined or left), the sides nearest to
-a square do; a prime number of members is a ring. Neighbours change then all over the grid. A member missing in one
-round leaves the others their edges.
+Elasticity: if the given sides do not fit the number of members (somebody joined or left), the sides nearest to a square
+are taken. A prime number of members is a ring. Neighbours change then all over the grid. A member missing in one round
+leaves the others their edges.
 Cost: 4·N messages a round.
 """
 

@@ -135,10 +135,13 @@ class CheckpointWriter:
     def take(self) -> list[Mapping[str, Any]]:
         """Return the outcomes of checkpoints since the last call.
 
-        Of each: ``round``, ``nbytes``, ``seconds`` and ``cpu_seconds`` of this thread (all attempts, without the pauses
-        between them), ``error`` (``None``: it is written), ``is_gone`` (a node died that was to give its state: the
-        next commit can be saved), ``retries``, ``untidy``: why old ones could not be removed, and ``given_up``: how
-        many the storage did not take, one after the other, up to this one or just before it.
+        Each outcome has these keys:
+
+        * ``round``, ``nbytes``, and ``seconds`` and ``cpu_seconds`` of this thread in all attempts, without pauses;
+        * ``error``: ``None``, or why the checkpoint was not written;
+        * ``is_gone``: a node died that was to give its state; the next commit can be saved;
+        * ``retries``, and ``untidy``: why old checkpoints could not be removed;
+        * ``given_up``: how many checkpoints in a row the storage did not take, up to this one or just before it.
         """
         with self._changed:
             outcomes, self._outcomes = self._outcomes, []

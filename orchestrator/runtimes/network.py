@@ -1,9 +1,9 @@
 """Model of a run's network: computes when transfers arrive.
 
 Each node has an access link with the same bandwidth each way; single pairs may be slower. A *phase* is a set of casts
-that begin together (all contributions to a reduction, say). A receiver is done when its own link, the links of those
-that send to it, and the pairs in between have carried what the phase put on them, plus the longest latency. A link
-that still carries an earlier phase delays the next one.
+that begin together (all contributions to a reduction, say). A receiver is done when its own link, its senders' links
+and the pairs in between have carried what the phase put on them, plus the longest latency. A link that still carries an
+earlier phase delays the next one.
 
 The simulator's clock follows it. On a cluster, a throttle holds back what arrives earlier than it says.
 """

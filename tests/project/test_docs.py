@@ -39,6 +39,15 @@ def test_each_row_of_the_failure_semantics_names_its_test():
             assert NAMED.search(row), row
 
 
+def test_no_merge_has_left_its_marks():
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    folders = ("docs", "tests", "examples", "algorithms", "actors", "orchestrator", "tune_spaces", "benchmarks")
+    paths = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    texts = [path for path in paths if path.suffix in {".md", ".py", ".yaml", ".toml", ".txt", ".json"}]
+    assert [str(path) for path in texts if marks.search(path.read_text(encoding="utf-8", errors="ignore"))] == []
+    assert len(texts) > 500
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| \n").split("|")]
 

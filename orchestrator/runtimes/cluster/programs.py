@@ -97,8 +97,8 @@ class ProgramDriver:
     def _drive(self, actor: Actor, place: int, remote: Callable[[Any, Expected | None], Any]) -> None:
         """Call ``begin``, or ``advance`` after exchange ``place``.
 
-        Rounds are alike: if the call led to a large contribution the last time, it is asked to give its parts along
-        with the reply, which saves the call that would fetch them.
+        Rounds are alike. A call that led to a large contribution the last time is asked to give its parts along with
+        the reply, which saves the call that would fetch them.
         """
         method = actor.handle.begin if place == _BEGIN else actor.handle.advance
         known = self._expected.get((actor.index, place))

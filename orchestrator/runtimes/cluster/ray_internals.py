@@ -89,9 +89,9 @@ def loopback_only() -> Iterator[None]:
 def bare() -> Iterator[None]:
     """Start of a Ray what trains, and no more: no autoscaler, no dashboard, nobody who reads what workers print.
 
-    We use none of them. Each is a Python process that imports Ray, and Ray waits for the dashboard's before it starts
-    the raylet, also where that would only report its use; the raylet waits for its agent, which without a dashboard
-    serves nobody. On a busy machine these imports take longer than Ray waits.
+    We use none of them. Each is a Python process that imports Ray. Ray waits for the dashboard's before it starts the
+    raylet, also where the dashboard would only report its use. The raylet waits for its agent, which without a
+    dashboard serves nobody. On a busy machine these imports take longer than Ray waits.
     """
     kept = {name: getattr(node.Node, name) for name in ("start_monitor", "start_log_monitor", "start_api_server")}
     dependencies = utils.get_dashboard_dependency_error

@@ -401,8 +401,8 @@ def reason_of(error: BaseException) -> str:
 def _quiet() -> Iterator[None]:
     """Hold back Ray's start-up messages, and keep this process's signal handlers.
 
-    What is started meanwhile is deaf to SIGHUP: a terminal that goes away tells all processes that were begun in it,
-    and we need those of Ray to save what the nodes have. They end with us.
+    Processes that are started meanwhile ignore SIGHUP. A terminal that goes away tells all processes that were begun in
+    it, and we need those of Ray to save what the nodes have. They end with us.
     """
     logger = logging.getLogger("ray")
     level = logger.level

@@ -1,8 +1,8 @@
 """The simulator: all nodes in one process, under a virtual clock and a model of the network. Deterministic.
 
-It runs the same programs, rendezvous and reductions as a cluster. Training and reductions are carried out for real,
-so the results are the cluster's to the last bit; only time is modelled: a step of ``Train`` takes
-``network.step_ms / speed``, what is sent arrives when ``network.Network`` says.
+It runs the same programs, rendezvous and reductions as a cluster. Training and reductions are carried out for real, so
+the results are the cluster's to the last bit. Only time is modelled: a step of ``Train`` takes ``network.step_ms /
+speed``, and payloads arrive when ``network.Network`` says.
 """
 
 from __future__ import annotations
