@@ -42,6 +42,8 @@ class Setup:
     """Seconds after SIGTERM at which the process ends by itself, if it has not ended before."""
     versions: dict[str, str]
     """Versions that must agree in all processes, by name."""
+    average: dict[str, Any] | None = None
+    """Running average of the models."""
     incarnation: int = 0
     sys_path: tuple[str, ...] = ()
     """The driver's module search path; folders that exist here are searched in its order."""

@@ -38,35 +38,46 @@ class ModelCalls:
 
     @remote_call("compute")
     def evaluate(
-        self, node: NodeId, others: Sequence[ObjectRef[Any]], max_batches: int | None
+        self,
+        node: NodeId,
+        others: Sequence[ObjectRef[Any]],
+        max_batches: int | None,
+        averaged: bool,  # noqa: FBT001 - a remote call's arguments
     ) -> dict[str, float] | Failed:
-        """Evaluate the mean of a node's model and ``others`` on held-out data."""
+        """Evaluate the mean of a node's model, or of its running average, and ``others`` on held-out data."""
         replica = self._host.replicas[node]
         try:
-            return replica.evaluate(self._validation, max_batches, *self._mean(node, others))
+            return replica.evaluate(self._validation, max_batches, *self._mean(node, others, averaged=averaged))
         except Exception as error:  # noqa: BLE001 - a user's metrics
             return failure(node, replica.round, error)
 
     @remote_call("compute")
-    def model(self, node: NodeId, others: Sequence[ObjectRef[Any]]) -> tuple[str, bytes]:
-        """Return digest and safetensors bytes of the mean of a node's model and ``others``."""
+    def model(
+        self,
+        node: NodeId,
+        others: Sequence[ObjectRef[Any]],
+        averaged: bool,  # noqa: FBT001 - as above
+    ) -> tuple[str, bytes]:
+        """Return digest and safetensors bytes of the mean of a node's model, or running average, and ``others``."""
         replica = self._host.replicas[node]
-        mean = self._mean(node, others)
+        mean = self._mean(node, others, averaged=averaged)
         tensors = replica.model_tensors(*mean)
         return replica.model_digest(*mean), save({name: one.cpu() for name, one in tensors.items()})
 
     @remote_call("compute")
-    def committed_model(self, node: NodeId) -> list[Any]:
-        """Return an acknowledgement, then parameters and buffers of a node's committed model, as bytes."""
-        parameters, buffers = self._host.replicas[node].committed_model()
+    def committed_model(self, node: NodeId, averaged: bool) -> list[Any]:  # noqa: FBT001 - as above
+        """Return an acknowledgement, then parameters and buffers of a node's committed model or average, as bytes."""
+        replica = self._host.replicas[node]
+        parameters, buffers = replica.averaged_model() if averaged else replica.committed_model()
         return [True, (as_buffer(parameters.cpu()), as_buffer(buffers.cpu()))]
 
     def _mean(
-        self, node: NodeId, others: Sequence[ObjectRef[Any]]
+        self, node: NodeId, others: Sequence[ObjectRef[Any]], *, averaged: bool
     ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        if not others:
+        if not others and not averaged:
             return None, None
-        own = self._host.replicas[node].committed_model()
+        replica = self._host.replicas[node]
+        own = replica.averaged_model() if averaged else replica.committed_model()
 
         def models() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             yield own

@@ -23,6 +23,7 @@ from starling.actors.host.host import Host
 from starling.actors.host.node_log import Tee
 from starling.actors.host.recorded_clock import Times
 from starling.actors.remote.messages import Ready, Setup
+from starling.actors.replica.average import Average
 from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
@@ -72,6 +73,7 @@ class NodeBuilder:
             rounds=setup.rounds,
             skip_nan=setup.skip_nan,
             min_batch=setup.data["min_batch"],
+            average=None if setup.average is None else Average.model_validate(setup.average),
         )
         data = DataConfig.model_validate(setup.data)
         self.data: RunData = load_data(self._spec.task, data, setup.num_nodes, setup.seed)

@@ -14,6 +14,7 @@ import torch
 
 from starling.actors.data import Position
 from starling.actors.data.generators import seeded
+from starling.actors.replica.average import advance, averaged_model
 from starling.actors.replica.digest import digest_tensors
 from starling.actors.replica.node_data import NodeData
 from starling.actors.replica.pace import Milestone, Pace
@@ -205,6 +206,10 @@ class Replica:
         node = _Committed(self)
         return self.spec.algorithm.model(node), node.buffers
 
+    def averaged_model(self) -> tuple[Tensor, Tensor]:
+        """Return the running average of ``committed_model``; see ``actors.replica.average``."""
+        return averaged_model(self)
+
     # --- rounds ------------------------------------------------------------------------------------------------------
 
     def begin(self, number: int, view: View, cohort: Collection[NodeId]) -> None:
@@ -275,6 +280,9 @@ class Replica:
         if self.spec.optimizer.rollback:
             self._committed_optimizer = self.optimizer.state()
         self.committed_round = self.round
+        # Loaded state is committed without a staged round, and has its average.
+        if self.spec.average is not None and self.staged_round is not None:
+            advance(self.spec.average, self)
         self.staged_round = None
         self.data.num_drawn = 0
 

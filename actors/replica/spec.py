@@ -17,6 +17,7 @@ from starling.algorithms.api import SERVER
 from starling.algorithms.errors import StarlingError
 
 if TYPE_CHECKING:
+    from starling.actors.replica.average import Average
     from starling.actors.tasks import Task
     from starling.actors.training.optimizers import OptimizerConfig
     from starling.algorithms.api import Algorithm, NodeId
@@ -59,12 +60,14 @@ class ReplicaSpec:
     rounds: int
     skip_nan: bool = False
     min_batch: int = 1
+    average: Average | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the settings: nodes with equal fingerprints can load one another's state."""
         parts = self.algorithm, self.task, self.optimizer, self.batch_size, self.seed, self.rounds, self.skip_nan
         parts += (self.min_batch,) if self.min_batch > 1 else ()
+        parts += () if self.average is None else (self.average,)
         plain = [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in parts]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

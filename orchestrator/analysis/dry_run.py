@@ -48,7 +48,7 @@ def dry_run(config: Config, rounds: int) -> Summary:
         StarlingError: the run cannot begin, or its program fails.
     """
     cluster = config.cluster.model_copy(update={"round_deadline_s": _NO_DEADLINE_S})
-    evaluation = config.evaluation.model_copy(update={"every_rounds": 0, "per_node": False})
+    evaluation = config.evaluation.model_copy(update={"every_rounds": 0, "per_node": False, "average": None})
     optimizer = config.optimizer.model_copy(update={"schedule": Schedule()})  # one fits any length
     update = {
         "rounds": rounds,
@@ -97,8 +97,8 @@ class _DrySimulator(Simulator):
 
 
 class _Unevaluated(SimulatedModels):
-    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
-        del nodes, max_batches
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None, *, averaged: bool = False) -> dict[str, float]:
+        del nodes, max_batches, averaged
         return {}
 
 

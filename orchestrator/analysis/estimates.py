@@ -146,6 +146,8 @@ def simulation_bytes(spec: ReplicaSpec, layout: Layout, num_nodes: int) -> int:
     copies = 1 if spec.algorithm.steps_at_commit else 2
     moments = {"sgd": int(bool(spec.optimizer.options.get("momentum")))}.get(spec.optimizer.name, 2)
     own = layout.nbytes * (copies + moments) + layout.buffer_nbytes * copies
+    if spec.average is not None:
+        own += layout.nbytes + layout.buffer_nbytes
     return own * num_nodes + layout.nbytes  # the gradient is shared
 
 

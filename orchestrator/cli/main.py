@@ -401,6 +401,7 @@ _NO_RUN: dict[str, Any] = {
     "lost": {"residuals": 0, "residual_norm": 0.0},
     "baselines": {},
     "checkpoints": None,
+    "average_digest": None,
 }
 """Answer of ``--json`` for a run that could not begin."""
 

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from starling.actors.data import DataConfig
+from starling.actors.replica.average import Average
 from starling.actors.replica.spec import ReplicaSpec
 from starling.actors.tasks import Task
 from starling.actors.training.optimizers import OptimizerConfig
@@ -161,6 +162,8 @@ class EvaluationConfig(Section):
     """Batches of an evaluation at most; ``null``: all held-out data."""
     per_node: bool = False
     """Evaluate each node's own model too, where nodes' models differ, and keep what each node's program reports."""
+    average: Average | None = None
+    """Running average of the models after rounds, evaluated beside the model and saved."""
 
 
 class ReplayConfig(Section):
@@ -313,6 +316,11 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.per_node: {self.algorithm.name} is asynchronous; its nodes are never all at rest"
             )
+        if self.evaluation.average is not None and not (self.algorithm.synchronous or self.algorithm.has_server):
+            raise ValueError(
+                f"evaluation.average: {self.algorithm.name} is asynchronous without a server; no node has the models "
+                "of all rounds"
+            )
         named += [("network.speeds", node) for node in self.network.speeds]
         which = "max" if self.cluster.nodes.target == "auto" else "target"
         for key, node in named:
@@ -384,6 +392,7 @@ class Config(Section):
             rounds=self.rounds,
             skip_nan=self.on_nan == "skip",
             min_batch=self.data.min_batch,
+            average=self.evaluation.average,
         )
 
     def dump(self) -> dict[str, Any]:

@@ -92,6 +92,10 @@ class Controller:
         model = state.evaluation.fetch(loop.result, alike=self._run.config.algorithm.replicated)
         state.digest = model.digest
         self._run.observer.on_model(model)
+        if self._run.config.evaluation.average is not None:
+            averaged = state.evaluation.fetch(loop.result, alike=self._run.config.algorithm.replicated, averaged=True)
+            state.average_digest = averaged.digest
+            self._run.observer.on_average(averaged)
         state.saving.finish()
         return self.summary("finished")
 

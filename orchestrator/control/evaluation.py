@@ -36,7 +36,7 @@ class Evaluation:
         self._run = run
         self._ledger = ledger
         self.metrics: dict[str, float] = {}
-        """The last metrics of the mean model."""
+        """The last metrics of the mean model, and of its running average."""
 
     def after(self, number: int, committed: Mapping[NodeId, int], *, alike: bool) -> Evaluated:
         """Evaluate after round ``number``, if that is due.
@@ -52,15 +52,20 @@ class Evaluation:
             return Evaluated()
         runtime, began = self._run.runtime, time.monotonic()
         runtime.states.settle(committed)
-        self.metrics = self._ask(
-            tuple(committed), lambda nodes: runtime.models.evaluate(nodes, config.max_batches), alike=alike
-        )
-        node_metrics = self._of_each(tuple(committed)) if config.per_node and not alike else None
+        nodes = tuple(committed)
+        self.metrics = self._ask(nodes, lambda asked: runtime.models.evaluate(asked, config.max_batches), alike=alike)
+        if config.average is not None:
+            of_average = self._ask(
+                nodes, lambda asked: runtime.models.evaluate(asked, config.max_batches, averaged=True), alike=alike
+            )
+            self.metrics |= {f"{config.average.label}_{name}": value for name, value in of_average.items()}
+        node_metrics = self._of_each(nodes) if config.per_node and not alike else None
         return Evaluated(self.metrics, node_metrics, time.monotonic() - began)
 
-    def fetch(self, nodes: Sequence[NodeId], *, alike: bool) -> FinalModel:
-        """Fetch the mean model of ``nodes``, or one node's if they are ``alike``."""
-        return self._ask(nodes, self._run.runtime.models.fetch, alike=alike)
+    def fetch(self, nodes: Sequence[NodeId], *, alike: bool, averaged: bool = False) -> FinalModel:
+        """Fetch the mean model of ``nodes``, or one node's if they are ``alike``; ``averaged``: the running average."""
+        models = self._run.runtime.models
+        return self._ask(nodes, lambda asked: models.fetch(asked, averaged=averaged), alike=alike)
 
     def _of_each(self, nodes: Sequence[NodeId]) -> dict[NodeId, dict[str, float]]:
         """Evaluate each node's own model, without nodes that die meanwhile."""

@@ -46,6 +46,8 @@ class RunState:
         """Nodes that committed the last round."""
         self.digest: str | None = None
         """The final model's."""
+        self.average_digest: str | None = None
+        """Digest of the running average, where there is one."""
         self.num_healed = 0
         """Commits at which replicas differed, and some were given what most had."""
         self.ledger = Ledger()
@@ -134,6 +136,7 @@ class RunState:
             lost=self.residuals.totals,
             replicas=self._replicas(),
             digest=self.digest,
+            average_digest=self.average_digest,
             seconds=run.clock.wall_s,
             virtual_seconds=runtime.now if runtime.virtual else None,
             baselines=dict(runtime.baselines) if self.roster.facts else {},

@@ -44,8 +44,11 @@ class SealedRounds:
                 self._base, self._records = file, []
 
     def transcript(self, committed: int) -> tuple[Transcript, bytes | None] | None:
-        """Return the rounds up to ``committed``, and the model before them; None if the algorithm seals no rounds."""
-        if self._base is None and not self._records:
+        """Return the rounds up to ``committed``, and the model before them; None where a donor's state is needed.
+
+        That is so if the algorithm seals no rounds, or there is a running average, which no record has.
+        """
+        if (self._base is None and not self._records) or self._run.config.evaluation.average is not None:
             return None
         try:
             base = None if self._base is None else self._base.read_bytes()

@@ -49,7 +49,7 @@ class RoundRecord:
     evaluate_seconds: float = 0.0
     """Seconds of the evaluation on this machine's clock, not part of ``seconds``."""
     metrics: dict[str, float] | None = None
-    """Metrics of the model after the round, if it was evaluated."""
+    """Metrics of the model after the round, and of its running average, if they were evaluated."""
     node_metrics: dict[int, dict[str, float]] | None = None
     """Metrics of each node's own model, where these differ and ``evaluation.per_node`` is set."""
     reported: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -107,6 +107,8 @@ class Summary:
     """Losses with which the validation loss compares, by name."""
     checkpoints: dict[str, int] | None = None
     """``written``, ``failed``, ``retries``, and the ``last_round`` that was saved; ``None``: there are none."""
+    average_digest: str | None = None
+    """Digest of the running average's tensors (``evaluation.average``)."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data without NaN."""
@@ -166,6 +168,9 @@ class Observer:
     def on_model(self, model: FinalModel) -> None:
         """The final model is here."""
 
+    def on_average(self, model: FinalModel) -> None:
+        """Take the running average of the models (``evaluation.average``), after ``on_model``."""
+
     def on_end(self, summary: Summary) -> None:
         """The run is over, one way or another; called once, also if it never began."""
 
@@ -213,6 +218,10 @@ class Observers(Observer):
     def on_model(self, model: FinalModel) -> None:
         for observer in self._observers:
             observer.on_model(model)
+
+    def on_average(self, model: FinalModel) -> None:
+        for observer in self._observers:
+            observer.on_average(model)
 
     def on_end(self, summary: Summary) -> None:
         """Tell all, also if some raise: the first of what they raised comes out at the end."""

@@ -7,6 +7,7 @@
     snapshots/          models after some of those rounds
     logs/node-003.log   what node 3 wrote to its log
     model.safetensors   the final model
+    average.safetensors the running average of the models, with evaluation.average
     export/             the same as others read it, of tasks that have such a form (Hugging Face)
     summary.json        what `--json` prints
     checkpoints/        from which `starling resume` goes on (orchestrator.checkpoints.store), unless they go elsewhere
@@ -143,7 +144,7 @@ class RunDirectory(Observer):
         self._whole("config.yaml", self._text)
         try:
             identity.write(self.path, self.run_id, self._config.dump(), self._text)
-            for name in ("summary.json", "model.safetensors"):
+            for name in ("summary.json", "model.safetensors", "average.safetensors"):
                 self._folder.remove(name)
         except OSError as error:
             raise self._failure(identity.NAME, error) from None
@@ -217,6 +218,9 @@ class RunDirectory(Observer):
                 _LOG.warning("the model could not be exported: %s: %s", type(error).__name__, error)
         if self._sealed is not None:
             self.on_sealed(RunEnd(model.digest))
+
+    def on_average(self, model: FinalModel) -> None:
+        self._whole("average.safetensors", model.safetensors)
 
     def on_end(self, summary: Summary) -> None:
         self._close()

@@ -99,6 +99,7 @@ class SummaryFile(Stored):
     lost: dict[str, int | float] = {}
     baselines: dict[str, float] = {}
     checkpoints: dict[str, int] | None = None
+    average_digest: str | None = None
 
     def summary(self) -> Summary:
         """Return the summary that was written."""

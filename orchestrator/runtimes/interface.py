@@ -228,18 +228,22 @@ class States(Protocol):
 class Models(Protocol):
     """Committed models, evaluated and fetched; programs may run."""
 
-    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None, *, averaged: bool = False) -> dict[str, float]:
         """Return metrics on held-out data of the mean of what ``Algorithm.model`` gives on ``nodes``.
 
-        The first node computes them; if it is the only one, its program is between two rounds.
+        ``averaged``: of the mean of their running averages. The first node computes the metrics; if it is the only
+        one, its program is between two rounds.
 
         Raises:
             NodeGoneError: one of them died meanwhile; ``Died`` is reported too.
         """
         ...
 
-    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
-        """Return the mean model of ``nodes``; no program runs any more. Raises as ``evaluate``."""
+    def fetch(self, nodes: Sequence[NodeId], *, averaged: bool = False) -> FinalModel:
+        """Return the mean model of ``nodes``, or the mean of their running averages; no program runs any more.
+
+        Raises as ``evaluate``.
+        """
         ...
 
 

@@ -29,7 +29,8 @@ tracking: none
 
 KEYS = [
     *("status", "run_id", "run_dir", "algorithm", "rounds", "metrics", "bytes", "nodes"),
-    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "lost", "baselines", "checkpoints", "error"),
+    *("samples", "replicas", "digest", "seconds", "virtual_seconds", "lost", "baselines", "checkpoints"),
+    *("average_digest", "error"),
 ]
 
 

@@ -105,6 +105,21 @@ def test_conformance_cases_end_with_the_simulators_bits(shared_ray: str, tmp_pat
     assert real.bytes["payload"] == simulated.bytes["payload"]
 
 
+@pytest.mark.parametrize("algorithm", ["fedavg", pytest.param("dsgd", marks=IN_CI)])
+def test_a_running_average_has_the_simulators_bits(algorithm: str, shared_ray: str, tmp_path):
+    raw = {"algorithm": {"name": algorithm, "steps": 2}, "task": "digits", "rounds": 4, "tracking": "none"}
+    raw |= {"evaluation": {"average": "ema"}, "cluster": {"address": "auto", "nodes_per_actor": 2}}
+    raw["faults"] = {"events": [{"kind": "kill", "node": 3, "round": 1, "phase": "post"}]}
+    real = run(raw, run_dir=tmp_path / "real")
+    replayed = replay(tmp_path / "real", run_dir=tmp_path / "replay")
+    assert real.average_digest not in (None, real.digest)
+    assert (replayed.digest, replayed.average_digest, replayed.metrics) == (
+        real.digest,
+        real.average_digest,
+        real.metrics,
+    )
+
+
 def test_a_node_that_kills_itself_is_named_and_nothing_is_left(config: Make, tmp_path):
     watcher = Watcher()
     settings = config(

@@ -522,7 +522,7 @@ def test_the_first_node_computes_the_metrics_and_the_others_give_their_models(mo
     answers: dict[str, Any] = {"committed_model": True, "evaluate": {"loss": 0.5}, "model": ("digest", b"tensors")}
     monkeypatch.setattr(models.ray, "get", lambda ref, timeout: answers[ref.name.split()[0]])
     assert made.cluster.models.evaluate([2, 0], None) == {"loss": 0.5}
-    ((node, others, _),) = made.calls("evaluate")
+    ((node, others, *_),) = made.calls("evaluate")
     assert (node, len(others)) == (2, 1)
     assert made.cluster.models.fetch([1]) == FinalModel("digest", b"tensors")
     answers["evaluate"] = Failed("node 2, round 3: no", None)

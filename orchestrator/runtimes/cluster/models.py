@@ -34,22 +34,28 @@ class ClusterModels:
     def __init__(self, pool: ActorPool) -> None:
         self._pool = pool
 
-    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None, *, averaged: bool = False) -> dict[str, float]:
         first, *others = nodes
-        models = self._models(others)
-        result = self._ask(first, self._pool.home[first].handle.evaluate.remote(first, models, max_batches))
+        models = self._models(others, averaged=averaged)
+        call = self._pool.home[first].handle.evaluate.remote(first, models, max_batches, averaged)
+        result = self._ask(first, call)
         if isinstance(result, Failed):
             raise NodeFailedError(result.message, result.traceback)
         return result
 
-    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
+    def fetch(self, nodes: Sequence[NodeId], *, averaged: bool = False) -> FinalModel:
         first, *others = nodes
-        digest, data = self._ask(first, self._pool.home[first].handle.model.remote(first, self._models(others)))
+        models = self._models(others, averaged=averaged)
+        digest, data = self._ask(first, self._pool.home[first].handle.model.remote(first, models, averaged))
         return FinalModel(digest, data)
 
-    def _models(self, nodes: Sequence[NodeId]) -> list[ObjectRef[Any]]:
-        """Put the committed models of ``nodes`` into the store."""
-        answers = [self._pool.home[node].handle.committed_model.options(num_returns=2).remote(node) for node in nodes]
+    def _models(self, nodes: Sequence[NodeId], *, averaged: bool) -> list[ObjectRef[Any]]:
+        """Put the committed models of ``nodes``, or their running averages, into the store."""
+        handles = [self._pool.home[node].handle for node in nodes]
+        answers = [
+            handle.committed_model.options(num_returns=2).remote(node, averaged)
+            for node, handle in zip(nodes, handles, strict=True)
+        ]
         for node, (done, _) in zip(nodes, answers, strict=True):
             self._ask(node, done)
         return [model for _, model in answers]

@@ -152,6 +152,7 @@ class ClusterProcesses:
             fetch_timeout_s=_FETCH_TIMEOUT_S,
             drain_s=self._config.cluster.drain_s,
             versions=versions(),
+            average=config["evaluation"]["average"],
             incarnation=actor.incarnation,
             sys_path=self._placement.sys_path(),
             parts=carried(config),

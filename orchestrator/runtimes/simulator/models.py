@@ -29,17 +29,20 @@ class SimulatedModels:
     def __init__(self, nodes: SimulatedNodes) -> None:
         self._nodes = nodes
 
-    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None) -> dict[str, float]:
+    def evaluate(self, nodes: Sequence[NodeId], max_batches: int | None, *, averaged: bool = False) -> dict[str, float]:
         replica = self._nodes.host.replicas[nodes[0]]
         with user_code(replica.id, replica.round):
-            return replica.evaluate(self._nodes.data.validation, max_batches, *self._mean(nodes))
+            return replica.evaluate(self._nodes.data.validation, max_batches, *self._mean(nodes, averaged=averaged))
 
-    def fetch(self, nodes: Sequence[NodeId]) -> FinalModel:
+    def fetch(self, nodes: Sequence[NodeId], *, averaged: bool = False) -> FinalModel:
         replica = self._nodes.host.replicas[nodes[0]]
-        mean = self._mean(nodes)
+        mean = self._mean(nodes, averaged=averaged)
         return FinalModel(replica.model_digest(*mean), save(replica.model_tensors(*mean)))
 
-    def _mean(self, nodes: Sequence[NodeId]) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        if len(nodes) == 1:
-            return None, None
-        return mean_model(self._nodes.host.replicas[node].committed_model() for node in nodes)
+    def _mean(
+        self, nodes: Sequence[NodeId], *, averaged: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        replicas = [self._nodes.host.replicas[node] for node in nodes]
+        if averaged:
+            return mean_model(one.averaged_model() for one in replicas)
+        return (None, None) if len(nodes) == 1 else mean_model(one.committed_model() for one in replicas)
