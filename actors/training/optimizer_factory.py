@@ -35,7 +35,8 @@ class OptimizerFactory:
         # On a GPU torch has faster ones, which it chooses by itself.
         self.update = update_of(plain, config.options) if self.is_flat and shared.device.type == "cpu" else None
         """The optimizer's step as a function of flat tensors; None: torch's object takes it."""
-        self.make()  # raises before anything is trained
+        if self.update is None:
+            self.make()  # raises before anything is trained
 
     def make(self, *, one_by_one: bool = False) -> Optimizer:
         """Return a fresh optimizer for one node, of its parameters as they are or ``one_by_one``.

@@ -53,6 +53,47 @@ def read_option(name: str, value: object, annotation: Any = inspect.Parameter.em
     return cast("Option", found)
 
 
+def is_known_good(name: str, options: Mapping[str, Option]) -> bool:
+    """Whether an optimizer takes these options for sure: common ones of SGD and Adam, in their usual ranges.
+
+    To try others, a torch optimizer is made. The first one in a process imports torch._dynamo, which takes longer than
+    all else that a process imports: 800 modules, 1.5 s, for each node.
+
+    Args:
+        name: lower case, without underscores.
+        options: those that are set, as ``read_option`` gave them.
+    """
+    known = _GOOD.get(name)
+    if known is None or not all(option in known and known[option](value) for option, value in options.items()):
+        return False
+    # Nesterov's momentum without a momentum is refused by torch.
+    return not options.get("nesterov") or (options.get("momentum", 0) != 0 and options.get("dampening", 0) == 0)
+
+
+def _is_fraction(value: Any) -> bool:  # noqa: ANN401 - an Option
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _is_truth(value: Any) -> bool:  # noqa: ANN401 - an Option
+    return isinstance(value, bool)
+
+
+def _are_betas(value: Any) -> bool:  # noqa: ANN401 - an Option
+    fits = [isinstance(one, float) and 0 <= one < 1 for one in cast("tuple[Option, ...]", value)]
+    return fits == [True, True]  # a whole number among them is refused by torch
+
+
+def _is_epsilon(value: Any) -> bool:  # noqa: ANN401 - an Option
+    return isinstance(value, float) and _LEAST_EPSILON <= value < 1
+
+
+_LEAST_EPSILON = 1e-30
+
+_GOOD_SGD = {"momentum": _is_fraction, "dampening": _is_fraction, "weight_decay": _is_fraction, "nesterov": _is_truth}
+_GOOD_ADAM = {"betas": _are_betas, "eps": _is_epsilon, "weight_decay": _is_fraction, "amsgrad": _is_truth}
+_GOOD = {"sgd": _GOOD_SGD, "adam": _GOOD_ADAM, "adamw": _GOOD_ADAM}
+
+
 def try_steps(kind: type[Optimizer], rate: float, options: Mapping[str, Option]) -> None:
     """Take two steps on a small matrix, at a rate of at most 1: what too high a one does depends on the model.
 

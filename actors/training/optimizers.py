@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from starling.actors.training.optimizer_options import Option, options_of, read_option, try_steps
+from starling.actors.training.optimizer_options import Option, is_known_good, options_of, read_option, try_steps
 from starling.algorithms.errors import SettingsError, StarlingError
 from starling.algorithms.registry import did_you_mean
 
@@ -172,6 +172,8 @@ class OptimizerConfig(BaseModel):
                 hint = did_you_mean(option, [*known, *type(self).model_fields])
                 text = f"{option} is not an option of {self.name}{hint}"
                 raise PydanticCustomError("unknown_option", "{text}", {"text": text})
+        if is_known_good(_plain(self.name), self.options):
+            return self
         try:
             # Two dimensions: some optimizers are for matrices alone.
             _construct(self, [torch.zeros(2, 2)])

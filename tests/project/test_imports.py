@@ -46,6 +46,24 @@ def test_the_simulator_needs_neither_ray_nor_mlflow():
     assert "starling.orchestrator" in loaded(packages, ["ray", "mlflow"], excepted)
 
 
+def test_a_run_on_digits_imports_neither_torchs_compiler_nor_scikit_learn():
+    """Each takes longer to import than all the rest, in every process of a run."""
+    code = """
+import sys
+from starling.orchestrator.config.schema import parse
+from starling.orchestrator.runtimes.simulator.runtime import Simulator
+from starling.orchestrator.control.controller import Controller
+from starling.orchestrator.records.observers import Observer
+optimizer = {"name": "adamw", "betas": [0.9, 0.95]}
+raw = {"rounds": 1, "algorithm": {"name": "fedavg", "steps": 1}, "task": "digits", "tracking": "none"}
+config = parse(raw | {"optimizer": optimizer, "cluster": {"nodes": {"target": 2}}})
+Controller(config, Simulator(config), Observer(), run_id="test", run_dir="test").run()
+print(*{"torch._dynamo", "sklearn", "scipy", "pandas", "matplotlib"}.intersection(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 def test_no_module_imports_itself_round_about():
     graph = grimp.build_graph("starling", cache_dir=None, exclude_type_checking_imports=True)
     # ``tracking: mlflow`` is a part like a user's own, and builds its observer: imported when a run begins.

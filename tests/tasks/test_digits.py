@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from sklearn.datasets import load_digits
 
-from starling.actors.tasks import Task
+from starling.actors.tasks import Task, digits
 from starling.actors.tasks.digits import Digits, DigitsCNN, DigitsMLP
 from starling.algorithms.registry import find
 
@@ -21,6 +23,18 @@ def test_configuration():
     assert Digits.model_validate(task.model_dump()) == task
     with pytest.raises(ValidationError, match="no digits model is called 'mpl'"):
         Digits.model_validate({"model": "mpl"})
+
+
+@pytest.mark.parametrize("layout", ["as it is", "another"])
+def test_images_and_labels_are_those_that_scikit_learn_loads(layout: str, monkeypatch: pytest.MonkeyPatch):
+    """They are read from its file without it; a version that keeps them elsewhere is asked for them."""
+    if layout == "another":
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    pixels, labels = load_digits(return_X_y=True)
+    rows = digits._read()
+    assert rows.shape == (1797, 65)
+    assert np.array_equal(rows[:, :-1], pixels)
+    assert np.array_equal(rows[:, -1], labels)
 
 
 def test_split():

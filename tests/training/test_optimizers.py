@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from starling.actors.training.optimizer_options import try_steps
+from starling.actors.training.optimizer_options import is_known_good, try_steps
 from starling.actors.training.optimizers import ELEMENTWISE, OptimizerConfig, Schedule, build, is_elementwise
 from starling.algorithms.errors import StarlingError
 
@@ -108,6 +108,48 @@ def test_a_bare_name_is_enough():
 )
 def test_errors(keys: dict[str, Any], message: str):
     assert complaint(**keys).startswith(message)
+
+
+FRACTION = st.sampled_from([0, 0.0, 1e-4, 0.5, 0.9, 0.999, 1, 1.0, 1.5, -0.1])
+OPTIONS = {
+    "sgd": {"momentum": FRACTION, "dampening": FRACTION, "weight_decay": FRACTION, "nesterov": st.booleans()},
+    "adam": {
+        "betas": st.tuples(FRACTION, FRACTION),
+        "eps": st.sampled_from([0.0, 1e-40, 1e-8, 1e-3, 1, -1e-8]),
+        "weight_decay": FRACTION,
+        "amsgrad": st.booleans(),
+    },
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_options_that_are_not_tried_are_right(data: st.DataObject):
+    """The others are tried, and torch says what is wrong with them."""
+    name = data.draw(st.sampled_from(["sgd", "adam", "adamw"]))
+    options = data.draw(st.fixed_dictionaries({}, optional=OPTIONS["sgd" if name == "sgd" else "adam"]))
+    if is_known_good(name, options):
+        kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+        try_steps(kind, 1.0, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "good"),
+    [
+        ("sgd", {}, True),
+        ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}, True),
+        ("sgd", {"nesterov": True}, False),
+        ("sgd", {"momentum": 0.9, "dampening": 0.5, "nesterov": True}, False),
+        ("sgd", {"momentum": 1.0}, False),
+        ("sgd", {"foreach": True}, False),
+        ("adam", {"betas": (0.9, 0.95), "eps": 1e-8}, True),
+        ("adam", {"betas": (0.9, 1.0)}, False),
+        ("adam", {"eps": 0.0}, False),
+        ("lion", {}, False),
+    ],
+)
+def test_which_options_are_not_tried(name: str, options: dict[str, Any], good: bool):
+    assert is_known_good(name, options) is good
 
 
 @pytest.mark.parametrize(
